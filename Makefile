@@ -1,0 +1,30 @@
+# EViT Lab
+PYTHON := .venv/bin/python
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-all check
+
+help:  ## list the targets
+	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/%/NAME/' | expand -t 16
+	@echo 'sweeps:         '$(basename $(notdir $(wildcard sweeps/*.yaml)))
+
+setup: .venv/.ready  ## system libraries and .venv, with pinned versions
+
+.venv/.ready: setup.sh requirements.txt
+	./setup.sh
+
+train: setup  ## train EViT on Fashion-MNIST, in minutes; ARGS="keep_rate=0.5" overrides
+	$(PYTHON) src/train.py experiment=fashion_mnist $(ARGS)
+
+test: setup  ## the tests, under 10 minutes
+	$(PYTHON) -m pytest -m "not slow" $(ARGS)
+
+test-all: setup  ## the slow tests too
+	$(PYTHON) -m pytest $(ARGS)
+
+check: setup  ## linter, format and types
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+sweep-%: sweeps/%.yaml setup  ## run sweeps/NAME.yaml; ARGS="model=evit_deit_tiny" overrides
+	$(PYTHON) src/train.py --config-dir sweeps --config-name $* $(ARGS)

@@ -1,0 +1,137 @@
+"""An image as it comes -> the bytes that a .beton file stores."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from evit.data import beton
+
+Picture = str | Path | Image.Image | np.ndarray
+Samples = Sequence[tuple[Picture, int]]
+
+MAX_SIDE = 2**16 - 1
+
+
+class Encoded(NamedTuple):
+    mode: int
+    width: int
+    height: int
+    label: int
+    data: bytes
+    original: bool  # data are the bytes of the source
+
+
+class Skipped(NamedTuple):
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """One sample -> its bytes. Every image is decoded whole, so that a bad one is found here.
+
+    EXIF orientation is left aside, as torchvision's ImageFolder and timm do.
+    """
+
+    samples: Samples
+    num_classes: int
+    max_resolution: int | None
+    jpeg_quality: int
+    mode: Literal["jpg", "raw"]
+    skip_bad: bool
+
+    def __call__(self, index: int) -> Encoded | Skipped:
+        name = f"sample {index}"
+        try:
+            picture, label = self.samples[index]
+            if isinstance(picture, str | Path):
+                name = str(picture)
+            image, source = _load(picture)
+            encoded = self._encode(image, source)
+        except Exception as error:  # Pillow raises nearly anything on a bad file
+            reason = f"{type(error).__name__}: {error}"
+            if self.skip_bad:
+                return Skipped(name, reason)
+            raise ValueError(
+                f"{name} is not a readable image ({reason}): "
+                "remove or replace it, or pass skip_bad=true"
+            ) from None
+        if label not in range(self.num_classes):
+            raise ValueError(f"{name}: label {label!r} is outside 0 to {self.num_classes - 1}")
+        return encoded._replace(label=int(label))
+
+    def _encode(self, image: Image.Image, source: bytes | None) -> Encoded:
+        size = self._fit(image.size)
+        if max(size) > MAX_SIDE:
+            raise ValueError(f"a side of {max(size)} px, more than {MAX_SIDE}: set max_resolution")
+        if self.mode == "jpg" and source and size == image.size and _is_sound_jpeg(image, source):
+            return Encoded(beton.JPEG, *size, 0, source, True)
+        image = image.convert("RGB")
+        if size != image.size:
+            image = image.resize(size, Image.Resampling.BICUBIC)
+        if self.mode == "raw":
+            return Encoded(beton.RAW, *size, 0, image.tobytes(), False)
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=self.jpeg_quality)
+        return Encoded(beton.JPEG, *size, 0, buffer.getvalue(), False)
+
+    def _fit(self, size: tuple[int, int]) -> tuple[int, int]:
+        scale = min(1.0, (self.max_resolution or max(size)) / max(size))
+        width, height = (max(1, round(side * scale)) for side in size)
+        return width, height
+
+    def estimate(self, indices: Iterable[int]) -> float:
+        """Mean bytes of the readable ones among some samples, without encoding them."""
+        sizes = []
+        for index in indices:
+            try:
+                sizes.append(self._estimate(self.samples[index][0]))
+            except Exception:
+                continue  # told when its turn comes
+        return float(np.mean(sizes)) if sizes else 0.0
+
+    def _estimate(self, picture: Picture) -> int:
+        if isinstance(picture, str | Path):
+            with Image.open(picture) as file:
+                width, height = self._fit(file.size)
+            jpg = Path(picture).stat().st_size
+        else:
+            image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+            width, height = self._fit(image.size)
+            jpg = width * height
+        raw = 3 * width * height
+        return raw if self.mode == "raw" else min(jpg, raw)
+
+
+def _load(picture: Picture) -> tuple[Image.Image, bytes | None]:
+    """The decoded image and, if it has any, the bytes of its file."""
+    data = None
+    if isinstance(picture, str | Path):
+        data = Path(picture).read_bytes()
+        picture = Image.open(io.BytesIO(data))
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    image.load()
+    if 0 in image.size:
+        raise ValueError("{} x {} px".format(*image.size))
+    return image, data
+
+
+def _is_sound_jpeg(image: Image.Image, data: bytes) -> bool:
+    """Whether training would see these bytes as Pillow does, and without a warning."""
+    from evit.data.ops import decode_jpeg
+
+    if image.format != "JPEG" or image.mode not in ("RGB", "L"):
+        return False
+    pixels = decode_jpeg(data, image.height, image.width)
+    if pixels is None:
+        return False
+    # Two libjpegs may round differently.
+    difference = pixels.astype(np.int16) - np.asarray(image.convert("RGB"))
+    return bool(np.abs(difference).mean() < 1)

@@ -1,0 +1,278 @@
+"""The LightningDataModules: images in, uint8 batches to the device, normalised and mixed there."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from evit.data import sources
+from evit.data.batch import make_mixup, normalize
+from evit.data.sources import SPLITS
+
+
+class Images(L.LightningDataModule):
+    """Training and validation images of one data set, streamed by FFCV or read with PIL.
+
+    Args:
+        img_size: pixels of the square images that come out.
+        batch_size: images per optimizer step over all processes; each takes its share.
+        backend: "ffcv", which first writes the images to .beton files under cache_dir, once; or
+            "imagefolder", torchvision and PIL, which needs none of FFCV's libraries and follows
+            the published evaluation to the pixel.
+        num_workers: threads (ffcv) or processes (imagefolder) of one training process; None: the
+            machine's cores, shared by its training processes.
+        batches_ahead: batches that FFCV decodes in advance.
+        max_train_images, max_val_images: use only so many, a fixed random choice.
+        crop_scale, flip: RandomResizedCrop's share of the area, probability of a horizontal flip.
+        crop_pct: in evaluation the short side becomes img_size / crop_pct before the centre crop.
+        mixup, cutmix, mixup_switch_prob, label_smoothing: timm's, for each batch.
+        mode, max_resolution, jpeg_quality: how .beton files are written (evit.data.writer).
+    """
+
+    name = "images"
+    classes: list[str]
+
+    def __init__(
+        self,
+        img_size: int,
+        batch_size: int,
+        seed: int = 0,
+        cache_dir: str | Path = "data",
+        backend: str = "ffcv",
+        mode: str = "jpg",
+        max_resolution: int | None = 640,
+        jpeg_quality: int = 95,
+        num_workers: int | None = None,
+        batches_ahead: int = 2,
+        max_train_images: int | None = None,
+        max_val_images: int | None = None,
+        crop_scale: tuple[float, float] = (0.08, 1.0),
+        flip: float = 0.5,
+        crop_pct: float = 0.875,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        mixup_switch_prob: float = 0.5,
+        label_smoothing: float = 0.0,
+    ):
+        super().__init__()
+        if backend not in ("ffcv", "imagefolder"):
+            raise ValueError(f"data.backend must be ffcv or imagefolder, got {backend!r}")
+        if backend == "ffcv":
+            require_ffcv()
+        self.img_size, self.batch_size, self.seed = img_size, batch_size, seed
+        self.cache_dir, self.backend = Path(cache_dir), backend
+        self.write_options: dict[str, Any] = dict(
+            mode=mode, max_resolution=max_resolution, jpeg_quality=jpeg_quality
+        )
+        self.num_workers, self.batches_ahead = num_workers, batches_ahead
+        self.limits = dict(train=max_train_images, val=max_val_images)
+        self.crop_scale, self.flip, self.crop_pct = tuple(crop_scale), flip, crop_pct
+        self.mixup_options = dict(
+            mixup=mixup,
+            cutmix=cutmix,
+            switch_prob=mixup_switch_prob,
+            label_smoothing=label_smoothing,
+        )
+        self._betons: dict[str, Path] = {}
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+    def samples(self, split: str) -> Any:
+        """(image path or pixels, label) pairs, for the writer."""
+        raise NotImplementedError
+
+    def dataset(self, split: str, transform: Any) -> torch.utils.data.Dataset:
+        """torchvision's data set, for the imagefolder backend."""
+        raise NotImplementedError
+
+    def identity(self, split: str) -> dict[str, Any]:
+        """What tells one content of the source from another."""
+        raise NotImplementedError
+
+    def beton(self, split: str) -> Path:
+        """The .beton file of a split, which another source or way of writing would not share."""
+        identity = self.identity(split) | self.write_options
+        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+        return self.cache_dir / f"{self.name}-{key}" / f"{split}.beton"
+
+    def prepare_data(self) -> None:
+        """Write the .beton files that are not there yet. Lightning calls it in one process."""
+        if self.backend == "imagefolder":
+            for split in SPLITS:
+                self.dataset(split, None)
+            return
+        from evit.data.beton import check_beton
+        from evit.data.writer import write_beton
+
+        for split in SPLITS:
+            path = self.beton(split)
+            if path.exists():
+                check_beton(path)
+                continue
+            print(f"Writing {path} once, for FFCV to stream", flush=True)
+            write_beton(
+                path,
+                self.samples(split),
+                classes=self.classes,
+                source=f"{self.name}/{split}",
+                num_workers=self.num_workers or available_cores(),
+                progress=True,
+                **self.write_options,
+            )
+
+    def setup(self, stage: str | None = None) -> None:
+        trainer = self.trainer
+        shares = trainer.world_size * trainer.accumulate_grad_batches if trainer else 1
+        if self.batch_size % shares:
+            raise ValueError(
+                f"recipe.batch_size {self.batch_size} cannot be shared by {shares} "
+                f"(processes x accumulate_grad_batches): make it a multiple"
+            )
+        self.local_batch_size = self.batch_size // shares
+        self.mixup = make_mixup(
+            num_classes=self.num_classes, batch_size=self.local_batch_size, **self.mixup_options
+        )
+        if self.backend == "ffcv":
+            self._betons = {split: self.beton(split) for split in SPLITS}
+
+    def train_dataloader(self) -> Any:
+        return self._loader("train")
+
+    def val_dataloader(self) -> Any:
+        return self._loader("val")
+
+    def _loader(self, split: str) -> Any:
+        trainer = self.trainer
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        local = world // trainer.num_nodes if trainer else 1
+        common: dict[str, Any] = dict(
+            img_size=self.img_size,
+            batch_size=self.local_batch_size,
+            train=split == "train",
+            seed=self.seed,
+            rank=rank,
+            world_size=world,
+            num_workers=self.num_workers or max(1, available_cores() // local),
+            max_samples=self.limits[split],
+            scale=self.crop_scale,
+            flip=self.flip,
+            crop_pct=self.crop_pct,
+        )
+        if self.backend == "imagefolder":
+            from evit.data.folder_loader import folder_loader
+
+            return folder_loader(self.dataset, split, **common)
+        from evit.data.stream import FFCVStream
+
+        device = trainer.strategy.root_device if trainer else torch.device("cpu")
+        return FFCVStream(
+            self._betons[split], batches_ahead=self.batches_ahead, device=device, **common
+        )
+
+    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], _: int) -> Any:
+        images, targets = normalize(batch[0]), batch[1]
+        if self.mixup is not None and self.trainer is not None and self.trainer.training:
+            return self.mixup(images, targets)
+        return images, targets
+
+
+class Folder(Images):
+    """Images in class folders, ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg.
+
+    ROOT may also hold train.beton and val.beton, as src/prepare.py writes them.
+
+    Args:
+        root: the folder.
+        num_classes: refuse a tree with another number of classes.
+
+    Raises:
+        ValueError: the tree is not as it should be; the folder is named.
+    """
+
+    def __init__(self, root: str | Path, *, num_classes: int | None = None, **options: Any):
+        super().__init__(**options)
+        self.root = Path(root).expanduser().resolve()
+        self.name = self.root.name
+        self.prepared = all((self.root / f"{split}.beton").is_file() for split in SPLITS)
+        if self.prepared:
+            from evit.data.beton import check_beton
+
+            sidecars = [check_beton(self.root / f"{split}.beton") for split in SPLITS]
+            self.classes = sidecars[0]["classes"]
+            if sidecars[1]["classes"] != self.classes:
+                raise ValueError(
+                    f"train.beton and val.beton in {self.root} have different classes: prepare "
+                    f"them again from one folder"
+                )
+        else:
+            self.classes = sources.tree_classes(self.root)
+        if num_classes is not None and len(self.classes) != num_classes:
+            raise ValueError(
+                f"{self.root} has {len(self.classes)} classes, not {num_classes}: for a data set "
+                f"of your own use data=folder data.root={self.root}"
+            )
+
+    def dataset(self, split: str, transform: Any) -> sources.ClassFolders:
+        return sources.ClassFolders(self.root / split, self.classes, transform=transform)
+
+    def samples(self, split: str) -> list[tuple[str, int]]:
+        return self.dataset(split, None).samples
+
+    def identity(self, split: str) -> dict[str, Any]:
+        return dict(root=str(self.root), tree=sources.fingerprint(self.samples(split), self.root))
+
+    def beton(self, split: str) -> Path:
+        return self.root / f"{split}.beton" if self.prepared else super().beton(split)
+
+
+class FashionMNIST(Images):
+    """The embedded data set: 60,000 + 10,000 gray images of 28 px in 10 classes."""
+
+    name = "fashion-mnist"
+    classes = sources.FASHION_MNIST_CLASSES
+
+    def dataset(self, split: str, transform: Any) -> Any:
+        return sources.fashion_mnist(self.cache_dir, split == "train", transform)
+
+    def samples(self, split: str) -> sources.Pixels:
+        return sources.Pixels(self.dataset(split, None))
+
+    def identity(self, split: str) -> dict[str, Any]:
+        return {}
+
+
+def auto(root: str | Path | None = None, **options: Any) -> Images:
+    """The images under root; without a root the embedded data set, which is said."""
+    if root:
+        return Folder(root, **options)
+    rank_zero_only(print)(
+        "No ImageNet is configured: this is the embedded Fashion-MNIST. For images of your own: "
+        "data.root=DIR, or IMAGENET_DIR=DIR, with train/ and val/ in it.",
+        flush=True,
+    )
+    return FashionMNIST(**options | dict(mode="raw"))
+
+
+def require_ffcv() -> None:
+    """Import FFCV, or say what can be done without.
+
+    Raises:
+        ValueError: it is not installed, or its system libraries are missing.
+    """
+    try:
+        import evit.data._ffcv  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"{error}; or take data.backend=imagefolder") from error
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,214 @@
+"""FFCV decoders that read, crop, resize and flip a batch in one compiled, parallel loop.
+
+An FFCV decoder is given nothing but sample numbers, and numba's random numbers depend on the
+number of threads. So the order of an epoch carries the randomness: every entry is `seed << 32 |
+sample`, and a crop is a pure function of its entry.
+
+The compiled functions live at module level, where numba can keep them on disk: only the first run
+on a machine waits for the compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import llvmlite.binding
+import numba
+import numpy as np
+from numba import types
+
+from evit.data._ffcv import (
+    AllocationQuery,
+    IntDecoder,
+    SimpleRGBImageDecoder,
+    State,
+    get_random_crop,
+    libffcv,
+)
+from evit.data.beton import JPEG
+
+# By name and not by ctypes, because numba does not keep functions that hold an address on disk.
+# FFCV's own JPEG decoder is left aside: its fast inverse DCT is off by up to 47 grey levels at
+# quality 100, where libjpeg-turbo's accurate one, hardly slower, gives the pixels of Pillow.
+for _name in "resize", "tjInitDecompress", "tjDecompress2", "tjDestroy":
+    _address = ctypes.cast(getattr(libffcv.lib, _name), ctypes.c_void_p).value
+    llvmlite.binding.add_symbol(f"ffcv_{_name}", _address)
+_pointer, _int = types.uintp, types.int32
+_tj_init = types.ExternalFunction("ffcv_tjInitDecompress", _pointer())
+_tj_destroy = types.ExternalFunction("ffcv_tjDestroy", _int(_pointer))
+_tj_decompress = types.ExternalFunction(
+    "ffcv_tjDecompress2",
+    _int(_pointer, _pointer, types.ulong, _pointer, _int, _int, _int, _int, _int),
+)
+_resize = types.ExternalFunction("ffcv_resize", types.void(*(types.int64,) * 11))
+_TJPF_RGB, _TJFLAG_ACCURATEDCT = 0, 4096
+
+_get_random_crop = numba.njit(get_random_crop)  # torchvision's RandomResizedCrop.get_params
+
+SAMPLE_BITS = np.uint64(32)
+SAMPLE_MASK = np.uint64(2**32 - 1)
+
+
+@numba.njit(cache=True, nogil=True)
+def _decode_jpeg(data, pixels):
+    """Fill pixels (H, W, 3) and return 0, or -1 where libjpeg-turbo failed or had to guess."""
+    height, width, _ = pixels.shape
+    decoder = _tj_init()
+    status = _tj_decompress(
+        *(decoder, data.ctypes.data, data.size),
+        *(pixels.ctypes.data, width, 0, height, _TJPF_RGB, _TJFLAG_ACCURATEDCT),
+    )
+    _tj_destroy(decoder)
+    return status
+
+
+@numba.njit
+def _resize_crop(pixels, top, left, height, width, output):
+    _resize(
+        *(0, pixels.ctypes.data, pixels.shape[0], pixels.shape[1]),
+        *(top, top + height, left, left + width),
+        *(output.ctypes.data, output.shape[0], output.shape[1]),
+    )
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def _decode_batch(samples, boxes, flips, output, metadata, file, ptrs, sizes):
+    """Fill output (B, H, W, 3) and return the statuses (B,) of _decode_jpeg."""
+    status = np.zeros(len(samples), np.int32)
+    for k in numba.prange(len(samples)):
+        field = metadata[samples[k]]
+        start = field["data_ptr"]
+        data = file[start : start + sizes[np.searchsorted(ptrs, start)]]
+        # Allocated here and not by FFCV, which keeps one of the largest size per image in flight.
+        pixels = np.empty((np.int64(field["height"]), np.int64(field["width"]), 3), np.uint8)
+        if field["mode"] == JPEG:
+            status[k] = _decode_jpeg(data, pixels)
+        else:
+            pixels[:] = data.reshape(pixels.shape)
+        top, left, height, width = boxes[k]
+        _resize_crop(pixels, top, left, height, width, output[k])
+        if flips[k]:
+            output[k] = output[k, :, ::-1].copy()
+    return status
+
+
+@numba.njit(cache=True, nogil=True)
+def random_crops(heights, widths, seeds, scale, ratio, flip):
+    """Boxes (B, 4) of top, left, height, width, and flips (B,), each from its own seed."""
+    boxes = np.empty((len(seeds), 4), np.int64)
+    flips = np.empty(len(seeds), np.bool_)
+    for k in range(len(seeds)):
+        np.random.seed(seeds[k])
+        boxes[k] = _get_random_crop(heights[k], widths[k], scale, ratio)
+        flips[k] = np.random.random() < flip
+    return boxes, flips
+
+
+def center_crops(
+    heights: np.ndarray, widths: np.ndarray, img_size: int, crop_pct: float
+) -> np.ndarray:
+    """Boxes (B, 4) of top, left, height, width that torchvision's Resize(int(img_size / crop_pct))
+    and CenterCrop(img_size) leave of each image, to the nearest pixel."""
+    sizes = np.stack([heights, widths]).astype(np.int64)
+    short = sizes.min(0)
+    resized_short = int(img_size / crop_pct)
+    resized = resized_short * sizes // short
+    side = np.clip(np.rint(img_size * short / resized_short), 1, short)
+    offset = np.rint(np.rint((resized - img_size) / 2) * sizes / resized)
+    offset = np.clip(offset, 0, sizes - side)
+    return np.stack([*offset, side, side], axis=1).astype(np.int64)
+
+
+def decode_jpeg(data: bytes, height: int, width: int) -> np.ndarray | None:
+    """The pixels (H, W, 3) that training would see, None if libjpeg-turbo fails or guesses."""
+    pixels = np.empty((height, width, 3), np.uint8)
+    return None if _decode_jpeg(np.frombuffer(data, np.uint8), pixels) else pixels
+
+
+class _CropDecoder(SimpleRGBImageDecoder):
+    """Decode to (img_size, img_size, 3); a subclass says which part of each image."""
+
+    def __init__(self, img_size: int) -> None:
+        super().__init__()
+        self.img_size = img_size
+
+    def crops(
+        self, heights: np.ndarray, widths: np.ndarray, seeds: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        raise NotImplementedError
+
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
+        shape, dtype = (self.img_size, self.img_size, 3), np.dtype("u1")
+        state = replace(previous_state, jit_mode=True, shape=shape, dtype=dtype)
+        return state, AllocationQuery(shape, dtype)
+
+    def generate_code(self) -> Callable:
+        def decode(
+            entries: np.ndarray, output: np.ndarray, metadata: np.ndarray, storage: Any
+        ) -> np.ndarray:
+            samples = entries & SAMPLE_MASK
+            heights = metadata["height"][samples].astype(np.int64)
+            widths = metadata["width"][samples].astype(np.int64)
+            boxes, flips = self.crops(heights, widths, entries >> SAMPLE_BITS)
+            status = _decode_batch(samples, boxes, flips, output, metadata, *storage)
+            if status.any():
+                raise ValueError(
+                    f"the JPEG of sample {samples[status.argmin()]} is damaged; "
+                    "delete the file and prepare the data again"
+                )
+            return output
+
+        return decode
+
+
+class RandomResizedCropFlip(_CropDecoder):
+    """torchvision's RandomResizedCrop, then a horizontal flip with probability `flip`.
+
+    `scale` bounds the area of the crop relative to the image, `ratio` its width / height.
+    """
+
+    def __init__(
+        self, img_size: int, scale: tuple[float, float], ratio: tuple[float, float], flip: float
+    ) -> None:
+        super().__init__(img_size)
+        self.scale, self.ratio, self.flip = np.array(scale, float), np.array(ratio, float), flip
+
+    def crops(
+        self, heights: np.ndarray, widths: np.ndarray, seeds: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        seeds = seeds.astype(np.uint32)
+        return random_crops(heights, widths, seeds, self.scale, self.ratio, float(self.flip))
+
+
+class CenterCrop(_CropDecoder):
+    """Resize the short side to img_size / crop_pct and cut out the centre, cutting first."""
+
+    def __init__(self, img_size: int, crop_pct: float) -> None:
+        super().__init__(img_size)
+        self.crop_pct = crop_pct
+
+    def crops(
+        self, heights: np.ndarray, widths: np.ndarray, seeds: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        boxes = center_crops(heights, widths, self.img_size, self.crop_pct)
+        return boxes, np.zeros(len(boxes), np.bool_)
+
+
+class LabelDecoder(IntDecoder):
+    """Labels (B,), int64."""
+
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
+        state = replace(previous_state, jit_mode=True, shape=(), dtype=self.dtype)
+        return state, AllocationQuery((), self.dtype)
+
+    def generate_code(self) -> Callable:
+        def decode(
+            entries: np.ndarray, output: np.ndarray, metadata: np.ndarray, storage: Any
+        ) -> np.ndarray:
+            output[:] = metadata[entries & SAMPLE_MASK]
+            return output
+
+        return decode

@@ -1,0 +1,49 @@
+"""A tree of class folders to train.beton and val.beton."""
+
+from pathlib import Path
+from typing import Any
+
+from evit.data.module import available_cores, require_ffcv
+from evit.data.sources import SPLITS, ClassFolders, tree_classes
+
+
+def prepare(
+    source: str | Path,
+    target: str | Path | None = None,
+    num_workers: int | None = None,
+    **options: Any,
+) -> Path:
+    """Write SOURCE/train and SOURCE/val to TARGET/train.beton and TARGET/val.beton; return TARGET.
+
+    Args:
+        target: a folder; None: SOURCE-ffcv beside SOURCE.
+        num_workers: processes; None: one per core.
+        **options: evit.data.writer.write_beton's mode, max_resolution, jpeg_quality, skip_bad.
+
+    Raises:
+        ValueError: the tree or an image in it is not as it should be. A file that was whole
+            before stays; a half-made one is never left.
+    """
+    require_ffcv()
+    from evit.data.writer import write_beton
+
+    source = Path(source).expanduser().resolve()
+    classes = tree_classes(source)
+    folder = Path(target).expanduser() if target else source.with_name(source.name + "-ffcv")
+    for split in SPLITS:
+        info = write_beton(
+            folder / f"{split}.beton",
+            ClassFolders(source / split, classes).samples,
+            classes=classes,
+            source=f"{source.name}/{split}",
+            num_workers=num_workers or available_cores(),
+            progress=True,
+            **options,
+        )
+        print(
+            f"{folder / split}.beton: {info['num_samples']} images in {info['num_classes']} "
+            f"classes, {info['bytes'] / 1e6:.1f} MB, {info['kept_original']} as they were, "
+            f"{len(info['skipped'])} left out"
+        )
+    print(f"Train on them: python src/train.py data.root={folder}")
+    return folder

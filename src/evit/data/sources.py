@@ -1,0 +1,113 @@
+"""Where images come from: trees of class folders, and the embedded data set."""
+
+import gzip
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torchvision
+from torchvision.datasets import ImageFolder
+
+SPLITS = ("train", "val")
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
+FASHION_MNIST_CLASSES = torchvision.datasets.FashionMNIST.classes
+
+
+def class_names(folder: Path) -> list[str]:
+    """Names of the class folders in a folder, sorted, hidden ones left out."""
+    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
+
+
+def tree_classes(root: str | Path) -> list[str]:
+    """The classes of ROOT/train, once ROOT is seen to be a tree of train/CLASS and val/CLASS.
+
+    Raises:
+        ValueError: a folder is missing or empty, or val/ has a class that train/ lacks.
+    """
+    root = Path(root).expanduser()
+    layout = f"expected {root}/train/CLASS/*.jpg and {root}/val/CLASS/*.jpg"
+    if not root.is_dir():
+        raise ValueError(f"data folder {str(root)!r} does not exist: {layout}")
+    found: dict[str, list[str]] = {}
+    for split in SPLITS:
+        if not (root / split).is_dir():
+            raise ValueError(f"data folder {str(root)!r} has no {split}/: {layout}")
+        found[split] = class_names(root / split)
+        if not found[split]:
+            raise ValueError(f"{str(root / split)!r} has no class folders: {layout}")
+    strange = sorted(set(found["val"]) - set(found["train"]))
+    if strange:
+        raise ValueError(
+            f"{str(root / 'val')!r} has classes that train/ lacks: {', '.join(strange[:5])}. "
+            f"Add them to train/, or remove them from val/"
+        )
+    return found["train"]
+
+
+class ClassFolders(ImageFolder):
+    """torchvision's ImageFolder with the labels of given classes, whichever of them it holds."""
+
+    def __init__(self, root: Path, classes: list[str], **kwargs):
+        self._given = classes
+        super().__init__(str(root), allow_empty=True, **kwargs)
+        if not self.samples:
+            raise ValueError(
+                f"{str(root)!r} holds no images (.jpg, .png, ...) in its class folders"
+            )
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        return self._given, {name: label for label, name in enumerate(self._given)}
+
+
+def choose_samples(num_samples: int, max_samples: int | None) -> np.ndarray:
+    """Ascending indices of at most max_samples images, drawn once and for all (no seed)."""
+    if max_samples is None or max_samples >= num_samples:
+        return np.arange(num_samples)
+    if max_samples < 1:
+        raise ValueError(f"at least 1 image is needed, got a limit of {max_samples}")
+    return np.sort(np.random.default_rng(0).choice(num_samples, max_samples, replace=False))
+
+
+def fingerprint(samples: Sequence[tuple[str, int]], root: Path) -> str:
+    """A hash of the names, sizes and labels of image files: it tells whether a tree has changed."""
+    digest = hashlib.sha256()
+    for path, label in samples:
+        name = os.path.relpath(path, root)
+        digest.update(f"{name}\0{os.path.getsize(path)}\0{label}\n".encode())
+    return digest.hexdigest()
+
+
+def fashion_mnist(
+    cache_dir: Path, train: bool, transform: Any = None
+) -> torchvision.datasets.FashionMNIST:
+    """Fashion-MNIST from Debian's package where it is installed, else downloaded by torchvision."""
+    raw = cache_dir / "FashionMNIST" / "raw"
+    if not raw.is_dir() and DEBIAN_FASHION_MNIST.is_dir():
+        partial = raw.with_name(f"raw.{os.getpid()}.tmp")
+        partial.mkdir(parents=True)
+        for packed in DEBIAN_FASHION_MNIST.glob("*-ubyte.gz"):
+            (partial / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
+        partial.rename(raw)
+    try:
+        return torchvision.datasets.FashionMNIST(str(cache_dir), train, transform, download=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(
+            f"Fashion-MNIST cannot be had ({error}): install Debian's dataset-fashion-mnist, or "
+            f"give images of your own with data.root=DIR"
+        ) from error
+
+
+class Pixels:
+    """The (image (H, W, 3) uint8, label) pairs of a torchvision MNIST, for a writer."""
+
+    def __init__(self, mnist: torchvision.datasets.MNIST):
+        self.images, self.labels = mnist.data.numpy(), mnist.targets.tolist()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+        return np.repeat(self.images[i][:, :, None], 3, axis=2), self.labels[i]

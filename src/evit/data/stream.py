@@ -1,0 +1,203 @@
+"""Batches from a .beton file, for Lightning or any plain loop."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Iterator
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+
+from evit.data._ffcv import (
+    Compiler,
+    EpochIterator,
+    Loader,
+    OrderOption,
+    ToDevice,
+    ToTensor,
+    ToTorchImage,
+    config,
+)
+from evit.data.beton import check_beton
+from evit.data.ops import (
+    SAMPLE_BITS,
+    SAMPLE_MASK,
+    CenterCrop,
+    LabelDecoder,
+    RandomResizedCropFlip,
+)
+from evit.data.sources import choose_samples
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+
+class FFCVStream:
+    """An iterable of (images uint8 (B, 3, H, W), labels int64 (B,)), on `device` if that is CUDA.
+
+    Training: every epoch another permutation, cut into `world_size` equal and disjoint parts, whole
+    batches only. A batch is a function of (seed, epoch, rank), never of `num_workers`. Evaluation:
+    sample rank, rank + world_size, ... of the file, each exactly once over all ranks.
+
+    `num_workers` are threads (-1: one per core), `batches_ahead` the batches decoded in advance.
+    `max_samples` keeps a random subset, always the same one. `crop_pct` is for
+    evaluation, `scale`, `ratio` and `flip` for training. The file is opened at the first batch.
+
+    Raises what check_beton raises, and ValueError for numbers that do not fit together. A failure
+    while reading is a RuntimeError at the next batch.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        img_size: int,
+        batch_size: int,
+        train: bool,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = -1,
+        batches_ahead: int = 2,
+        max_samples: int | None = None,
+        crop_pct: float = 0.875,
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+        flip: float = 0.5,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.info = check_beton(path)
+        if numba.threading_layer() == "workqueue":
+            raise ValueError(
+                "numba's threads are of kind workqueue, which aborts when two loaders run at once: "
+                "set NUMBA_THREADING_LAYER to tbb or omp, or unset it"
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank={rank} is outside 0 to {world_size - 1} (world_size - 1)")
+        if batch_size < 1 or batches_ahead < 1:
+            raise ValueError(f"{batch_size=} and {batches_ahead=} must be at least 1")
+        if seed < 0:
+            raise ValueError(f"{seed=} must not be negative")
+        if not 0 < crop_pct <= 1:
+            raise ValueError(f"{crop_pct=} must be in (0, 1]")
+        self.path, self.batch_size, self.train = Path(path), batch_size, train
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.batches_ahead, self.device = batches_ahead, torch.device(device or "cpu")
+        cores = config.NUMBA_NUM_THREADS
+        self.num_workers = cores if num_workers < 0 else min(max(num_workers, 1), cores)
+        self.decoder = (
+            RandomResizedCropFlip(img_size, scale, ratio, flip)
+            if train
+            else CenterCrop(img_size, crop_pct)
+        )
+        self.indices = choose_samples(self.info["num_samples"], max_samples).astype(np.uint64)
+        self.epoch = 0
+        self._loader: Any = None
+        if train and len(self) == 0:
+            raise ValueError(
+                f"{path}: {len(self.indices)} samples over {world_size} processes do not fill one "
+                f"batch of {batch_size}: use a smaller batch_size"
+            )
+
+    def __len__(self) -> int:
+        if self.train:
+            return len(self.indices) // self.world_size // self.batch_size
+        own = len(range(self.rank, len(self.indices), self.world_size))
+        return -(-own // self.batch_size)
+
+    @property
+    def batch_sampler(self) -> SimpleNamespace:
+        """Where Lightning looks for set_epoch."""
+        return SimpleNamespace(sampler=self)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order and the crops of iterations that begin from now on."""
+        self.epoch = epoch
+
+    def samples(self, epoch: int = 0) -> np.ndarray:
+        """Numbers of the samples that this rank sees in an epoch, in order."""
+        return (self._order(epoch) & SAMPLE_MASK).astype(np.int64)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """The epoch's entries `seed << 32 | sample`, as evit.data.ops wants them."""
+        if not self.train:
+            return self.indices[self.rank :: self.world_size]
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(self.indices)
+        order |= rng.integers(2**32, size=len(order), dtype=np.uint64) << SAMPLE_BITS
+        return order[self.rank :: self.world_size][: len(self) * self.batch_size]
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._loader is None:
+            self._loader = self._open()
+        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+        with on_device:
+            epoch = _Epoch(self._loader, self._order(self.epoch))
+        try:
+            yield from epoch
+        finally:
+            epoch.close()
+
+    def _open(self) -> Loader:
+        to_device = [ToDevice(self.device)] if self.device.type == "cuda" else []
+        pipelines = {
+            "image": [self.decoder, ToTensor(), *to_device, ToTorchImage()],
+            "label": [LabelDecoder(), ToTensor(), *to_device],
+        }
+        # The decoders are compiled already. FFCV would compile their callers anew in every process.
+        Compiler.set_enabled(False)
+        try:
+            return Loader(
+                str(self.path),
+                self.batch_size,
+                num_workers=self.num_workers,
+                os_cache=True,
+                order=OrderOption.SEQUENTIAL,
+                pipelines=pipelines,
+                batches_ahead=self.batches_ahead,
+            )
+        finally:
+            Compiler.set_enabled(True)
+
+
+class _Epoch(EpochIterator):
+    """FFCV's thread of one epoch, which on its own neither reports an error nor ends when told to,
+    and reuses the memory of the batches it has yielded."""
+
+    error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except BaseException as error:
+            self.error = error
+            self.output_queue.put(None)
+
+    def run_pipeline(self, batch: int, entries: np.ndarray, slot: int, event: Any) -> Any:
+        result = super().run_pipeline(batch, entries, slot, event)
+        if self.cuda_streams[slot] is not None:
+            # The copy to the device must have left the buffer before the buffer is used again.
+            self.cuda_streams[slot].synchronize()
+        return result
+
+    def __next__(self) -> Batch:
+        item = self.output_queue.get()
+        if item is None:
+            if self.error is not None:
+                message = f"reading {self.loader.fname} failed: {self.error}"
+                raise RuntimeError(message) from self.error
+            raise StopIteration
+        images, labels = item[1]
+        return images.clone(), labels.clone()
+
+    def close(self) -> None:
+        self.iter_ixes = iter(())
+        self.terminate_event.set()
+        while self.is_alive():
+            with suppress(queue.Empty):
+                self.output_queue.get_nowait()
+            self.join(timeout=0.02)

@@ -1,0 +1,178 @@
+"""One run: build, fit, evaluate, write result.json."""
+
+import logging
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import wandb
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from evit import load_checkpoint, measure
+from evit.data import Images
+from evit.models import EViT
+from evit.report import results
+from evit.tracking import JsonlLogger, wandb_logger
+from evit.training.callbacks import (
+    BestCheckpoint,
+    KeepRateSchedule,
+    KeptPatches,
+    Throughput,
+    progress,
+)
+from evit.training.module import Classifier, mix_seed
+from evit.training.recipe import Recipe
+
+GROUPS = ("model", "data", "recipe", "experiment")
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Train by a composed configuration; leave result.json in Hydra's run folder and return it.
+
+    A run that has finished there before is shown, not repeated, unless cfg.overwrite is set.
+
+    Raises:
+        ValueError: the configuration cannot be served; nothing has been written.
+    """
+    quiet()
+    started = time.monotonic()
+    config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if not config.pop("overwrite") and (before := results.finished(folder, config)):
+        rank_zero_only(print)(f"This run has finished before: overwrite=true repeats it.\n{folder}")
+        results.show(before, folder)
+        return before
+
+    recipe: Any = OmegaConf.to_object(cfg.recipe)
+    data, model = build(cfg, recipe)
+    module = Classifier(model, recipe, data.num_classes, cfg.seed)
+    throughput = Throughput(recipe.batch_size)
+    callbacks: list[L.Callback] = [
+        progress(),
+        throughput,
+        ModelCheckpoint(folder / "checkpoints", "last", enable_version_counter=False),
+        BestCheckpoint(folder / "checkpoints", recipe.full_rate_epoch),
+    ]
+    if isinstance(model, EViT):
+        callbacks += [
+            KeepRateSchedule(model, recipe.shrink_start_epoch, recipe.shrink_epochs),
+            KeptPatches(model, folder / "kept_patches.png"),
+        ]
+    if recipe.ema_decay is not None:
+        callbacks.append(EMAWeightAveraging(decay=recipe.ema_decay))
+    trainer = build_trainer(cfg.trainer, recipe, folder, callbacks)
+    rank_zero_only(data.prepare_data)()
+    rank_zero_only(results.start)(folder, config)
+    tracker = wandb_logger(folder, config=config, name=folder.name, **config["logger"])
+    trainer.loggers = [JsonlLogger(folder / "metrics.jsonl"), *([tracker] if tracker else [])]
+    try:
+        trainer.fit(module, data)
+        if recipe.epochs % recipe.eval_every:
+            trainer.validate(module, data, verbose=False)
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        result: dict[str, Any] = dict(
+            top1=metrics["val/top1"],
+            top5=metrics["val/top5"],
+            loss=metrics["val/loss"],
+            train_images_per_s=throughput.images_per_s,
+            model=facts(model, data.img_size),
+            data=dict(name=data.name, num_classes=data.num_classes),
+            choices={group: HydraConfig.get().runtime.choices[group] for group in GROUPS},
+            config=config,
+            processes=trainer.world_size,
+            precision=str(trainer.precision),
+            device=results.device_name(trainer.strategy.root_device),
+            seconds=round(time.monotonic() - started, 1),
+            wandb_id=tracker.version if tracker else None,
+        )
+        if trainer.is_global_zero:
+            result = results.finish(result, folder)
+            if tracker:
+                tracker.experiment.summary.update(results.summary(result))
+            results.show(result, folder)
+    except BaseException:
+        wandb.finish(exit_code=1)
+        raise
+    wandb.finish()
+    return result
+
+
+def build(cfg: DictConfig, recipe: Recipe) -> tuple[Images, torch.nn.Module]:
+    """The data module and the model of a configuration; nothing is read or written yet."""
+    data = instantiate(
+        cfg.data,
+        batch_size=recipe.batch_size,
+        max_train_images=recipe.max_train_images,
+        max_val_images=recipe.max_val_images,
+        crop_scale=recipe.crop_scale,
+        flip=recipe.flip,
+        crop_pct=recipe.crop_pct,
+        mixup=recipe.mixup,
+        cutmix=recipe.cutmix,
+        mixup_switch_prob=recipe.mixup_switch_prob,
+        label_smoothing=recipe.label_smoothing,
+        _convert_="all",
+    )
+    torch.manual_seed(mix_seed(cfg.seed))
+    model = instantiate(
+        cfg.model, num_classes=data.num_classes, drop_path_rate=recipe.drop_path, _convert_="all"
+    )
+    if cfg.checkpoint:
+        load_checkpoint(model, cfg.checkpoint, new_head=True)
+    return data, model
+
+
+def build_trainer(
+    options: Any, recipe: Recipe, folder: Path, callbacks: list[L.Callback]
+) -> L.Trainer:
+    """Lightning's Trainer with the configuration's options."""
+    options = OmegaConf.to_container(options, resolve=True)
+    if options["precision"] == "auto":
+        bf16 = options["accelerator"] != "cpu" and torch.cuda.is_available()
+        bf16 = bf16 and torch.cuda.is_bf16_supported(including_emulation=False)
+        options["precision"] = "bf16-mixed" if bf16 else "32-true"
+    return L.Trainer(
+        **options,
+        max_epochs=recipe.epochs,
+        gradient_clip_val=recipe.clip_grad,
+        check_val_every_n_epoch=recipe.eval_every,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        default_root_dir=folder,
+        callbacks=callbacks,
+        logger=False,
+        enable_model_summary=False,
+        enable_progress_bar=sys.stdout.isatty(),
+    )
+
+
+def facts(model: torch.nn.Module, img_size: int) -> dict[str, Any]:
+    """What the model is and costs, for the tables."""
+    result: dict[str, Any] = dict(
+        img_size=img_size,
+        params=measure.count_params(model),
+        macs_executed=measure.count_macs(model, executed=True),
+    )
+    if isinstance(model, EViT):
+        result |= dict(
+            keep_rate=list(model.keep_rate),
+            drop_loc=list(model.drop_loc),
+            fusion=model.fusion,
+            macs=measure.count_macs(model),
+        )
+    return result
+
+
+def quiet() -> None:
+    """Leave the terminal to the run: no advertisements, no advice about settings chosen here."""
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")

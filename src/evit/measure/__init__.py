@@ -1,0 +1,5 @@
+"""What a model costs."""
+
+from evit.measure.macs import count_macs, count_params
+
+__all__ = ["count_macs", "count_params"]

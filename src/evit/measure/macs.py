@@ -1,0 +1,65 @@
+"""Parameters and multiply-accumulates."""
+
+from typing import Any
+
+import torch
+from timm.layers import to_2tuple
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from evit import tokens
+from evit.models.vit import EViT
+
+
+def count_params(model: nn.Module) -> int:
+    """Number of trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def count_macs(
+    model: Any, img_size: int | tuple[int, int] | None = None, executed: bool = False
+) -> int:
+    """Multiply-accumulates of one image.
+
+    By default those of the published algorithm, counted as the published tables were (torchprofile
+    0.0.4: matrix products, convolutions, elementwise products and affine norms; not softmax, GELU,
+    sorting), whatever shortcuts the code takes. With executed=True the products that this code
+    really computes, counted by PyTorch.
+
+    Raises:
+        ValueError: the published convention is not defined for this model.
+    """
+    size = model.patch_embed.img_size if img_size is None else to_2tuple(img_size)
+    if executed:
+        was_training, weight = model.training, next(model.parameters())
+        image = torch.zeros(1, 3, *size, dtype=weight.dtype, device=weight.device)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model.eval()(image)
+        model.train(was_training)
+        return counter.get_total_flops() // 2
+    if not isinstance(model, EViT):
+        raise ValueError(
+            f"no published count for {type(model).__name__}: build it as an EViT with keep_rate 1, "
+            f"or ask for executed=True"
+        )
+    return _published(model, size)
+
+
+def _published(model: Any, size: tuple[int, int]) -> int:
+    """torchprofile 0.0.4's count of the authors' code, which computes all of the attention."""
+    dim, heads = model.embed_dim, model.blocks[0].attn.num_heads
+    rates = dict(zip(model.drop_loc, model.keep_rate, strict=True))
+    prefix = model.num_prefix_tokens
+    patch = model.patch_embed.patch_size
+    n = size[0] // patch[0] * (size[1] // patch[1])
+    macs = n * dim * model.patch_embed.proj.weight[0].numel()
+    for i, block in enumerate(model.blocks):
+        t = prefix + n
+        hidden = block.mlp.fc1.out_features
+        macs += t * 4 * dim**2 + 2 * t**2 * dim + heads * t**2 + t * dim
+        k = tokens.num_kept(n, rates.get(i, 1.0))
+        if k < n:
+            macs += n + (n - k) * dim * model.fusion
+            n = k + model.fusion
+        macs += (prefix + n) * (2 * dim * hidden + dim)
+    return macs + (prefix + n) * dim + dim * model.num_classes

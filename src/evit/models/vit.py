@@ -1,0 +1,201 @@
+"""EViT over timm's VisionTransformer: the same parameters, fewer tokens."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import to_2tuple
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    register_model,
+)
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from evit import tokens
+from evit.models.weights import fit_state_dict
+
+KeepRate = float | Sequence[float]
+
+
+def per_reorganization(keep_rate: KeepRate, count: int) -> tuple[float, ...]:
+    """keep_rate, a number or one for each reorganization, as `count` floats in (0, 1]."""
+    rates = list(keep_rate) if isinstance(keep_rate, Sequence) else [keep_rate] * count
+    numbers = all(isinstance(r, int | float) and not isinstance(r, bool) for r in rates)
+    if isinstance(keep_rate, str) or not numbers or not all(0 < r <= 1 for r in rates):
+        raise ValueError(
+            f"keep_rate must be in (0, 1], one number or one for each reorganization, "
+            f"got {keep_rate!r}: 0.7 is the paper's main setting, 1 keeps every token"
+        )
+    if len(rates) != count:
+        raise ValueError(
+            f"keep_rate {list(rates)} has {len(rates)} entries for {count} reorganizations: "
+            f"give one number, or {count}"
+        )
+    return tuple(float(r) for r in rates)
+
+
+def attend(attn: Any, x_BTC: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
+    """timm's Attention.forward, and the class attention (B, N) beside its output (B, T, C)."""
+    B, T, _ = x_BTC.shape
+    q, k, v = attn.qkv(x_BTC).reshape(B, T, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    out_BHTD = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=attn.scale)
+    out_BTC = attn.norm(out_BHTD.transpose(1, 2).reshape(B, T, -1))
+    score_BN = tokens.class_attention(q, k, num_prefix_tokens, attn.scale)
+    return attn.proj_drop(attn.proj(out_BTC)), score_BN
+
+
+def reorganizing_block(
+    block: Any, x_BTC: Tensor, k: int, fusion: bool, num_prefix: int, ids: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """timm's Block.forward with the reorganization between its attention and its MLP."""
+    out_BTC, score_BN = attend(block.attn, block.norm1(x_BTC), num_prefix)
+    x_BTC = x_BTC + block.drop_path1(block.ls1(out_BTC))
+    x_BTC, ids = tokens.reorganize(x_BTC, score_BN, k, fusion, ids)
+    return x_BTC + block.drop_path2(block.ls2(block.mlp(block.norm2(x_BTC)))), ids
+
+
+class EViT(VisionTransformer):
+    """Vision Transformer that keeps the tokens its class token attends to (arXiv 2202.07800).
+
+    Parameters, and their names, are those of timm's VisionTransformer.
+
+    Args:
+        keep_rate: share of the image tokens kept at a reorganization, in (0, 1]; one number, or
+            one for each entry of drop_loc. 1 is the dense model.
+        drop_loc: blocks (0-based) that reorganize; default: a quarter, half and three quarters of
+            the depth, which is 3, 6, 9 for DeiT.
+        fusion: fuse the tokens that are not kept into one; otherwise they are dropped.
+        **kwargs: VisionTransformer's.
+
+    Raises:
+        ValueError: keep_rate, drop_loc or img_size cannot be served.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        patch_size: int | tuple[int, int] = 16,
+        *args: Any,
+        keep_rate: KeepRate = 0.7,
+        drop_loc: Sequence[int] | None = None,
+        fusion: bool = True,
+        **kwargs: Any,
+    ):
+        for size, patch in zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True):
+            if size < patch or size % patch:
+                lower = max(size // patch, 1) * patch
+                raise ValueError(
+                    f"img_size {size} is not a multiple of the patch size {patch}: "
+                    f"take {lower} or {lower + patch}"
+                )
+        super().__init__(img_size, patch_size, *args, **kwargs)
+        depth = len(self.blocks)
+        if drop_loc is None:
+            drop_loc = [depth * quarter // 4 for quarter in (1, 2, 3)]
+        self.drop_loc = tuple(drop_loc)
+        if list(self.drop_loc) != sorted(set(self.drop_loc) & set(range(depth))):
+            raise ValueError(
+                f"drop_loc must be ascending block numbers from 0 to {depth - 1}, "
+                f"got {list(self.drop_loc)}"
+            )
+        self.fusion = fusion
+        self.set_keep_rate(keep_rate)
+
+    def set_keep_rate(self, keep_rate: KeepRate) -> None:
+        """Use keep_rate, one number or one for each of drop_loc, from the next forward on."""
+        self.keep_rate = per_reorganization(keep_rate, len(self.drop_loc))
+
+    def tokens_per_block(self) -> list[int]:
+        """Image tokens that enter the MLP of each block (a fused token counts as one)."""
+        n, counts = self.patch_embed.num_patches, []
+        rates = dict(zip(self.drop_loc, self.keep_rate, strict=True))
+        for i in range(len(self.blocks)):
+            k = tokens.num_kept(n, rates.get(i, 1.0))
+            n = n if k == n else k + self.fusion
+            counts.append(n)
+        return counts
+
+    def forward_features(  # type: ignore[override]
+        self, x: Tensor, return_kept: bool = False
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Normalised tokens (B, T, C); with return_kept, also the ids of the surviving patches."""
+        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
+        num_prefix = self.num_prefix_tokens
+        rates = dict(zip(self.drop_loc, self.keep_rate, strict=True))
+        ids, kept = None, []
+        if return_kept:
+            ids = torch.arange(x.shape[1] - num_prefix, device=x.device).expand(len(x), -1)
+        for i, block in enumerate(self.blocks):
+            if i not in rates:
+                x = self._run(block, x)
+                continue
+            k = tokens.num_kept(x.shape[1] - num_prefix, rates[i])
+            x, ids = self._run(reorganizing_block, block, x, k, self.fusion, num_prefix, ids)
+            if ids is not None:
+                kept.append(ids[:, :k])
+        x = self.norm(x)
+        return (x, kept) if return_kept else x
+
+    def _run(self, function, *args):
+        if self.grad_checkpointing and self.training:
+            return checkpoint(function, *args, use_reentrant=False)
+        return function(*args)
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, return_kept: bool = False
+    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """Logits (B, num_classes) of images (B, 3, H, W).
+
+        With return_kept also one int64 tensor (B, k) per reorganization: the ids of the surviving
+        patches in the original grid, row by row from the top left; -1 is a surviving fused token.
+        """
+        features = self.forward_features(x, return_kept)
+        if isinstance(features, tuple):
+            return self.forward_head(features[0]), features[1]
+        return self.forward_head(features)
+
+
+def _create_evit(name: str, pretrained: bool, **kwargs: Any) -> EViT:
+    return build_model_with_cfg(
+        EViT, name, pretrained, pretrained_filter_fn=fit_state_dict, **kwargs
+    )
+
+
+def _deit_cfg(size: str) -> dict[str, Any]:
+    """timm's configuration of the DeiT weights, which EViT loads unchanged."""
+    cfg = get_pretrained_cfg(f"deit_{size}_patch16_224")
+    assert cfg is not None
+    return cfg.to_dict()
+
+
+default_cfgs = generate_default_cfgs(
+    {f"evit_deit_{size}_patch16.fb_in1k": _deit_cfg(size) for size in ("tiny", "small", "base")}
+)
+
+
+@register_model
+def evit_deit_tiny_patch16(pretrained: bool = False, **kwargs: Any) -> EViT:
+    """EViT on DeiT-T (5.7 M parameters)."""
+    args = dict(embed_dim=192, depth=12, num_heads=3)
+    return _create_evit("evit_deit_tiny_patch16", pretrained, **args | kwargs)
+
+
+@register_model
+def evit_deit_small_patch16(pretrained: bool = False, **kwargs: Any) -> EViT:
+    """EViT on DeiT-S (22.1 M parameters), the paper's main model."""
+    args = dict(embed_dim=384, depth=12, num_heads=6)
+    return _create_evit("evit_deit_small_patch16", pretrained, **args | kwargs)
+
+
+@register_model
+def evit_deit_base_patch16(pretrained: bool = False, **kwargs: Any) -> EViT:
+    """EViT on DeiT-B (86.6 M parameters)."""
+    args = dict(embed_dim=768, depth=12, num_heads=12)
+    return _create_evit("evit_deit_base_patch16", pretrained, **args | kwargs)

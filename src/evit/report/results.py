@@ -1,0 +1,124 @@
+"""result.json: what a finished run leaves, and the table of it."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+PACKAGES = "torch torchvision timm lightning hydra-core torchmetrics wandb ffcv".split()
+
+
+def start(folder: Path, config: dict[str, Any]) -> None:
+    """Clear a run's folder of an earlier attempt and put the configuration there."""
+    for name in ("result.json", "metrics.jsonl", "kept_patches.png"):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def finished(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
+    """The result of a run that has finished in this folder.
+
+    Raises:
+        ValueError: it was made with another configuration.
+    """
+    path = folder / "result.json"
+    if not path.is_file():
+        return None
+    result = json.loads(path.read_text())
+    if result["config"] != config:
+        raise ValueError(
+            f"{path} is the result of another configuration: overwrite=true replaces it, "
+            f"name=NAME puts this run elsewhere"
+        )
+    return result
+
+
+def finish(result: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Add where and with what a result was made, and write result.json, whole or not at all."""
+    result |= dict(
+        commit=git_commit(),
+        packages={name: package_version(name) for name in PACKAGES},
+        python=platform.python_version(),
+    )
+    path = folder / "result.json"
+    partial = path.with_suffix(".tmp")
+    with partial.open("w") as file:
+        file.write(json.dumps(result, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    return result
+
+
+def summary(result: dict[str, Any]) -> dict[str, Any]:
+    """The numbers that runs are compared by."""
+    config, model = result["config"], result["model"]
+    return dict(
+        top1=result["top1"],
+        top5=result["top5"],
+        train_images_per_s=result["train_images_per_s"],
+        params=model["params"],
+        macs=model.get("macs", model["macs_executed"]),
+        model=result["choices"]["model"],
+        keep_rate=config["keep_rate"],
+        fusion=config["fusion"],
+        img_size=config["img_size"],
+    )
+
+
+def show(result: dict[str, Any], folder: Path) -> None:
+    """Print a result as a table."""
+    row, model = summary(result), result["model"]
+    fusion = "fused" if row["fusion"] else "dropped"
+    dense = set(model.get("keep_rate", [1])) == {1}
+    table = Table(box=box.ROUNDED, show_header=False, title_justify="left")
+    table.title = f"{row['model']} on {result['data']['name']}, {row['img_size']} px"
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_row("top-1", f"{row['top1']:.2f} %")
+    table.add_row("top-5", f"{row['top5']:.2f} %")
+    table.add_row("keep rate", "1 (dense)" if dense else f"{row['keep_rate']}, the rest {fusion}")
+    table.add_row("MACs", f"{row['macs'] / 1e9:.3f} G per image")
+    table.add_row("parameters", f"{row['params'] / 1e6:.2f} M")
+    table.add_row("training", f"{row['train_images_per_s']:.0f} images/s on {result['device']}")
+    table.add_row("time", f"{result['seconds'] / 60:.1f} min")
+    console = Console()
+    console.print(table)
+    files = sorted(path.name for path in folder.iterdir())
+    console.print(
+        f"{os.path.relpath(folder)}/\n  {'  '.join(files)}", highlight=False, soft_wrap=True
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """The accelerator's name, or the processor's number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def package_version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def git_commit() -> str | None:
+    """The commit of this code, with -dirty where files differ from it; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,72 @@
+"""Token reorganization (EViT, ICLR 2022).
+
+Score the image tokens, choose the best, fuse the rest into one or drop them. Pure functions on
+tensors, whose shapes stand in the names:
+    B images, H heads, D channels of a head, C channels of a token,
+    P prefix tokens (the class token first), N image tokens, K kept image tokens, T = P + N tokens.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def num_kept(num_tokens: int, keep_rate: float) -> int:
+    """ceil(keep_rate * num_tokens): how many of the image tokens survive a reorganization."""
+    return math.ceil(keep_rate * num_tokens)
+
+
+def class_attention(
+    q_BHTD: Tensor, k_BHTD: Tensor, num_prefix_tokens: int = 1, scale: float | None = None
+) -> Tensor:
+    """How much the class token attends to every image token, averaged over the heads.
+
+    One row of the softmax attention, not the T x T matrix. The columns of the prefix tokens take
+    part in the softmax and are then left out; the rest is not renormalised.
+
+    Returns: (B, N), in float32 or wider.
+    """
+    scale = q_BHTD.shape[-1] ** -0.5 if scale is None else scale
+    row_BH1T = (q_BHTD[:, :, :1] * scale) @ k_BHTD.transpose(-2, -1)
+    wide = torch.promote_types(row_BH1T.dtype, torch.float32)
+    return row_BH1T.softmax(-1, dtype=wide).mean(1)[:, 0, num_prefix_tokens:]
+
+
+def choose(score_BN: Tensor, k: int) -> Tensor:
+    """Indices (B, K) of the k highest scores of each image, in no particular order."""
+    return score_BN.topk(k, sorted=False).indices
+
+
+def gather(x_BNC: Tensor, index_BK: Tensor) -> Tensor:
+    """The chosen tokens, (B, K, C)."""
+    return x_BNC.gather(1, index_BK[:, :, None].expand(-1, -1, x_BNC.shape[2]))
+
+
+def fuse(x_BNC: Tensor, score_BN: Tensor, index_BK: Tensor) -> Tensor:
+    """The tokens that were not chosen, summed with their raw scores as weights, (B, 1, C)."""
+    weight_BN = score_BN.scatter(1, index_BK, 0.0).to(x_BNC.dtype)
+    return weight_BN[:, None] @ x_BNC
+
+
+def reorganize(
+    x_BTC: Tensor, score_BN: Tensor, k: int, fusion: bool, ids_BN: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Keep the prefix and the k highest-scoring image tokens; fuse the others, or drop them.
+
+    ids_BN, where given, names the patch behind every token and follows it; a fused token is -1.
+
+    Returns: tokens (B, P + K (+ 1 with fusion), C) with the fused token last, and their ids.
+    """
+    n = score_BN.shape[1]
+    if k == n:
+        return x_BTC, ids_BN
+    num_prefix = x_BTC.shape[1] - n
+    prefix_BPC, x_BNC = x_BTC[:, :num_prefix], x_BTC[:, num_prefix:]
+    index_BK = choose(score_BN, k)
+    parts = [prefix_BPC, gather(x_BNC, index_BK)]
+    ids = None if ids_BN is None else ids_BN.gather(1, index_BK)
+    if fusion:
+        parts.append(fuse(x_BNC, score_BN, index_BK))
+        ids = None if ids is None else torch.nn.functional.pad(ids, (0, 1), value=-1)
+    return torch.cat(parts, 1), ids

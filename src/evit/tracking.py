@@ -1,0 +1,97 @@
+"""The run's records: metrics.jsonl, which is the truth, and W&B, which mirrors it."""
+
+import json
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import wandb
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+
+
+class JsonlLogger(Logger):
+    """Appends each logged row to a file as one line of JSON, flushed at once.
+
+    Whatever kills the run, what was logged before is there. `seconds` is since the logger was made.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path, self.start = path, time.monotonic()
+
+    @property
+    def name(self) -> str:
+        return "metrics"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
+        """The configuration is in result.json."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        row = {"step": step, **metrics, "seconds": round(time.monotonic() - self.start, 3)}
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def wandb_mode(mode: str) -> str:
+    """auto is online where the user is logged in to W&B and offline elsewhere.
+
+    Raises:
+        ValueError: mode is not one of auto, online, offline, disabled.
+    """
+    if mode not in ("auto", "online", "offline", "disabled"):
+        raise ValueError(f"logger.mode must be auto, online, offline or disabled, got {mode!r}")
+    if mode != "auto":
+        return mode
+    return "online" if wandb.login(prompt=False, verify=False) else "offline"
+
+
+@rank_zero_only
+def wandb_logger(
+    directory: Path,
+    *,
+    name: str,
+    mode: str,
+    project: str,
+    entity: str | None,
+    group: str,
+    tags: list[str],
+    config: dict[str, Any],
+) -> WandbLogger | None:
+    """Lightning's logger of a new W&B run; None where that is disabled, or not this process's.
+
+    A failure to reach W&B is not the run's: it is said, and the run goes on offline.
+    """
+    mode = wandb_mode(mode)
+    if mode == "disabled":
+        return None
+
+    def start(mode: Any) -> wandb.Run:
+        return wandb.init(
+            project=project,
+            entity=entity,
+            group=group,
+            name=name,
+            tags=tags,
+            config=config,
+            dir=str(directory),
+            mode=mode,
+            reinit="finish_previous",
+            # Online it prints the address of the run.
+            settings=wandb.Settings(silent=mode == "offline"),
+        )
+
+    try:
+        run = start(mode)
+    except (wandb.errors.Error, OSError) as error:
+        rank_zero_warn(f"W&B cannot be reached ({error}): the run is tracked offline, `wandb sync`")
+        run = start("offline")
+    return WandbLogger(experiment=run)

@@ -1,0 +1,59 @@
+"""What a training recipe is made of."""
+
+from dataclasses import dataclass, field
+
+MISSING = "???"  # OmegaConf's: a value that a recipe has to give
+
+
+@dataclass
+class Recipe:
+    """How a model is trained. Defaults are what is off; the numbers are in conf/recipe/."""
+
+    epochs: int = MISSING  # type: ignore[assignment]
+    # Images per optimizer step, over all processes and accumulated batches.
+    batch_size: int = MISSING  # type: ignore[assignment]
+    lr: float = MISSING  # type: ignore[assignment]
+    lr_batch_size: int | None = None  # lr is per this many images of batch; null: lr as it stands
+    min_lr: float = 1e-5
+    warmup_epochs: float = 0
+    warmup_lr: float = 1e-6
+    weight_decay: float = 0.05
+    clip_grad: float | None = None
+    ema_decay: float | None = None
+    drop_path: float = 0.0
+    label_smoothing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mixup_switch_prob: float = 0.5
+    crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
+    flip: float = 0.5
+    crop_pct: float = 0.875  # evaluation: short side resized to img_size / crop_pct, then cropped
+    shrink_start_epoch: int = 0
+    shrink_epochs: int = 0
+    eval_every: int = 1  # epochs; the last is always evaluated
+    max_train_images: int | None = None
+    max_val_images: int | None = None
+
+    def __post_init__(self) -> None:
+        for knob in ("epochs", "batch_size", "eval_every"):
+            if getattr(self, knob) < 1:
+                raise ValueError(f"recipe.{knob} must be at least 1, got {getattr(self, knob)}")
+        if not self.lr > 0:
+            raise ValueError(f"recipe.lr must be above 0, got {self.lr}")
+        if self.full_rate_epoch >= self.epochs:
+            raise ValueError(
+                f"the keep rate reaches its final value only at epoch {self.full_rate_epoch} "
+                f"(recipe.shrink_start_epoch {self.shrink_start_epoch} + recipe.shrink_epochs "
+                f"{self.shrink_epochs}), but training has {self.epochs}: lower these two, "
+                f"or raise recipe.epochs"
+            )
+
+    @property
+    def full_rate_epoch(self) -> int:
+        """The first epoch (0-based) at the final keep rate."""
+        return self.shrink_start_epoch + self.shrink_epochs
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after warm-up: linear in the batch size where lr_batch_size is set."""
+        return self.lr * (self.batch_size / self.lr_batch_size if self.lr_batch_size else 1)

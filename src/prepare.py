@@ -1,0 +1,14 @@
+"""Write class folders as FFCV files: python src/prepare.py source=DIR"""
+
+from evit.config import entry_point
+
+
+@entry_point("prepare")
+def main(cfg):
+    from evit.data.prepare import prepare
+
+    prepare(**cfg)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+"""Train a model: python src/train.py model=evit_deit keep_rate=0.5 img_size=304"""
+
+from evit.config import entry_point
+
+
+@entry_point("config")
+def main(cfg):
+    from evit.experiment import run
+
+    run(cfg)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+import os
+import time
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
+from ffcv.reader import Reader
+from PIL import Image
+
+from evit.data import beton, writer
+from evit.data._ffcv import Compiler, Loader, ToTensor
+from evit.data.beton import check_beton, sidecar_path
+from evit.data.ops import decode_jpeg
+from evit.data.writer import write_beton
+
+CLASSES = ["a", "b", "c"]
+
+
+def write(path, samples, **options):
+    return write_beton(
+        path, samples, **{"classes": CLASSES, "source": "test", "num_workers": 2, **options}
+    )
+
+
+def stored(path):
+    """Per sample: its metadata and its bytes, as FFCV's own reader finds them."""
+    reader, content = Reader(str(path)), path.read_bytes()
+    return [
+        (metadata, content[int(ptr) : int(ptr) + int(size)])
+        for (metadata, _), (_, ptr, size) in zip(reader.metadata, reader.alloc_table, strict=True)
+    ]
+
+
+def pixels(path):
+    """Per sample: its pixels, as FFCV decodes them."""
+    decoded = []
+    for metadata, data in stored(path):
+        height, width = int(metadata["height"]), int(metadata["width"])
+        if metadata["mode"] == beton.RAW:
+            decoded.append(np.frombuffer(data, np.uint8).reshape(height, width, 3))
+        else:
+            decoded.append(decode_jpeg(data, height, width))
+    return decoded
+
+
+def difference(a, b):
+    return np.abs(np.asarray(a, float) - np.asarray(b, float)).mean()
+
+
+def test_the_bytes_of_a_small_jpeg_are_kept(samples, written):
+    assert [data for _, data in stored(written)] == [path.read_bytes() for path, _ in samples]
+    assert check_beton(written)["kept_original"] == len(samples)
+
+
+def test_the_file_is_the_same_for_every_number_of_workers(samples, written, tmp_path):
+    for num_workers in 1, 3:
+        path = tmp_path / f"{num_workers}.beton"
+        write(path, samples, num_workers=num_workers)
+        assert path.read_bytes() == written.read_bytes()
+
+
+def test_a_large_image_shrinks_to_max_resolution_and_keeps_its_shape(picture, tmp_path):
+    picture(0, 300, 150).save(tmp_path / "large.jpg")
+    sidecar = write(tmp_path / "x.beton", [(tmp_path / "large.jpg", 0)], max_resolution=100)
+    (found,) = pixels(tmp_path / "x.beton")
+    assert found.shape == (50, 100, 3)
+    assert difference(found, picture(0, 300, 150).resize((100, 50))) < 3
+    assert sidecar["kept_original"] == 0 and sidecar["median_short_side"] == 50
+
+
+def test_a_strip_shrinks_to_no_less_than_a_pixel(picture, tmp_path):
+    write(tmp_path / "x.beton", [(picture(0, 1, 2000), 0)], max_resolution=500)
+    assert pixels(tmp_path / "x.beton")[0].shape == (500, 1, 3)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "CMYK", "L", "P", "1", "LA", "YCbCr"])
+def test_every_mode_becomes_the_rgb_of_pillow(picture, tmp_path, mode):
+    image = picture(1, 31, 17).convert(mode)
+    write(tmp_path / "x.beton", [(image, 2)], mode="raw")
+    assert (pixels(tmp_path / "x.beton")[0] == np.asarray(image.convert("RGB"))).all()
+
+
+def test_arrays_are_images_too(picture, tmp_path):
+    rgb = np.asarray(picture(2, 28, 28))
+    write(tmp_path / "x.beton", [(rgb, 0), (rgb[..., 0], 1)], mode="raw")
+    colour, gray = pixels(tmp_path / "x.beton")
+    assert (colour == rgb).all() and (gray == rgb[..., :1]).all()
+
+
+@pytest.mark.parametrize(
+    ("mode", "options", "kept", "tolerance"),
+    [
+        ("RGB", {}, 1, 0),
+        ("RGB", {"progressive": True}, 1, 0),
+        ("RGB", {"subsampling": 0, "quality": 100}, 1, 0),
+        ("L", {}, 1, 0),
+        ("CMYK", {}, 0, 4),
+    ],
+)
+def test_a_jpeg_reads_as_pillow_reads_it(picture, tmp_path, mode, options, kept, tolerance):
+    source = tmp_path / "x.jpg"
+    picture(3, 61, 47).convert(mode).save(source, **{"quality": 95, **options})
+    assert write(tmp_path / "x.beton", [(source, 0)])["kept_original"] == kept
+    with Image.open(source) as image:
+        assert difference(pixels(tmp_path / "x.beton")[0], image.convert("RGB")) <= tolerance
+
+
+def test_a_jpeg_that_ffcv_would_have_to_guess_is_encoded_anew(picture, tmp_path):
+    source = tmp_path / "x.jpg"
+    picture(4, 64, 64).save(source)
+    data = source.read_bytes()
+    source.write_bytes(data[:-100] + bytes(50) + data[-50:])
+    assert decode_jpeg(source.read_bytes(), 64, 64) is None
+    assert write(tmp_path / "x.beton", [(source, 0)])["kept_original"] == 0
+    assert pixels(tmp_path / "x.beton")[0] is not None
+
+
+@pytest.fixture
+def bad_images(samples, tmp_path):
+    paths = [tmp_path / name for name in ("truncated.jpg", "text.jpg", "empty.png", "missing.jpg")]
+    whole = samples[0][0].read_bytes()
+    paths[0].write_bytes(whole[: len(whole) // 2])
+    paths[1].write_text("not an image")
+    paths[2].write_bytes(b"")
+    return paths
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_a_bad_image_is_named_and_nothing_is_left_behind(samples, bad_images, tmp_path, which):
+    bad = bad_images[which]
+    folder = tmp_path / "new"
+    with pytest.raises(ValueError, match=f"{bad} is not a readable image .*skip_bad=true"):
+        write(folder / "x.beton", [*samples, (bad, 0)])
+    assert list(folder.iterdir()) == []
+
+
+def test_bad_images_can_be_skipped_and_are_listed(samples, bad_images, tmp_path):
+    mixed = [samples[0], *((path, 0) for path in bad_images), samples[1]]
+    sidecar = write(tmp_path / "x.beton", mixed, skip_bad=True)
+    assert [skipped["name"] for skipped in sidecar["skipped"]] == [str(path) for path in bad_images]
+    assert check_beton(tmp_path / "x.beton", deep=True)["num_samples"] == 2
+    assert stored(tmp_path / "x.beton")[1][1] == samples[1][0].read_bytes()
+
+
+def test_a_file_of_bad_images_only_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="none of test is a readable image"):
+        write(tmp_path / "x.beton", [(tmp_path / "missing.jpg", 0)], skip_bad=True)
+
+
+class Deadly(list):
+    def __getitem__(self, index):
+        return os._exit(1) if index == 50 else super().__getitem__(index)
+
+
+def test_a_worker_that_dies_is_an_error_and_nothing_is_left_behind(samples, tmp_path):
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="a process that encodes images died"):
+        write(tmp_path / "x.beton", Deadly(samples))
+    assert time.monotonic() - start < 5
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_writer_leaves_the_old_file_as_it_was(copied, samples, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = sorted(copied.parent.iterdir())
+    monkeypatch.setattr(writer, "_write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write(copied, samples[:5])
+    assert check_beton(copied, deep=True)["num_samples"] == 71
+    assert sorted(copied.parent.iterdir()) == before
+
+
+def test_a_pair_caught_between_its_two_renames_is_refused(copied, samples, tmp_path):
+    write(tmp_path / "new.beton", samples[:70])
+    os.replace(sidecar_path(tmp_path / "new.beton"), sidecar_path(copied))
+    with pytest.raises(beton.BetonError, match="another file"):
+        check_beton(copied)
+
+
+def test_a_full_disk_is_told_before_writing(samples, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(ValueError, match="free: make room"):
+        write(tmp_path / "x.beton", samples)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"samples": []}, "nothing to write"),
+        ({"mode": "png"}, "mode='png': choose jpg or raw"),
+        ({"max_resolution": 0}, "max_resolution=0"),
+        ({"jpeg_quality": 101}, "jpeg_quality=101"),
+        ({"classes": ["a", "b"]}, "02.jpg: label 2 is outside 0 to 1"),
+    ],
+)
+def test_a_wrong_argument_is_named(samples, tmp_path, options, reason):
+    with pytest.raises(ValueError, match=reason):
+        write(tmp_path / "x.beton", **{"samples": samples, **options})
+
+
+def test_the_sidecar_keeps_what_the_caller_adds(samples, tmp_path):
+    write(tmp_path / "x.beton", samples[:3], extra={"split": "train"})
+    sidecar = check_beton(tmp_path / "x.beton")
+    assert (sidecar["split"], sidecar["classes"], sidecar["source"]) == ("train", CLASSES, "test")
+
+
+def test_progress_shows_speed(samples, tmp_path, capsys):
+    write(tmp_path / "x.beton", samples, progress=True)
+    assert "71/71" in (shown := capsys.readouterr().out) and "images/s" in shown
+
+
+@pytest.mark.parametrize("os_cache", [True, False])
+def test_ffcv_itself_reads_samples_larger_than_a_page(picture, tmp_path, monkeypatch, os_cache):
+    monkeypatch.setattr(writer, "PAGE_SIZE", beton.MIN_PAGE_SIZE)
+    sizes = [(700, 700), (300, 300), (1000, 1000), (600, 800), (20, 20), (900, 400)]
+    images = [picture(k, *size) for k, size in enumerate(sizes)]
+    labelled = [(image, k % 3) for k, image in enumerate(images)]
+    sidecar = write(tmp_path / "x.beton", labelled, mode="raw", max_resolution=None)
+    assert sidecar["page_size"] == 2**22
+    table = Reader(str(tmp_path / "x.beton")).alloc_table
+    first, last = table["ptr"], table["ptr"] + table["size"] - np.uint64(1)
+    assert (first // 2**22 == last // 2**22).all()
+
+    Compiler.set_enabled(False)  # as compiling takes long
+    try:
+        loader = Loader(
+            str(tmp_path / "x.beton"),
+            batch_size=len(images),
+            num_workers=1,
+            os_cache=os_cache,
+            pipelines={"image": [CenterCropRGBImageDecoder((20, 20), 1.0), ToTensor()]},
+        )
+        ((found, labels),) = [(x.clone(), y.clone()) for x, y in loader]
+    finally:
+        Compiler.set_enabled(True)
+    assert labels.flatten().tolist() == [0, 1, 2, 0, 1, 2]
+    for image, got in zip(images, found, strict=True):
+        short = min(image.size)
+        left, top = (image.width - short) // 2, (image.height - short) // 2
+        box = (left, top, left + short, top + short)
+        expected = image.resize((20, 20), Image.Resampling.BOX, box)
+        assert difference(expected, got) < 1

@@ -1,0 +1,71 @@
+"""Multiply-accumulates, against what torchprofile 0.0.4 counts of the authors' code."""
+
+import pytest
+import timm
+import torch
+
+import evit
+from evit.measure import count_macs, count_params
+
+RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+GMACS = {
+    ("small", True): (4.6036, 4.0258, 3.4805, 3.0321, 2.6378, 2.3110),
+    ("small", False): (4.6036, 3.9920, 3.4474, 2.9997, 2.6108, 2.2845),
+    ("base", True): (17.5732, 15.4032, 13.3334, 11.6156, 10.0932, 8.8239),
+    ("base", False): (17.5732, 15.2754, 13.2072, 11.4907, 9.9886, 8.7201),
+    ("tiny", True): (1.2560, 1.0940, 0.9437, 0.8221, 0.7167, 0.6303),
+    ("tiny", False): (1.2560, 1.0846, 0.9347, 0.8135, 0.7095, 0.6233),
+}
+LARGER = {(0.5, 256): 3.0600, (0.5, 288): 3.9475, (0.5, 304): 4.4426, (0.6, 256): 3.4914}
+LARGER |= {(0.6, 288): 4.5057, (0.7, 272): 4.5652, (1.0, 384): 15.5199}
+
+
+def build(size: str, **kwargs) -> evit.EViT:
+    with torch.device("meta"):
+        return timm.create_model(f"evit_deit_{size}_patch16", **kwargs)
+
+
+@pytest.mark.parametrize(("size", "fusion"), GMACS)
+def test_published_macs_at_every_keep_rate(size, fusion):
+    model, counted = build(size, fusion=fusion), []
+    for rate in RATES:
+        model.set_keep_rate(rate)
+        counted.append(round(count_macs(model) / 1e9, 4))
+    assert tuple(counted) == GMACS[size, fusion]
+
+
+@pytest.mark.parametrize(("rate", "img_size"), LARGER)
+def test_published_macs_at_larger_images(rate, img_size):
+    macs = count_macs(build("small", keep_rate=rate, img_size=img_size))
+    assert round(macs / 1e9, 4) == LARGER[rate, img_size]
+
+
+def test_macs_of_another_image_size_are_those_of_a_model_of_that_size():
+    assert count_macs(build("tiny"), 304) == count_macs(build("tiny", img_size=304))
+
+
+@pytest.mark.parametrize("fusion", [True, False])
+def test_executed_macs_are_the_products_without_the_attention_matrix(fusion):
+    model = timm.create_model("evit_deit_tiny_patch16", fusion=fusion, keep_rate=0.7)
+    executed, published = count_macs(model, executed=True), count_macs(model)
+    assert executed == pytest.approx(published, rel=0.01)
+    model.set_keep_rate(0.5)
+    assert count_macs(model, executed=True) < executed
+
+
+def test_executed_macs_leave_the_model_in_its_mode():
+    model = timm.create_model("evit_deit_tiny_patch16").train()
+    count_macs(model, executed=True)
+    assert model.training
+
+
+def test_a_model_without_a_published_count_says_what_to_do():
+    with pytest.raises(ValueError, match="VisionTransformer.*executed=True"):
+        count_macs(timm.create_model("vit_tiny_patch16_224"))
+
+
+@pytest.mark.parametrize(
+    ("size", "params"), [("tiny", 5_717_416), ("small", 22_050_664), ("base", 86_567_656)]
+)
+def test_published_parameters(size, params):
+    assert count_params(build(size)) == params

@@ -1,0 +1,44 @@
+"""Outputs of the authors' code, and the weights and images that gave them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+FOLDER = Path(__file__).parents[1] / "golden"
+
+
+def load(name: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """(meta, arrays): what the model was, and its logits and kept patches."""
+    arrays = dict(np.load(FOLDER / f"{name}.npz"))
+    return json.loads(str(arrays.pop("meta"))), arrays
+
+
+def generator(seed: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(seed))
+
+
+def weights(meta: dict) -> dict[str, torch.Tensor]:
+    """The authors' state dict: entries filled in sorted order from one generator."""
+    g, filled = generator(meta["seed"]), {}
+    for name, shape in sorted(dict(meta["state_dict"]).items()):
+        if name.endswith("num_batches_tracked"):
+            filled[name] = torch.tensor(0)
+            continue
+        z = g.standard_normal(shape, dtype=np.float32)
+        if name.endswith("running_var"):
+            value = 1 + 0.1 * abs(z)
+        elif name in ("pos_embed", "cls_token"):
+            value = 0.2 * z
+        elif len(shape) == 1:
+            value = 1 + 0.1 * z if name.endswith("weight") else 0.02 * z
+        else:
+            value = z * np.float64(np.prod(shape[1:])) ** -0.5
+        filled[name] = torch.from_numpy(np.asarray(value, dtype=np.float32))
+    return filled
+
+
+def images(meta: dict) -> torch.Tensor:
+    shape = (meta["batch"], 3, meta["img_size"], meta["img_size"])
+    return torch.from_numpy(generator(meta["seed"] + 1).standard_normal(shape, dtype=np.float32))

@@ -1,0 +1,92 @@
+"""Checkpoints in."""
+
+import argparse
+
+import pytest
+import timm
+import torch
+
+import evit
+
+
+@pytest.fixture(scope="module")
+def deit_small():
+    return timm.create_model("deit_small_patch16_224", num_classes=10)
+
+
+def evit_small(**kwargs):
+    return timm.create_model("evit_deit_small_patch16", num_classes=10, **kwargs)
+
+
+def test_a_published_file_with_its_namespace_loads_with_nothing_missing(deit_small, tmp_path):
+    path = tmp_path / "deit_small_patch16_224.pth"
+    torch.save({"model": deit_small.state_dict(), "args": argparse.Namespace(lr=1)}, path)
+    model = evit_small()
+    evit.load_checkpoint(model, path)
+    for name, value in deit_small.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_lightnings_prefix_is_taken_off(deit_small):
+    model = evit_small()
+    prefixed = {f"model.{name}": value for name, value in deit_small.state_dict().items()}
+    evit.load_checkpoint(model, {"state_dict": prefixed})
+    assert torch.equal(model.cls_token, deit_small.cls_token)
+
+
+def test_position_embedding_is_resized_and_the_class_position_kept(deit_small):
+    model = evit_small(img_size=304)
+    evit.load_checkpoint(model, deit_small.state_dict())
+    assert model.pos_embed.shape == (1, 1 + 19 * 19, 384)
+    assert torch.equal(model.pos_embed[:, 0], deit_small.pos_embed[:, 0])
+
+
+def test_another_architecture_is_refused_and_the_difference_named(deit_small):
+    other = timm.create_model("evit_deit_tiny_patch16", num_classes=10)
+    with pytest.raises(ValueError, match=r"does not fit EViT: cls_token is \(1, 1, 384\), not"):
+        evit.load_checkpoint(other, deit_small.state_dict())
+
+
+def test_missing_and_surplus_weights_are_named(deit_small):
+    weights = deit_small.state_dict()
+    weights["unknown"] = weights.pop("blocks.3.attn.proj.bias")
+    with pytest.raises(ValueError, match=r"blocks.3.attn.proj.bias is missing; unknown is not"):
+        evit.load_checkpoint(evit_small(), weights)
+
+
+def test_a_classifier_of_another_size_is_left_out_on_request_alone(deit_small):
+    model = timm.create_model("evit_deit_small_patch16", num_classes=3)
+    before = model.head.weight.clone()
+    with pytest.raises(ValueError, match="head.weight"):
+        evit.load_checkpoint(model, deit_small.state_dict())
+    evit.load_checkpoint(model, deit_small.state_dict(), new_head=True)
+    assert torch.equal(model.head.weight, before)
+    assert torch.equal(model.cls_token, deit_small.cls_token)
+
+
+class Attack:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path):
+    torch.save({"model": Attack(tmp_path / "owned")}, tmp_path / "evil.pth")
+    with pytest.raises(ValueError, match="cannot be read"):
+        evit.load_checkpoint(evit_small(), tmp_path / "evil.pth")
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
+def test_a_file_that_is_no_checkpoint_is_named(content, tmp_path):
+    path = tmp_path / "broken.pth"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="broken.pth.*cannot be read"):
+        evit.load_checkpoint(evit_small(), path)
+
+
+def test_a_file_that_is_not_there_is_named():
+    with pytest.raises(ValueError, match="nowhere.pth' does not exist"):
+        evit.load_checkpoint(evit_small(), "nowhere.pth")

@@ -1,0 +1,30 @@
+"""The keep rate over training, against the values of the published schedule."""
+
+import pytest
+
+from evit.schedule import keep_rate_at
+
+STEPS = 625  # per epoch: ImageNet in batches of 2048
+
+
+@pytest.mark.parametrize(
+    ("epoch", "rate"),
+    [(0, 1.0), (9, 1.0), (10, 1.0), (35, 0.956), (60, 0.850), (85, 0.744), (100, 0.707)]
+    + [(110, 0.7), (299, 0.7)],
+)
+def test_published_values(epoch, rate):
+    assert keep_rate_at(epoch * STEPS, STEPS, [0.7], 10, 100) == pytest.approx((rate,), abs=5e-4)
+
+
+def test_moves_at_every_step_of_the_annealing():
+    rates = [keep_rate_at(step, STEPS, [0.7], 10, 100)[0] for step in range(20 * STEPS, 21 * STEPS)]
+    assert all(a > b for a, b in zip(rates, rates[1:], strict=False))
+
+
+def test_without_annealing_the_rate_is_final_from_the_first_step():
+    assert keep_rate_at(0, STEPS, [0.7], 0, 0) == (0.7,)
+
+
+def test_each_reorganization_moves_to_its_own_rate():
+    halfway = keep_rate_at(60 * STEPS, STEPS, [0.8, 0.6, 1.0], 10, 100)
+    assert halfway == pytest.approx((0.9, 0.8, 1.0))
