@@ -1,9 +1,9 @@
 """Write class folders as FFCV files: python src/prepare.py source=DIR"""
 
-from evit.config import entry_point
+from evit.config import PrepareConfig, entry_point
 
 
-@entry_point("prepare")
+@entry_point("prepare", PrepareConfig)
 def main(cfg):
     from evit.data.prepare import prepare
 

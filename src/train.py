@@ -1,9 +1,9 @@
 """Train a model: python src/train.py model=evit_deit keep_rate=0.5 img_size=304"""
 
-from evit.config import entry_point
+from evit.config import RunConfig, entry_point
 
 
-@entry_point("config")
+@entry_point("config", RunConfig)
 def main(cfg):
     from evit.experiment import run
 

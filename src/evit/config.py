@@ -1,14 +1,14 @@
 """The knobs: their names and types. Everything Hydra-specific that is not composing lives here."""
 
+import difflib
 import functools
 import hashlib
 import re
 import sys
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -54,8 +54,8 @@ class PrepareConfig:
 
 
 def folder_name(overrides: str) -> str:
-    """A folder name that says what was overridden: short, and without path separators."""
-    name = re.sub(r"[^\w=.,+\[\]-]+", "_", overrides) or "default"
+    """A folder name that says what was overridden: short, nothing in it needs quotes."""
+    name = re.sub(r"[^\w.+-]+", "_", overrides) or "default"
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
     return name if len(name) <= 150 else f"{name[:140]}-{digest}"
 
@@ -89,7 +89,36 @@ def remove_empty(folder: Path) -> None:
         path.rmdir()
 
 
-def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:
+def check_spelling(overrides: list[str], schema: type) -> None:
+    """Refuse a knob that is not there: Hydra would advise to add it, and it would do nothing.
+
+    Raises:
+        ValueError: names the knob and the nearest one.
+    """
+    types: dict[str, Any] = {field.name: field.type for field in fields(schema)}
+    types |= dict(experiment=Any, hydra=Any)
+    for override in overrides:
+        if not (knob := re.match(r"[+~]*((\w+)[\w.]*)=", override)):
+            continue
+        path, root = knob.groups()
+        names, wrong = list(types), root
+        if path != root and is_dataclass(types.get(root)):
+            names, wrong = [f"{root}.{field.name}" for field in fields(types[root])], path
+        if wrong not in names:
+            near = difflib.get_close_matches(wrong, names, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(names))}"
+            raise ValueError(f"unknown knob {wrong!r} in {override!r}: {hint}")
+
+
+def fail(error: Exception) -> NoReturn:
+    """End the program with a user's mistake."""
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def entry_point(
+    config_name: str, schema: type
+) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:
     """hydra.main over conf/, where a user's mistake ends a single run with one plain message."""
     register()
 
@@ -100,16 +129,20 @@ def entry_point(config_name: str) -> Callable[[Callable[[DictConfig], Any]], Cal
                 return task(cfg)
             except (InstantiationException, ValueError) as error:
                 mistake = user_error(error)
-                single = HydraConfig.get().mode == RunMode.RUN
-                if mistake is None or not single:
+                if mistake is None or HydraConfig.get().mode == RunMode.MULTIRUN:
                     raise
                 remove_empty(Path(HydraConfig.get().runtime.output_dir))
-                print(f"error: {mistake}", file=sys.stderr)
-                sys.exit(2)
+                fail(mistake)
 
-        return hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)(
-            run
-        )
+        main = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)
 
-    warnings.filterwarnings("ignore", module="hydra")
+        def checked() -> Any:
+            try:
+                check_spelling(sys.argv[1:], schema)
+            except ValueError as error:
+                fail(error)
+            return main(run)()
+
+        return checked
+
     return decorate

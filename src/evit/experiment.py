@@ -14,13 +14,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from evit import load_checkpoint, measure
 from evit.data import Images
 from evit.models import EViT
 from evit.report import results
-from evit.tracking import JsonlLogger, wandb_logger
+from evit.tracking import JsonlLogger, wandb_logger, wandb_mode
 from evit.training.callbacks import (
     BestCheckpoint,
     KeepRateSchedule,
@@ -52,7 +53,14 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         return before
 
     recipe: Any = OmegaConf.to_object(cfg.recipe)
+    mode = wandb_mode(config["logger"]["mode"])
     data, model = build(cfg, recipe)
+    if recipe.max_train_images or recipe.max_val_images:
+        rank_zero_only(print)(
+            f"The recipe takes at most {recipe.max_train_images or 'all'} training and "
+            f"{recipe.max_val_images or 'all'} validation images "
+            f"(recipe.max_train_images, recipe.max_val_images)."
+        )
     module = Classifier(model, recipe, data.num_classes, cfg.seed)
     throughput = Throughput(recipe.batch_size)
     callbacks: list[L.Callback] = [
@@ -69,9 +77,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if recipe.ema_decay is not None:
         callbacks.append(EMAWeightAveraging(decay=recipe.ema_decay))
     trainer = build_trainer(cfg.trainer, recipe, folder, callbacks)
-    rank_zero_only(data.prepare_data)()
+    data.trainer = trainer
+    for step in data.prepare_data, data.setup:  # what can be wrong with the data is said here
+        rank_zero_only(step)()
     rank_zero_only(results.start)(folder, config)
-    tracker = wandb_logger(folder, config=config, name=folder.name, **config["logger"])
+    options = config["logger"] | dict(name=folder.name, mode=mode)
+    tracker = wandb_logger(folder, config=config, **options)
     trainer.loggers = [JsonlLogger(folder / "metrics.jsonl"), *([tracker] if tracker else [])]
     try:
         trainer.fit(module, data)
@@ -133,25 +144,32 @@ def build(cfg: DictConfig, recipe: Recipe) -> tuple[Images, torch.nn.Module]:
 def build_trainer(
     options: Any, recipe: Recipe, folder: Path, callbacks: list[L.Callback]
 ) -> L.Trainer:
-    """Lightning's Trainer with the configuration's options."""
+    """Lightning's Trainer with the configuration's options.
+
+    Raises:
+        ValueError: Lightning does not know an option, or cannot serve it here.
+    """
     options = OmegaConf.to_container(options, resolve=True)
     if options["precision"] == "auto":
         bf16 = options["accelerator"] != "cpu" and torch.cuda.is_available()
         bf16 = bf16 and torch.cuda.is_bf16_supported(including_emulation=False)
         options["precision"] = "bf16-mixed" if bf16 else "32-true"
-    return L.Trainer(
-        **options,
-        max_epochs=recipe.epochs,
-        gradient_clip_val=recipe.clip_grad,
-        check_val_every_n_epoch=recipe.eval_every,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        default_root_dir=folder,
-        callbacks=callbacks,
-        logger=False,
-        enable_model_summary=False,
-        enable_progress_bar=sys.stdout.isatty(),
-    )
+    try:
+        return L.Trainer(
+            **options,
+            max_epochs=recipe.epochs,
+            gradient_clip_val=recipe.clip_grad,
+            check_val_every_n_epoch=recipe.eval_every,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            default_root_dir=folder,
+            callbacks=callbacks,
+            logger=False,
+            enable_model_summary=False,
+            enable_progress_bar=sys.stdout.isatty(),
+        )
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise ValueError(f"trainer: {error}") from error
 
 
 def facts(model: torch.nn.Module, img_size: int) -> dict[str, Any]:

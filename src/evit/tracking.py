@@ -70,7 +70,6 @@ def wandb_logger(
 
     A failure to reach W&B is not the run's: it is said, and the run goes on offline.
     """
-    mode = wandb_mode(mode)
     if mode == "disabled":
         return None
 

@@ -79,7 +79,7 @@ class Images(L.LightningDataModule):
             switch_prob=mixup_switch_prob,
             label_smoothing=label_smoothing,
         )
-        self._betons: dict[str, Path] = {}
+        self._loaders: dict[str, Any] = {}
 
     @property
     def num_classes(self) -> int:
@@ -129,6 +129,8 @@ class Images(L.LightningDataModule):
             )
 
     def setup(self, stage: str | None = None) -> None:
+        if self._loaders:
+            return
         trainer = self.trainer
         shares = trainer.world_size * trainer.accumulate_grad_batches if trainer else 1
         if self.batch_size % shares:
@@ -140,14 +142,13 @@ class Images(L.LightningDataModule):
         self.mixup = make_mixup(
             num_classes=self.num_classes, batch_size=self.local_batch_size, **self.mixup_options
         )
-        if self.backend == "ffcv":
-            self._betons = {split: self.beton(split) for split in SPLITS}
+        self._loaders = {split: self._loader(split) for split in SPLITS}
 
     def train_dataloader(self) -> Any:
-        return self._loader("train")
+        return self._loaders["train"]
 
     def val_dataloader(self) -> Any:
-        return self._loader("val")
+        return self._loaders["val"]
 
     def _loader(self, split: str) -> Any:
         trainer = self.trainer
@@ -160,7 +161,9 @@ class Images(L.LightningDataModule):
             seed=self.seed,
             rank=rank,
             world_size=world,
-            num_workers=self.num_workers or max(1, available_cores() // local),
+            num_workers=max(1, available_cores() // local)
+            if self.num_workers is None
+            else self.num_workers,
             max_samples=self.limits[split],
             scale=self.crop_scale,
             flip=self.flip,
@@ -174,7 +177,7 @@ class Images(L.LightningDataModule):
 
         device = trainer.strategy.root_device if trainer else torch.device("cpu")
         return FFCVStream(
-            self._betons[split], batches_ahead=self.batches_ahead, device=device, **common
+            self.beton(split), batches_ahead=self.batches_ahead, device=device, **common
         )
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], _: int) -> Any:
@@ -197,8 +200,10 @@ class Folder(Images):
         ValueError: the tree is not as it should be; the folder is named.
     """
 
-    def __init__(self, root: str | Path, *, num_classes: int | None = None, **options: Any):
+    def __init__(self, root: str | Path | None, num_classes: int | None = None, **options: Any):
         super().__init__(**options)
+        if not root:
+            raise ValueError("no images are configured: data.root=DIR, or IMAGENET_DIR=DIR")
         self.root = Path(root).expanduser().resolve()
         self.name = self.root.name
         self.prepared = all((self.root / f"{split}.beton").is_file() for split in SPLITS)

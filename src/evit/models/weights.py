@@ -84,11 +84,9 @@ def load_checkpoint(
         head = [k for k in wrong_shape if k.split(".")[0] in ("head", "aux_head", "head_dist")]
         weights |= {k: own[k] for k in head}
         wrong_shape = [k for k in wrong_shape if k not in head]
-    problems = [f"{k} is missing" for k in own if k not in weights]
+    problems = [f"{k} is {tuple(weights[k].shape)}, not {tuple(own[k].shape)}" for k in wrong_shape]
+    problems += [f"{k} is missing" for k in own if k not in weights]
     problems += [f"{k} is not the model's" for k in weights if k not in own]
-    problems += [
-        f"{k} is {tuple(weights[k].shape)}, not {tuple(own[k].shape)}" for k in wrong_shape
-    ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         hint = "" if new_head else " (another number of classes alone: new_head=true)"

@@ -113,9 +113,19 @@ class EpochLines(L.Callback):
             print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {line}", flush=True)
 
 
+class ProgressBar(RichProgressBar):
+    """Lightning's, without the version number of the logger."""
+
+    def __init__(self) -> None:
+        theme = RichProgressBarTheme(progress_bar="cyan", progress_bar_finished="green")
+        super().__init__(leave=True, theme=theme)
+
+    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
+
+
 def progress() -> L.Callback:
     """A live progress bar on a terminal, lines elsewhere."""
-    if not sys.stdout.isatty():
-        return EpochLines()
-    theme = RichProgressBarTheme(progress_bar="cyan", progress_bar_finished="green")
-    return RichProgressBar(leave=True, theme=theme)
+    return ProgressBar() if sys.stdout.isatty() else EpochLines()

@@ -1,0 +1,136 @@
+"""The configuration: every file composes, the knobs are frozen, an experiment wins."""
+
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.errors import ConfigCompositionException
+from omegaconf import OmegaConf
+
+from evit.config import CONF_DIR, RunConfig, folder_name, register
+from evit.training.recipe import Recipe
+
+ROOT = CONF_DIR.parent
+GROUP_FILES = sorted(CONF_DIR.glob("*/*.yaml"))
+EXPERIMENTS = sorted(path.stem for path in CONF_DIR.glob("experiment/*.yaml"))
+SWEEPS = sorted(path.stem for path in ROOT.glob("sweeps/*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def resolvers(monkeypatch):
+    register()
+    monkeypatch.delenv("IMAGENET_DIR", raising=False)
+
+
+def composed(*overrides: str, config: str = "config", folder: Path = CONF_DIR, **kwargs):
+    with initialize_config_dir(str(folder), version_base="1.3"):
+        return compose(config, list(overrides), **kwargs)
+
+
+def test_the_knobs_are_these():
+    """A new knob is a decision: it goes into the README too."""
+    assert {field.name for field in fields(RunConfig)} == {
+        *("name", "keep_rate", "fusion", "img_size", "seed", "checkpoint", "overwrite"),
+        *("model", "data", "recipe", "trainer", "logger"),
+    }
+
+
+@pytest.mark.parametrize("path", GROUP_FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_group_file_composes(path):
+    group, name = path.parent.name, path.stem
+    if (group, name) == ("data", "_base"):
+        pytest.skip("what the data sets share; composed by each of them")
+    config = OmegaConf.to_container(
+        composed(f"{group}={name}"), resolve=True, throw_on_missing=True
+    )
+    assert config["keep_rate"] == 0.7
+
+
+@pytest.mark.parametrize("name", SWEEPS)
+def test_every_sweep_composes_on_top_of_the_knobs(name):
+    search = f"hydra.searchpath=[{CONF_DIR}]"
+    cfg = composed(search, config=name, folder=ROOT / "sweeps", return_hydra_config=True)
+    assert cfg.name == name
+    assert cfg.hydra.sweeper.params
+    OmegaConf.to_object(cfg.recipe)
+
+
+def test_the_paper_s_main_table_is_the_keeprate_sweep():
+    params = yaml.safe_load((ROOT / "sweeps/keeprate.yaml").read_text())["hydra"]["sweeper"]
+    assert params["params"] == {"keep_rate": "0.9,0.8,0.7,0.6,0.5", "fusion": "true,false"}
+
+
+def test_prepare_composes():
+    cfg = composed("source=/photos", config="prepare")
+    assert OmegaConf.to_container(cfg)["target"] is None
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_value_that_an_experiment_sets_is_the_value_composed(name):
+    content = yaml.safe_load((CONF_DIR / "experiment" / f"{name}.yaml").read_text())
+    cfg = composed(f"experiment={name}")
+    defaults = content.pop("defaults", [])
+    assert content
+    for key, value in content.items():
+        assert OmegaConf.select(cfg, key) == value
+    for entry in defaults:
+        ((group, choice),) = entry.items()
+        group = group.removeprefix("override /")
+        own = yaml.safe_load((CONF_DIR / group / f"{choice}.yaml").read_text())
+        own.pop("defaults", None)
+        raw = OmegaConf.to_container(cfg[group], resolve=False)
+        for key, value in own.items():
+            assert raw[key] == value or float(raw[key]) == float(value), (group, key)
+
+
+def test_the_command_line_wins_over_an_experiment():
+    assert composed("experiment=fashion_mnist", "img_size=56").img_size == 56
+
+
+@pytest.mark.parametrize("group", sorted({path.parent.name for path in GROUP_FILES}))
+def test_every_file_opens_with_what_it_is_for(group):
+    for path in CONF_DIR.glob(f"{group}/*.yaml"):
+        lines = path.read_text().splitlines()
+        assert lines[0].startswith("# ") and len(lines[0]) > 25 or lines[1].startswith("# ")
+
+
+def test_the_model_and_the_data_follow_the_knobs():
+    cfg = composed("keep_rate=0.5", "img_size=304", "fusion=false")
+    assert (cfg.model.keep_rate, cfg.model.img_size, cfg.model.fusion) == (0.5, 304, False)
+    assert cfg.data.img_size == 304
+
+
+def test_a_keep_rate_for_each_reorganization():
+    assert composed("keep_rate=[0.9,0.7,0.5]").model.keep_rate == [0.9, 0.7, 0.5]
+
+
+@pytest.mark.parametrize("typo", ["keeprate=0.5", "recipe.epoch=3"])
+def test_hydra_refuses_a_knob_that_is_not_there(typo):
+    with pytest.raises(ConfigCompositionException):
+        composed(typo)
+
+
+def test_without_images_of_your_own_the_recipe_is_a_demonstration():
+    recipe = composed().recipe
+    assert (recipe.epochs, recipe.max_train_images, recipe.shrink_epochs) == (1, 512, 0)
+    own = composed("data.root=/photos").recipe
+    assert (own.epochs, own.max_train_images, own.shrink_epochs) == (300, None, 100)
+
+
+def test_the_published_recipe_is_deits():
+    recipe: Recipe = OmegaConf.to_object(
+        composed("experiment=evit_deit_s_07", "data.root=/i").recipe
+    )
+    assert recipe.peak_lr == pytest.approx(2e-3)
+    assert (recipe.warmup_epochs, recipe.weight_decay, recipe.drop_path) == (5, 0.05, 0.1)
+    assert (recipe.mixup, recipe.cutmix, recipe.label_smoothing) == (0.8, 1.0, 0.1)
+    assert (recipe.shrink_start_epoch, recipe.shrink_epochs) == (10, 100)
+
+
+def test_run_folders_say_what_was_overridden_and_have_no_separators():
+    assert folder_name("") == "default"
+    assert folder_name("data.root-/a/b+keep_rate-[1,0.5]") == "data.root-_a_b+keep_rate-_1_0.5_"
+    long = [folder_name(f"data.root={'x' * 300}{i}") for i in range(2)]
+    assert len(set(long)) == 2 and max(map(len, long)) < 200

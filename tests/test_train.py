@@ -1,0 +1,264 @@
+"""src/train.py, run as a user runs it."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import evit
+from tests.conftest import QUICK, command
+
+
+def only(folder: Path, pattern: str) -> Path:
+    (path,) = folder.glob(pattern)
+    return path
+
+
+def rows(folder: Path) -> list[dict]:
+    """metrics.jsonl without the times."""
+    lines = only(folder, "outputs/*/*/metrics.jsonl").read_text().splitlines()
+    timed = ("seconds", "train/images_per_s")
+    return [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, shared_photos) -> Path:
+    """A folder in which one run on photos has finished."""
+    folder = tmp_path_factory.mktemp("finished")
+    done = command("train.py", *QUICK, f"data.root={shared_photos}", "recipe.epochs=2", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(finished) -> dict:
+    return json.loads(only(finished, "outputs/*/*/result.json").read_text())
+
+
+def test_a_run_leaves_its_result_with_its_provenance(result):
+    assert 0 <= result["top1"] <= result["top5"] == 100
+    assert result["model"]["params"] > 1_000_000
+    assert result["model"]["macs"] > result["model"]["macs_executed"] > 0
+    assert result["model"]["keep_rate"] == [0.7] * 3
+    assert result["config"]["recipe"]["epochs"] == 2
+    assert result["choices"]["model"] == "evit_deit_micro"
+    assert result["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert {"commit", "device", "seconds", "wandb_id", "precision", "processes"} <= set(result)
+
+
+def test_the_table_shows_the_result_and_where_the_files_are(finished, result):
+    shown = (finished / "stdout").read_text()
+    assert f"{result['top1']:.2f} %" in shown
+    assert "outputs/dev/" in shown and "metrics.jsonl" in shown
+
+
+def test_metrics_are_logged_at_steps_and_evaluations(finished):
+    seen = {name for row in rows(finished) for name in row}
+    assert {"train/loss", "lr", "keep_rate", "tokens_per_image"} <= seen
+    assert {"val/loss", "val/top1", "val/top5", "step", "epoch"} <= seen
+
+
+def test_the_picture_of_the_surviving_patches_is_drawn(finished):
+    picture = only(finished, "outputs/*/*/kept_patches.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 1000
+
+
+def test_checkpoints_hold_plain_data_and_load_into_the_model(finished, result):
+    for name in ("last", "best"):
+        path = only(finished, f"outputs/*/*/checkpoints/{name}.ckpt")
+        torch.load(path, weights_only=True)
+        model = evit.EViT(
+            img_size=28, patch_size=7, embed_dim=96, depth=12, num_heads=3, num_classes=2
+        )
+        evit.load_checkpoint(model, path)
+
+
+def test_wandb_has_the_run_offline(finished, result):
+    path = only(finished, f"outputs/*/*/wandb/offline-run-*-{result['wandb_id']}/*.wandb")
+    assert path.stat().st_size > 1000
+
+
+def test_a_finished_run_is_shown_and_not_repeated(finished, shared_photos, result):
+    before = only(finished, "outputs/*/*/result.json").stat().st_mtime_ns
+    arguments = [*QUICK, f"data.root={shared_photos}", "recipe.epochs=2"]
+    again = command("train.py", *arguments, cwd=finished)
+    assert again.returncode == 0, again.stderr
+    assert "finished before: overwrite=true repeats it" in again.stdout
+    assert f"{result['top1']:.2f} %" in again.stdout
+    assert only(finished, "outputs/*/*/result.json").stat().st_mtime_ns == before
+
+
+def test_the_same_seed_gives_the_same_metrics(finished, shared_photos, tmp_path):
+    arguments = [*QUICK, f"data.root={shared_photos}", "recipe.epochs=2"]
+    again = command("train.py", *arguments, "data.num_workers=1", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert rows(tmp_path) == rows(finished)
+
+
+def test_two_processes_evaluate_each_image_once(finished, shared_photos, tmp_path):
+    """6 validation images over 2 processes, from the same weights: the same metrics as in one."""
+    weights = only(finished, "outputs/*/*/checkpoints/last.ckpt")
+    quick = [a for a in QUICK if not a.startswith("trainer")]
+    arguments = [*quick, f"data.root={shared_photos}", f"checkpoint={weights}", "recipe.lr=1e-30"]
+    arguments += ["recipe.min_lr=0", "data.backend=imagefolder", "data.num_workers=0"]
+    results = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        ddp = ["trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={processes}"]
+        done = command("train.py", *arguments, *ddp, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads(only(folder, "outputs/*/*/result.json").read_text()))
+    assert [r["processes"] for r in results] == [1, 2]
+    for name in ("top1", "top5", "loss"):
+        assert results[0][name] == pytest.approx(results[1][name], rel=1e-5)
+
+
+def test_without_images_the_embedded_set_is_used_and_said_first(tmp_path):
+    arguments = [a for a in QUICK if not a.startswith("recipe.epochs")]
+    limits = ["recipe.max_train_images=8", "recipe.max_val_images=8"]
+    done = command("train.py", *arguments, *limits, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()[:2]
+    assert "embedded Fashion-MNIST" in first and "data.root=DIR" in first
+    assert "at most 8 training and 8 validation images" in second
+
+
+MISTAKES = {
+    "keep_rate=0": "keep_rate must be in (0, 1]",
+    "keep_rate=1.5": "got 1.5",
+    "keep_rate=lots": "got 'lots'",
+    "img_size=225": "img_size 225 is not a multiple of the patch size 7: take 224 or 231",
+    "keeprate=0.5": "unknown knob 'keeprate' in 'keeprate=0.5': did you mean keep_rate?",
+    "recipe.epoch=3": "did you mean recipe.epochs?",
+    "+trainer.max_epoch=3": "unexpected keyword argument 'max_epoch'",
+    "recipe.batch_size=5": "5 images per process is odd",
+    "recipe.batch_size=64": "do not fill one batch of 64",
+    "data.root=/nowhere": "data folder '/nowhere' does not exist",
+    "logger.mode=loud": "logger.mode must be",
+    "data.backend=dali": "data.backend must be ffcv or imagefolder",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_named_at_once_and_leaves_nothing(mistake, photos, tmp_path, in_process):
+    shown = in_process(*QUICK, f"data.root={photos}", mistake)
+    assert MISTAKES[mistake] in shown
+    assert not list(tmp_path.glob("outputs/**/*"))
+
+
+def no_train(root):
+    for path in sorted(root.rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+
+
+def no_val(root):
+    (root / "val").rename(root / "test")
+
+
+def strange_class(root):
+    (root / "val/dog").rename(root / "val/wolf")
+
+
+def broken_jpeg(root):
+    path = root / "train/dog/3.jpg"
+    path.write_bytes(path.read_bytes()[:500])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (no_train, "has no train/"),
+        (no_val, "has no val/"),
+        (strange_class, "has classes that train/ lacks: wolf"),
+        (broken_jpeg, r"train/dog/3.jpg is not a readable image"),
+    ],
+)
+def test_a_data_folder_that_cannot_serve_is_named_and_nothing_is_left(
+    damage, message, photos, tmp_path, in_process
+):
+    damage(photos)
+    assert message in in_process(*QUICK, f"data.root={photos}")
+    assert not [p for p in tmp_path.glob("outputs/**/*")]
+    assert not [p for p in tmp_path.glob("data/**/*") if p.is_file()]
+
+
+def test_a_beton_cut_in_half_is_named(photos, tmp_path, in_process):
+    from evit.data.prepare import prepare
+
+    folder = prepare(photos, tmp_path / "betons", mode="jpg", max_resolution=None, jpeg_quality=95)
+    path = folder / "train.beton"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    shown = in_process(*QUICK, f"data.root={folder}")
+    assert "betons/train.beton" in shown and "prepare" in shown
+
+
+def test_a_checkpoint_of_another_architecture_is_named(photos, tmp_path, in_process):
+    torch.save({"model": {"cls_token": torch.zeros(1, 1, 384)}}, tmp_path / "other.pth")
+    shown = in_process(*QUICK, f"data.root={photos}", f"checkpoint={tmp_path}/other.pth")
+    assert "checkpoint does not fit EViT" in shown and "(1, 1, 384)" in shown
+
+
+@pytest.fixture
+def in_process(monkeypatch, tmp_path, capfd):
+    """Run src/train.py in this process; the message that it ends with."""
+    import sys
+
+    import train
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("IMAGENET_DIR", raising=False)
+
+    def run(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            train.main()
+        assert ended.value.code == 2
+        return capfd.readouterr().err
+
+    return run
+
+
+def test_the_published_recipe_runs_in_every_part(photos, tmp_path):
+    """Mixup, EMA, warm-up and annealing together, on photos, for three epochs."""
+    overrides = "img_size=28 model=evit_deit_micro trainer=cpu recipe.epochs=3 recipe.batch_size=4 "
+    overrides += "recipe.warmup_epochs=1 recipe.shrink_start_epoch=1 recipe.shrink_epochs=1 "
+    overrides += "recipe.eval_every=2 recipe.ema_decay=0.9 trainer.log_every_n_steps=1"
+    done = command("train.py", f"data.root={photos}", *overrides.split(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rates = [row["keep_rate"] for row in rows(tmp_path) if "keep_rate" in row]
+    assert rates[:3] == [1.0] * 3 and rates[-3:] == pytest.approx([0.7] * 3)
+    assert all(a >= b for a, b in zip(rates, rates[1:], strict=False)) and 0.7 < rates[4] < 1
+    assert sum("val/top1" in row for row in rows(tmp_path)) == 2
+
+
+def test_prepare_writes_files_that_training_takes(photos, tmp_path):
+    done = command("prepare.py", f"source={photos}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "photos-ffcv"
+    assert {p.name for p in folder.iterdir()} == {
+        *("train.beton", "train.beton.json", "val.beton", "val.beton.json")
+    }
+    assert re.search(r"12 images in 2 classes.*12 as they were", done.stdout)
+    assert f"data.root={folder}" in done.stdout
+    info = json.loads((folder / "train.beton.json").read_text())
+    assert (info["num_samples"], info["classes"], info["mode"]) == (12, ["cat", "dog"], "jpg")
+    trained = command("train.py", *QUICK, f"data.root={folder}", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+
+
+def test_a_sweep_runs_the_product_and_names_each_job(photos, tmp_path):
+    sweep = yaml.safe_load((Path(__file__).parents[1] / "sweeps/keeprate.yaml").read_text())
+    assert sweep["name"] == "keeprate"
+    arguments = ["--config-dir", str(Path(__file__).parents[1] / "sweeps")]
+    arguments += ["--config-name", "keeprate", *QUICK, f"data.root={photos}"]
+    done = command("train.py", *arguments, "keep_rate=0.5", "fusion=true,false", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(p.read_text()) for p in tmp_path.glob("outputs/keeprate/*/result.json")]
+    assert sorted(r["config"]["fusion"] for r in results) == [False, True]
+    assert {r["config"]["keep_rate"] for r in results} == {0.5}
+    assert len({r["wandb_id"] for r in results}) == 2

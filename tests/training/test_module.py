@@ -1,0 +1,76 @@
+"""The LightningModule's parts."""
+
+import pytest
+import timm
+import torch
+
+import evit
+from evit.training.module import Classifier, lr_at, mix_seed
+from evit.training.recipe import Recipe
+
+RECIPE = Recipe(epochs=10, batch_size=1024, lr=5e-4, lr_batch_size=512, warmup_epochs=2)
+
+
+def test_learning_rate_is_linear_in_the_batch_size():
+    assert RECIPE.peak_lr == pytest.approx(1e-3)
+    assert Recipe(epochs=1, batch_size=64, lr=1e-3).peak_lr == 1e-3
+
+
+def test_learning_rate_warms_up_then_follows_a_cosine_to_its_minimum():
+    at = [lr_at(step, 1000, 200, RECIPE) for step in range(1001)]
+    assert at[0] == RECIPE.warmup_lr
+    assert at[100] == pytest.approx((RECIPE.warmup_lr + 1e-3) / 2)
+    assert at[200] == max(at) == pytest.approx(1e-3)
+    assert at[600] == pytest.approx((1e-3 + RECIPE.min_lr) / 2)
+    assert at[1000] == pytest.approx(RECIPE.min_lr)
+
+
+def test_no_decay_on_one_dimensional_parameters_position_and_class_token():
+    module = Classifier(timm.create_model("evit_deit_small_patch16"), RECIPE, 1000)
+    module._trainer = type("Trainer", (), {"estimated_stepping_batches": 100})()
+    (optimizer,), _ = module.configure_optimizers()
+    without, with_decay = optimizer.param_groups
+    count = {g["weight_decay"]: sum(p.numel() for p in g["params"]) for g in (without, with_decay)}
+    assert count == {0.0: 138_088, 0.05: 21_912_576}  # DeiT-S's, as published
+    assert [len(without["params"]), len(with_decay["params"])] == [102, 50]
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        (dict(epochs=0), "recipe.epochs must be at least 1, got 0"),
+        (dict(batch_size=0), "recipe.batch_size must be at least 1"),
+        (dict(lr=0.0), "recipe.lr must be above 0, got 0.0"),
+        (dict(lr=float("nan")), "recipe.lr must be above 0, got nan"),
+        (dict(shrink_start_epoch=5, shrink_epochs=5), "only at epoch 10 .* training has 10"),
+    ],
+)
+def test_a_recipe_that_cannot_be_followed_is_named(knobs, message):
+    with pytest.raises(ValueError, match=message):
+        Recipe(**dict(epochs=10, batch_size=8, lr=1e-3) | knobs)
+
+
+def test_seeds_of_neighbouring_runs_epochs_and_processes_differ():
+    seeds = [mix_seed(s, e, r) for s in range(5) for e in range(5) for r in range(5)]
+    assert len(set(seeds)) == 125
+
+
+def test_validation_counts_every_image_once_whatever_the_batches():
+    torch.manual_seed(0)
+    model = evit.EViT(img_size=8, patch_size=4, embed_dim=24, depth=4, num_heads=2, num_classes=9)
+    images, labels = torch.randn(10, 3, 8, 8), torch.arange(10) % 9
+    found = []
+    for sizes in ([10], [7, 3], [4, 4, 2]):
+        module = Classifier(model, RECIPE, 9).eval()
+        logged: dict[str, float] = {}
+        module.log = lambda name, value, logged=logged, **_: logged.update({name: float(value)})
+        with torch.no_grad():
+            for i, batch in enumerate(zip(images.split(sizes), labels.split(sizes), strict=True)):
+                module.validation_step(batch, i)
+            module.on_validation_epoch_end()
+        found.append(logged)
+    assert found[0]["val/top1"] == pytest.approx(
+        100 * (model.eval()(images).argmax(1) == labels).float().mean().item()
+    )
+    for other in found[1:]:
+        assert other == pytest.approx(found[0])
