@@ -112,11 +112,28 @@ def test_hydra_refuses_a_knob_that_is_not_there(typo):
         composed(typo)
 
 
-def test_without_images_of_your_own_the_recipe_is_a_demonstration():
-    recipe = composed().recipe
-    assert (recipe.epochs, recipe.max_train_images, recipe.shrink_epochs) == (1, 512, 0)
-    own = composed("data.root=/photos").recipe
-    assert (own.epochs, own.max_train_images, own.shrink_epochs) == (300, None, 100)
+@pytest.mark.parametrize(
+    ("overrides", "epochs", "batch_size", "max_train_images"),
+    [
+        ([], 1, 32, 512),
+        (["data.root=/photos"], 30, 32, None),
+        (["data=folder", "data.root=/photos"], 30, 32, None),
+        (["data=imagenet", "data.root=/imagenet"], 300, 2048, None),
+        (["data=imagenet"], 300, 2048, None),
+    ],
+)
+def test_the_default_recipe_fits_the_data(overrides, epochs, batch_size, max_train_images):
+    recipe: Recipe = OmegaConf.to_object(composed(*overrides).recipe)
+    assert (recipe.epochs, recipe.batch_size) == (epochs, batch_size)
+    assert recipe.max_train_images == max_train_images
+    assert composed(*overrides, "recipe.epochs=7").recipe.epochs == 7
+
+
+def test_imagenet_dir_in_the_environment_makes_it_the_published_recipe(monkeypatch):
+    monkeypatch.setenv("IMAGENET_DIR", "/imagenet")
+    assert composed().data.root == "/imagenet"
+    assert composed().recipe.epochs == 300
+    assert composed("data.root=/photos").recipe.epochs == 30
 
 
 def test_the_published_recipe_is_deits():

@@ -3,6 +3,7 @@
 import difflib
 import functools
 import hashlib
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -60,9 +61,14 @@ def folder_name(overrides: str) -> str:
     return name if len(name) <= 150 else f"{name[:140]}-{digest}"
 
 
-def with_root(own: Any, embedded: Any, *, _root_: DictConfig) -> Any:
-    """`own` where the user has data (data.root), `embedded` on the embedded data set."""
-    return own if _root_.data.get("root") else embedded
+def by_data(imagenet: Any, own: Any, embedded: Any, *, _root_: DictConfig) -> Any:
+    """One of three values: on ImageNet, on other images of the user's, on the embedded data set."""
+    data = _root_.data
+    if data.get("num_classes") == 1000:
+        return imagenet
+    if not data.get("root"):
+        return embedded
+    return imagenet if data.root == os.environ.get("IMAGENET_DIR") else own
 
 
 def register() -> None:
@@ -71,7 +77,7 @@ def register() -> None:
     store.store(name="schema", node=RunConfig)
     store.store(name="prepare_schema", node=PrepareConfig)
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
-    OmegaConf.register_new_resolver("with_root", with_root, replace=True)
+    OmegaConf.register_new_resolver("by_data", by_data, replace=True)
 
 
 def user_error(error: BaseException | None) -> ValueError | TypeError | None:

@@ -1,5 +1,6 @@
 """The LightningDataModules: images in, uint8 batches to the device, normalised and mixed there."""
 
+import functools
 import hashlib
 import json
 import os
@@ -93,15 +94,16 @@ class Images(L.LightningDataModule):
         """torchvision's data set, for the imagefolder backend."""
         raise NotImplementedError
 
-    def identity(self, split: str) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What tells one content of the source from another."""
         raise NotImplementedError
 
-    def beton(self, split: str) -> Path:
-        """The .beton file of a split, which another source or way of writing would not share."""
-        identity = self.identity(split) | self.write_options
+    @functools.cached_property
+    def beton_dir(self) -> Path:
+        """Where the .beton files are: no other source, content or way of writing shares it."""
+        identity = self.identity() | self.write_options
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-        return self.cache_dir / f"{self.name}-{key}" / f"{split}.beton"
+        return self.cache_dir / f"{self.name}-{key}"
 
     def prepare_data(self) -> None:
         """Write the .beton files that are not there yet. Lightning calls it in one process."""
@@ -113,7 +115,7 @@ class Images(L.LightningDataModule):
         from evit.data.writer import write_beton
 
         for split in SPLITS:
-            path = self.beton(split)
+            path = self.beton_dir / f"{split}.beton"
             if path.exists():
                 check_beton(path)
                 continue
@@ -177,7 +179,10 @@ class Images(L.LightningDataModule):
 
         device = trainer.strategy.root_device if trainer else torch.device("cpu")
         return FFCVStream(
-            self.beton(split), batches_ahead=self.batches_ahead, device=device, **common
+            self.beton_dir / f"{split}.beton",
+            batches_ahead=self.batches_ahead,
+            device=device,
+            **common,
         )
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], _: int) -> Any:
@@ -231,11 +236,13 @@ class Folder(Images):
     def samples(self, split: str) -> list[tuple[str, int]]:
         return self.dataset(split, None).samples
 
-    def identity(self, split: str) -> dict[str, Any]:
-        return dict(root=str(self.root), tree=sources.fingerprint(self.samples(split), self.root))
+    def identity(self) -> dict[str, Any]:
+        images = [sample for split in SPLITS for sample in self.samples(split)]
+        return dict(root=str(self.root), tree=sources.fingerprint(images, self.root))
 
-    def beton(self, split: str) -> Path:
-        return self.root / f"{split}.beton" if self.prepared else super().beton(split)
+    @functools.cached_property
+    def beton_dir(self) -> Path:
+        return self.root if self.prepared else super().beton_dir
 
 
 class FashionMNIST(Images):
@@ -250,7 +257,7 @@ class FashionMNIST(Images):
     def samples(self, split: str) -> sources.Pixels:
         return sources.Pixels(self.dataset(split, None))
 
-    def identity(self, split: str) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         return {}
 
 

@@ -1,0 +1,146 @@
+"""The data modules: what they refuse, and the two backends side by side."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from evit.data import Folder, auto
+from evit.data.batch import denormalize, make_mixup, normalize
+from evit.data.folder_loader import folder_loader
+from evit.data.sources import ClassFolders, choose_samples, tree_classes
+
+OPTIONS = dict(img_size=28, batch_size=4, crop_pct=1.0)
+
+
+def folder(photos, tmp_path, **options):
+    data = Folder(photos, **OPTIONS | dict(cache_dir=tmp_path / "cache") | options)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def test_both_backends_evaluate_the_same_images_to_resampling_error(photos, tmp_path):
+    (ffcv,), (pil,) = (
+        list(folder(photos, tmp_path, batch_size=6, backend=backend).val_dataloader())
+        for backend in ("ffcv", "imagefolder")
+    )
+    assert torch.equal(ffcv[1], pil[1])
+    assert ffcv[0].dtype == pil[0].dtype == torch.uint8
+    assert ffcv[0].shape == pil[0].shape == (6, 3, 28, 28)
+    assert (ffcv[0].float() - pil[0].float()).abs().mean() < 25  # the photos are noise
+
+
+def test_files_are_written_once(photos, tmp_path):
+    first = folder(photos, tmp_path)
+    written = {path: path.stat().st_mtime_ns for path in first.beton_dir.iterdir()}
+    assert len(written) == 4
+    assert folder(photos, tmp_path).beton_dir == first.beton_dir
+    assert {path: path.stat().st_mtime_ns for path in first.beton_dir.iterdir()} == written
+
+
+def test_a_changed_folder_or_another_way_of_writing_gets_files_of_its_own(photos, tmp_path):
+    folders = [folder(photos, tmp_path).beton_dir]
+    folders.append(folder(photos, tmp_path, jpeg_quality=50).beton_dir)
+    Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(photos / "train/cat/new.jpg")
+    folders.append(folder(photos, tmp_path).beton_dir)
+    assert len(set(folders)) == 3
+
+
+def test_labels_are_those_of_train_where_val_lacks_a_class(photos):
+    for path in (photos / "val/cat").iterdir():
+        path.unlink()
+    (photos / "val/cat").rmdir()
+    assert set(ClassFolders(photos / "val", tree_classes(photos)).targets) == {1}
+
+
+def test_number_of_classes_can_be_demanded(photos):
+    with pytest.raises(ValueError, match="has 2 classes, not 1000.*data=folder"):
+        Folder(photos, num_classes=1000, **OPTIONS)
+
+
+def test_a_folder_is_needed():
+    with pytest.raises(ValueError, match="data.root=DIR, or IMAGENET_DIR=DIR"):
+        Folder(None, **OPTIONS)
+
+
+def test_auto_takes_the_folder_or_says_that_it_has_none(photos, capsys):
+    assert auto(photos, **OPTIONS).name == "photos"
+    assert capsys.readouterr().out == ""
+    assert auto(**OPTIONS).name == "fashion-mnist"
+    assert "embedded Fashion-MNIST" in capsys.readouterr().out
+
+
+def test_missing_ffcv_is_named_with_the_way_out(photos, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "evit.data._ffcv", None)
+    monkeypatch.delattr("evit.data._ffcv", raising=False)
+    with pytest.raises(ValueError, match="data.backend=imagefolder"):
+        Folder(photos, **OPTIONS)
+    Folder(photos, backend="imagefolder", **OPTIONS)
+
+
+def loader(photos, train=True, **options):
+    def dataset(split, transform):
+        return ClassFolders(photos / split, ["cat", "dog"], transform=transform)
+
+    common = dict(img_size=28, batch_size=4, seed=0, rank=0, world_size=1, num_workers=0)
+    common |= dict(max_samples=None, scale=(0.5, 1.0), flip=0.5, crop_pct=1.0, train=train)
+    return folder_loader(dataset, "train" if train else "val", **common | options)
+
+
+def epoch(loader, number=0):
+    if hasattr(loader.sampler, "set_epoch"):
+        loader.sampler.set_epoch(number)
+    return torch.cat([images for images, _ in loader])
+
+
+def test_imagefolder_batches_do_not_depend_on_the_number_of_workers(photos):
+    assert torch.equal(epoch(loader(photos)), epoch(loader(photos, num_workers=2)))
+
+
+def test_imagefolder_batches_depend_on_seed_and_epoch(photos):
+    first = epoch(loader(photos))
+    assert torch.equal(first, epoch(loader(photos)))
+    assert not torch.equal(first, epoch(loader(photos), 1))
+    assert not torch.equal(first, epoch(loader(photos, seed=1)))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 7])
+def test_imagefolder_ranks_evaluate_every_image_once(photos, world_size):
+    ranks = [loader(photos, False, rank=r, world_size=world_size) for r in range(world_size)]
+    assert sorted(i for rank in ranks for i in rank.sampler) == list(range(6))
+
+
+def test_imagefolder_training_smaller_than_a_batch_is_refused(photos):
+    with pytest.raises(ValueError, match="12 training images do not fill one batch of 13"):
+        loader(photos, batch_size=13)
+
+
+def test_a_limit_takes_the_same_images_every_time():
+    assert choose_samples(100, 10).tolist() == choose_samples(100, 10).tolist()
+    assert len(set(choose_samples(100, 10))) == 10
+    assert choose_samples(5, 10).tolist() == choose_samples(5, None).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_denormalize_undoes_normalize():
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    assert torch.equal(denormalize(normalize(images)), images)
+
+
+def test_normalize_is_imagenets():
+    pixel = torch.tensor([124, 116, 104], dtype=torch.uint8).view(1, 3, 1, 1)
+    assert normalize(pixel).abs().max() < 0.02
+
+
+def test_mixup_gives_soft_targets_that_sum_to_one():
+    mixup = make_mixup(5, 0.8, 1.0, 0.5, 0.1, batch_size=8)
+    images, targets = mixup(torch.randn(8, 3, 16, 16), torch.arange(8) % 5)
+    assert targets.shape == (8, 5)
+    torch.testing.assert_close(targets.sum(1), torch.ones(8))
+    assert targets.min() >= 0.1 / 5 - 1e-6
+
+
+def test_mixup_off_is_none_and_odd_batches_are_refused_only_where_they_mix():
+    assert make_mixup(5, 0.0, 0.0, 0.5, 0.1, batch_size=7) is None
+    with pytest.raises(ValueError, match="7 images per process is odd"):
+        make_mixup(5, 0.8, 0.0, 0.5, 0.1, batch_size=7)

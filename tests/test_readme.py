@@ -1,0 +1,138 @@
+"""The README: every command runs (long ones made small), what it lists is what is there."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from evit.config import RunConfig
+from tests.conftest import QUICK, ROOT
+
+README = (ROOT / "README.md").read_text()
+SMALL = " ".join(QUICK)
+DEMO = "recipe.max_train_images=128 recipe.max_val_images=32"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+# Each command of the README, and what the test adds to it.
+COMMANDS = {
+    "make train": f'ARGS="{DEMO} hydra.run.dir=RUN data.cache_dir=CACHE"',
+    "make test": 'ARGS="tests/test_schedule.py"',
+    "make sweep-keeprate": f'ARGS="{SMALL} data.root=DIR keep_rate=0.5 hydra.sweep.dir=RUN '
+    'data.cache_dir=CACHE"',
+    ".venv/bin/python src/train.py data.root=DIR": SMALL,
+    ".venv/bin/python src/train.py model=evit_deit keep_rate=0.5 img_size=304": (
+        "model=evit_deit_tiny recipe.max_train_images=32 recipe.max_val_images=32"
+    ),
+    ".venv/bin/python src/prepare.py source=DIR target=DIR-ffcv max_resolution=500": "",
+    ".venv/bin/python src/train.py data.root=DIR-ffcv": SMALL,
+    ".venv/bin/python src/train.py data.root=DIR data.backend=imagefolder": f"{SMALL} seed=1",
+}
+DONE: dict[str, str] = {}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("readme")
+
+
+def test_every_command_is_known_to_the_tests():
+    commands = [line for block in blocks("bash") for line in block.strip().splitlines()]
+    assert commands == list(dict.fromkeys(commands))
+    assert set(commands) == set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_runs(command, folder, shared_photos):
+    words = {"DIR": str(shared_photos), "RUN": str(folder / "run"), "CACHE": str(folder / "data")}
+    line = re.sub(r"\b(DIR|RUN|CACHE)\b", lambda m: words[m[0]], f"{command} {COMMANDS[command]}")
+    in_root = command.startswith("make")
+    line = line.replace(".venv/bin/python src/", f"{sys.executable} {ROOT}/src/")
+    env = {k: v for k, v in os.environ.items() if k not in ("IMAGENET_DIR", "MAKEFLAGS")}
+    done = subprocess.run(
+        shlex.split(line),
+        cwd=ROOT if in_root else folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    DONE[command] = done.stdout
+
+
+def test_the_demonstration_shows_its_table():
+    assert re.search(r"top-1 +│ [\d.]+ %", DONE["make train"])
+    assert "evit_deit_micro on fashion-mnist, 28 px" in DONE["make train"]
+
+
+def test_without_images_the_embedded_set_is_used_and_said_first():
+    output = DONE[".venv/bin/python src/train.py model=evit_deit keep_rate=0.5 img_size=304"]
+    first, second = output.splitlines()[:2]
+    assert "embedded Fashion-MNIST" in first and "data.root=DIR" in first
+    assert "at most 32 training and 32 validation images" in second
+
+
+def test_prepared_files_say_how_to_train_on_them(shared_photos):
+    output = DONE[".venv/bin/python src/prepare.py source=DIR target=DIR-ffcv max_resolution=500"]
+    assert re.search(r"12 images in 2 classes.*12 as they were", output)
+    assert f"data.root={shared_photos}-ffcv" in output
+
+
+def test_the_sweep_ran_the_product_one_run_for_each(folder):
+    paths = list((folder / "run").glob("*/result.json"))
+    results = [json.loads(path.read_text()) for path in paths]
+    assert sorted(result["config"]["fusion"] for result in results) == [False, True]
+    assert {result["config"]["keep_rate"] for result in results} == {0.5}
+    assert len({result["wandb_id"] for result in results}) == 2
+
+
+def test_the_python_example_runs():
+    (example,) = blocks("python")
+    names: dict = {}
+    exec(example, names)
+    assert names["logits"].shape == (2, 1000)
+    assert [ids.shape[1] for ids in names["kept"]] == [138, 98, 70]
+
+
+def test_the_knobs_are_those_of_the_program():
+    table = README.split("| knob |")[1].split("\n\n")[0]
+    knobs = set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE))
+    assert knobs == {field.name for field in fields(RunConfig)} | {"experiment"}
+
+
+@pytest.mark.parametrize("group", ["model", "data", "recipe", "trainer", "logger", "experiment"])
+def test_the_choices_of_each_group_are_listed(group):
+    row = next(line for line in README.splitlines() if line.startswith(f"| `{group}`"))
+    there = {path.stem for path in (ROOT / "conf" / group).glob("[a-z]*.yaml")}
+    assert set(re.findall(r"`(\w+)`", row.split("|")[2])) == there
+
+
+def test_the_tree_lists_every_file_of_the_package():
+    tree = blocks("text")[-1]
+    listed = {line.split()[0] for line in tree.splitlines() if line.startswith("  ")}
+    package = ROOT / "src/evit"
+    there = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert listed == there
+
+
+def test_make_without_a_target_lists_every_target():
+    shown = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True).stdout
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^([a-z][a-z-]*)[%:]", makefile, re.MULTILINE)
+    assert {"setup", "train", "test", "test-all", "check", "sweep-"} <= set(targets)
+    assert all(re.search(rf"^{target}", shown, re.MULTILINE) for target in targets)
+    assert "keeprate" in shown

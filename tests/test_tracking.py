@@ -1,0 +1,53 @@
+"""metrics.jsonl and W&B."""
+
+import json
+
+import pytest
+import wandb
+
+from evit.tracking import JsonlLogger, wandb_logger, wandb_mode
+
+RUN = dict(name="r", project="p", entity=None, group="g", tags=["t"], config={"keep_rate": 0.5})
+
+
+def test_each_row_is_on_disk_as_soon_as_it_is_logged(tmp_path):
+    logger = JsonlLogger(tmp_path / "metrics.jsonl")
+    for step in range(3):
+        logger.log_metrics({"train/loss": 0.5}, step)
+        rows = [json.loads(line) for line in logger.path.read_text().splitlines()]
+        assert len(rows) == step + 1
+        assert (rows[-1]["step"], rows[-1]["train/loss"]) == (step, 0.5)
+
+
+@pytest.mark.parametrize(("logged_in", "mode"), [(True, "online"), (False, "offline")])
+def test_auto_is_online_for_those_who_are_logged_in(logged_in, mode, monkeypatch):
+    monkeypatch.setattr(wandb, "login", lambda **_: logged_in)
+    assert wandb_mode("auto") == mode
+
+
+def test_a_mode_that_is_asked_for_is_taken():
+    assert [wandb_mode(mode) for mode in ("online", "offline", "disabled")] == [
+        *("online", "offline", "disabled")
+    ]
+
+
+def test_a_run_that_cannot_reach_wandb_goes_on_offline(tmp_path, monkeypatch):
+    real = wandb.init
+
+    def init(mode, **kwargs):
+        if mode == "online":
+            raise wandb.errors.CommError("unreachable")
+        return real(mode=mode, **kwargs)
+
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.warns(UserWarning, match="W&B cannot be reached .unreachable.*offline"):
+        logger = wandb_logger(tmp_path, mode="online", **RUN)
+    assert logger.experiment.group == "g"
+    assert logger.experiment.config["keep_rate"] == 0.5
+    wandb.finish()
+    assert list(tmp_path.glob("wandb/offline-run-*"))
+
+
+def test_disabled_leaves_nothing(tmp_path):
+    assert wandb_logger(tmp_path, mode="disabled", **RUN) is None
+    assert not list(tmp_path.iterdir())
