@@ -8,7 +8,7 @@ from tests.conftest import ROOT
 
 
 def test_importing_evit_needs_torch_and_timm_alone():
-    heavy = "lightning hydra wandb ffcv numba torchmetrics rich".split()
+    heavy = "lightning hydra ffcv numba torchmetrics rich".split()
     code = f"import sys, evit; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT / "src", capture_output=True, text=True, check=True

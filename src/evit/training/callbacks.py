@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor
 from torchvision.io import write_png
 
 from evit.data.batch import denormalize
@@ -80,21 +82,34 @@ class Throughput(L.Callback):
 
 
 class KeptPatches(L.Callback):
-    """Draws, at the end of training, which patches of some validation images survive."""
+    """Draws, at the end of training, which patches of some validation images survive.
+
+    The images are spread evenly over those of the first process.
+    """
 
     def __init__(self, model: EViT, path: Path, num_images: int = 8):
         self.model, self.path, self.num_images = model, path, num_images
+        self.images: list[Tensor] = []
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: Any
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
-        if not hasattr(self, "images"):
-            self.images = batch[0][: self.num_images].clone()
+        batch_size = trainer.datamodule.local_batch_size  # type: ignore[attr-defined]
+        step = max(1, int(trainer.num_val_batches[0]) * batch_size // self.num_images)
+        first = -batch_idx * batch_size % step
+        wanted = self.num_images - len(self.images)
+        self.images += batch[0][first::step][:wanted].clone()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.is_global_zero or not hasattr(self, "images"):
+        if not trainer.is_global_zero or not self.images:
             return
-        images = self.images.to(pl_module.device)
+        images = torch.stack(self.images)
         picture = draw_kept(self.model, images, denormalize(images))
         write_png(picture, str(self.path))
         for logger in trainer.loggers:
