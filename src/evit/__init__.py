@@ -1,7 +1,7 @@
 """EViT: Vision Transformers that keep the tokens their class token attends to."""
 
 from evit import measure
-from evit.models import EViT, load_checkpoint
+from evit.models import EViT, LVViT, load_checkpoint, reorganize
 
 __version__ = "0.1.0"
-__all__ = ["EViT", "load_checkpoint", "measure"]
+__all__ = ["EViT", "LVViT", "load_checkpoint", "measure", "reorganize"]

@@ -69,3 +69,12 @@ def test_a_model_without_a_published_count_says_what_to_do():
 )
 def test_published_parameters(size, params):
     assert count_params(build(size)) == params
+
+
+def test_layer_scale_and_further_norms_are_counted():
+    plain, extra = (
+        evit.reorganize(timm.create_model("vit_tiny_patch16_224", depth=1, **kwargs), drop_loc=[])
+        for kwargs in ({}, dict(init_values=1e-5, qk_norm=True, pre_norm=True))
+    )
+    layer_scale, qk_norm, norm_pre = 2 * 197 * 192, 2 * 197 * 192, 197 * 192
+    assert count_macs(extra) - count_macs(plain) == layer_scale + qk_norm + norm_pre

@@ -3,12 +3,12 @@
 from typing import Any
 
 import torch
-from timm.layers import to_2tuple
+from timm.layers import LayerScale, to_2tuple
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from evit import tokens
-from evit.models.vit import EViT
+from evit.models import EViT, LVViT
 
 
 def count_params(model: nn.Module) -> int:
@@ -47,19 +47,37 @@ def count_macs(
 
 def _published(model: Any, size: tuple[int, int]) -> int:
     """torchprofile 0.0.4's count of the authors' code, which computes all of the attention."""
-    dim, heads = model.embed_dim, model.blocks[0].attn.num_heads
+    dim, heads, prefix = model.embed_dim, model.blocks[0].attn.num_heads, model.num_prefix_tokens
     rates = dict(zip(model.drop_loc, model.keep_rate, strict=True))
-    prefix = model.num_prefix_tokens
+    lvvit = isinstance(model, LVViT)
     patch = model.patch_embed.patch_size
     n = size[0] // patch[0] * (size[1] // patch[1])
-    macs = n * dim * model.patch_embed.proj.weight[0].numel()
+    macs = n * model.patch_embed.proj.weight.numel() + (prefix + n) * _affine(model.norm_pre)
+    if lvvit:
+        stem = model.patch_embed
+        convs, norms = (stem.conv1, stem.conv2, stem.conv3), (stem.bn1, stem.bn2, stem.bn3)
+        weights = sum(c.weight.numel() for c in convs) + sum(b.num_features for b in norms)
+        macs += size[0] // 2 * (size[1] // 2) * weights
     for i, block in enumerate(model.blocks):
-        t = prefix + n
-        hidden = block.mlp.fc1.out_features
-        macs += t * 4 * dim**2 + 2 * t**2 * dim + heads * t**2 + t * dim
+        attn, t = block.attn, prefix + n
+        scaled = t * dim if lvvit else heads * t**2  # the queries, or the attention
+        norms = heads * (_affine(attn.q_norm) + _affine(attn.k_norm)) + _affine(attn.norm)
+        macs += t * 4 * dim**2 + 2 * t**2 * dim + scaled
+        macs += t * (dim + norms + _affine(block.ls1))
         k = tokens.num_kept(n, rates.get(i, 1.0))
         if k < n:
             macs += n + (n - k) * dim * model.fusion
             n = k + model.fusion
-        macs += (prefix + n) * (2 * dim * hidden + dim)
-    return macs + (prefix + n) * dim + dim * model.num_classes
+        macs += (prefix + n) * (2 * dim * block.mlp.fc1.out_features + dim + _affine(block.ls2))
+    macs += (prefix + n) * _affine(model.norm) + _affine(model.fc_norm)
+    classifiers = sum(getattr(model, name, None) is not None for name in ("head", "head_dist"))
+    macs += classifiers * dim * model.num_classes
+    return macs + ((n * dim + 1) * model.num_classes if lvvit else 0)
+
+
+def _affine(module: nn.Module) -> int:
+    """Products per token of an affine norm or a LayerScale: one per channel; none of others."""
+    if isinstance(module, LayerScale):
+        return module.gamma.numel()
+    weight = getattr(module, "weight", None)
+    return 0 if weight is None else weight.numel()

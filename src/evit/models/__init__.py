@@ -1,6 +1,7 @@
 """Models. Importing this package registers them with timm."""
 
-from evit.models.vit import EViT
+from evit.models.lvvit import LVViT
+from evit.models.vit import EViT, reorganize
 from evit.models.weights import load_checkpoint
 
-__all__ = ["EViT", "load_checkpoint"]
+__all__ = ["EViT", "LVViT", "load_checkpoint", "reorganize"]

@@ -12,7 +12,7 @@ from timm.models import (
     get_pretrained_cfg,
     register_model,
 )
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -96,6 +96,11 @@ class EViT(VisionTransformer):
                     f"take {lower} or {lower + patch}"
                 )
         super().__init__(img_size, patch_size, *args, **kwargs)
+        self._init_reorganization(keep_rate, drop_loc, fusion)
+
+    def _init_reorganization(
+        self, keep_rate: KeepRate, drop_loc: Sequence[int] | None, fusion: bool
+    ) -> None:
         depth = len(self.blocks)
         if drop_loc is None:
             drop_loc = [depth * quarter // 4 for quarter in (1, 2, 3)]
@@ -160,6 +165,39 @@ class EViT(VisionTransformer):
         if isinstance(features, tuple):
             return self.forward_head(features[0]), features[1]
         return self.forward_head(features)
+
+
+def reorganize(
+    model: Any,
+    keep_rate: KeepRate = 0.7,
+    fusion: bool = True,
+    drop_loc: Sequence[int] | None = None,
+) -> EViT:
+    """Turn a timm VisionTransformer into its EViT: in place, weights untouched; and return it.
+
+    Prefix tokens (class, distillation, registers) are never dropped and do not count. drop_loc
+    defaults to a quarter, half and three quarters of the depth.
+
+    Raises:
+        ValueError: the model has no class token, or blocks of another kind than timm's Block.
+    """
+    kind = type(model)
+    if not isinstance(model, VisionTransformer) or not model.has_class_token:
+        raise ValueError(
+            f"{kind.__name__} has no class token that could score the image tokens: take a timm "
+            f"VisionTransformer that has one"
+        )
+    for i, block in enumerate(model.blocks):
+        attn = getattr(block, "attn", None)
+        if type(block) is not Block or type(attn) is not Attention or attn.gate is not None:
+            name = type(block if type(block) is not Block else attn).__name__
+            raise ValueError(f"block {i} of {kind.__name__} is a {name}, which cannot be served")
+    if not isinstance(model, EViT):
+        bases = (EViT,) if kind is VisionTransformer else (EViT, kind)
+        model.__class__ = EViT if len(bases) == 1 else type(f"EViT{kind.__name__}", bases, {})
+    reorganized: Any = model
+    reorganized._init_reorganization(keep_rate, drop_loc, fusion)
+    return reorganized
 
 
 def _create_evit(name: str, pretrained: bool, **kwargs: Any) -> EViT:

@@ -1,0 +1,145 @@
+"""LV-ViT, and EViT on it: a convolutional stem, halved residuals, an auxiliary head over tokens."""
+
+from functools import partial
+from typing import Any
+
+from timm.layers import PatchEmbed
+from timm.models import register_model
+from torch import Tensor, nn
+
+from evit.models.vit import EViT
+
+
+class ConvStem(PatchEmbed):
+    """Four convolutions to one token per 16 x 16 pixels (TokenLabeling's PatchEmbed4_2)."""
+
+    def __init__(self, *, in_chans: int = 3, embed_dim: int = 384, **kwargs: Any):
+        super().__init__(in_chans=in_chans, embed_dim=embed_dim, **kwargs)
+        if self.patch_size != (16, 16):
+            raise ValueError(f"LV-ViT's stem makes patches of 16 pixels, not {self.patch_size[0]}")
+        width = 64
+        self.conv1 = nn.Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.proj = nn.Conv2d(width, embed_dim, 8, stride=8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to tokens (B, N, C)."""
+        assert tuple(x.shape[-2:]) == self.img_size, (x.shape, self.img_size)
+        x = self.bn1(self.conv1(x)).relu()
+        x = self.bn2(self.conv2(x)).relu()
+        x = self.bn3(self.conv3(x)).relu()
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class Scale(nn.Module):
+    """Multiplies by a constant. Stands where timm's Block has its LayerScale."""
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+    def extra_repr(self) -> str:
+        return str(self.factor)
+
+
+class LVViT(EViT):
+    """LV-ViT (arXiv 2104.10858); below keep rate 1, EViT on it.
+
+    Logits are head(class token) + 0.5 * max over the surviving tokens of aux_head(token), in
+    training too. Parameter names are those of the published checkpoints.
+
+    Args:
+        skip_lam: what both residual branches of a block are divided by.
+        **kwargs: EViT's.
+    """
+
+    def __init__(self, *args: Any, skip_lam: float = 2.0, **kwargs: Any):
+        defaults: dict[str, Any] = dict(
+            embed_layer=ConvStem,
+            norm_layer=partial(nn.LayerNorm, eps=1e-5),
+            mlp_ratio=3.0,
+            qkv_bias=False,
+        )
+        super().__init__(*args, **defaults | kwargs)
+        for block in self.blocks:
+            block.ls1, block.ls2 = Scale(1 / skip_lam), Scale(1 / skip_lam)
+        self.aux_head = self._new_aux_head()
+
+    def _new_aux_head(self) -> nn.Module:
+        if self.num_classes == 0:
+            return nn.Identity()
+        head = nn.Linear(self.embed_dim, self.num_classes).to(self.cls_token)
+        nn.init.trunc_normal_(head.weight, std=0.02)
+        nn.init.zeros_(head.bias)
+        return head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        super().reset_classifier(num_classes, global_pool)
+        self.aux_head = self._new_aux_head()
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits (B, num_classes) of normalised tokens (B, 1 + N, C)."""
+        if pre_logits or self.num_classes == 0:
+            return super().forward_head(x, pre_logits)
+        return super().forward_head(x) + 0.5 * self.aux_head(x[:, 1:]).amax(1)
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "t": dict(embed_dim=240, depth=12, num_heads=4, skip_lam=1.0),
+    "s": dict(embed_dim=384, depth=16, num_heads=6, skip_lam=2.0),
+    "m": dict(embed_dim=512, depth=20, num_heads=8, skip_lam=2.0),
+}
+
+
+def _create(name: str, size: str, pretrained: bool, **kwargs: Any) -> LVViT:
+    if pretrained:
+        raise ValueError(
+            f"timm has no weights of {name}: download the authors' file and give it as "
+            f"checkpoint=PATH (evit.load_checkpoint)"
+        )
+    for given_by_timm in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
+        kwargs.pop(given_by_timm, None)
+    return LVViT(**SIZES[size] | kwargs)
+
+
+@register_model
+def lvvit_t(pretrained: bool = False, **kwargs: Any) -> LVViT:
+    """LV-ViT-T (8.5 M parameters)."""
+    return _create("lvvit_t", "t", pretrained, **dict(keep_rate=1.0) | kwargs)
+
+
+@register_model
+def lvvit_s(pretrained: bool = False, **kwargs: Any) -> LVViT:
+    """LV-ViT-S (26.2 M parameters)."""
+    return _create("lvvit_s", "s", pretrained, **dict(keep_rate=1.0) | kwargs)
+
+
+@register_model
+def lvvit_m(pretrained: bool = False, **kwargs: Any) -> LVViT:
+    """LV-ViT-M (55.8 M parameters)."""
+    return _create("lvvit_m", "m", pretrained, **dict(keep_rate=1.0) | kwargs)
+
+
+@register_model
+def evit_lvvit_t(pretrained: bool = False, **kwargs: Any) -> LVViT:
+    """EViT on LV-ViT-T; blocks 3, 6, 9 reorganize."""
+    return _create("evit_lvvit_t", "t", pretrained, **kwargs)
+
+
+@register_model
+def evit_lvvit_s(pretrained: bool = False, **kwargs: Any) -> LVViT:
+    """EViT on LV-ViT-S, the paper's second model; blocks 4, 8, 12 reorganize."""
+    return _create("evit_lvvit_s", "s", pretrained, **kwargs)
+
+
+@register_model
+def evit_lvvit_m(pretrained: bool = False, **kwargs: Any) -> LVViT:
+    """EViT on LV-ViT-M; blocks 5, 10, 15 reorganize."""
+    return _create("evit_lvvit_m", "m", pretrained, **kwargs)
