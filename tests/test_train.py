@@ -1,13 +1,16 @@
 """src/train.py, run as a user runs it."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import evit
-from tests.conftest import QUICK, command
+from tests.conftest import QUICK, ROOT, command
 
 
 def only(folder: Path, pattern: str) -> Path:
@@ -95,6 +98,51 @@ def test_the_same_seed_gives_the_same_metrics(finished, shared_photos, tmp_path)
     again = command("train.py", *arguments, "data.num_workers=1", cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert rows(tmp_path) == rows(finished)
+
+
+def test_a_killed_run_goes_on_and_equals_an_uninterrupted_one(shared_photos, tmp_path):
+    """Mixup, drop path, EMA and annealing included."""
+    arguments = f"train.py model=evit_deit_micro img_size=28 trainer=cpu data.root={shared_photos} "
+    arguments += "recipe.epochs=4 recipe.batch_size=4 recipe.warmup_epochs=1 recipe.ema_decay=0.9 "
+    arguments += "recipe.shrink_start_epoch=0 recipe.shrink_epochs=2 trainer.log_every_n_steps=1"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for folder in (whole, killed):
+        folder.mkdir()
+    done = command(*arguments.split(), cwd=whole)
+    assert done.returncode == 0, done.stderr
+
+    run = subprocess.Popen(
+        [sys.executable, str(ROOT / "src/train.py"), *arguments.split()[1:]],
+        cwd=killed,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while run.poll() is None and not list(killed.glob("outputs/dev/*/checkpoints/last.ckpt")):
+        time.sleep(0.01)
+    run.kill()
+    run.wait()
+    assert not list(killed.glob("outputs/dev/*/result.json"))
+    again = command(*arguments.split(), cwd=killed)
+    assert again.returncode == 0, again.stderr
+    assert "Going on from" in again.stdout
+    assert rows(killed) == rows(whole)
+    weights = [
+        torch.load(only(folder, "outputs/*/*/checkpoints/last.ckpt"), weights_only=True)
+        for folder in (whole, killed)
+    ]
+    for name, value in weights[0]["state_dict"].items():
+        assert torch.equal(value, weights[1]["state_dict"][name]), name
+
+
+def test_a_run_of_another_configuration_is_not_overwritten(finished, shared_photos):
+    path = only(finished, "outputs/*/*/config.json")
+    before = path.read_text()
+    path.write_text(before.replace('"flip": 0.5', '"flip": 0.4'))
+    arguments = [*QUICK, f"data.root={shared_photos}", "recipe.epochs=2"]
+    refused = command("train.py", *arguments, cwd=finished)
+    path.write_text(before)
+    assert refused.returncode == 2
+    assert "another configuration" in refused.stderr and "overwrite=true" in refused.stderr
 
 
 def test_two_processes_evaluate_each_image_once(finished, shared_photos, tmp_path):
@@ -194,8 +242,6 @@ def test_a_checkpoint_of_another_architecture_is_named(photos, tmp_path, in_proc
 @pytest.fixture
 def in_process(monkeypatch, tmp_path, capfd):
     """Run src/train.py in this process; the message that it ends with."""
-    import sys
-
     import train
 
     monkeypatch.chdir(tmp_path)

@@ -38,7 +38,8 @@ GROUPS = ("model", "data", "recipe", "experiment")
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Train by a composed configuration; leave result.json in Hydra's run folder and return it.
 
-    A run that has finished there before is shown, not repeated, unless cfg.overwrite is set.
+    A run that has finished there before is shown, not repeated; one that was interrupted goes on
+    from its last whole epoch. cfg.overwrite starts anew.
 
     Raises:
         ValueError: the configuration cannot be served; nothing has been written.
@@ -47,10 +48,14 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     started = time.monotonic()
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     folder = Path(HydraConfig.get().runtime.output_dir)
-    if not config.pop("overwrite") and (before := results.finished(folder, config)):
-        rank_zero_only(print)(f"This run has finished before: overwrite=true repeats it.\n{folder}")
-        results.show(before, folder)
-        return before
+    last = None
+    if not config.pop("overwrite"):
+        results.check_config(folder, config)
+        if before := results.finished(folder):
+            rank_zero_only(print)("This run has finished before: overwrite=true repeats it.")
+            results.show(before, folder)
+            return before
+        last = results.unfinished(folder)
 
     recipe: Any = OmegaConf.to_object(cfg.recipe)
     mode = wandb_mode(config["logger"]["mode"])
@@ -61,12 +66,16 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             f"{recipe.max_val_images or 'all'} validation images "
             f"(recipe.max_train_images, recipe.max_val_images)."
         )
-    module = Classifier(model, recipe, data.num_classes, cfg.seed)
     throughput = Throughput(recipe.batch_size)
     callbacks: list[L.Callback] = [
         progress(),
         throughput,
-        ModelCheckpoint(folder / "checkpoints", "last", enable_version_counter=False),
+        ModelCheckpoint(
+            folder / "checkpoints",
+            "last",
+            enable_version_counter=False,
+            save_on_train_epoch_end=True,  # of whole epochs, so that a run can go on from there
+        ),
         BestCheckpoint(folder / "checkpoints", recipe.full_rate_epoch),
     ]
     if isinstance(model, EViT):
@@ -78,14 +87,19 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         callbacks.append(EMAWeightAveraging(decay=recipe.ema_decay))
     trainer = build_trainer(cfg.trainer, recipe, folder, callbacks)
     data.trainer = trainer
+    module = Classifier(model, recipe, data.num_classes, data.local_batch_size, cfg.seed)
     for step in data.prepare_data, data.setup:  # what can be wrong with the data is said here
         rank_zero_only(step)()
-    rank_zero_only(results.start)(folder, config)
+    if last:
+        rank_zero_only(print)(f"Going on from {last}: overwrite=true starts anew.")
+    else:
+        rank_zero_only(results.start)(folder, config)
     options = config["logger"] | dict(name=folder.name, mode=mode)
     tracker = wandb_logger(folder, config=config, **options)
-    trainer.loggers = [JsonlLogger(folder / "metrics.jsonl"), *([tracker] if tracker else [])]
+    metrics_log = JsonlLogger(folder / "metrics.jsonl", last)
+    trainer.loggers = [metrics_log, *([tracker] if tracker else [])]
     try:
-        trainer.fit(module, data)
+        trainer.fit(module, data, ckpt_path=last, weights_only=True)
         if recipe.epochs % recipe.eval_every:
             trainer.validate(module, data, verbose=False)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -126,10 +140,6 @@ def build(cfg: DictConfig, recipe: Recipe) -> tuple[Images, torch.nn.Module]:
         crop_scale=recipe.crop_scale,
         flip=recipe.flip,
         crop_pct=recipe.crop_pct,
-        mixup=recipe.mixup,
-        cutmix=recipe.cutmix,
-        mixup_switch_prob=recipe.mixup_switch_prob,
-        label_smoothing=recipe.label_smoothing,
         _convert_="all",
     )
     torch.manual_seed(mix_seed(cfg.seed))
@@ -193,4 +203,5 @@ def quiet() -> None:
     """Leave the terminal to the run: no advertisements, no advice about settings chosen here."""
     for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    for message in (".*isinstance.treespec, LeafSpec.*", ".*exists and is not empty.*"):
+        warnings.filterwarnings("ignore", message=message)

@@ -6,6 +6,7 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import torch
 import wandb
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
@@ -16,11 +17,22 @@ class JsonlLogger(Logger):
     """Appends each logged row to a file as one line of JSON, flushed at once.
 
     Whatever kills the run, what was logged before is there. `seconds` is since the logger was made.
+    With a checkpoint to go on from, the rows that were logged after it are taken away.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, checkpoint: Path | None = None):
         super().__init__()
         self.path, self.start = path, time.monotonic()
+        if checkpoint and path.is_file():
+            steps = torch.load(checkpoint, weights_only=True, map_location="meta")["global_step"]
+            rank_zero_only(self._cut)(steps)
+
+    def _cut(self, steps: int) -> None:
+        lines = self.path.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < steps]
+        partial = self.path.with_suffix(".tmp")
+        partial.write_text("".join(kept))
+        partial.replace(self.path)
 
     @property
     def name(self) -> str:

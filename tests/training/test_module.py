@@ -26,7 +26,7 @@ def test_learning_rate_warms_up_then_follows_a_cosine_to_its_minimum():
 
 
 def test_no_decay_on_one_dimensional_parameters_position_and_class_token():
-    module = Classifier(timm.create_model("evit_deit_small_patch16"), RECIPE, 1000)
+    module = Classifier(timm.create_model("evit_deit_small_patch16"), RECIPE, 1000, 128)
     module._trainer = type("Trainer", (), {"estimated_stepping_batches": 100})()
     (optimizer,), _ = module.configure_optimizers()
     without, with_decay = optimizer.param_groups
@@ -61,7 +61,7 @@ def test_validation_counts_every_image_once_whatever_the_batches():
     images, labels = torch.randn(10, 3, 8, 8), torch.arange(10) % 9
     found = []
     for sizes in ([10], [7, 3], [4, 4, 2]):
-        module = Classifier(model, RECIPE, 9).eval()
+        module = Classifier(model, RECIPE, 9, 128).eval()
         logged: dict[str, float] = {}
         module.log = lambda name, value, logged=logged, **_: logged.update({name: float(value)})
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The LightningDataModules: images in, uint8 batches to the device, normalised and mixed there."""
+"""The LightningDataModules: images in, uint8 batches to the device, normalised there."""
 
 import functools
 import hashlib
@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from evit.data import sources
-from evit.data.batch import make_mixup, normalize
+from evit.data.batch import normalize
 from evit.data.sources import SPLITS
 
 
@@ -32,7 +32,6 @@ class Images(L.LightningDataModule):
         max_train_images, max_val_images: use only so many, a fixed random choice.
         crop_scale, flip: RandomResizedCrop's share of the area, probability of a horizontal flip.
         crop_pct: in evaluation the short side becomes img_size / crop_pct before the centre crop.
-        mixup, cutmix, mixup_switch_prob, label_smoothing: timm's, for each batch.
         mode, max_resolution, jpeg_quality: how .beton files are written (evit.data.writer).
     """
 
@@ -56,10 +55,6 @@ class Images(L.LightningDataModule):
         crop_scale: tuple[float, float] = (0.08, 1.0),
         flip: float = 0.5,
         crop_pct: float = 0.875,
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
-        mixup_switch_prob: float = 0.5,
-        label_smoothing: float = 0.0,
     ):
         super().__init__()
         if backend not in ("ffcv", "imagefolder"):
@@ -74,12 +69,6 @@ class Images(L.LightningDataModule):
         self.num_workers, self.batches_ahead = num_workers, batches_ahead
         self.limits = dict(train=max_train_images, val=max_val_images)
         self.crop_scale, self.flip, self.crop_pct = tuple(crop_scale), flip, crop_pct
-        self.mixup_options = dict(
-            mixup=mixup,
-            cutmix=cutmix,
-            switch_prob=mixup_switch_prob,
-            label_smoothing=label_smoothing,
-        )
         self._loaders: dict[str, Any] = {}
 
     @property
@@ -130,9 +119,13 @@ class Images(L.LightningDataModule):
                 **self.write_options,
             )
 
-    def setup(self, stage: str | None = None) -> None:
-        if self._loaders:
-            return
+    @property
+    def local_batch_size(self) -> int:
+        """Images of one batch of one process.
+
+        Raises:
+            ValueError: batch_size cannot be shared evenly.
+        """
         trainer = self.trainer
         shares = trainer.world_size * trainer.accumulate_grad_batches if trainer else 1
         if self.batch_size % shares:
@@ -140,11 +133,11 @@ class Images(L.LightningDataModule):
                 f"recipe.batch_size {self.batch_size} cannot be shared by {shares} "
                 f"(processes x accumulate_grad_batches): make it a multiple"
             )
-        self.local_batch_size = self.batch_size // shares
-        self.mixup = make_mixup(
-            num_classes=self.num_classes, batch_size=self.local_batch_size, **self.mixup_options
-        )
-        self._loaders = {split: self._loader(split) for split in SPLITS}
+        return self.batch_size // shares
+
+    def setup(self, stage: str | None = None) -> None:
+        if not self._loaders:
+            self._loaders = {split: self._loader(split) for split in SPLITS}
 
     def train_dataloader(self) -> Any:
         return self._loaders["train"]
@@ -186,10 +179,7 @@ class Images(L.LightningDataModule):
         )
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], _: int) -> Any:
-        images, targets = normalize(batch[0]), batch[1]
-        if self.mixup is not None and self.trainer is not None and self.trainer.training:
-            return self.mixup(images, targets)
-        return images, targets
+        return normalize(batch[0]), batch[1]
 
 
 class Folder(Images):

@@ -18,7 +18,7 @@ PACKAGES = "torch torchvision timm lightning hydra-core torchmetrics wandb ffcv"
 
 
 def start(folder: Path, config: dict[str, Any]) -> None:
-    """Clear a run's folder of an earlier attempt and put the configuration there."""
+    """Clear a run's folder of what is not to be resumed, and put the configuration there."""
     for name in ("result.json", "metrics.jsonl", "kept_patches.png"):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -26,22 +26,30 @@ def start(folder: Path, config: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-def finished(folder: Path, config: dict[str, Any]) -> dict[str, Any] | None:
-    """The result of a run that has finished in this folder.
+def check_config(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse a folder in which a run of another configuration has left something.
 
     Raises:
-        ValueError: it was made with another configuration.
+        ValueError: says how to replace it, and how to keep it.
     """
-    path = folder / "result.json"
-    if not path.is_file():
-        return None
-    result = json.loads(path.read_text())
-    if result["config"] != config:
+    path = folder / "config.json"
+    if path.is_file() and json.loads(path.read_text()) != config:
         raise ValueError(
-            f"{path} is the result of another configuration: overwrite=true replaces it, "
-            f"name=NAME puts this run elsewhere"
+            f"{folder} holds a run of another configuration (config.json): overwrite=true replaces "
+            f"it, name=NAME puts this run elsewhere"
         )
-    return result
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The result of the run that has finished in this folder, if one has."""
+    path = folder / "result.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def unfinished(folder: Path) -> Path | None:
+    """The last checkpoint of the run that was interrupted in this folder, if one was."""
+    path = folder / "checkpoints" / "last.ckpt"
+    return path if path.is_file() else None
 
 
 def finish(result: dict[str, Any], folder: Path) -> dict[str, Any]:

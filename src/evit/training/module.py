@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from evit.data.batch import make_mixup
 from evit.training.recipe import Recipe
 
 
@@ -36,9 +37,24 @@ class Classifier(L.LightningModule):
     all processes) at evaluations.
     """
 
-    def __init__(self, model: nn.Module, recipe: Recipe, num_classes: int, seed: int = 0):
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        num_classes: int,
+        local_batch_size: int,
+        seed: int = 0,
+    ):
         super().__init__()
         self.model, self.recipe, self.seed = model, recipe, seed
+        self.mixup = make_mixup(
+            num_classes,
+            recipe.mixup,
+            recipe.cutmix,
+            recipe.mixup_switch_prob,
+            recipe.label_smoothing,
+            local_batch_size,
+        )
         self.loss = MeanMetric()
         self.top1 = MulticlassAccuracy(num_classes, average="micro")
         self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro")
@@ -46,13 +62,12 @@ class Classifier(L.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
 
-    def on_train_epoch_start(self) -> None:
-        # Mixup and drop path draw from global generators: with a seed for each epoch and process,
-        # a resumed run draws as an uninterrupted one.
-        L.seed_everything(mix_seed(self.seed, self.current_epoch, self.global_rank), verbose=False)
-
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, targets = batch
+        # Mixup and drop path draw from global generators: with a seed for each batch and process,
+        # a run that is resumed draws as one that was not interrupted.
+        seed = mix_seed(self.seed, self.current_epoch, batch_idx, self.global_rank)
+        L.seed_everything(seed, verbose=False)
+        images, targets = batch if self.mixup is None else self.mixup(*batch)
         smoothing = self.recipe.label_smoothing if targets.ndim == 1 else 0.0
         loss = F.cross_entropy(self.model(images), targets, label_smoothing=smoothing)
         self.log("train/loss", loss, prog_bar=True)
