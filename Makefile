@@ -10,7 +10,7 @@ help:  ## list the targets
 setup: .venv/.ready  ## system libraries and .venv, with pinned versions
 
 .venv/.ready: setup.sh requirements.txt
-	./setup.sh
+	@./setup.sh
 
 train: setup  ## train EViT on Fashion-MNIST, in minutes; ARGS="keep_rate=0.5" overrides
 	$(PYTHON) src/train.py experiment=fashion_mnist $(ARGS)

@@ -42,5 +42,6 @@ fi
 [[ -x .venv/bin/python ]] || "$uv" venv -q --python '>=3.11,<3.14' .venv
 echo "setup: installing the pinned packages into .venv"
 "$uv" pip install -q --python .venv/bin/python -r requirements.txt
+"$uv" pip install -q --python .venv/bin/python --no-deps --editable .
 .venv/bin/python -c "import ffcv.libffcv, torchvision.ops" || fail "FFCV or torchvision do not import"
 touch .venv/.ready

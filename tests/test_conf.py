@@ -133,6 +133,7 @@ def test_imagenet_dir_in_the_environment_makes_it_the_published_recipe(monkeypat
     monkeypatch.setenv("IMAGENET_DIR", "/imagenet")
     assert composed().data.root == "/imagenet"
     assert composed().recipe.epochs == 300
+    assert composed("data.root=/imagenet/").recipe.epochs == 300
     assert composed("data.root=/photos").recipe.epochs == 30
 
 

@@ -27,8 +27,8 @@ def blocks(language: str) -> list[str]:
 COMMANDS = {
     "make train": f'ARGS="{DEMO} hydra.run.dir=RUN data.cache_dir=CACHE"',
     "make test": 'ARGS="tests/test_schedule.py"',
-    "make sweep-keeprate": f'ARGS="{SMALL} data.root=DIR keep_rate=0.5 hydra.sweep.dir=RUN '
-    'data.cache_dir=CACHE"',
+    "make sweep-keeprate": f'ARGS="{SMALL} data=folder data.root=DIR keep_rate=0.5 '
+    'hydra.sweep.dir=RUN data.cache_dir=CACHE"',
     ".venv/bin/python src/train.py data.root=DIR": SMALL,
     ".venv/bin/python src/train.py model=evit_deit keep_rate=0.5 img_size=304": (
         "model=evit_deit_tiny recipe.max_train_images=32 recipe.max_val_images=32"
@@ -96,12 +96,13 @@ def test_the_sweep_ran_the_product_one_run_for_each(folder):
     assert len({result["wandb_id"] for result in results}) == 2
 
 
-def test_the_python_example_runs():
+def test_the_python_example_runs(folder):
     (example,) = blocks("python")
-    names: dict = {}
-    exec(example, names)
-    assert names["logits"].shape == (2, 1000)
-    assert [ids.shape[1] for ids in names["kept"]] == [138, 98, 70]
+    example += "print(tuple(logits.shape), [ids.shape[1] for ids in kept])"
+    done = subprocess.run(
+        [sys.executable, "-c", example], cwd=folder, capture_output=True, text=True
+    )
+    assert done.stdout.split("\n")[-2] == "(2, 1000) [138, 98, 70]", done.stderr
 
 
 def test_the_knobs_are_those_of_the_program():

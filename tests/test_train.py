@@ -104,7 +104,8 @@ def test_a_killed_run_goes_on_and_equals_an_uninterrupted_one(shared_photos, tmp
     """Mixup, drop path, EMA and annealing included."""
     arguments = f"train.py model=evit_deit_micro img_size=28 trainer=cpu data.root={shared_photos} "
     arguments += "recipe.epochs=4 recipe.batch_size=4 recipe.warmup_epochs=1 recipe.ema_decay=0.9 "
-    arguments += "recipe.shrink_start_epoch=0 recipe.shrink_epochs=2 trainer.log_every_n_steps=1"
+    arguments += "recipe.shrink_start_epoch=0 recipe.shrink_epochs=2 trainer.log_every_n_steps=1 "
+    arguments += "recipe.eval_every=1 logger=none"
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         folder.mkdir()
@@ -267,4 +268,7 @@ def test_the_published_recipe_runs_in_every_part(photos, tmp_path):
     rates = [row["keep_rate"] for row in rows(tmp_path) if "keep_rate" in row]
     assert rates[:3] == [1.0] * 3 and rates[-3:] == pytest.approx([0.7] * 3)
     assert all(a >= b for a, b in zip(rates, rates[1:], strict=False)) and 0.7 < rates[4] < 1
-    assert sum("val/top1" in row for row in rows(tmp_path)) == 2
+    assert sum("val/top1" in row for row in rows(tmp_path)) == 2  # after epochs 2 and 3
+    assert only(tmp_path, "outputs/*/*/kept_patches.png").is_file()
+    last = torch.load(only(tmp_path, "outputs/*/*/checkpoints/last.ckpt"), weights_only=True)
+    assert last["epoch"] == 2

@@ -58,7 +58,7 @@ def folder_name(overrides: str) -> str:
     """A folder name that says what was overridden: short, nothing in it needs quotes."""
     name = re.sub(r"[^\w.+-]+", "_", overrides) or "default"
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-    return name if len(name) <= 150 else f"{name[:140]}-{digest}"
+    return name if len(name) <= 100 else f"{name[:90]}-{digest}"
 
 
 def by_data(imagenet: Any, own: Any, embedded: Any, *, _root_: DictConfig) -> Any:
@@ -68,7 +68,9 @@ def by_data(imagenet: Any, own: Any, embedded: Any, *, _root_: DictConfig) -> An
         return imagenet
     if not data.get("root"):
         return embedded
-    return imagenet if data.root == os.environ.get("IMAGENET_DIR") else own
+    configured = os.environ.get("IMAGENET_DIR")
+    same = configured and os.path.abspath(configured) == os.path.abspath(data.root)
+    return imagenet if same else own
 
 
 def register() -> None:
@@ -104,7 +106,7 @@ def check_spelling(overrides: list[str], schema: type) -> None:
     types: dict[str, Any] = {field.name: field.type for field in fields(schema)}
     types |= dict(experiment=Any, hydra=Any)
     for override in overrides:
-        if not (knob := re.match(r"[+~]*((\w+)[\w.]*)=", override)):
+        if not (knob := re.match(r"[+~]*(([\w-]+)[\w.-]*)=", override)):
             continue
         path, root = knob.groups()
         names, wrong = list(types), root

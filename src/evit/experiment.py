@@ -60,12 +60,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     recipe: Any = OmegaConf.to_object(cfg.recipe)
     mode = wandb_mode(config["logger"]["mode"])
     data, model = build(cfg, recipe)
-    if recipe.max_train_images or recipe.max_val_images:
-        rank_zero_only(print)(
-            f"The recipe takes at most {recipe.max_train_images or 'all'} training and "
-            f"{recipe.max_val_images or 'all'} validation images "
-            f"(recipe.max_train_images, recipe.max_val_images)."
-        )
+    announce(data, recipe)
     throughput = Throughput(recipe.batch_size)
     callbacks: list[L.Callback] = [
         progress(),
@@ -78,13 +73,13 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         ),
         BestCheckpoint(folder / "checkpoints", recipe.full_rate_epoch),
     ]
+    if recipe.ema_decay is not None:
+        callbacks.append(EMAWeightAveraging(decay=recipe.ema_decay))
     if isinstance(model, EViT):
         callbacks += [
             KeepRateSchedule(model, recipe.shrink_start_epoch, recipe.shrink_epochs),
             KeptPatches(model, folder / "kept_patches.png"),
         ]
-    if recipe.ema_decay is not None:
-        callbacks.append(EMAWeightAveraging(decay=recipe.ema_decay))
     trainer = build_trainer(cfg.trainer, recipe, folder, callbacks)
     data.trainer = trainer
     module = Classifier(model, recipe, data.num_classes, data.local_batch_size, cfg.seed)
@@ -100,8 +95,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     trainer.loggers = [metrics_log, *([tracker] if tracker else [])]
     try:
         trainer.fit(module, data, ckpt_path=last, weights_only=True)
-        if recipe.epochs % recipe.eval_every:
-            trainer.validate(module, data, verbose=False)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         result: dict[str, Any] = dict(
             top1=metrics["val/top1"],
@@ -149,6 +142,17 @@ def build(cfg: DictConfig, recipe: Recipe) -> tuple[Images, torch.nn.Module]:
     if cfg.checkpoint:
         load_checkpoint(model, cfg.checkpoint, new_head=True)
     return data, model
+
+
+def announce(data: Images, recipe: Recipe) -> None:
+    """Say what will be trained on, and how much of it."""
+    text = f"Training on {data.name} ({data.num_classes} classes): {recipe.epochs} epochs, "
+    text += f"batch size {recipe.batch_size}"
+    if recipe.max_train_images or recipe.max_val_images:
+        text += f"; the recipe takes at most {recipe.max_train_images or 'all'} training and "
+        text += f"{recipe.max_val_images or 'all'} validation images (recipe.max_train_images, "
+        text += "recipe.max_val_images)"
+    rank_zero_only(print)(text, flush=True)
 
 
 def build_trainer(
@@ -203,5 +207,9 @@ def quiet() -> None:
     """Leave the terminal to the run: no advertisements, no advice about settings chosen here."""
     for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (".*isinstance.treespec, LeafSpec.*", ".*exists and is not empty.*"):
+    for message in (
+        ".*treespec, LeafSpec.*",
+        ".*exists and is not empty.*",
+        ".*logging interval.*",
+    ):
         warnings.filterwarnings("ignore", message=message)

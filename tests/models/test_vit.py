@@ -158,6 +158,31 @@ def test_a_bad_keep_rate_is_named(bad):
         tiny(keep_rate=bad)
 
 
+def test_numpy_s_numbers_are_numbers():
+    assert tiny(keep_rate=np.float32(0.5)).keep_rate == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(class_token=False, global_pool="avg"), "class_token=False leaves nothing"),
+        (dict(patch_drop_rate=0.5), "patch_drop_rate drops patches at random"),
+    ],
+)
+def test_what_does_not_go_with_reorganization_is_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**kwargs)
+
+
+@torch.no_grad()
+def test_feature_maps_are_those_of_the_dense_model_or_refused():
+    model, images = tiny(keep_rate=0.5).eval(), pictures()
+    with pytest.raises(ValueError, match="set_keep_rate.1. before forward_intermediates"):
+        model.forward_intermediates(images)
+    model.set_keep_rate(1)
+    assert model.forward_intermediates(images)[1][-1].shape == (2, 48, 8, 8)
+
+
 def test_a_keep_rate_for_each_reorganization_needs_as_many():
     with pytest.raises(ValueError, match="2 entries for 3 reorganizations"):
         tiny(keep_rate=[0.5, 0.5])

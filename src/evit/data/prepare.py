@@ -1,5 +1,6 @@
 """A tree of class folders to train.beton and val.beton."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -45,5 +46,9 @@ def prepare(
             f"classes, {info['bytes'] / 1e6:.1f} MB, {info['kept_original']} as they were, "
             f"{len(info['skipped'])} left out"
         )
-    print(f"Train on them: python src/train.py data.root={folder}")
+    plain = re.fullmatch(r"[\w/.+-]+", str(folder))
+    print(
+        "Train on them: python src/train.py",
+        f"data.root={folder}" if plain else f"\"data.root='{folder}'\"",
+    )
     return folder

@@ -1,6 +1,7 @@
 """EViT over timm's VisionTransformer: the same parameters, fewer tokens."""
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from timm.models import (
     register_model,
 )
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from evit import tokens
@@ -25,7 +26,7 @@ KeepRate = float | Sequence[float]
 def per_reorganization(keep_rate: KeepRate, count: int) -> tuple[float, ...]:
     """keep_rate, a number or one for each reorganization, as `count` floats in (0, 1]."""
     rates = list(keep_rate) if isinstance(keep_rate, Sequence) else [keep_rate] * count
-    numbers = all(isinstance(r, int | float) and not isinstance(r, bool) for r in rates)
+    numbers = all(isinstance(r, Real) and not isinstance(r, bool) for r in rates)
     if isinstance(keep_rate, str) or not numbers or not all(0 < r <= 1 for r in rates):
         raise ValueError(
             f"keep_rate must be in (0, 1], one number or one for each reorganization, "
@@ -101,6 +102,10 @@ class EViT(VisionTransformer):
     def _init_reorganization(
         self, keep_rate: KeepRate, drop_loc: Sequence[int] | None, fusion: bool
     ) -> None:
+        if not self.has_class_token:
+            raise ValueError("class_token=False leaves nothing that could score the image tokens")
+        if not isinstance(self.patch_drop, nn.Identity):
+            raise ValueError("patch_drop_rate drops patches at random: set it to 0, or keep_rate")
         depth = len(self.blocks)
         if drop_loc is None:
             drop_loc = [depth * quarter // 4 for quarter in (1, 2, 3)]
@@ -147,6 +152,19 @@ class EViT(VisionTransformer):
                 kept.append(ids[:, :k])
         x = self.norm(x)
         return (x, kept) if return_kept else x
+
+    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        """timm's, at keep rate 1: the tokens that are left at another rate make no feature map.
+
+        Raises:
+            ValueError: the keep rate is below 1.
+        """
+        if min(self.keep_rate, default=1.0) < 1:
+            raise ValueError(
+                f"there is no feature map of the tokens left at keep rate {self.keep_rate}: call "
+                f"set_keep_rate(1) before forward_intermediates"
+            )
+        return super().forward_intermediates(*args, **kwargs)
 
     def _run(self, function, *args):
         if self.grad_checkpointing and self.training:

@@ -62,7 +62,7 @@ def finish(result: dict[str, Any], folder: Path) -> dict[str, Any]:
     path = folder / "result.json"
     partial = path.with_suffix(".tmp")
     with partial.open("w") as file:
-        file.write(json.dumps(result, indent=1) + "\n")
+        file.write(json.dumps(result, indent=1, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
@@ -99,7 +99,8 @@ def show(result: dict[str, Any], folder: Path) -> None:
     table.add_row("keep rate", "1 (dense)" if dense else f"{row['keep_rate']}, the rest {fusion}")
     table.add_row("MACs", f"{row['macs'] / 1e9:.3f} G per image")
     table.add_row("parameters", f"{row['params'] / 1e6:.2f} M")
-    table.add_row("training", f"{row['train_images_per_s']:.0f} images/s on {result['device']}")
+    speed = row["train_images_per_s"]
+    table.add_row("training", f"{f'{speed:.0f}' if speed else '-'} images/s on {result['device']}")
     table.add_row("time", f"{result['seconds'] / 60:.1f} min")
     console = Console()
     console.print(table)

@@ -67,7 +67,7 @@ class Throughput(L.Callback):
 
     def __init__(self, batch_size: int):
         self.batch_size = batch_size
-        self.images_per_s = float("nan")
+        self.images_per_s: float | None = None  # until an epoch of two steps or more has ended
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
@@ -78,6 +78,9 @@ class Throughput(L.Callback):
         elif trainer.is_last_batch:
             images = batch_idx * self.batch_size / trainer.accumulate_grad_batches
             self.images_per_s = images / (time.perf_counter() - self.start)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.images_per_s is not None:
             pl_module.log("train/images_per_s", self.images_per_s)
 
 

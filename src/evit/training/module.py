@@ -101,6 +101,10 @@ class Classifier(L.LightningModule):
         )
         return [optimizer], [dict(scheduler=scheduler, interval="step")]
 
+    def on_train_batch_start(self, *_: Any) -> None:
+        if self.current_epoch == self.recipe.epochs - 1:
+            self.trainer.check_val_every_n_epoch = 1  # the last epoch is always evaluated
+
     def on_train_batch_end(self, *_: Any) -> None:
         scheduler: Any = self.lr_schedulers()
         self.log("lr", scheduler.get_last_lr()[0])

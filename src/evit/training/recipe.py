@@ -4,6 +4,28 @@ from dataclasses import dataclass, field
 
 MISSING = "???"  # OmegaConf's: a value that a recipe has to give
 
+INFINITY = float("inf")
+RANGES = dict(
+    lr_batch_size=(1, INFINITY),
+    min_lr=(0, INFINITY),
+    warmup_epochs=(0, INFINITY),
+    warmup_lr=(0, INFINITY),
+    weight_decay=(0, INFINITY),
+    clip_grad=(0, INFINITY),
+    ema_decay=(0, 1),
+    drop_path=(0, 0.99),
+    label_smoothing=(0, 0.99),
+    mixup=(0, INFINITY),
+    cutmix=(0, INFINITY),
+    mixup_switch_prob=(0, 1),
+    flip=(0, 1),
+    crop_pct=(0.01, 1),
+    shrink_start_epoch=(0, INFINITY),
+    shrink_epochs=(0, INFINITY),
+    max_train_images=(1, INFINITY),
+    max_val_images=(1, INFINITY),
+)
+
 
 @dataclass
 class Recipe:
@@ -38,8 +60,17 @@ class Recipe:
         for knob in ("epochs", "batch_size", "eval_every"):
             if getattr(self, knob) < 1:
                 raise ValueError(f"recipe.{knob} must be at least 1, got {getattr(self, knob)}")
+        for knob, (low, high) in RANGES.items():
+            value = getattr(self, knob)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"recipe.{knob} must be from {low} to {high:g}, got {value}")
         if not self.lr > 0:
             raise ValueError(f"recipe.lr must be above 0, got {self.lr}")
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"recipe.warmup_epochs {self.warmup_epochs} leaves nothing of recipe.epochs "
+                f"{self.epochs}: lower it"
+            )
         if self.full_rate_epoch >= self.epochs:
             raise ValueError(
                 f"the keep rate reaches its final value only at epoch {self.full_rate_epoch} "
