@@ -144,3 +144,10 @@ def test_mixup_off_is_none_and_odd_batches_are_refused_only_where_they_mix():
     assert make_mixup(5, 0.0, 0.0, 0.5, 0.1, batch_size=7) is None
     with pytest.raises(ValueError, match="7 images per process is odd"):
         make_mixup(5, 0.8, 0.0, 0.5, 0.1, batch_size=7)
+
+
+def test_imagefolder_names_a_damaged_image(photos):
+    path = photos / "train/dog/3.jpg"
+    path.write_bytes(path.read_bytes()[:300])
+    with pytest.raises(ValueError, match="train/dog/3.jpg is not a readable image"):
+        epoch(loader(photos))

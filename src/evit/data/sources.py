@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 import torchvision
+from PIL import Image
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import default_loader
 
 SPLITS = ("train", "val")
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
@@ -47,12 +49,26 @@ def tree_classes(root: str | Path) -> list[str]:
     return found["train"]
 
 
+def load_image(path: str) -> Image.Image:
+    """An image file as RGB, as torchvision's ImageFolder reads it.
+
+    Raises:
+        ValueError: the file is damaged or no image; it is named.
+    """
+    try:
+        return default_loader(path)
+    except (OSError, SyntaxError) as error:
+        raise ValueError(
+            f"{path} is not a readable image ({error}): remove or replace it"
+        ) from error
+
+
 class ClassFolders(ImageFolder):
     """torchvision's ImageFolder with the labels of given classes, whichever of them it holds."""
 
     def __init__(self, root: Path, classes: list[str], **kwargs):
         self._given = classes
-        super().__init__(str(root), allow_empty=True, **kwargs)
+        super().__init__(str(root), loader=load_image, allow_empty=True, **kwargs)
         if not self.samples:
             raise ValueError(
                 f"{str(root)!r} holds no images (.jpg, .png, ...) in its class folders"

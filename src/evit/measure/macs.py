@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from timm.layers import LayerScale, to_2tuple
+from timm.layers import to_2tuple
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -77,7 +77,5 @@ def _published(model: Any, size: tuple[int, int]) -> int:
 
 def _affine(module: nn.Module) -> int:
     """Products per token of an affine norm or a LayerScale: one per channel; none of others."""
-    if isinstance(module, LayerScale):
-        return module.gamma.numel()
-    weight = getattr(module, "weight", None)
+    weight = getattr(module, "weight", getattr(module, "gamma", None))
     return 0 if weight is None else weight.numel()

@@ -206,10 +206,12 @@ def reorganize(
             f"VisionTransformer that has one"
         )
     for i, block in enumerate(model.blocks):
-        attn = getattr(block, "attn", None)
-        if type(block) is not Block or type(attn) is not Attention or attn.gate is not None:
-            name = type(block if type(block) is not Block else attn).__name__
+        if type(block) is not Block:
+            name = type(block).__name__
             raise ValueError(f"block {i} of {kind.__name__} is a {name}, which cannot be served")
+        if type(block.attn) is not Attention or getattr(block.attn, "gate", None) is not None:
+            name = type(block.attn).__name__
+            raise ValueError(f"block {i} of {kind.__name__} attends by {name}, or with a gate")
     if not isinstance(model, EViT):
         bases = (EViT,) if kind is VisionTransformer else (EViT, kind)
         model.__class__ = EViT if len(bases) == 1 else type(f"EViT{kind.__name__}", bases, {})
