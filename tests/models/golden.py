@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import evit
+
 FOLDER = Path(__file__).parents[1] / "golden"
 
 
@@ -42,3 +44,15 @@ def weights(meta: dict) -> dict[str, torch.Tensor]:
 def images(meta: dict) -> torch.Tensor:
     shape = (meta["batch"], 3, meta["img_size"], meta["img_size"])
     return torch.from_numpy(generator(meta["seed"] + 1).standard_normal(shape, dtype=np.float32))
+
+
+@torch.no_grad()
+def assert_agrees(model: torch.nn.Module, name: str) -> None:
+    """The model, given the case's weights, has its logits to 1e-4 and keeps its patches."""
+    meta, expected = load(name)
+    evit.load_checkpoint(model.eval(), {"model": weights(meta)})
+    logits, kept = model(images(meta), return_kept=True)
+    assert np.abs(logits.numpy() - expected["logits"]).max() < 1e-4
+    for i, ids in enumerate(kept):
+        if f"kept_{i}" in expected:
+            assert np.array_equal(np.sort(ids, 1), np.sort(expected[f"kept_{i}"], 1))
