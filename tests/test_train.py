@@ -1,6 +1,7 @@
 """src/train.py, run as a user runs it."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -134,6 +135,20 @@ def test_a_killed_run_goes_on_and_equals_an_uninterrupted_one(shared_photos, tmp
     ]
     for name, value in weights[0]["state_dict"].items():
         assert torch.equal(value, weights[1]["state_dict"][name]), name
+
+
+def test_a_run_killed_after_its_last_epoch_is_evaluated_and_finished(
+    finished, result, shared_photos, tmp_path
+):
+    shutil.copytree(finished / "outputs", tmp_path / "outputs")
+    path = only(tmp_path, "outputs/*/*/result.json")
+    path.unlink()
+    arguments = [*QUICK, f"data.root={shared_photos}", "recipe.epochs=2"]
+    again = command("train.py", *arguments, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    found = json.loads(path.read_text())
+    assert [found[k] for k in ("top1", "top5")] == [result["top1"], result["top5"]]
+    assert found["loss"] == pytest.approx(result["loss"])
 
 
 def test_a_run_of_another_configuration_is_not_overwritten(finished, shared_photos):

@@ -90,9 +90,9 @@ def user_error(error: BaseException | None) -> ValueError | TypeError | None:
 
 
 def remove_empty(folder: Path) -> None:
-    """Remove the run folder that Hydra made, and its parents, as far as nothing is in them."""
+    """Remove the run folder that Hydra made in this one, and its parents, as far as empty."""
     for path in (folder, *folder.parents):
-        if path == Path.cwd() or any(path.iterdir()):
+        if Path.cwd() not in path.parents or any(path.iterdir()):
             return
         path.rmdir()
 

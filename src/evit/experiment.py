@@ -95,6 +95,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     trainer.loggers = [metrics_log, *([tracker] if tracker else [])]
     try:
         trainer.fit(module, data, ckpt_path=last, weights_only=True)
+        if "val/top1" not in trainer.callback_metrics:  # interrupted after its last epoch
+            trainer.validate(module, data, ckpt_path=last, verbose=False, weights_only=True)
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         result: dict[str, Any] = dict(
             top1=metrics["val/top1"],

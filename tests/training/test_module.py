@@ -45,6 +45,7 @@ def test_no_decay_on_one_dimensional_parameters_position_and_class_token():
         (dict(warmup_epochs=10), "recipe.warmup_epochs 10 leaves nothing"),
         (dict(drop_path=-1), "recipe.drop_path must be from 0 to 0.99, got -1"),
         (dict(crop_pct=0), "recipe.crop_pct must be from 0.01 to 1, got 0"),
+        (dict(crop_scale=[1.0, 0.5]), r"recipe.crop_scale must be .* got \[1.0, 0.5\]"),
         (dict(ema_decay=3), "recipe.ema_decay must be from 0 to 1, got 3"),
         (dict(max_train_images=0), "recipe.max_train_images must be from 1 to inf, got 0"),
         (dict(shrink_start_epoch=5, shrink_epochs=5), "only at epoch 10 .* training has 10"),

@@ -64,6 +64,11 @@ class Recipe:
             value = getattr(self, knob)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"recipe.{knob} must be from {low} to {high:g}, got {value}")
+        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(
+                f"recipe.crop_scale must be the least and largest share of the area, in (0, 1], "
+                f"got {list(self.crop_scale)}"
+            )
         if not self.lr > 0:
             raise ValueError(f"recipe.lr must be above 0, got {self.lr}")
         if self.warmup_epochs >= self.epochs:
