@@ -246,6 +246,8 @@ def reorganize(
         if type(block.attn) is not Attention or getattr(block.attn, "gate", None) is not None:
             name = type(block.attn).__name__
             raise ValueError(f"block {i} of {kind.__name__} attends by {name}, or with a gate")
+    if isinstance(model, EViT) and kind.num_kept is not EViT.num_kept:
+        raise ValueError(f"{kind.__name__} chooses its tokens by predictors: set_keep_rate instead")
     if not isinstance(model, EViT):
         bases = (EViT,) if kind is VisionTransformer else (EViT, kind)
         model.__class__ = EViT if len(bases) == 1 else type(f"EViT{kind.__name__}", bases, {})
@@ -260,7 +262,7 @@ def _create_evit(name: str, pretrained: bool, **kwargs: Any) -> EViT:
     )
 
 
-def _deit_cfg(size: str) -> dict[str, Any]:
+def deit_cfg(size: str) -> dict[str, Any]:
     """timm's configuration of the DeiT weights, which EViT loads unchanged."""
     cfg = get_pretrained_cfg(f"deit_{size}_patch16_224")
     assert cfg is not None
@@ -268,7 +270,7 @@ def _deit_cfg(size: str) -> dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs(
-    {f"evit_deit_{size}_patch16.fb_in1k": _deit_cfg(size) for size in ("tiny", "small", "base")}
+    {f"evit_deit_{size}_patch16.fb_in1k": deit_cfg(size) for size in ("tiny", "small", "base")}
 )
 
 
