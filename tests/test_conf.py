@@ -66,6 +66,10 @@ def test_prepare_composes():
     assert OmegaConf.to_container(cfg)["target"] is None
 
 
+def test_report_composes():
+    assert composed(config="report").runs == "outputs"
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_value_that_an_experiment_sets_is_the_value_composed(name):
     content = yaml.safe_load((CONF_DIR / "experiment" / f"{name}.yaml").read_text())

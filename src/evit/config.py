@@ -55,6 +55,14 @@ class PrepareConfig:
     skip_bad: bool = MISSING
 
 
+@dataclass
+class ReportConfig:
+    """The knobs of src/report.py."""
+
+    runs: str = MISSING
+    target: str | None = None
+
+
 def folder_name(overrides: str) -> str:
     """A folder name that says what was overridden: short, nothing in it needs quotes."""
     name = re.sub(r"[^\w.+-]+", "_", overrides) or "default"
@@ -79,6 +87,7 @@ def register() -> None:
     store = ConfigStore.instance()
     store.store(name="schema", node=RunConfig)
     store.store(name="prepare_schema", node=PrepareConfig)
+    store.store(name="report_schema", node=ReportConfig)
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
     OmegaConf.register_new_resolver("by_data", by_data, replace=True)
 

@@ -89,6 +89,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         recipe,
         data.num_classes,
         data.local_batch_size,
+        data.has_label_maps,
         teacher,
     )
     module = Classifier(model, recipe, data.num_classes, objective, cfg.seed)
@@ -186,9 +187,9 @@ def announce(cfg: DictConfig, data: Images, model: Any, teacher: bool) -> None:
         say("DynamicViT drops what it does not keep: fusion is not used.")
         if not teacher:
             say("Without a teacher there is no distillation: checkpoint=PATH of a dense model.")
-    elif isinstance(model, LVViT) and not getattr(data, "has_label_maps", False):
+    elif isinstance(model, LVViT) and not data.has_label_maps:
         say("Without label maps LV-ViT is a plain classifier, no MixToken: data.label_maps=DIR.")
-    elif getattr(data, "has_label_maps", False) and not isinstance(model, LVViT):
+    elif data.has_label_maps and not isinstance(model, LVViT):
         say(f"{name} has no token labelling: the label maps are not used.")
     text = f"Training on {data.name} ({data.num_classes} classes): {recipe.epochs} epochs, "
     text += f"batch size {recipe.batch_size}"

@@ -3,14 +3,21 @@
 import copy
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from evit.data.batch import make_mixup
+from evit.data.label_maps import token_targets
 from evit.models import DynamicViT, LVViT
 from evit.training.recipe import Recipe
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy with distributions as targets, (..., K) both, to (...)."""
+    return -(targets * logits.float().log_softmax(-1)).sum(-1)
 
 
 def divergence(logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -108,6 +115,64 @@ class DynamicTokens(Classification):
         )
 
 
+class TokenLabels(Classification):
+    """LV-ViT's token labelling with MixToken, for batches (images, labels, label maps, crops).
+
+    The class token learns the label of the crop, every surviving patch its own; a fused token has
+    none. Each patch takes the label of the image that it came from before it was mixed.
+    """
+
+    def __init__(self, model: Any, recipe: Recipe, num_classes: int, batch_size: int):
+        if recipe.mixup or recipe.cutmix:
+            raise ValueError(
+                "token labels go with MixToken, not with mixup and cutmix: take recipe=lvvit, or "
+                "recipe.mixup=0 recipe.cutmix=0; or data.label_maps=null trains without them"
+            )
+        super().__init__(model, recipe, num_classes, batch_size)
+
+    def __call__(  # type: ignore[override]
+        self, images: Tensor, labels: Tensor, maps: Tensor, crops: Tensor
+    ) -> dict[str, Tensor]:
+        model, recipe, grid = self.model, self.recipe, self.model.patch_embed.grid_size
+        class_targets, targets = token_targets(
+            maps, crops, self.num_classes, grid, recipe.label_smoothing
+        )
+        swapped = mix_token_box(grid).to(images.device).flatten()
+        share = swapped.float().mean()
+        class_targets = (1 - share) * class_targets + share * class_targets.flip(0)
+        targets = torch.where(swapped[:, None], targets.flip(0), targets)
+
+        x = model.embed(images, swapped)
+        x, ids, _ = model.encode(x, model.patch_ids(x))
+        class_logits, token_logits = model.heads(model.norm(x))
+        index = ids.clamp(0)[:, :, None].expand(-1, -1, self.num_classes)
+        token_loss = mean_where(
+            soft_cross_entropy(token_logits, targets.gather(1, index)), (ids >= 0).float()
+        )
+        class_loss = soft_cross_entropy(class_logits, class_targets).mean()
+        return dict(
+            loss=class_loss + recipe.token_label_weight * token_loss,
+            class_loss=class_loss,
+            token_loss=token_loss,
+        )
+
+
+def mix_token_box(grid: tuple[int, int]) -> Tensor:
+    """MixToken's patches (H, W), True where those of the flipped batch go: a box, as in CutMix.
+
+    Its area is 1 - Beta(1, 1) of the grid where the border does not cut it. Drawn from numpy's
+    global generator, one for a batch.
+    """
+    side = (1 - np.random.beta(1.0, 1.0)) ** 0.5
+    inside = torch.ones(grid, dtype=torch.bool)
+    for axis, size in enumerate(grid):
+        centre, half = np.random.randint(size), int(size * side) // 2
+        position = torch.arange(size)
+        within = (position >= centre - half) & (position < centre + half)
+        inside &= within[:, None] if axis == 0 else within
+    return inside
+
+
 def dense_teacher(model: DynamicViT) -> VisionTransformer:
     """A frozen copy of a model that keeps every token."""
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
@@ -120,10 +185,13 @@ def make_objective(
     recipe: Recipe,
     num_classes: int,
     batch_size: int,
+    label_maps: bool = False,
     teacher: nn.Module | None = None,
 ) -> Classification:
     """The objective of a model, given what there is to learn from."""
     common = (model, recipe, num_classes, batch_size)
     if isinstance(model, DynamicViT):
         return DynamicTokens(*common, teacher=teacher)
+    if isinstance(model, LVViT) and label_maps:
+        return TokenLabels(*common)
     return Classification(*common)

@@ -1,0 +1,97 @@
+"""Finished runs as one table: the mean over seeds, beside the dense model."""
+
+import json
+import statistics
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from evit.report import results
+
+Row = dict[str, Any]
+SAME = ("data", "model", "keep_rate", "fusion", "img_size", "epochs", "from_checkpoint")
+
+
+def collect(runs: Path) -> list[Row]:
+    """What is to be compared of every result.json below a folder, or of a runs.json.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if runs.is_file():
+        return json.loads(runs.read_text())
+    rows = [row(json.loads(path.read_text())) for path in sorted(runs.rglob("result.json"))]
+    if not rows:
+        raise ValueError(f"no run has finished in {str(runs)!r}: no result.json is below it")
+    return sorted(rows, key=lambda r: (r["model"], str(r["keep_rate"]), r["fusion"], r["seed"]))
+
+
+def row(result: dict[str, Any]) -> Row:
+    """The numbers of a run, and where they come from; nothing of the machine's folders."""
+    config = result["config"]
+    return results.summary(result) | dict(
+        data=result["data"]["name"],
+        epochs=config["recipe"]["epochs"],
+        from_checkpoint=bool(config["checkpoint"]),
+        seed=config["seed"],
+        **{key: result[key] for key in ("seconds", "device", "precision", "commit", "packages")},
+    )
+
+
+def markdown(rows: list[Row]) -> str:
+    """A Markdown table: a line for each setting, the mean and standard deviation over its seeds."""
+    groups: dict[Any, list[Row]] = defaultdict(list)
+    for r in rows:
+        groups[tuple(str(r[key]) for key in SAME)].append(r)
+    dense = _speed([r for r in rows if r["keep_rate"] == 1])
+    lines = [
+        "| model | keep rate | the rest | top-1 | top-5 | GMACs | M parameters | training speed |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for group in sorted(groups.values(), key=lambda group: -group[0]["macs"]):
+        first = group[0]
+        rest = "-" if first["keep_rate"] == 1 else "fused" if first["fusion"] else "dropped"
+        start = ", fine-tuned" if first["from_checkpoint"] else ""
+        speed = _speed(group) / dense if dense else 0
+        lines.append(
+            f"| {first['model']}{start} | {first['keep_rate']} | {rest} | {_spread(group, 'top1')} "
+            f"| {_spread(group, 'top5')} | {first['macs'] / 1e9:.4f} "
+            f"| {first['params'] / 1e6:.2f} | {f'{speed:.2f}' if speed else '-'} |"
+        )
+    runs = {len(group) for group in groups.values()}
+    seeds = "/".join(map(str, sorted(runs)))
+    devices = ", ".join(sorted({r["device"] for r in rows}))
+    commits = ", ".join(sorted({str(r["commit"]) for r in rows}))
+    torch = ", ".join(sorted({str(r["packages"]["torch"]) for r in rows}))
+    data = ", ".join(
+        sorted({f"{r['data']}, {r['img_size']} px, {r['epochs']} epochs" for r in rows})
+    )
+    note = (
+        f"{data}. Mean and standard deviation of {seeds} runs with seeds of their own; training "
+        f"speed as a multiple of the dense model's. {devices}; commit {commits}; torch {torch}."
+    )
+    return "\n".join([*lines, "", note]) + "\n"
+
+
+def write(runs: Path, target: Path | None) -> None:
+    """Print the table of some runs; write it, and what it is made from, into a folder."""
+    rows = collect(runs)
+    table = markdown(rows)
+    print(table)
+    if target:
+        target.mkdir(parents=True, exist_ok=True)
+        (target / "runs.json").write_text(json.dumps(rows, indent=1) + "\n")
+        (target / "table.md").write_text(table)
+        print(f"{target}/runs.json  {target}/table.md")
+
+
+def _speed(group: list[Row]) -> float:
+    """Mean training images per second; 0 where runs were too short to tell."""
+    values = [r["train_images_per_s"] or 0.0 for r in group]
+    return statistics.mean(values) if values else 0.0
+
+
+def _spread(group: list[Row], key: str) -> str:
+    values = [r[key] for r in group]
+    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{deviation}"

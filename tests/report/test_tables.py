@@ -1,0 +1,92 @@
+"""Tables of finished runs."""
+
+import json
+
+import pytest
+
+from evit.report import tables
+from tests.conftest import QUICK, command
+
+
+def row(**changes) -> dict:
+    return (
+        dict(
+            top1=80.0,
+            top5=95.0,
+            train_images_per_s=100.0,
+            params=22e6,
+            macs=3.0321e9,
+            model="evit_deit",
+            keep_rate=0.7,
+            fusion=True,
+            img_size=224,
+            data="photos",
+            epochs=2,
+            from_checkpoint=False,
+            seed=0,
+            seconds=9.0,
+            device="CPU",
+            precision="32-true",
+            commit="abc",
+            packages=dict(torch="2.15.0"),
+        )
+        | changes
+    )
+
+
+def cells(rows: list[dict]) -> list[list[str]]:
+    lines = tables.markdown(rows).split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_seeds_of_one_setting_are_one_line_with_mean_and_deviation():
+    found = cells([row(top1=80.0), row(top1=81.0, seed=1), row(top1=82.0, seed=2)])
+    assert [line[3] for line in found] == ["81.00 ± 1.00"]
+
+
+def test_every_setting_has_a_line_the_most_expensive_first():
+    rows = [
+        row(keep_rate=0.5, macs=2.3e9),
+        row(keep_rate=1.0, fusion=False, macs=4.6e9),
+        row(fusion=False, macs=2.9997e9),
+        row(),
+        row(from_checkpoint=True),
+    ]
+    found = [line[:3] for line in cells(rows)]
+    assert found == [
+        ["evit_deit", "1.0", "-"],
+        ["evit_deit", "0.7", "fused"],
+        ["evit_deit, fine-tuned", "0.7", "fused"],
+        ["evit_deit", "0.7", "dropped"],
+        ["evit_deit", "0.5", "fused"],
+    ]
+
+
+def test_training_speed_is_a_multiple_of_the_dense_model():
+    rows = [row(keep_rate=1.0, macs=4.6e9), row(train_images_per_s=130.0)]
+    assert [line[-1] for line in cells(rows)] == ["1.00", "1.30"]
+    assert [line[-1] for line in cells([row()])] == ["-"]
+
+
+def test_where_the_numbers_come_from_is_below_the_table():
+    note = tables.markdown([row(), row(seed=1, commit="def")])
+    assert "photos, 224 px, 2 epochs. Mean and standard deviation of 2 runs" in note
+    assert "CPU; commit abc, def; torch 2.15.0" in note
+
+
+def test_a_folder_without_finished_runs_is_named(tmp_path):
+    with pytest.raises(ValueError, match="no run has finished in .*no result.json"):
+        tables.collect(tmp_path)
+
+
+def test_the_command_writes_the_table_of_runs_and_can_read_it_again(tmp_path, shared_photos):
+    done = command("train.py", *QUICK, f"data.root={shared_photos}", "logger=none", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    done = command("report.py", "runs=outputs/dev", "target=table", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "table/table.md").read_text()
+    assert table in done.stdout and "| evit_deit_micro | 0.7 | fused |" in table
+    rows = json.loads((tmp_path / "table/runs.json").read_text())
+    assert len(rows) == 1 and str(tmp_path) not in json.dumps(rows)
+    again = command("report.py", "runs=table/runs.json", cwd=tmp_path)
+    assert table in again.stdout
