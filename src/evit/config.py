@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -63,6 +63,28 @@ class ReportConfig:
     target: str | None = None
 
 
+@dataclass
+class EvaluateConfig:
+    """The knobs of src/evaluate.py. None: the run's whose checkpoint it is, else a default."""
+
+    checkpoint: str | None = None
+    name: str = MISSING
+    keep_rate: Any = None
+    keep_rates: Any = None
+    fusion: Any = None  # true, false, or a list
+    selection: Any = MISSING  # a name, or a list
+    img_size: int | None = None
+    crop_pct: float | None = None
+    max_val_images: int | None = None
+    batch_size: int = MISSING
+    seed: int = MISSING
+    verify: bool = MISSING
+    repeats: int = MISSING
+    model: Any = field(default_factory=dict)
+    data: Any = MISSING
+    trainer: Any = MISSING
+
+
 def folder_name(overrides: str) -> str:
     """A folder name that says what was overridden: short, nothing in it needs quotes."""
     name = re.sub(r"[^\w.+-]+", "_", overrides) or "default"
@@ -88,6 +110,7 @@ def register() -> None:
     store.store(name="schema", node=RunConfig)
     store.store(name="prepare_schema", node=PrepareConfig)
     store.store(name="report_schema", node=ReportConfig)
+    store.store(name="evaluate_schema", node=EvaluateConfig)
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
     OmegaConf.register_new_resolver("by_data", by_data, replace=True)
 
@@ -113,7 +136,7 @@ def check_spelling(overrides: list[str], schema: type) -> None:
     Raises:
         ValueError: names the knob and the nearest one.
     """
-    types: dict[str, Any] = {field.name: field.type for field in fields(schema)}
+    types: dict[str, Any] = {entry.name: entry.type for entry in fields(schema)}
     types |= dict(experiment=Any, hydra=Any)
     for override in overrides:
         if not (knob := re.match(r"[+~]*(([\w-]+)[\w.-]*)=", override)):
@@ -121,7 +144,7 @@ def check_spelling(overrides: list[str], schema: type) -> None:
         path, root = knob.groups()
         names, wrong = list(types), root
         if path != root and is_dataclass(types.get(root)):
-            names, wrong = [f"{root}.{field.name}" for field in fields(types[root])], path
+            names, wrong = [f"{root}.{entry.name}" for entry in fields(types[root])], path
         if wrong not in names:
             near = difflib.get_close_matches(wrong, names, 1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(names))}"

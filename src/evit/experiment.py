@@ -82,7 +82,14 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             KeepRateSchedule(model, recipe.shrink_start_epoch, recipe.shrink_epochs),
             KeptPatches(model, folder / "kept_patches.png"),
         ]
-    trainer = build_trainer(cfg.trainer, recipe, folder, callbacks)
+    trainer = build_trainer(
+        cfg.trainer,
+        folder,
+        callbacks,
+        max_epochs=recipe.epochs,
+        gradient_clip_val=recipe.clip_grad,
+        check_val_every_n_epoch=recipe.eval_every,
+    )
     data.trainer = trainer
     objective = make_objective(
         model,
@@ -205,9 +212,9 @@ def say(text: str) -> None:
 
 
 def build_trainer(
-    options: Any, recipe: Recipe, folder: Path, callbacks: list[L.Callback]
+    options: Any, folder: Path, callbacks: list[L.Callback], **more: Any
 ) -> L.Trainer:
-    """Lightning's Trainer with the configuration's options.
+    """Lightning's Trainer with the configuration's options, and more of them.
 
     Raises:
         ValueError: Lightning does not know an option, or cannot serve it here.
@@ -220,9 +227,7 @@ def build_trainer(
     try:
         return L.Trainer(
             **options,
-            max_epochs=recipe.epochs,
-            gradient_clip_val=recipe.clip_grad,
-            check_val_every_n_epoch=recipe.eval_every,
+            **more,
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             default_root_dir=folder,

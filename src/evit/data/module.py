@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ class Images(L.LightningDataModule):
         crop_scale, flip: RandomResizedCrop's share of the area, probability of a horizontal flip.
         crop_pct: in evaluation the short side becomes img_size / crop_pct before the centre crop.
         mode, max_resolution, jpeg_quality: how .beton files are written (evit.data.writer).
+        splits: which are used; nothing is asked of the others. Evaluations need val alone.
     """
 
     name = "images"
@@ -55,6 +57,7 @@ class Images(L.LightningDataModule):
         crop_scale: tuple[float, float] = (0.08, 1.0),
         flip: float = 0.5,
         crop_pct: float = 0.875,
+        splits: Sequence[str] = SPLITS,
     ):
         super().__init__()
         if backend not in ("ffcv", "imagefolder"):
@@ -69,6 +72,7 @@ class Images(L.LightningDataModule):
         self.num_workers, self.batches_ahead = num_workers, batches_ahead
         self.limits = dict(train=max_train_images, val=max_val_images)
         self.crop_scale, self.flip, self.crop_pct = tuple(crop_scale), flip, crop_pct
+        self.splits = tuple(splits)
         self._loaders: dict[str, Any] = {}
 
     @property
@@ -97,13 +101,13 @@ class Images(L.LightningDataModule):
     def prepare_data(self) -> None:
         """Write the .beton files that are not there yet. Lightning calls it in one process."""
         if self.backend == "imagefolder":
-            for split in SPLITS:
+            for split in self.splits:
                 self.dataset(split, None)
             return
         from evit.data.beton import check_beton
         from evit.data.writer import write_beton
 
-        for split in SPLITS:
+        for split in self.splits:
             path = self.beton_dir / f"{split}.beton"
             if path.exists():
                 check_beton(path)
@@ -137,7 +141,7 @@ class Images(L.LightningDataModule):
 
     def setup(self, stage: str | None = None) -> None:
         if not self._loaders:
-            self._loaders = {split: self._loader(split) for split in SPLITS}
+            self._loaders = {split: self._loader(split) for split in self.splits}
 
     def train_dataloader(self) -> Any:
         return self._loaders["train"]
@@ -201,19 +205,19 @@ class Folder(Images):
             raise ValueError("no images are configured: data.root=DIR, or IMAGENET_DIR=DIR")
         self.root = Path(root).expanduser().resolve()
         self.name = self.root.name
-        self.prepared = all((self.root / f"{split}.beton").is_file() for split in SPLITS)
+        self.prepared = all((self.root / f"{split}.beton").is_file() for split in self.splits)
         if self.prepared:
             from evit.data.beton import check_beton
 
-            sidecars = [check_beton(self.root / f"{split}.beton") for split in SPLITS]
+            sidecars = [check_beton(self.root / f"{split}.beton") for split in self.splits]
             self.classes = sidecars[0]["classes"]
-            if sidecars[1]["classes"] != self.classes:
+            if sidecars[-1]["classes"] != self.classes:
                 raise ValueError(
                     f"train.beton and val.beton in {self.root} have different classes: prepare "
                     f"them again from one folder"
                 )
         else:
-            self.classes = sources.tree_classes(self.root)
+            self.classes = sources.tree_classes(self.root, self.splits)
         if num_classes is not None and len(self.classes) != num_classes:
             raise ValueError(
                 f"{self.root} has {len(self.classes)} classes, not {num_classes}: for a data set "
@@ -227,7 +231,8 @@ class Folder(Images):
         return self.dataset(split, None).samples
 
     def identity(self) -> dict[str, Any]:
-        images = [sample for split in SPLITS for sample in self.samples(split)]
+        splits = sources.splits_there(self.root, self.splits)
+        images = [sample for split in splits for sample in self.samples(split)]
         return dict(root=str(self.root), tree=sources.fingerprint(images, self.root))
 
     @functools.cached_property

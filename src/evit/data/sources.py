@@ -23,30 +23,38 @@ def class_names(folder: Path) -> list[str]:
     return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
 
 
-def tree_classes(root: str | Path) -> list[str]:
+def splits_there(root: Path, needed: Sequence[str]) -> list[str]:
+    """The splits that are needed, and those that have class folders in ROOT beside them."""
+    return [s for s in SPLITS if s in needed or (root / s).is_dir() and class_names(root / s)]
+
+
+def tree_classes(root: str | Path, needed: Sequence[str] = SPLITS) -> list[str]:
     """The classes of ROOT/train, once ROOT is seen to be a tree of train/CLASS and val/CLASS.
+
+    Where val/ alone is needed and there is no train/, the classes are those of val/.
 
     Raises:
         ValueError: a folder is missing or empty, or val/ has a class that train/ lacks.
     """
     root = Path(root).expanduser()
-    layout = f"expected {root}/train/CLASS/*.jpg and {root}/val/CLASS/*.jpg"
+    layout = "expected " + " and ".join(f"{root}/{split}/CLASS/*.jpg" for split in needed)
     if not root.is_dir():
         raise ValueError(f"data folder {str(root)!r} does not exist: {layout}")
     found: dict[str, list[str]] = {}
-    for split in SPLITS:
+    for split in splits_there(root, needed):
         if not (root / split).is_dir():
             raise ValueError(f"data folder {str(root)!r} has no {split}/: {layout}")
         found[split] = class_names(root / split)
         if not found[split]:
             raise ValueError(f"{str(root / split)!r} has no class folders: {layout}")
-    strange = sorted(set(found["val"]) - set(found["train"]))
+    classes = found.get("train", found["val"])
+    strange = sorted(set(found["val"]) - set(classes))
     if strange:
         raise ValueError(
             f"{str(root / 'val')!r} has classes that train/ lacks: {', '.join(strange[:5])}. "
             f"Add them to train/, or remove them from val/"
         )
-    return found["train"]
+    return classes
 
 
 def load_image(path: str) -> Image.Image:

@@ -40,6 +40,17 @@ def per_reorganization(keep_rate: KeepRate, count: int) -> tuple[float, ...]:
     return tuple(float(r) for r in rates)
 
 
+def check_img_size(img_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> None:
+    """Refuse an image size that whole patches do not tile."""
+    for size, patch in zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True):
+        if size < patch or size % patch:
+            lower = max(size // patch, 1) * patch
+            raise ValueError(
+                f"img_size {size} is not a multiple of the patch size {patch}: "
+                f"take {lower} or {lower + patch}"
+            )
+
+
 def query_key_value(attn: Any, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What timm's Attention makes of its input, (B, H, T, D) each."""
     B, T, _ = x_BTC.shape
@@ -91,13 +102,7 @@ class EViT(VisionTransformer):
         fusion: bool = True,
         **kwargs: Any,
     ):
-        for size, patch in zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True):
-            if size < patch or size % patch:
-                lower = max(size // patch, 1) * patch
-                raise ValueError(
-                    f"img_size {size} is not a multiple of the patch size {patch}: "
-                    f"take {lower} or {lower + patch}"
-                )
+        check_img_size(img_size, patch_size)
         super().__init__(img_size, patch_size, *args, **kwargs)
         self._init_reorganization(keep_rate, drop_loc, fusion)
 

@@ -53,20 +53,29 @@ def unfinished(folder: Path) -> Path | None:
 
 
 def finish(result: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Add where and with what a result was made, and write result.json, whole or not at all."""
-    result |= dict(
+    """Add where and with what a result was made, and write result.json."""
+    result |= provenance()
+    write_json(result, folder / "result.json")
+    return result
+
+
+def provenance() -> dict[str, Any]:
+    """The code that makes a result: its commit, and the versions of what it stands on."""
+    return dict(
         commit=git_commit(),
         packages={name: package_version(name) for name in PACKAGES},
         python=platform.python_version(),
     )
-    path = folder / "result.json"
+
+
+def write_json(content: dict[str, Any], path: Path) -> None:
+    """Write a file whole or not at all. Not-a-number is a ValueError."""
     partial = path.with_suffix(".tmp")
     with partial.open("w") as file:
-        file.write(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        file.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
-    return result
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
