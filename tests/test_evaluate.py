@@ -1,0 +1,330 @@
+"""src/evaluate.py, run as a user runs it."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import evit
+from tests.conftest import QUICK, command
+
+MICRO = "model=evit_deit_micro img_size=28 trainer=cpu data.num_workers=0".split()
+RATES = "keep_rates=[1,0.9,0.7,[0.9,0.7,0.5]]"
+
+
+def only(folder: Path, pattern: str) -> Path:
+    (path,) = folder.glob(pattern)
+    return path
+
+
+def micro(num_classes: int = 2) -> evit.EViT:
+    """conf/model/evit_deit_micro.yaml with random weights."""
+    torch.manual_seed(0)
+    options = dict(img_size=28, patch_size=7, embed_dim=96, depth=12, num_heads=3)
+    return evit.EViT(num_classes=num_classes, **options).eval()
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """A checkpoint as its authors would publish it."""
+    path = tmp_path_factory.mktemp("weights") / "micro.pth"
+    torch.save({"model": micro().state_dict()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, shared_photos) -> Path:
+    """A folder in which a run has finished: EMA, two epochs, fewer images than there are."""
+    folder = tmp_path_factory.mktemp("finished")
+    arguments = [*QUICK, f"data.root={shared_photos}", "recipe.epochs=2", "recipe.ema_decay=0.9"]
+    arguments += ["keep_rate=0.6", "fusion=false", "recipe.crop_pct=0.7", "logger=none"]
+    done = command("train.py", *arguments, "recipe.max_val_images=5", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def evaluate(monkeypatch, tmp_path, capfd):
+    """Run src/evaluate.py in this process; evaluation.json and what was printed."""
+    import evaluate
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("IMAGENET_DIR", raising=False)
+
+    def run(*arguments: object) -> dict:
+        shutil.rmtree(tmp_path / "outputs", ignore_errors=True)
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+        evaluate.main()
+        result = json.loads(only(tmp_path, "outputs/*/*/evaluation.json").read_text())
+        return result | dict(printed=capfd.readouterr().out)
+
+    return run
+
+
+@pytest.fixture
+def refused(evaluate, tmp_path, capfd):
+    """Run src/evaluate.py in this process, which fails and leaves nothing; its message."""
+
+    def run(*arguments: object) -> str:
+        with pytest.raises(SystemExit) as ended:
+            evaluate(*arguments)
+        assert ended.value.code == 2
+        assert not list(tmp_path.glob("outputs/**/*"))
+        return capfd.readouterr().err
+
+    return run
+
+
+def metrics(result: dict) -> dict:
+    """The metrics of each setting, by what tells it from the others."""
+    names = ("top1", "top5", "loss", "images")
+    return {
+        (tuple(row["keep_rate"]), row["fusion"], row["selection"]): [row[n] for n in names]
+        for row in result["settings"]
+    }
+
+
+def test_a_run_s_last_checkpoint_alone_gives_what_training_reported(finished, evaluate):
+    """Model, data, keep rate, fusion, crop, limit and EMA weights come from the run."""
+    reported = json.loads(only(finished, "outputs/*/*/result.json").read_text())
+    path = only(finished, "outputs/*/*/checkpoints/last.ckpt")
+    result = evaluate(f"checkpoint={path}", "trainer=cpu")
+    (row,) = result["settings"]
+    assert (row["keep_rate"], row["fusion"], row["images"]) == ([0.6] * 3, False, 5)
+    assert (result["config"]["crop_pct"], result["data"]["backend"]) == (0.7, "ffcv")
+    assert [row["top1"], row["top5"]] == [reported["top1"], reported["top5"]]
+    assert row["loss"] == pytest.approx(reported["loss"], rel=1e-6)
+    assert row["macs"] == reported["model"]["macs"]
+    assert row["macs_executed"] == reported["model"]["macs_executed"]
+    weights = torch.load(path, weights_only=True)
+    average, current = (weights[k] for k in ("state_dict", "current_model_state"))
+    assert not torch.equal(average["model.head.weight"], current["model.head.weight"])
+
+
+def test_whatever_comes_from_the_run_can_be_changed(finished, evaluate, photos):
+    path = only(finished, "outputs/*/*/checkpoints/best.ckpt")
+    changes = "keep_rate=[0.9,0.8,0.5] fusion=true img_size=42 crop_pct=1 max_val_images=null"
+    changes += f" data.root={photos} data.backend=imagefolder data.num_workers=0"
+    result = evaluate(f"checkpoint={path}", *changes.split())
+    (row,) = result["settings"]
+    assert (row["keep_rate"], row["fusion"], row["images"]) == ([0.9, 0.8, 0.5], True, 6)
+    assert result["config"]["data"]["root"] == str(photos)
+    assert result["data"]["backend"] == "imagefolder"
+    assert result["model"]["img_size"] == result["config"]["data"]["img_size"] == 42
+
+
+def test_images_are_read_as_pil_reads_them(weights, photos, evaluate):
+    """Top-1, top-5 and loss from an independent reading: PIL alone, the published protocol."""
+    images, labels = [], []
+    for label, name in enumerate(("cat", "dog")):
+        for path in sorted((photos / "val" / name).iterdir()):
+            image = Image.open(path).convert("RGB")  # 48 x 40 pixels
+            image = image.resize((int(32 * 48 / 40), 32), Image.Resampling.BICUBIC)
+            left = round((image.width - 28) / 2)
+            image = image.crop((left, 2, left + 28, 30))
+            pixels = torch.tensor(list(image.getdata())).reshape(28, 28, 3).permute(2, 0, 1) / 255
+            mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[
+                ..., None, None
+            ]
+            images.append((pixels - mean) / std)
+            labels.append(label)
+    model = micro()
+    model.set_keep_rate(0.7)
+    with torch.no_grad():
+        logits = model(torch.stack(images))
+    target = torch.tensor(labels)
+    found = evaluate(f"checkpoint={weights}", f"data.root={photos}", *MICRO)
+    (row,) = found["settings"]
+    assert row["top1"] == pytest.approx(100 * (logits.argmax(1) == target).float().mean().item())
+    assert row["loss"] == pytest.approx(
+        torch.nn.functional.cross_entropy(logits, target).item(), rel=1e-5
+    )
+    assert found["data"]["backend"] == "imagefolder"
+
+
+def test_settings_in_one_pass_equal_each_on_its_own(weights, shared_photos, evaluate):
+    """To the digit: each in a program of its own here, and by verify in the same one."""
+    arguments = [f"checkpoint={weights}", f"data.root={shared_photos}", *MICRO, "batch_size=4"]
+    both = ["fusion=[true,false]", "selection=[attentive,random,inattentive]"]
+    result = evaluate(*arguments, RATES, *both, "verify=true", "repeats=1")
+    together = metrics(result)
+    assert len(together) == len(result["settings"]) == 1 + 3 * 2 * 3
+    assert "the numbers are equal" in result["printed"] and result["verify"]["ratio"] > 0
+    assert len({tuple(values) for values in together.values()}) > 15  # they do differ
+    alone: dict = {}
+    for rates in ("1", "0.7", "[0.9,0.7,0.5]"):
+        for fusion, selection in (("true", "random"), ("false", "inattentive")):
+            one = [f"keep_rate={rates}", f"fusion={fusion}", f"selection={selection}"]
+            alone |= metrics(evaluate(*arguments, *one))
+    assert len(alone) == 5
+    assert alone == {key: together[key] for key in alone}
+
+
+def test_random_selection_is_a_matter_of_the_seed(weights, shared_photos, evaluate):
+    arguments = [f"checkpoint={weights}", f"data.root={shared_photos}", *MICRO, "keep_rate=0.5"]
+    arguments += ["selection=random"]
+    first, again = (metrics(evaluate(*arguments, "seed=1")) for _ in range(2))
+    other = metrics(evaluate(*arguments, "seed=2"))
+    assert first == again != other
+
+
+def test_a_folder_with_only_val_will_do_and_nothing_is_written(weights, photos, evaluate, tmp_path):
+    arguments = [f"checkpoint={weights}", f"data.root={photos}", *MICRO]
+    whole = metrics(evaluate(*arguments))
+    shutil.rmtree(photos / "train")
+    assert metrics(evaluate(*arguments)) == whole
+    assert not list(tmp_path.glob("data/**/*"))
+    ffcv = evaluate(*arguments, "data.backend=ffcv")
+    assert {path.name for path in tmp_path.glob("data/*/*")} == {"val.beton", "val.beton.json"}
+    assert ffcv["images"] == 6 and ffcv["data"]["backend"] == "ffcv"
+
+
+def test_the_classes_are_those_of_train_where_it_is_there(weights, photos, evaluate):
+    shutil.rmtree(photos / "val" / "cat")
+    result = evaluate(f"checkpoint={weights}", f"data.root={photos}", *MICRO)
+    assert (result["data"]["num_classes"], result["images"]) == (2, 3)
+
+
+def test_prepared_files_are_read_without_being_asked_for(weights, photos, evaluate, tmp_path):
+    from evit.data.prepare import prepare
+
+    folder = prepare(photos, tmp_path / "betons", mode="jpg", max_resolution=None, jpeg_quality=95)
+    for path in folder.glob("train*"):
+        path.unlink()
+    result = evaluate(f"checkpoint={weights}", f"data.root={folder}", *MICRO)
+    assert (result["data"]["backend"], result["images"]) == ("ffcv", 6)
+
+
+def test_two_processes_evaluate_each_image_once(weights, photos, tmp_path):
+    """5 images over 2 processes: the metrics of one."""
+    next((photos / "val/dog").iterdir()).unlink()
+    found = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        arguments = [f"checkpoint={weights}", f"data.root={photos}", *MICRO, "batch_size=2"]
+        arguments += ["trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={processes}"]
+        arguments += ["keep_rates=[1,0.5]", "verify=true", "repeats=1"]
+        arguments.remove("trainer=cpu")
+        done = command("evaluate.py", *arguments, cwd=folder)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("the numbers are equal") == 2  # said once, not by each process
+        found.append(json.loads(only(folder, "outputs/*/*/evaluation.json").read_text()))
+    assert [result["processes"] for result in found] == [1, 2]
+    assert [result["images"] for result in found] == [5, 5]
+    for one, two in zip(found[0]["settings"], found[1]["settings"], strict=True):
+        for name in ("top1", "top5", "loss"):
+            assert one[name] == pytest.approx(two[name], rel=1e-5)
+
+
+def test_the_table_has_a_row_for_each_setting_and_the_difference_to_dense(
+    weights, shared_photos, evaluate
+):
+    arguments = [f"checkpoint={weights}", f"data.root={shared_photos}", *MICRO]
+    result = evaluate(*arguments, "keep_rates=[1,0.7,0.5]", "fusion=[true,false]")
+    dense, *others = result["settings"]
+    printed = [line.split() for line in result["printed"].splitlines()]
+    for row in others:
+        numbers = [f"{row['top1']:.2f}", f"{row['top1'] - dense['top1']:+.2f}"]
+        numbers += [f"{row['top5']:.2f}", f"{row['loss']:.4f}", f"{row['macs'] / 1e9:.3f}"]
+        numbers += [f"{row['macs_executed'] / 1e9:.3f}"]
+        fusion = {True: "fused", False: "dropped"}[row["fusion"]]
+        assert [fusion, *numbers] in [line[-7:] for line in printed]
+    assert max(map(len, result["printed"].splitlines()[2:10])) <= 80
+
+
+def test_a_result_carries_its_provenance(weights, shared_photos, evaluate):
+    result = evaluate(f"checkpoint={weights}", f"data.root={shared_photos}", *MICRO)
+    assert result["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert len(result["checkpoint_sha256"]) == 64
+    assert result["config"]["model"]["img_size"] == 28
+    assert {"commit", "device", "seconds", "precision", "processes", "python"} <= set(result)
+
+
+@pytest.fixture(scope="module")
+def deit(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("deit") / "deit.pth"
+    torch.save(timm.create_model("deit_tiny_patch16_224", num_classes=2).state_dict(), path)
+    return path
+
+
+DEIT = "model.model_name=deit_tiny_patch16_224 img_size=32 trainer=cpu data.num_workers=0".split()
+
+
+def test_any_timm_vit_is_evaluated_as_an_evit(deit, shared_photos, evaluate):
+    arguments = [f"checkpoint={deit}", f"data.root={shared_photos}", "model=timm_vit", *DEIT]
+    dense, half = evaluate(*arguments, "keep_rates=[1,0.5]")["settings"]
+    assert half["macs_executed"] < dense["macs_executed"]
+
+
+def test_a_timm_model_as_it_stands_is_evaluated_dense_alone(deit, shared_photos, evaluate, refused):
+    arguments = [f"checkpoint={deit}", f"data.root={shared_photos}", "model=evit_deit_tiny", *DEIT]
+    arguments += ["~model.keep_rate", "~model.fusion"]
+    message = "VisionTransformer reorganizes no tokens: keep_rate=1, or take it as an EViT"
+    assert message in refused(*arguments, "keep_rate=0.7")
+    plain = evaluate(*arguments)
+    assert "Evaluating 1 setting on" in plain["printed"]
+    arguments = [f"checkpoint={deit}", f"data.root={shared_photos}", "model=timm_vit", *DEIT]
+    evit = evaluate(*arguments, "keep_rate=1")
+    assert plain["settings"][0]["loss"] == pytest.approx(evit["settings"][0]["loss"], rel=1e-5)
+    assert plain["settings"][0]["macs"] is None
+
+
+MISTAKES = {
+    "keep_rate=0": "keep_rate must be in (0, 1]",
+    "keep_rates=[0.5,1.5]": "got 1.5",
+    "keep_rates=[]": "keep_rates must be a list such as [1,0.7,0.5], got []",
+    "keep_rates=[[0.9,0.7]]": "has 2 entries for 3 reorganizations",
+    "img_size=30": "img_size 30 is not a multiple of the patch size 7: take 28 or 35",
+    "selection=attentiv": "must be of attentive, random, inattentive, got 'attentiv'",
+    "selection=[random,best]": "must be of attentive, random, inattentive",
+    "fusion=perhaps": "fusion must be true, false or [true,false], got 'perhaps'",
+    "batch_size=0": "batch_size must be at least 1, got 0",
+    "repeats=0": "repeats must be at least 1, got 0",
+    "crop_pct=0": "crop_pct must be from 0.01 to 1, got 0",
+    "max_val_images=0": "max_val_images must be at least 1, got 0",
+    "checkpoint=nowhere.pth": "checkpoint 'nowhere.pth' does not exist",
+    "checkpoint=null": "checkpoint=PATH is needed",
+    "keeprates=[1]": "unknown knob 'keeprates' in 'keeprates=[1]': did you mean keep_rates?",
+    "data.root=/nowhere": "data folder '/nowhere' does not exist: expected /nowhere/val/CLASS",
+    "model=evit_deit_tiny": "checkpoint does not fit EViT",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_named_and_leaves_nothing(mistake, weights, photos, refused):
+    arguments = [f"checkpoint={weights}", f"data.root={photos}", *MICRO]
+    arguments = [a for a in arguments if a.split("=")[0] != mistake.split("=")[0]]
+    assert MISTAKES[mistake] in refused(*arguments, mistake)
+
+
+def test_a_checkpoint_that_is_no_run_s_needs_a_model(weights, photos, refused):
+    shown = refused(f"checkpoint={weights}", f"data.root={photos}")
+    assert "model=NAME is needed, as in model=evit_deit" in shown
+
+
+def test_another_number_of_classes_is_named(weights, photos, refused):
+    shutil.copytree(photos / "val/dog", photos / "val/wolf")
+    shutil.rmtree(photos / "train")
+    shown = refused(f"checkpoint={weights}", f"data.root={photos}", *MICRO)
+    assert "the checkpoint has 2 classes and photos has 3" in shown
+
+
+class Attack:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+def test_nothing_in_a_checkpoint_is_executed(photos, tmp_path, refused):
+    torch.save({"model": Attack(tmp_path / "owned")}, tmp_path / "evil.pth")
+    shown = refused(f"checkpoint={tmp_path}/evil.pth", f"data.root={photos}", *MICRO)
+    assert "evil.pth' cannot be read" in shown
+    assert not (tmp_path / "owned").exists()
