@@ -121,7 +121,7 @@ def complete(cfg: DictConfig, given: set[str], source: dict[str, Any]) -> dict[s
         ValueError: no model is given, or a knob is out of range.
     """
     cfg = cfg.copy()
-    if "model" not in given:
+    if "_target_" not in cfg.model:
         if not source:
             raise ValueError(
                 f"model=NAME is needed, as in model=evit_deit: {cfg.checkpoint} is not a run's, "

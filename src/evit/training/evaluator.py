@@ -101,8 +101,8 @@ class Evaluator(L.LightningModule):
         images = int(self.images.compute())
         self.results = [
             dict(
-                top1=100 * float(metric["top1"].compute()),
-                top5=100 * float(metric["top5"].compute()),
+                top1=float(100 * metric["top1"].compute()),
+                top5=float(100 * metric["top5"].compute()),
                 loss=float(metric["loss"].compute()),
                 images=images,
             )
