@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from evit.config import CONF_DIR, RunConfig, folder_name, register
+from evit.config import CONF_DIR, EvaluateConfig, RunConfig, folder_name, register
 from evit.training.recipe import Recipe
 
 ROOT = CONF_DIR.parent
@@ -64,6 +64,21 @@ def test_the_paper_s_main_table_is_the_keeprate_sweep():
 def test_prepare_composes():
     cfg = composed("source=/photos", config="prepare")
     assert OmegaConf.to_container(cfg)["target"] is None
+
+
+def test_the_knobs_of_an_evaluation_are_these():
+    assert {field.name for field in fields(EvaluateConfig)} == {
+        *("checkpoint", "name", "keep_rate", "keep_rates", "fusion", "selection", "img_size"),
+        *("crop_pct", "max_val_images", "batch_size", "seed", "verify", "repeats"),
+        *("model", "data", "trainer"),
+    }
+
+
+def test_an_evaluation_composes_with_every_value_open_that_a_run_can_give():
+    cfg = composed("checkpoint=a.ckpt", config="evaluate")
+    knobs = ("keep_rate", "keep_rates", "fusion", "img_size", "crop_pct", "max_val_images")
+    assert [cfg[knob] for knob in knobs] == [None] * 6
+    assert cfg.model == {} and cfg.selection == "attentive"
 
 
 def test_report_composes():

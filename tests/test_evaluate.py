@@ -279,6 +279,18 @@ def test_a_timm_model_as_it_stands_is_evaluated_dense_alone(deit, shared_photos,
     assert own["macs"] is None and own["macs_executed"] < evit["macs"]
 
 
+def test_dynamicvit_has_no_fusion_and_no_selection_and_is_evaluated_once(
+    shared_photos, evaluate, tmp_path
+):
+    options = dict(img_size=28, patch_size=7, embed_dim=96, depth=12, num_heads=3)
+    torch.save(evit.DynamicViT(num_classes=2, **options).state_dict(), tmp_path / "d.pth")
+    arguments = [f"checkpoint={tmp_path}/d.pth", f"data.root={shared_photos}", *MICRO[1:]]
+    arguments += ["model=dynamicvit_deit_micro", "keep_rates=[1,0.7]"]
+    result = evaluate(*arguments, "fusion=[true,false]", "selection=[attentive,random]")
+    assert "DynamicViT has no fusion and no selection" in result["printed"]
+    assert list(metrics(result)) == [((1.0,) * 3, None, None), ((0.7,) * 3, None, None)]
+
+
 MISTAKES = {
     "keep_rate=0": "keep_rate must be in (0, 1]",
     "keep_rates=[0.5,1.5]": "got 1.5",

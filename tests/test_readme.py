@@ -36,6 +36,11 @@ COMMANDS = {
     ".venv/bin/python src/prepare.py source=DIR target=DIR-ffcv max_resolution=500": "",
     ".venv/bin/python src/train.py data.root=DIR-ffcv": SMALL,
     ".venv/bin/python src/train.py data.root=DIR data.backend=imagefolder": f"{SMALL} seed=1",
+    ".venv/bin/python src/evaluate.py checkpoint=CHECKPOINT": "trainer=cpu",
+    ".venv/bin/python src/evaluate.py checkpoint=CHECKPOINT model=evit_deit data.root=DIR "
+    "keep_rates=[1,0.9,0.8,0.7,0.6,0.5] fusion=[true,false]": (
+        "model=evit_deit_micro img_size=28 trainer=cpu"
+    ),
 }
 DONE: dict[str, str] = {}
 
@@ -54,7 +59,11 @@ def test_every_command_is_known_to_the_tests():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_runs(command, folder, shared_photos):
     words = {"DIR": str(shared_photos), "RUN": str(folder / "run"), "CACHE": str(folder / "data")}
-    line = re.sub(r"\b(DIR|RUN|CACHE)\b", lambda m: words[m[0]], f"{command} {COMMANDS[command]}")
+    for path in folder.glob("outputs/dev/data.backend-imagefolder*/checkpoints/best.ckpt"):
+        words["CHECKPOINT"] = str(path)
+    line = re.sub(
+        r"\b(DIR|RUN|CACHE|CHECKPOINT)\b", lambda m: words[m[0]], f"{command} {COMMANDS[command]}"
+    )
     in_root = command.startswith("make")
     line = line.replace(".venv/bin/python src/", f"{sys.executable} {ROOT}/src/")
     env = {k: v for k, v in os.environ.items() if k not in ("IMAGENET_DIR", "MAKEFLAGS")}
@@ -80,6 +89,14 @@ def test_without_images_the_embedded_set_is_used_and_said_first():
     first, second = output.splitlines()[:2]
     assert "embedded Fashion-MNIST" in first and "data.root=DIR" in first
     assert "at most 32 training and 32 validation images" in second
+
+
+def test_an_evaluation_shows_the_columns_of_this_page():
+    output = next(v for k, v in DONE.items() if "keep_rates" in k)
+    (header,) = (block for block in blocks("text") if block.startswith("keep  "))
+    shown = [line.split() for line in output.splitlines()]
+    assert [line.split() for line in header.splitlines()] in [shown[i : i + 2] for i in (2, 3)]
+    assert sum(line[-6:-5] == ["dropped"] or "dropped" in line for line in shown) == 5
 
 
 def test_prepared_files_say_how_to_train_on_them(shared_photos):

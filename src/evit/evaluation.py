@@ -144,6 +144,8 @@ def complete(cfg: DictConfig, given: set[str], source: dict[str, Any]) -> dict[s
     for part in cfg.model, cfg.data:  # those of a run are values, not ${img_size}
         if "img_size" in part:
             part.img_size = cfg.img_size
+    if "pretrained" in cfg.model:  # the weights are the checkpoint's
+        cfg.model.pretrained = False
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     for knob in ("batch_size", "repeats", "max_val_images"):
         if config[knob] is not None and config[knob] < 1:

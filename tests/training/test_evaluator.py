@@ -40,6 +40,16 @@ def test_six_keep_rates_together_cost_at_most_three_quarters_of_six_alone():
     assert flops[0] <= 0.75 * flops[1]
 
 
+def test_sharing_changes_no_digit_of_dynamicvit(images):
+    torch.manual_seed(0)
+    options = dict(img_size=64, patch_size=8, embed_dim=48, depth=8, num_heads=2, num_classes=10)
+    model, settings = evit.DynamicViT(**options), [Setting((rate,) * 3) for rate in (1, 0.7, 0.5)]
+    together = logits(model, settings, images)
+    alone = logits(model, settings, images, shared=False)
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+    assert not torch.equal(together[0], together[2])
+
+
 @pytest.mark.parametrize("selection", ["attentive", "random", "inattentive"])
 @pytest.mark.parametrize("fusion", [True, False])
 def test_sharing_the_first_blocks_changes_no_digit(tiny, images, fusion, selection):
@@ -81,8 +91,6 @@ def test_the_selections_keep_what_they_say(tiny, images):
 
 def test_a_model_with_a_forward_of_its_own_computes_all_of_it(tiny, images):
     class Doubling(evit.EViT):
-        selection = None
-
         def forward(self, x):
             return 2 * super().forward(x)
 
@@ -100,5 +108,7 @@ def test_which_models_share_and_have_a_choice():
     lvvit = timm.create_model("evit_lvvit_t", num_classes=2, img_size=32)
     distilled = evit.reorganize(timm.create_model("deit_tiny_distilled_patch16_224"))
     plain = timm.create_model("deit_tiny_patch16_224")
-    assert [can_share(m) for m in (lvvit, distilled, plain)] == [True, True, False]
-    assert [has_choices(m) for m in (lvvit, distilled, plain)] == [True, True, False]
+    options = dict(img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=2)
+    models = (lvvit, distilled, evit.DynamicViT(**options), plain)
+    assert [can_share(model) for model in models] == [True, True, True, False]
+    assert [has_choices(model) for model in models] == [True, True, False, False]

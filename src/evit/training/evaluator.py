@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from evit.models import EViT
+from evit.models import DynamicViT, EViT
 from evit.training.module import mix_seed
 
 
@@ -128,11 +128,11 @@ def can_share(model: nn.Module) -> bool:
     kind: Any = type(model)
     return (
         isinstance(model, EViT)
-        and kind.forward is EViT.forward
+        and kind.forward in (EViT.forward, DynamicViT.forward)  # which differ in training alone
         and kind.forward_features is EViT.forward_features
     )
 
 
 def has_choices(model: nn.Module) -> bool:
-    """Whether a model reads `fusion` and `selection`. One that does not sets selection to None."""
-    return getattr(model, "selection", None) is not None
+    """Whether a model reads `fusion` and `selection`: EViT's reorganizing_block alone does."""
+    return getattr(type(model), "reorganizing_block", None) is EViT.reorganizing_block
