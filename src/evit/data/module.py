@@ -14,6 +14,7 @@ from torch import Tensor
 
 from evit.data import sources
 from evit.data.batch import normalize
+from evit.data.label_maps import label_map_paths, require_label_maps
 from evit.data.sources import SPLITS
 
 
@@ -33,6 +34,8 @@ class Images(L.LightningDataModule):
         crop_scale, flip: RandomResizedCrop's share of the area, probability of a horizontal flip.
         crop_pct: in evaluation the short side becomes img_size / crop_pct before the centre crop.
         mode, max_resolution, jpeg_quality: how .beton files are written (evit.data.writer).
+        label_maps: a folder with one label map for each training image (evit.data.label_maps).
+            Training batches are then (images, labels, maps, crops): evit.data.stream.
     """
 
     name = "images"
@@ -55,6 +58,7 @@ class Images(L.LightningDataModule):
         crop_scale: tuple[float, float] = (0.08, 1.0),
         flip: float = 0.5,
         crop_pct: float = 0.875,
+        label_maps: str | Path | None = None,
     ):
         super().__init__()
         if backend not in ("ffcv", "imagefolder"):
@@ -69,7 +73,13 @@ class Images(L.LightningDataModule):
         self.num_workers, self.batches_ahead = num_workers, batches_ahead
         self.limits = dict(train=max_train_images, val=max_val_images)
         self.crop_scale, self.flip, self.crop_pct = tuple(crop_scale), flip, crop_pct
+        self.label_maps = Path(label_maps).expanduser().resolve() if label_maps else None
         self._loaders: dict[str, Any] = {}
+
+    @property
+    def label_map_shape(self) -> tuple[int, int] | None:
+        """Cells (H, W) of the label maps in training batches, None without; known after setup."""
+        return self._loaders["train"].label_map_shape if self._loaders else None
 
     @property
     def num_classes(self) -> int:
@@ -82,6 +92,10 @@ class Images(L.LightningDataModule):
     def dataset(self, split: str, transform: Any) -> torch.utils.data.Dataset:
         """torchvision's data set, for the imagefolder backend."""
         raise NotImplementedError
+
+    def map_paths(self) -> list[str] | None:
+        """The label map of each training image, or None."""
+        return None
 
     def identity(self) -> dict[str, Any]:
         """What tells one content of the source from another."""
@@ -99,6 +113,7 @@ class Images(L.LightningDataModule):
         if self.backend == "imagefolder":
             for split in SPLITS:
                 self.dataset(split, None)
+            self.map_paths()
             return
         from evit.data.beton import check_beton
         from evit.data.writer import write_beton
@@ -116,6 +131,7 @@ class Images(L.LightningDataModule):
                 source=f"{self.name}/{split}",
                 num_workers=self.num_workers or available_cores(),
                 progress=True,
+                label_maps=self.map_paths() if split == "train" else None,
                 **self.write_options,
             )
 
@@ -167,7 +183,10 @@ class Images(L.LightningDataModule):
         if self.backend == "imagefolder":
             from evit.data.folder_loader import folder_loader
 
-            return folder_loader(self.dataset, split, **common)
+            label_maps = self.map_paths() if split == "train" else None
+            return folder_loader(
+                self.dataset, split, label_maps=label_maps, num_classes=self.num_classes, **common
+            )
         from evit.data.stream import FFCVStream
 
         device = trainer.strategy.root_device if trainer else torch.device("cpu")
@@ -178,14 +197,15 @@ class Images(L.LightningDataModule):
             **common,
         )
 
-    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], _: int) -> Any:
-        return normalize(batch[0]), batch[1]
+    def on_after_batch_transfer(self, batch: tuple[Tensor, ...], _: int) -> Any:
+        return normalize(batch[0]), *batch[1:]
 
 
 class Folder(Images):
     """Images in class folders, ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg.
 
-    ROOT may also hold train.beton and val.beton, as src/prepare.py writes them.
+    ROOT may also hold train.beton and val.beton, as src/prepare.py writes them, with or without
+    label maps.
 
     Args:
         root: the folder.
@@ -212,6 +232,15 @@ class Folder(Images):
                     f"train.beton and val.beton in {self.root} have different classes: prepare "
                     f"them again from one folder"
                 )
+            if self.backend == "ffcv" and self.label_maps:
+                if "label_map_shape" not in sidecars[0]:
+                    raise ValueError(
+                        f"{self.root}/train.beton has no label maps in it: write it again with "
+                        f"python src/prepare.py source=DIR label_maps={self.label_maps}"
+                    )
+                rank_zero_only(print)(
+                    f"The label maps are those in {self.root}/train.beton, not {self.label_maps}"
+                )
         else:
             self.classes = sources.tree_classes(self.root)
         if num_classes is not None and len(self.classes) != num_classes:
@@ -226,9 +255,21 @@ class Folder(Images):
     def samples(self, split: str) -> list[tuple[str, int]]:
         return self.dataset(split, None).samples
 
+    def map_paths(self) -> list[str] | None:
+        if not self.label_maps:
+            return None
+        images = [path for path, _ in self.samples("train")]
+        paths = label_map_paths(images, self.root / "train", self.label_maps)
+        require_label_maps(paths)
+        return paths
+
     def identity(self) -> dict[str, Any]:
         images = [sample for split in SPLITS for sample in self.samples(split)]
-        return dict(root=str(self.root), tree=sources.fingerprint(images, self.root))
+        found = dict(root=str(self.root), tree=sources.fingerprint(images, self.root))
+        if paths := self.map_paths():
+            maps = sources.fingerprint([(path, 0) for path in paths], self.root)
+            found |= dict(label_maps=maps)
+        return found
 
     @functools.cached_property
     def beton_dir(self) -> Path:
@@ -240,6 +281,14 @@ class FashionMNIST(Images):
 
     name = "fashion-mnist"
     classes = sources.FASHION_MNIST_CLASSES
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        if self.label_maps:
+            raise ValueError(
+                "Fashion-MNIST's images are no files, so they have no label maps: give images of "
+                "your own with data.root=DIR, or leave data.label_maps out"
+            )
 
     def dataset(self, split: str, transform: Any) -> Any:
         return sources.fashion_mnist(self.cache_dir, split == "train", transform)
