@@ -21,14 +21,12 @@ MAX_ID = 2048  # up to here float16 holds every integer
 Shape = tuple[int, int]
 
 
-class LabelMapError(ValueError):
-    """A label map that is missing, damaged, or not of this data set; it is named."""
-
-    def __init__(self, path: Path, reason: str) -> None:
-        super().__init__(
-            f"label map {path}: {reason}; make it again: delete the file and run "
-            f"python src/label_maps.py source=DIR target=LABELS"
-        )
+def refusal(path: str | Path, reason: str) -> ValueError:
+    """What is wrong with a label map, and the way out."""
+    return ValueError(
+        f"label map {path}: {reason}; make it again: delete the file and run "
+        f"python src/label_maps.py source=DIR target=LABELS"
+    )
 
 
 def label_map_paths(images: Sequence[str], root: Path, label_maps: Path) -> list[str]:
@@ -63,24 +61,24 @@ def read_label_map(path: str | Path, num_classes: int, shape: Shape | None = Non
     """A label map (2, 5, H, W), float16, of `num_classes` classes.
 
     Raises:
-        LabelMapError: it is missing, damaged, or not of `shape` (H, W) where one is given.
+        ValueError: it is missing, damaged, or not of `shape` (H, W) where one is given.
     """
     path = Path(path)
     if not path.is_file():
-        raise LabelMapError(path, "no such file")
+        raise refusal(path, "no such file")
     try:
         label_map = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle and zip raise nearly anything on a bad file
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise LabelMapError(path, f"not readable ({reason})") from None
+        raise refusal(path, f"not readable ({reason})") from None
     if not isinstance(label_map, Tensor) or label_map.dtype != torch.float16:
         kind = getattr(label_map, "dtype", type(label_map).__name__)
-        raise LabelMapError(path, f"{kind}, not a float16 tensor")
+        raise refusal(path, f"{kind}, not a float16 tensor")
     size = tuple(label_map.shape)
     if len(size) != 4 or size[:2] != (2, TOP) or 0 in size:
-        raise LabelMapError(path, f"of shape {size}, not (2, {TOP}, H, W)")
+        raise refusal(path, f"of shape {size}, not (2, {TOP}, H, W)")
     if shape is not None and size[2:] != tuple(shape):
-        raise LabelMapError(
+        raise refusal(
             path, f"of {size[2]} x {size[3]} cells, the first map of this data set of "
             f"{shape[0]} x {shape[1]}, and all must be alike",
         )  # fmt: skip
@@ -89,12 +87,12 @@ def read_label_map(path: str | Path, num_classes: int, shape: Shape | None = Non
 
 
 def check_label_map(path: Path, label_map: Tensor, num_classes: int) -> None:
-    """Raise LabelMapError for logits that are not finite, or ids that are no classes."""
+    """Raise ValueError for logits that are not finite, or ids that are no classes."""
     logits, ids = label_map.numpy().astype("f4")
     if not (abs(logits) < float("inf")).all():
-        raise LabelMapError(path, "it has logits that are not finite")
+        raise refusal(path, "it has logits that are not finite")
     if not ((ids >= 0) & (ids < min(num_classes, MAX_ID + 1)) & (ids % 1 == 0)).all():
-        raise LabelMapError(path, f"it has ids that are not classes, 0 to {num_classes - 1}")
+        raise refusal(path, f"it has ids that are not classes, 0 to {num_classes - 1}")
 
 
 @torch.no_grad()
