@@ -32,7 +32,8 @@ def composed(*overrides: str, config: str = "config", folder: Path = CONF_DIR, *
 def test_the_knobs_are_these():
     """A new knob is a decision: it goes into the README too."""
     assert {field.name for field in fields(RunConfig)} == {
-        *("name", "keep_rate", "fusion", "img_size", "seed", "checkpoint", "overwrite"),
+        *("name", "keep_rate", "fusion", "img_size", "seed", "checkpoint", "pretrained"),
+        "overwrite",
         *("model", "data", "recipe", "trainer", "logger"),
     }
 

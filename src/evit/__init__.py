@@ -1,7 +1,7 @@
 """EViT: Vision Transformers that keep the tokens their class token attends to."""
 
 from evit import measure
-from evit.models import EViT, LVViT, load_checkpoint, reorganize
+from evit.models import DynamicViT, EViT, LVViT, load_checkpoint, reorganize
 
 __version__ = "0.1.0"
-__all__ = ["EViT", "LVViT", "load_checkpoint", "measure", "reorganize"]
+__all__ = ["DynamicViT", "EViT", "LVViT", "load_checkpoint", "measure", "reorganize"]

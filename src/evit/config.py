@@ -33,6 +33,7 @@ class RunConfig:
     img_size: int = MISSING
     seed: int = MISSING
     checkpoint: str | None = None
+    pretrained: bool = False
     overwrite: bool = False
     model: Any = MISSING
     data: Any = MISSING

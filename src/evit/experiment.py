@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from evit import load_checkpoint, measure
 from evit.data import Images
-from evit.models import EViT
+from evit.models import DynamicViT, EViT, LVViT
 from evit.report import results
 from evit.tracking import JsonlLogger, wandb_logger, wandb_mode
 from evit.training.callbacks import (
@@ -30,6 +30,7 @@ from evit.training.callbacks import (
     progress,
 )
 from evit.training.module import Classifier, mix_seed
+from evit.training.objectives import dense_teacher, make_objective
 from evit.training.recipe import Recipe
 
 GROUPS = ("model", "data", "recipe", "experiment")
@@ -52,7 +53,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if not config.pop("overwrite"):
         results.check_config(folder, config)
         if before := results.finished(folder):
-            rank_zero_only(print)("This run has finished before: overwrite=true repeats it.")
+            say("This run has finished before: overwrite=true repeats it.")
             results.show(before, folder)
             return before
         last = results.unfinished(folder)
@@ -60,7 +61,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     recipe: Any = OmegaConf.to_object(cfg.recipe)
     mode = wandb_mode(config["logger"]["mode"])
     data, model = build(cfg, recipe)
-    announce(data, recipe)
+    teacher = build_teacher(cfg, model)
+    announce(cfg, data, model, teacher is not None)
     throughput = Throughput(recipe.batch_size)
     callbacks: list[L.Callback] = [
         progress(),
@@ -82,11 +84,18 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         ]
     trainer = build_trainer(cfg.trainer, recipe, folder, callbacks)
     data.trainer = trainer
-    module = Classifier(model, recipe, data.num_classes, data.local_batch_size, cfg.seed)
+    objective = make_objective(
+        model,
+        recipe,
+        data.num_classes,
+        data.local_batch_size,
+        teacher,
+    )
+    module = Classifier(model, recipe, data.num_classes, objective, cfg.seed)
     for step in data.prepare_data, data.setup:  # what can be wrong with the data is said here
         rank_zero_only(step)()
     if last:
-        rank_zero_only(print)(f"Going on from {last}: overwrite=true starts anew.")
+        say(f"Going on from {last}: overwrite=true starts anew.")
     else:
         rank_zero_only(results.start)(folder, config)
     options = config["logger"] | dict(name=folder.name, mode=mode)
@@ -142,18 +151,55 @@ def build(cfg: DictConfig, recipe: Recipe) -> tuple[Images, torch.nn.Module]:
         cfg.model, num_classes=data.num_classes, drop_path_rate=recipe.drop_path, _convert_="all"
     )
     if cfg.checkpoint:
-        load_checkpoint(model, cfg.checkpoint, new_head=True)
+        load_checkpoint(model, cfg.checkpoint, new_head=True, new_parts=True)
     return data, model
 
 
-def announce(data: Images, recipe: Recipe) -> None:
-    """Say what will be trained on, and how much of it."""
+def build_teacher(cfg: DictConfig, model: torch.nn.Module) -> torch.nn.Module | None:
+    """The dense model that DynamicViT is distilled from, where there are weights of one.
+
+    Raises:
+        ValueError: another kind of model has no use for a teacher, or its weights do not fit.
+    """
+    source = cfg.recipe.teacher or cfg.checkpoint
+    if not isinstance(model, DynamicViT):
+        if cfg.recipe.teacher:
+            raise ValueError(
+                f"recipe.teacher={cfg.recipe.teacher} is for DynamicViT: {type(model).__name__} "
+                f"has no distillation; leave it null"
+            )
+        return None
+    if not source and not cfg.pretrained:
+        return None
+    teacher = dense_teacher(model)
+    if source:
+        load_checkpoint(teacher, source, new_parts=True)
+    return teacher
+
+
+def announce(cfg: DictConfig, data: Images, model: Any, teacher: bool) -> None:
+    """Say what will be trained on, and what is left out or not used."""
+    recipe, name = cfg.recipe, HydraConfig.get().runtime.choices["model"]
+    if set(getattr(model, "keep_rate", [1])) == {1} and cfg.keep_rate != 1:
+        say(f"{name} keeps every token: keep_rate and fusion are not used.")
+    if isinstance(model, DynamicViT):
+        say("DynamicViT drops what it does not keep: fusion is not used.")
+        if not teacher:
+            say("Without a teacher there is no distillation: checkpoint=PATH of a dense model.")
+    elif isinstance(model, LVViT) and not getattr(data, "has_label_maps", False):
+        say("Without label maps LV-ViT is a plain classifier, no MixToken: data.label_maps=DIR.")
+    elif getattr(data, "has_label_maps", False) and not isinstance(model, LVViT):
+        say(f"{name} has no token labelling: the label maps are not used.")
     text = f"Training on {data.name} ({data.num_classes} classes): {recipe.epochs} epochs, "
     text += f"batch size {recipe.batch_size}"
     if recipe.max_train_images or recipe.max_val_images:
         text += f"; the recipe takes at most {recipe.max_train_images or 'all'} training and "
         text += f"{recipe.max_val_images or 'all'} validation images (recipe.max_train_images, "
         text += "recipe.max_val_images)"
+    say(text)
+
+
+def say(text: str) -> None:
     rank_zero_only(print)(text, flush=True)
 
 

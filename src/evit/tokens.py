@@ -33,9 +33,17 @@ def class_attention(
     return row_BH1T.softmax(-1, dtype=wide).mean(1)[:, 0, num_prefix_tokens:]
 
 
-def choose(score_BN: Tensor, k: int) -> Tensor:
-    """Indices (B, K) of the k highest scores of each image, in no particular order."""
-    return score_BN.topk(k, sorted=False).indices
+SELECTIONS = ("attentive", "random", "inattentive")
+
+
+def choose(score_BN: Tensor, k: int, selection: str = "attentive") -> Tensor:
+    """Indices (B, K) of the k highest scores of each image, in no particular order.
+
+    The other selections are the controls of the paper's motivation: k at random, the k lowest.
+    """
+    if selection == "random":
+        score_BN = torch.rand_like(score_BN)
+    return score_BN.topk(k, largest=selection != "inattentive", sorted=False).indices
 
 
 def gather(x_BNC: Tensor, index_BK: Tensor) -> Tensor:
@@ -50,7 +58,12 @@ def fuse(x_BNC: Tensor, score_BN: Tensor, index_BK: Tensor) -> Tensor:
 
 
 def reorganize(
-    x_BTC: Tensor, score_BN: Tensor, k: int, fusion: bool, ids_BN: Tensor | None = None
+    x_BTC: Tensor,
+    score_BN: Tensor,
+    k: int,
+    fusion: bool,
+    ids_BN: Tensor | None = None,
+    selection: str = "attentive",
 ) -> tuple[Tensor, Tensor | None]:
     """Keep the prefix and the k highest-scoring image tokens; fuse the others, or drop them.
 
@@ -63,7 +76,7 @@ def reorganize(
         return x_BTC, ids_BN
     num_prefix = x_BTC.shape[1] - n
     prefix_BPC, x_BNC = x_BTC[:, :num_prefix], x_BTC[:, num_prefix:]
-    index_BK = choose(score_BN, k)
+    index_BK = choose(score_BN, k, selection)
     parts = [prefix_BPC, gather(x_BNC, index_BK)]
     ids = None if ids_BN is None else ids_BN.gather(1, index_BK)
     if fusion:

@@ -5,7 +5,9 @@ import timm
 import torch
 
 import evit
-from evit.training.module import Classifier, lr_at, mix_seed
+from evit.training.module import Classifier, mix_seed
+from evit.training.objectives import make_objective
+from evit.training.optimizer import lr_at, make_optimizer
 from evit.training.recipe import Recipe
 
 RECIPE = Recipe(epochs=10, batch_size=1024, lr=5e-4, lr_batch_size=512, warmup_epochs=2)
@@ -17,7 +19,7 @@ def test_learning_rate_is_linear_in_the_batch_size():
 
 
 def test_learning_rate_warms_up_then_follows_a_cosine_to_its_minimum():
-    at = [lr_at(step, 1000, 200, RECIPE) for step in range(1001)]
+    at = [lr_at(step / 100, RECIPE) for step in range(1001)]
     assert at[0] == RECIPE.warmup_lr
     assert at[100] == pytest.approx((RECIPE.warmup_lr + 1e-3) / 2)
     assert at[200] == max(at) == pytest.approx(1e-3)
@@ -26,9 +28,7 @@ def test_learning_rate_warms_up_then_follows_a_cosine_to_its_minimum():
 
 
 def test_no_decay_on_one_dimensional_parameters_position_and_class_token():
-    module = Classifier(timm.create_model("evit_deit_small_patch16"), RECIPE, 1000, 128)
-    module._trainer = type("Trainer", (), {"estimated_stepping_batches": 100})()
-    (optimizer,), _ = module.configure_optimizers()
+    optimizer, _ = make_optimizer(timm.create_model("evit_deit_small_patch16"), RECIPE, 100)
     without, with_decay = optimizer.param_groups
     count = {g["weight_decay"]: sum(p.numel() for p in g["params"]) for g in (without, with_decay)}
     assert count == {0.0: 138_088, 0.05: 21_912_576}  # DeiT-S's, as published
@@ -42,7 +42,8 @@ def test_no_decay_on_one_dimensional_parameters_position_and_class_token():
         (dict(batch_size=0), "recipe.batch_size must be at least 1"),
         (dict(lr=0.0), "recipe.lr must be above 0, got 0.0"),
         (dict(lr=float("nan")), "recipe.lr must be above 0, got nan"),
-        (dict(warmup_epochs=10), "recipe.warmup_epochs 10 leaves nothing"),
+        (dict(warmup_epochs=10), "recipe.warmup_epochs 10 and .* leave nothing"),
+        (dict(warmup_epochs=5, cooldown_epochs=5), "recipe.cooldown_epochs 5 leave nothing"),
         (dict(drop_path=-1), "recipe.drop_path must be from 0 to 0.99, got -1"),
         (dict(crop_pct=0), "recipe.crop_pct must be from 0.01 to 1, got 0"),
         (dict(crop_scale=[1.0, 0.5]), r"recipe.crop_scale must be .* got \[1.0, 0.5\]"),
@@ -67,7 +68,7 @@ def test_validation_counts_every_image_once_whatever_the_batches():
     images, labels = torch.randn(10, 3, 8, 8), torch.arange(10) % 9
     found = []
     for sizes in ([10], [7, 3], [4, 4, 2]):
-        module = Classifier(model, RECIPE, 9, 128).eval()
+        module = Classifier(model, RECIPE, 9, make_objective(model, RECIPE, 9, 4)).eval()
         logged: dict[str, float] = {}
         module.log = lambda name, value, logged=logged, **_: logged.update({name: float(value)})
         with torch.no_grad():

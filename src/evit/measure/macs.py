@@ -7,13 +7,12 @@ from timm.layers import to_2tuple
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from evit import tokens
-from evit.models import EViT, LVViT
+from evit.models import DynamicViT, EViT, LVViT
 
 
 def count_params(model: nn.Module) -> int:
-    """Number of trainable parameters."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+    """Number of parameters, trained or frozen."""
+    return sum(p.numel() for p in model.parameters())
 
 
 def count_macs(
@@ -48,8 +47,7 @@ def count_macs(
 def _published(model: Any, size: tuple[int, int]) -> int:
     """torchprofile 0.0.4's count of the authors' code, which computes all of the attention."""
     dim, heads, prefix = model.embed_dim, model.blocks[0].attn.num_heads, model.num_prefix_tokens
-    rates = dict(zip(model.drop_loc, model.keep_rate, strict=True))
-    lvvit = isinstance(model, LVViT)
+    lvvit, dynamic = isinstance(model, LVViT), isinstance(model, DynamicViT)
     patch = model.patch_embed.patch_size
     n = size[0] // patch[0] * (size[1] // patch[1])
     macs = n * model.patch_embed.proj.weight.numel() + (prefix + n) * _affine(model.norm_pre)
@@ -58,13 +56,16 @@ def _published(model: Any, size: tuple[int, int]) -> int:
         convs, norms = (stem.conv1, stem.conv2, stem.conv3), (stem.bn1, stem.bn2, stem.bn3)
         weights = sum(c.weight.numel() for c in convs) + sum(b.num_features for b in norms)
         macs += size[0] // 2 * (size[1] // 2) * weights
+    counts = dict(zip(model.drop_loc, model.num_kept(n), strict=True))
     for i, block in enumerate(model.blocks):
+        k = counts.get(i, n)
+        if dynamic and k < n:  # its predictor sees the tokens before they go
+            macs, n = macs + n * (13 * dim**2 // 8 + 2 * dim), k
         attn, t = block.attn, prefix + n
         scaled = t * dim if lvvit else heads * t**2  # the queries, or the attention
         norms = heads * (_affine(attn.q_norm) + _affine(attn.k_norm)) + _affine(attn.norm)
         macs += t * 4 * dim**2 + 2 * t**2 * dim + scaled
         macs += t * (dim + norms + _affine(block.ls1))
-        k = tokens.num_kept(n, rates.get(i, 1.0))
         if k < n:
             macs += n + (n - k) * dim * model.fusion
             n = k + model.fusion

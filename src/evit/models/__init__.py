@@ -1,7 +1,8 @@
 """Models. Importing this package registers them with timm."""
 
+from evit.models.dynamicvit import DynamicLVViT, DynamicViT
 from evit.models.lvvit import LVViT
 from evit.models.vit import EViT, reorganize
 from evit.models.weights import load_checkpoint
 
-__all__ = ["EViT", "LVViT", "load_checkpoint", "reorganize"]
+__all__ = ["DynamicLVViT", "DynamicViT", "EViT", "LVViT", "load_checkpoint", "reorganize"]

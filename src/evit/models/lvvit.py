@@ -3,6 +3,7 @@
 from functools import partial
 from typing import Any
 
+import torch
 from timm.layers import PatchEmbed
 from timm.models import register_model
 from torch import Tensor, nn
@@ -84,11 +85,23 @@ class LVViT(EViT):
         super().reset_classifier(num_classes, global_pool)
         self.aux_head = self._new_aux_head()
 
+    def embed(self, images: Tensor, swapped: Tensor | None = None) -> Tensor:
+        """EViT's; with MixToken, the patches where swapped (N,) is true are the flipped batch's."""
+        x = self.patch_embed(images)
+        if swapped is not None:
+            x = torch.where(swapped[:, None], x.flip(0), x)
+        return self.norm_pre(self.patch_drop(self._pos_embed(x)))
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the class token (B, K) and of the others (B, N, K), of normalised tokens."""
+        return super().forward_head(x), self.aux_head(x[:, 1:])
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits (B, num_classes) of normalised tokens (B, 1 + N, C)."""
         if pre_logits or self.num_classes == 0:
             return super().forward_head(x, pre_logits)
-        return super().forward_head(x) + 0.5 * self.aux_head(x[:, 1:]).amax(1)
+        of_class, of_tokens = self.heads(x)
+        return of_class + 0.5 * of_tokens.amax(1)
 
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -98,15 +111,19 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def _create(name: str, size: str, pretrained: bool, **kwargs: Any) -> LVViT:
+def own_arguments(name: str, pretrained: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that are not timm's, for a model of which timm has no weights."""
     if pretrained:
         raise ValueError(
             f"timm has no weights of {name}: download the authors' file and give it as "
             f"checkpoint=PATH (evit.load_checkpoint)"
         )
-    for given_by_timm in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
-        kwargs.pop(given_by_timm, None)
-    return LVViT(**SIZES[size] | kwargs)
+    timms = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+    return {key: value for key, value in kwargs.items() if key not in timms}
+
+
+def _create(name: str, size: str, pretrained: bool, **kwargs: Any) -> LVViT:
+    return LVViT(**SIZES[size] | own_arguments(name, pretrained, kwargs))
 
 
 @register_model

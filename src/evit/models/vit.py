@@ -40,26 +40,22 @@ def per_reorganization(keep_rate: KeepRate, count: int) -> tuple[float, ...]:
     return tuple(float(r) for r in rates)
 
 
+def query_key_value(attn: Any, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What timm's Attention makes of its input, (B, H, T, D) each."""
+    B, T, _ = x_BTC.shape
+    q, k, v = attn.qkv(x_BTC).reshape(B, T, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    return attn.q_norm(q), attn.k_norm(k), v
+
+
 def attend(attn: Any, x_BTC: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
     """timm's Attention.forward, and the class attention (B, N) beside its output (B, T, C)."""
     B, T, _ = x_BTC.shape
-    q, k, v = attn.qkv(x_BTC).reshape(B, T, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    q, k = attn.q_norm(q), attn.k_norm(k)
+    q, k, v = query_key_value(attn, x_BTC)
     dropout = attn.attn_drop.p if attn.training else 0.0
     out_BHTD = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=attn.scale)
     out_BTC = attn.norm(out_BHTD.transpose(1, 2).reshape(B, T, -1))
     score_BN = tokens.class_attention(q, k, num_prefix_tokens, attn.scale)
     return attn.proj_drop(attn.proj(out_BTC)), score_BN
-
-
-def reorganizing_block(
-    block: Any, x_BTC: Tensor, k: int, fusion: bool, num_prefix: int, ids: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """timm's Block.forward with the reorganization between its attention and its MLP."""
-    out_BTC, score_BN = attend(block.attn, block.norm1(x_BTC), num_prefix)
-    x_BTC = x_BTC + block.drop_path1(block.ls1(out_BTC))
-    x_BTC, ids = tokens.reorganize(x_BTC, score_BN, k, fusion, ids)
-    return x_BTC + block.drop_path2(block.ls2(block.mlp(block.norm2(x_BTC)))), ids
 
 
 class EViT(VisionTransformer):
@@ -75,9 +71,15 @@ class EViT(VisionTransformer):
         fusion: fuse the tokens that are not kept into one; otherwise they are dropped.
         **kwargs: VisionTransformer's.
 
+    Attributes:
+        selection: which tokens are kept: the "attentive" ones; or, to compare with, "random" or
+            "inattentive" ones.
+
     Raises:
         ValueError: keep_rate, drop_loc or img_size cannot be served.
     """
+
+    selection = "attentive"
 
     def __init__(
         self,
@@ -122,34 +124,66 @@ class EViT(VisionTransformer):
         """Use keep_rate, one number or one for each of drop_loc, from the next forward on."""
         self.keep_rate = per_reorganization(keep_rate, len(self.drop_loc))
 
+    def num_kept(self, num_patches: int) -> list[int]:
+        """How many of an image's tokens each reorganization keeps."""
+        n, counts = num_patches, []
+        for rate in self.keep_rate:
+            counts.append(tokens.num_kept(n, rate))
+            n = n if counts[-1] == n else counts[-1] + self.fusion
+        return counts
+
     def tokens_per_block(self) -> list[int]:
         """Image tokens that enter the MLP of each block (a fused token counts as one)."""
         n, counts = self.patch_embed.num_patches, []
-        rates = dict(zip(self.drop_loc, self.keep_rate, strict=True))
+        kept = dict(zip(self.drop_loc, self.num_kept(n), strict=True))
         for i in range(len(self.blocks)):
-            k = tokens.num_kept(n, rates.get(i, 1.0))
-            n = n if k == n else k + self.fusion
+            n = kept[i] + self.fusion if kept.get(i, n) < n else n
             counts.append(n)
         return counts
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to the tokens (B, T, C) that enter the first block."""
+        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
+
+    def patch_ids(self, x: Tensor) -> Tensor:
+        """Ids (B, N) of the patches behind embedded tokens (B, T, C)."""
+        return torch.arange(x.shape[1] - self.num_prefix_tokens, device=x.device).expand(len(x), -1)
+
+    def reorganizing_block(
+        self, i: int, x_BTC: Tensor, k: int, ids: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """timm's Block.forward with the reorganization between its attention and its MLP."""
+        block: Any = self.blocks[i]
+        out_BTC, score_BN = attend(block.attn, block.norm1(x_BTC), self.num_prefix_tokens)
+        x_BTC = x_BTC + block.drop_path1(block.ls1(out_BTC))
+        x_BTC, ids = tokens.reorganize(x_BTC, score_BN, k, self.fusion, ids, self.selection)
+        return x_BTC + block.drop_path2(block.ls2(block.mlp(block.norm2(x_BTC)))), ids
+
+    def encode(
+        self, x: Tensor, ids: Tensor | None = None, start: int = 0, stop: int | None = None
+    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """Embedded tokens, none of them dropped yet, through the blocks start to stop - 1.
+
+        Returns: tokens (B, T', C); with ids, also those of the tokens that are left, and for each
+        reorganization those of the tokens that it kept.
+        """
+        counts = self.num_kept(x.shape[1] - self.num_prefix_tokens)
+        kept_at, kept = dict(zip(self.drop_loc, counts, strict=True)), []
+        for i in range(start, len(self.blocks) if stop is None else stop):
+            if i not in kept_at:
+                x = self._run(self.blocks[i], x)
+                continue
+            x, ids = self._run(self.reorganizing_block, i, x, kept_at[i], ids)
+            if ids is not None:
+                kept.append(ids[:, : kept_at[i]])
+        return x, ids, kept
 
     def forward_features(  # type: ignore[override]
         self, x: Tensor, return_kept: bool = False
     ) -> Tensor | tuple[Tensor, list[Tensor]]:
         """Normalised tokens (B, T, C); with return_kept, also the ids of the surviving patches."""
-        x = self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(x))))
-        num_prefix = self.num_prefix_tokens
-        rates = dict(zip(self.drop_loc, self.keep_rate, strict=True))
-        ids, kept = None, []
-        if return_kept:
-            ids = torch.arange(x.shape[1] - num_prefix, device=x.device).expand(len(x), -1)
-        for i, block in enumerate(self.blocks):
-            if i not in rates:
-                x = self._run(block, x)
-                continue
-            k = tokens.num_kept(x.shape[1] - num_prefix, rates[i])
-            x, ids = self._run(reorganizing_block, block, x, k, self.fusion, num_prefix, ids)
-            if ids is not None:
-                kept.append(ids[:, :k])
+        x = self.embed(x)
+        x, _, kept = self.encode(x, self.patch_ids(x) if return_kept else None)
         x = self.norm(x)
         return (x, kept) if return_kept else x
 
@@ -212,6 +246,8 @@ def reorganize(
         if type(block.attn) is not Attention or getattr(block.attn, "gate", None) is not None:
             name = type(block.attn).__name__
             raise ValueError(f"block {i} of {kind.__name__} attends by {name}, or with a gate")
+    if isinstance(model, EViT) and kind.num_kept is not EViT.num_kept:
+        raise ValueError(f"{kind.__name__} chooses its tokens by predictors: set_keep_rate instead")
     if not isinstance(model, EViT):
         bases = (EViT,) if kind is VisionTransformer else (EViT, kind)
         model.__class__ = EViT if len(bases) == 1 else type(f"EViT{kind.__name__}", bases, {})
@@ -226,7 +262,7 @@ def _create_evit(name: str, pretrained: bool, **kwargs: Any) -> EViT:
     )
 
 
-def _deit_cfg(size: str) -> dict[str, Any]:
+def deit_cfg(size: str) -> dict[str, Any]:
     """timm's configuration of the DeiT weights, which EViT loads unchanged."""
     cfg = get_pretrained_cfg(f"deit_{size}_patch16_224")
     assert cfg is not None
@@ -234,7 +270,7 @@ def _deit_cfg(size: str) -> dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs(
-    {f"evit_deit_{size}_patch16.fb_in1k": _deit_cfg(size) for size in ("tiny", "small", "base")}
+    {f"evit_deit_{size}_patch16.fb_in1k": deit_cfg(size) for size in ("tiny", "small", "base")}
 )
 
 

@@ -65,7 +65,10 @@ def fit_state_dict(weights: Mapping[str, Any], model: Any) -> dict[str, Tensor]:
 
 
 def load_checkpoint(
-    model: nn.Module, source: str | Path | Mapping[str, Any], new_head: bool = False
+    model: nn.Module,
+    source: str | Path | Mapping[str, Any],
+    new_head: bool = False,
+    new_parts: bool = False,
 ) -> None:
     """Load the weights of a checkpoint into a model of the same architecture.
 
@@ -74,6 +77,8 @@ def load_checkpoint(
             them), or a published one ({"model": ...}). The position embedding is resized to the
             model's image size.
         new_head: leave out a classifier whose number of classes differs from the model's.
+        new_parts: leave as they are the parts of the model that a dense checkpoint lacks
+            (DynamicViT's predictors).
 
     Raises:
         ValueError: a weight is missing, surplus or of another shape; it is named.
@@ -84,6 +89,9 @@ def load_checkpoint(
         head = [k for k in wrong_shape if k.split(".")[0] in ("head", "aux_head", "head_dist")]
         weights |= {k: own[k] for k in head}
         wrong_shape = [k for k in wrong_shape if k not in head]
+    for part in getattr(model, "new_parts", ()) if new_parts else ():
+        if not any(k.startswith(f"{part}.") for k in weights):
+            weights |= {k: w for k, w in own.items() if k.startswith(f"{part}.")}
     problems = [f"{k} is {tuple(weights[k].shape)}, not {tuple(own[k].shape)}" for k in wrong_shape]
     problems += [f"{k} is missing" for k in own if k not in weights]
     problems += [f"{k} is not the model's" for k in weights if k not in own]

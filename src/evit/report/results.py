@@ -72,6 +72,7 @@ def finish(result: dict[str, Any], folder: Path) -> dict[str, Any]:
 def summary(result: dict[str, Any]) -> dict[str, Any]:
     """The numbers that runs are compared by."""
     config, model = result["config"], result["model"]
+    rates = model.get("keep_rate") or [1.0]
     return dict(
         top1=result["top1"],
         top5=result["top5"],
@@ -79,24 +80,26 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
         params=model["params"],
         macs=model.get("macs", model["macs_executed"]),
         model=result["choices"]["model"],
-        keep_rate=config["keep_rate"],
-        fusion=config["fusion"],
+        keep_rate=rates[0] if len(set(rates)) == 1 else rates,
+        fusion=model.get("fusion", False) and set(rates) != {1.0},
         img_size=config["img_size"],
     )
 
 
 def show(result: dict[str, Any], folder: Path) -> None:
     """Print a result as a table."""
-    row, model = summary(result), result["model"]
+    row = summary(result)
     fusion = "fused" if row["fusion"] else "dropped"
-    dense = set(model.get("keep_rate", [1])) == {1}
     table = Table(box=box.ROUNDED, show_header=False, title_justify="left")
     table.title = f"{row['model']} on {result['data']['name']}, {row['img_size']} px"
     table.add_column(style="bold")
     table.add_column()
     table.add_row("top-1", f"{row['top1']:.2f} %")
     table.add_row("top-5", f"{row['top5']:.2f} %")
-    table.add_row("keep rate", "1 (dense)" if dense else f"{row['keep_rate']}, the rest {fusion}")
+    table.add_row(
+        "keep rate",
+        "1 (dense)" if row["keep_rate"] == 1 else f"{row['keep_rate']}, the rest {fusion}",
+    )
     table.add_row("MACs", f"{row['macs'] / 1e9:.3f} G per image")
     table.add_row("parameters", f"{row['params'] / 1e6:.2f} M")
     speed = row["train_images_per_s"]

@@ -1,28 +1,17 @@
 """The LightningModule: one classifier, trained by a recipe."""
 
 import hashlib
-import math
 from typing import Any
 
 import lightning as L
-import torch
 import torch.nn.functional as F
-from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from evit.data.batch import make_mixup
+from evit.training.objectives import Classification
+from evit.training.optimizer import make_optimizer
 from evit.training.recipe import Recipe
-
-
-def lr_at(step: int, total_steps: int, warmup_steps: int, recipe: Recipe) -> float:
-    """Learning rate at an optimizer step: linear from warmup_lr to the peak, then half a cosine."""
-    if step < warmup_steps:
-        return recipe.warmup_lr + (recipe.peak_lr - recipe.warmup_lr) * step / warmup_steps
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
-    cosine = (1 + math.cos(math.pi * min(1.0, progress))) / 2
-    return recipe.min_lr + (recipe.peak_lr - recipe.min_lr) * cosine
 
 
 def mix_seed(*parts: int) -> int:
@@ -42,19 +31,26 @@ class Classifier(L.LightningModule):
         model: nn.Module,
         recipe: Recipe,
         num_classes: int,
-        local_batch_size: int,
+        objective: Classification,
         seed: int = 0,
     ):
         super().__init__()
         self.model, self.recipe, self.seed = model, recipe, seed
-        self.mixup = make_mixup(
-            num_classes,
-            recipe.mixup,
-            recipe.cutmix,
-            recipe.mixup_switch_prob,
-            recipe.label_smoothing,
-            local_batch_size,
-        )
+        self.objective = objective
+        parameters, parts = dict(model.named_parameters()), getattr(model, "new_parts", ())
+        if (recipe.backbone_lr != 1 or recipe.backbone_frozen_epochs) and not parts:
+            raise ValueError(
+                f"recipe.backbone_lr and recipe.backbone_frozen_epochs set DynamicViT's backbone "
+                f"apart from its predictors; {type(model).__name__} has one speed: leave them at "
+                f"1 and 0"
+            )
+        for name in recipe.frozen:
+            if name not in parameters:
+                raise ValueError(
+                    f"recipe.frozen names {name!r}, which {type(model).__name__} does not have: "
+                    f"its parameters are {', '.join(list(parameters)[:4])}, ..."
+                )
+            parameters[name].requires_grad_(False)
         self.loss = MeanMetric()
         self.top1 = MulticlassAccuracy(num_classes, average="micro")
         self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro")
@@ -62,16 +58,15 @@ class Classifier(L.LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         # Mixup and drop path draw from global generators: with a seed for each batch and process,
         # a run that is resumed draws as one that was not interrupted.
         seed = mix_seed(self.seed, self.current_epoch, batch_idx, self.global_rank)
         L.seed_everything(seed, verbose=False)
-        images, targets = batch if self.mixup is None else self.mixup(*batch)
-        smoothing = self.recipe.label_smoothing if targets.ndim == 1 else 0.0
-        loss = F.cross_entropy(self.model(images), targets, label_smoothing=smoothing)
-        self.log("train/loss", loss, prog_bar=True)
-        return loss
+        losses = self.objective(*batch)
+        for name, value in losses.items():
+            self.log(f"train/{name}", value, prog_bar=name == "loss")
+        return losses["loss"]
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
@@ -88,18 +83,12 @@ class Classifier(L.LightningModule):
             metric.reset()
 
     def configure_optimizers(self) -> Any:
-        recipe = self.recipe
-        model: Any = self.model
-        groups = param_groups_weight_decay(
-            model, recipe.weight_decay, no_weight_decay_list=model.no_weight_decay()
-        )
-        optimizer = torch.optim.AdamW(groups, lr=1.0)
-        total = int(self.trainer.estimated_stepping_batches)
-        warmup = round(total * recipe.warmup_epochs / recipe.epochs)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: lr_at(step, total, warmup, recipe)
-        )
+        steps = int(self.trainer.estimated_stepping_batches)
+        optimizer, scheduler = make_optimizer(self.model, self.recipe, steps)
         return [optimizer], [dict(scheduler=scheduler, interval="step")]
+
+    def on_fit_start(self) -> None:
+        self.objective.to(self.device)
 
     def on_train_batch_start(self, *_: Any) -> None:
         if self.current_epoch == self.recipe.epochs - 1:

@@ -9,6 +9,9 @@ RANGES = dict(
     lr_batch_size=(1, INFINITY),
     min_lr=(0, INFINITY),
     warmup_epochs=(0, INFINITY),
+    cooldown_epochs=(0, INFINITY),
+    backbone_lr=(0, INFINITY),
+    backbone_frozen_epochs=(0, INFINITY),
     warmup_lr=(0, INFINITY),
     weight_decay=(0, INFINITY),
     clip_grad=(0, INFINITY),
@@ -22,6 +25,9 @@ RANGES = dict(
     crop_pct=(0.01, 1),
     shrink_start_epoch=(0, INFINITY),
     shrink_epochs=(0, INFINITY),
+    token_label_weight=(0, INFINITY),
+    ratio_weight=(0, INFINITY),
+    distill_weight=(0, INFINITY),
     max_train_images=(1, INFINITY),
     max_val_images=(1, INFINITY),
 )
@@ -39,6 +45,11 @@ class Recipe:
     min_lr: float = 1e-5
     warmup_epochs: float = 0
     warmup_lr: float = 1e-6
+    cooldown_epochs: float = 0  # the last ones, at min_lr
+    # DynamicViT: everything but the predictors learns at this share of lr, after these epochs.
+    backbone_lr: float = 1.0
+    backbone_frozen_epochs: float = 0
+    frozen: list[str] = field(default_factory=list)  # parameters that stay as they are
     weight_decay: float = 0.05
     clip_grad: float | None = None
     ema_decay: float | None = None
@@ -52,6 +63,10 @@ class Recipe:
     crop_pct: float = 0.875  # evaluation: short side resized to img_size / crop_pct, then cropped
     shrink_start_epoch: int = 0
     shrink_epochs: int = 0
+    token_label_weight: float = 1.0  # of the dense loss of token labels, beside the class loss
+    ratio_weight: float = 2.0  # DynamicViT: of the distance to the shares of tokens to keep
+    distill_weight: float = 0.5  # DynamicViT: of what the dense teacher says
+    teacher: str | None = None  # its weights; null: those that training starts from (checkpoint=)
     eval_every: int = 1  # epochs; the last is always evaluated
     max_train_images: int | None = None
     max_val_images: int | None = None
@@ -71,10 +86,10 @@ class Recipe:
             )
         if not self.lr > 0:
             raise ValueError(f"recipe.lr must be above 0, got {self.lr}")
-        if self.warmup_epochs >= self.epochs:
+        if self.warmup_epochs + self.cooldown_epochs >= self.epochs:
             raise ValueError(
-                f"recipe.warmup_epochs {self.warmup_epochs} leaves nothing of recipe.epochs "
-                f"{self.epochs}: lower it"
+                f"recipe.warmup_epochs {self.warmup_epochs} and recipe.cooldown_epochs "
+                f"{self.cooldown_epochs} leave nothing of recipe.epochs {self.epochs}: lower them"
             )
         if self.full_rate_epoch >= self.epochs:
             raise ValueError(
