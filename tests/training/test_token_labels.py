@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from evit.data.label_maps import token_targets
 
 import evit
+from evit.data.label_maps import token_targets
 from evit.training import objectives
 from evit.training.objectives import make_objective, mix_token_box, soft_cross_entropy
 from evit.training.recipe import Recipe
