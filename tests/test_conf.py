@@ -70,6 +70,11 @@ def test_report_composes():
     assert composed(config="report").runs == "outputs"
 
 
+def test_label_maps_composes():
+    cfg = composed("source=/photos", "target=/maps", "model_name=x", config="label_maps")
+    assert OmegaConf.to_container(cfg, throw_on_missing=True)["crop_mode"] == "squash"
+
+
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_value_that_an_experiment_sets_is_the_value_composed(name):
     content = yaml.safe_load((CONF_DIR / "experiment" / f"{name}.yaml").read_text())

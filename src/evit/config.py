@@ -53,6 +53,23 @@ class PrepareConfig:
     jpeg_quality: int = MISSING
     num_workers: int | None = MISSING
     skip_bad: bool = MISSING
+    label_maps: str | None = None
+
+
+@dataclass
+class LabelMapsConfig:
+    """The knobs of src/label_maps.py."""
+
+    source: str = MISSING
+    target: str = MISSING
+    model_name: str = MISSING
+    pretrained: bool = MISSING
+    checkpoint: str | None = None
+    img_size: int | None = None
+    crop_pct: float = MISSING
+    crop_mode: str = MISSING
+    batch_size: int = MISSING
+    num_workers: int | None = None
 
 
 @dataclass
@@ -88,6 +105,7 @@ def register() -> None:
     store.store(name="schema", node=RunConfig)
     store.store(name="prepare_schema", node=PrepareConfig)
     store.store(name="report_schema", node=ReportConfig)
+    store.store(name="label_maps_schema", node=LabelMapsConfig)
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
     OmegaConf.register_new_resolver("by_data", by_data, replace=True)
 

@@ -1,5 +1,6 @@
 """Data sets as LightningDataModules."""
 
-from evit.data.module import FashionMNIST, Folder, Images, auto
+from evit.data.datasets import FashionMNIST, Folder, auto
+from evit.data.module import Images
 
 __all__ = ["FashionMNIST", "Folder", "Images", "auto"]

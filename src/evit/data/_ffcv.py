@@ -15,11 +15,13 @@ _torch_threads = torch.get_num_threads()
 try:
     from ffcv import libffcv
     from ffcv.fields.basics import IntDecoder
+    from ffcv.fields.ndarray import NDArrayDecoder
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder, get_random_crop
     from ffcv.loader import Loader, OrderOption
     from ffcv.loader.epoch_iterator import EpochIterator
     from ffcv.pipeline.allocation_query import AllocationQuery
     from ffcv.pipeline.compiler import Compiler
+    from ffcv.pipeline.pipeline_spec import PipelineSpec
     from ffcv.pipeline.state import State
     from ffcv.transforms import ToDevice, ToTensor, ToTorchImage
 except (ImportError, OSError, ValueError) as error:
@@ -36,7 +38,9 @@ __all__ = [
     "EpochIterator",
     "IntDecoder",
     "Loader",
+    "NDArrayDecoder",
     "OrderOption",
+    "PipelineSpec",
     "SimpleRGBImageDecoder",
     "State",
     "ToDevice",

@@ -1,10 +1,11 @@
 """The .beton file format of FFCV 1.0, and the sidecar that proves a file whole.
 
-    header | fields | metadata of every sample | data | CRC32 of every sample | allocation table
+    header | fields | metadata of every sample | data | CRC32 of every piece | allocation table
 
-FFCV finds the allocation table through the header and reads it to the end of the file; the CRC32s
-before it are ours and invisible to FFCV. `train.beton.json`, the sidecar, describes the data set
-and holds one CRC32 of everything except the data.
+A sample has one piece of data, its image, or two where the file has label maps too. FFCV finds the
+allocation table through the header and reads it to the end of the file; the CRC32s before it are
+ours and invisible to FFCV. `train.beton.json`, the sidecar, describes the data set and holds one
+CRC32 of everything except the data.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import os
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,6 +36,9 @@ HEADER = np.dtype(
 FIELD = np.dtype([("type_id", "u1"), ("name", "S16"), ("arguments", "u1", 1024)], align=True)
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
 METADATA = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
+METADATA_WITH_MAPS = np.dtype(
+    [("image", IMAGE), ("label", "<i8"), ("label_map", "<u8")], align=True
+)
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 CRC = np.dtype("<u4")
 
@@ -42,6 +46,46 @@ FIELDS = np.zeros(2, FIELD)
 FIELDS["type_id"] = 2, 1  # FFCV's RGBImageField and IntField
 FIELDS["name"] = b"image", b"label"
 METADATA_START = HEADER.itemsize + FIELDS.nbytes
+
+MAP_ARGUMENTS = np.dtype([("shape", "<u8", 32), ("length", "<u8"), ("dtype", "S15")])
+MAP_DTYPE = b'[["", "<f2"]]'
+Shape = tuple[int, int]
+
+
+class Layout(NamedTuple):
+    """What a file stores of each sample; the label maps are float16 (2, 5, H, W), or none."""
+
+    label_map_shape: Shape | None = None
+
+    @property
+    def pieces(self) -> int:
+        """Entries of the allocation table for each sample."""
+        return 1 if self.label_map_shape is None else 2
+
+    @property
+    def metadata(self) -> np.dtype:
+        return METADATA if self.label_map_shape is None else METADATA_WITH_MAPS
+
+    @property
+    def fields(self) -> np.ndarray:
+        if self.label_map_shape is None:
+            return FIELDS
+        arguments = np.zeros(1, MAP_ARGUMENTS)
+        arguments["shape"][0, :4] = 2, 5, *self.label_map_shape
+        arguments["length"], arguments["dtype"] = len(MAP_DTYPE), MAP_DTYPE
+        label_map = np.zeros(1, FIELD)
+        label_map["type_id"], label_map["name"] = 4, b"label_map"  # FFCV's NDArrayField
+        label_map["arguments"][0, : MAP_ARGUMENTS.itemsize] = arguments.view(np.uint8)
+        return np.concatenate([FIELDS, label_map])
+
+    @property
+    def metadata_start(self) -> int:
+        return HEADER.itemsize + self.fields.nbytes
+
+    @property
+    def map_bytes(self) -> int:
+        height, width = self.label_map_shape or (0, 0)
+        return 2 * 5 * height * width * 2
 
 
 class BetonError(ValueError):
@@ -58,12 +102,10 @@ def sidecar_path(path: str | Path) -> Path:
     return Path(f"{path}.json")
 
 
-def index_crc32(
-    header: np.ndarray, metadata: np.ndarray, crcs: np.ndarray, allocations: np.ndarray
-) -> int:
-    """CRC32 of everything in the file except the samples' data."""
+def index_crc32(*parts: np.ndarray) -> int:
+    """CRC32 of everything in the file except the samples' data: its other parts, in order."""
     crc = 0
-    for part in (header, FIELDS, metadata, crcs, allocations):
+    for part in parts:
         crc = zlib.crc32(part.tobytes(), crc)
     return crc
 
@@ -71,9 +113,10 @@ def index_crc32(
 def check_beton(path: str | Path, deep: bool = False) -> dict[str, Any]:
     """Verify a file, on which FFCV could crash or lie, and return its sidecar.
 
-    Costs milliseconds, a tenth of a second for ImageNet. `deep` reads the whole file and compares
-    the CRC32 of every sample; without it, a damaged JPEG shows when it is read, damaged raw pixels
-    never. Raises BetonError, which says what is wrong and what to do.
+    The sidecar says `label_map_shape`, [H, W], where the file has label maps. Costs
+    milliseconds, a tenth of a second for ImageNet. `deep` reads the whole file and compares the
+    CRC32 of every sample; without it, a damaged JPEG shows when it is read, damaged raw pixels and
+    label maps never. Raises BetonError, which says what is wrong and what to do.
     """
     path = Path(path)
     if not path.exists():
@@ -86,43 +129,48 @@ def check_beton(path: str | Path, deep: bool = False) -> dict[str, Any]:
         raise BetonError(path, f"{size} bytes, too short for a .beton header")
     content = np.memmap(path, np.uint8, "r")
     header = content[: HEADER.itemsize].view(HEADER)
-    num_samples, table = _check_header(path, size, header[0])
-    if content[HEADER.itemsize : METADATA_START].tobytes() != FIELDS.tobytes():
-        raise BetonError(path, "its fields are not exactly image and label")
+    num_samples, table, layout = _check_header(path, content, header[0])
 
-    crc_start = table - num_samples * CRC.itemsize
-    metadata_end = METADATA_START + num_samples * METADATA.itemsize
+    crc_start = table - num_samples * layout.pieces * CRC.itemsize
+    metadata_end = layout.metadata_start + num_samples * layout.metadata.itemsize
     if metadata_end > crc_start:
         raise BetonError(path, f"bad header: no room for {num_samples} samples")
-    metadata = content[METADATA_START:metadata_end].view(METADATA)
+    metadata = content[layout.metadata_start : metadata_end].view(layout.metadata)
     allocations = content[table:].view(ALLOCATION)
     crcs = content[crc_start:table].view(CRC)
-    _check_samples(path, metadata, allocations, metadata_end, crc_start)
+    _check_samples(path, layout, metadata, allocations, metadata_end, crc_start)
 
     sidecar = _read_sidecar(path)
-    for key, found in ("bytes", size), ("num_samples", num_samples):
-        if sidecar[key] != found:
-            message = f"its sidecar was written for another file: {key} {sidecar[key]}, not {found}"
-            raise BetonError(path, message)
+    shape = layout.label_map_shape and list(layout.label_map_shape)
+    for key, found in (
+        ("bytes", size),
+        ("num_samples", num_samples),
+        ("label_map_shape", shape),
+    ):
+        if sidecar.get(key) != found:
+            wrong = f"{key} {sidecar.get(key)}, not {found}"
+            raise BetonError(path, f"its sidecar was written for another file: {wrong}")
     labels, num_classes = metadata["label"], sidecar["num_classes"]
     if labels.min() < 0 or labels.max() >= num_classes:
         found_labels = f"{labels.min()} to {labels.max()}"
         raise BetonError(path, f"labels {found_labels}, outside 0 to {num_classes - 1}")
-    if index_crc32(header, metadata, crcs, allocations) != sidecar["index_crc32"]:
+    crc = index_crc32(header, layout.fields, metadata, crcs, allocations)
+    if crc != sidecar["index_crc32"]:
         raise BetonError(path, "damaged, or not the file of its sidecar (the CRC32s differ)")
     if deep:
         _check_data(path, content, allocations, crcs)
     return sidecar
 
 
-def _check_header(path: Path, size: int, header: np.void) -> tuple[int, int]:
-    """(number of samples, address of the allocation table)"""
+def _check_header(path: Path, content: np.ndarray, header: np.void) -> tuple[int, int, Layout]:
+    """(number of samples, address of the allocation table, what is stored of each sample)"""
+    size = len(content)
     version, num_fields, page_size, num_samples, table = header.tolist()
     if version != BETON_VERSION:
         raise BetonError(path, f"not a .beton file (version {version}, expected {BETON_VERSION})")
     if num_fields > 64 or page_size < MIN_PAGE_SIZE or page_size & (page_size - 1):
         raise BetonError(path, f"bad header ({num_fields} fields, pages of {page_size} bytes)")
-    if num_fields != len(FIELDS):
+    if num_fields not in (2, 3):
         raise BetonError(path, f"{num_fields} fields, expected exactly image and label")
     if table == 0:
         raise BetonError(path, "unfinished file (the writer was interrupted)")
@@ -130,40 +178,60 @@ def _check_header(path: Path, size: int, header: np.void) -> tuple[int, int]:
         raise BetonError(path, "no samples")
     if table > size or (size - table) % ALLOCATION.itemsize:
         raise BetonError(path, f"truncated (allocation table at {table}, file has {size} bytes)")
-    entries = (size - table) // ALLOCATION.itemsize
-    if entries != num_samples:
+    layout = Layout()
+    if num_fields == 3 and size >= METADATA_START + FIELD.itemsize:
+        field = content[METADATA_START : METADATA_START + FIELD.itemsize].view(FIELD)
+        shape = field["arguments"][0, : MAP_ARGUMENTS.itemsize].view(MAP_ARGUMENTS)["shape"]
+        layout = Layout((int(shape[0, 2]), int(shape[0, 3])))
+    fields = content[HEADER.itemsize : layout.metadata_start]
+    if num_fields != len(layout.fields) or fields.tobytes() != layout.fields.tobytes():
+        raise BetonError(path, "its fields are not exactly image and label, or these and label_map")
+    entries, expected = (size - table) // ALLOCATION.itemsize, num_samples * layout.pieces
+    if entries != expected:
         raise BetonError(
-            path, f"truncated (allocation table has {entries} entries, expected {num_samples})"
+            path, f"truncated (allocation table has {entries} entries, expected {expected})"
         )
-    return num_samples, table
+    return num_samples, table, layout
 
 
 def _check_samples(
-    path: Path, metadata: np.ndarray, allocations: np.ndarray, start: int, end: int
+    path: Path,
+    layout: Layout,
+    metadata: np.ndarray,
+    allocations: np.ndarray,
+    start: int,
+    end: int,
 ) -> None:
-    """Every image has pixels, and its bytes lie inside [start, end)."""
+    """Every image has pixels, and its bytes and its label map's lie inside [start, end)."""
     image = metadata["image"]
     for key in "width", "height":
         if not image[key].all():
             raise BetonError(path, f"sample {image[key].argmin()} has {key} 0")
-    ptr, size = allocations["ptr"], allocations["size"]
+    pieces = allocations.reshape(len(metadata), layout.pieces)
+    ptr, size = pieces["ptr"], pieces["size"]
     # In this order no sum can wrap around.
     inside = (ptr >= start) & (ptr <= end) & (size > 0) & (size <= end - np.minimum(ptr, end))
-    inside &= ptr == image["data_ptr"]
+    inside[:, 0] &= ptr[:, 0] == image["data_ptr"]
     pixels = 3 * image["width"].astype(np.int64) * image["height"]
-    inside &= (image["mode"] == JPEG) | ((image["mode"] == RAW) & (size == pixels))
+    raw = (image["mode"] == RAW) & (size[:, 0] == pixels)
+    inside[:, 0] &= (image["mode"] == JPEG) | raw
+    if layout.label_map_shape is not None:
+        inside[:, 1] &= (ptr[:, 1] == metadata["label_map"]) & (size[:, 1] == layout.map_bytes)
+    inside = inside.all(1)
     if not inside.all():
         raise BetonError(path, f"the data of sample {inside.argmin()} is not where it should be")
-    if not (allocations["sample_id"] == np.arange(len(metadata))).all():
+    if not (pieces["sample_id"] == np.arange(len(metadata))[:, None]).all():
         raise BetonError(path, "its allocation table is not in data set order")
 
 
 def _check_data(path: Path, content: np.ndarray, allocations: np.ndarray, crcs: np.ndarray) -> None:
-    damaged = [
-        sample
-        for sample, (_, ptr, size) in enumerate(allocations.tolist())
-        if zlib.crc32(content[ptr : ptr + size].tobytes()) != crcs[sample]
-    ]
+    damaged = sorted(
+        {
+            sample
+            for piece, (sample, ptr, size) in enumerate(allocations.tolist())
+            if zlib.crc32(content[ptr : ptr + size].tobytes()) != crcs[piece]
+        }
+    )
     if damaged:
         some = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
         raise BetonError(path, f"{len(damaged)} damaged samples ({some})")

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from evit.data import beton
+from evit.data.label_maps import Shape, read_label_map
 
 Picture = str | Path | Image.Image | np.ndarray
 Samples = Sequence[tuple[Picture, int]]
@@ -26,6 +27,7 @@ class Encoded(NamedTuple):
     label: int
     data: bytes
     original: bool  # data are the bytes of the source
+    label_map: bytes = b""
 
 
 class Skipped(NamedTuple):
@@ -46,6 +48,8 @@ class Encoder:
     jpeg_quality: int
     mode: Literal["jpg", "raw"]
     skip_bad: bool
+    label_maps: Sequence[str] | None = None
+    label_map_shape: Shape | None = None
 
     def __call__(self, index: int) -> Encoded | Skipped:
         name = f"sample {index}"
@@ -65,7 +69,11 @@ class Encoder:
             ) from None
         if label not in range(self.num_classes):
             raise ValueError(f"{name}: label {label!r} is outside 0 to {self.num_classes - 1}")
-        return encoded._replace(label=int(label))
+        encoded = encoded._replace(label=int(label))
+        if self.label_maps is None:
+            return encoded
+        found = read_label_map(self.label_maps[index], self.num_classes, self.label_map_shape)
+        return encoded._replace(label_map=found.numpy().tobytes())
 
     def _encode(self, image: Image.Image, source: bytes | None) -> Encoded:
         size = self._fit(image.size)

@@ -1,13 +1,16 @@
 """The imagefolder backend: torchvision and PIL, the published protocol to the pixel."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
 
+from evit.data.label_maps import Shape, read_label_map
 from evit.data.sources import choose_samples
 
 
@@ -31,11 +34,42 @@ class ExactShard(Sampler):
         return len(self.indices)
 
 
-class SeededAugmentation(Dataset):
-    """A data set whose random transforms depend on seed, epoch and image: not on the workers."""
+class RandomResizedCropFlip:
+    """torchvision's RandomResizedCrop, bicubic, and RandomHorizontalFlip, which say what they did.
 
-    def __init__(self, dataset: Any, seed: int):
+    An image gives uint8 (3, size, size), and (5,): x0, y0, x1, y1 of the crop as shares of the
+    image's width and height, and 1 where it was mirrored.
+    """
+
+    def __init__(self, size: int, scale: tuple[float, float], flip: float):
+        self.crop = T.RandomResizedCrop(size, scale, interpolation=InterpolationMode.BICUBIC)
+        self.flip = flip
+
+    def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
+        box = self.crop.make_params([image])
+        left, top = box["left"], box["top"]
+        right, bottom = left + box["width"], top + box["height"]
+        width, height = image.size
+        flipped = bool(torch.rand(1) < self.flip)
+        shares = left / width, top / height, right / width, bottom / height, float(flipped)
+        image = self.crop.transform(image, box)
+        image = T.functional.horizontal_flip(image) if flipped else image
+        return T.functional.pil_to_tensor(image), torch.tensor(shares)
+
+
+class SeededAugmentation(Dataset):
+    """Augmented images that depend on seed, epoch and image: not on the workers.
+
+    An item is (image, label), or (image, label, map, crop) where the data set has label maps.
+    """
+
+    def __init__(self, dataset: Any, seed: int, label_maps: Sequence[str], num_classes: int):
         self.dataset, self.seed = dataset, seed
+        self.label_maps, self.num_classes = label_maps, num_classes
+        self.map_shape: Shape | None = None
+        if label_maps:
+            first = read_label_map(label_maps[0], num_classes)
+            self.map_shape = (first.shape[2], first.shape[3])
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -43,7 +77,18 @@ class SeededAugmentation(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Any:
         epoch, index = key
         torch.manual_seed(hash((self.seed, epoch, index)) % 2**63)
-        return self.dataset[index]
+        (image, crop), label = self.dataset[index]
+        if not self.label_maps:
+            return image, label
+        found = read_label_map(self.label_maps[index], self.num_classes, self.map_shape)
+        return image, label, found, crop
+
+
+class FolderLoader(DataLoader):
+    """Batches uint8 (B, 3, H, W), labels (B,); in training also the label maps (B, 2, 5, h, w) of
+    `label_map_shape` (h, w), where that is not None, and the crops (B, 5)."""
+
+    label_map_shape: Shape | None = None
 
 
 def folder_loader(
@@ -61,17 +106,19 @@ def folder_loader(
     scale: tuple[float, float],
     flip: float,
     crop_pct: float,
-) -> DataLoader:
-    """A DataLoader of (uint8 images (B, 3, H, W), labels (B,)), bicubic as DeiT's."""
-    bicubic = InterpolationMode.BICUBIC
+    label_maps: Sequence[str] | None = None,
+    num_classes: int = 0,
+) -> FolderLoader:
+    """The images of a split, bicubic as DeiT's; `label_maps` are the files of its images."""
     steps: list[Any] = [T.RGB()]
     if train:
-        steps += [T.RandomResizedCrop(img_size, scale, interpolation=bicubic)]
-        steps += [T.RandomHorizontalFlip(flip)]
+        steps += [RandomResizedCropFlip(img_size, scale, flip)]
     else:
-        steps += [T.Resize(int(img_size / crop_pct), interpolation=bicubic), T.CenterCrop(img_size)]
-    dataset = make_dataset(split, T.Compose([*steps, T.PILToTensor()]))
-    dataset = torch.utils.data.Subset(dataset, choose_samples(len(dataset), max_samples).tolist())
+        resize = T.Resize(int(img_size / crop_pct), interpolation=InterpolationMode.BICUBIC)
+        steps += [resize, T.CenterCrop(img_size), T.PILToTensor()]
+    dataset = make_dataset(split, T.Compose(steps))
+    chosen = choose_samples(len(dataset), max_samples).tolist()
+    dataset = torch.utils.data.Subset(dataset, chosen)
     sampler: Sampler
     if train:
         if len(dataset) // world_size < batch_size:
@@ -79,11 +126,12 @@ def folder_loader(
                 f"{len(dataset)} training images do not fill one batch of {batch_size} on "
                 f"{world_size} processes: lower recipe.batch_size"
             )
-        dataset = SeededAugmentation(dataset, seed)
+        label_maps = [label_maps[i] for i in chosen] if label_maps else []
+        dataset = SeededAugmentation(dataset, seed, label_maps, num_classes)
         sampler = EpochSampler(dataset, world_size, rank, seed=seed * 100_003, drop_last=True)
     else:
         sampler = ExactShard(len(dataset), rank, world_size)
-    return DataLoader(
+    loader = FolderLoader(
         dataset,
         batch_size,
         sampler=sampler,
@@ -92,3 +140,5 @@ def folder_loader(
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
     )
+    loader.label_map_shape = dataset.map_shape if train else None
+    return loader

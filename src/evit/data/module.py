@@ -1,4 +1,4 @@
-"""The LightningDataModules: images in, uint8 batches to the device, normalised there."""
+"""The LightningDataModule: images in, uint8 batches to the device, normalised there."""
 
 import functools
 import hashlib
@@ -9,10 +9,8 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from evit.data import sources
 from evit.data.batch import normalize
 from evit.data.sources import SPLITS
 
@@ -33,6 +31,8 @@ class Images(L.LightningDataModule):
         crop_scale, flip: RandomResizedCrop's share of the area, probability of a horizontal flip.
         crop_pct: in evaluation the short side becomes img_size / crop_pct before the centre crop.
         mode, max_resolution, jpeg_quality: how .beton files are written (evit.data.writer).
+        label_maps: a folder with one label map for each training image (evit.data.label_maps).
+            Training batches are then (images, labels, maps, crops): evit.data.stream.
     """
 
     name = "images"
@@ -55,6 +55,7 @@ class Images(L.LightningDataModule):
         crop_scale: tuple[float, float] = (0.08, 1.0),
         flip: float = 0.5,
         crop_pct: float = 0.875,
+        label_maps: str | Path | None = None,
     ):
         super().__init__()
         if backend not in ("ffcv", "imagefolder"):
@@ -69,7 +70,14 @@ class Images(L.LightningDataModule):
         self.num_workers, self.batches_ahead = num_workers, batches_ahead
         self.limits = dict(train=max_train_images, val=max_val_images)
         self.crop_scale, self.flip, self.crop_pct = tuple(crop_scale), flip, crop_pct
+        self.label_maps = Path(label_maps).expanduser().resolve() if label_maps else None
+        self.has_label_maps = bool(label_maps)
         self._loaders: dict[str, Any] = {}
+
+    @property
+    def label_map_shape(self) -> tuple[int, int] | None:
+        """Cells (H, W) of the label maps in training batches, None without; known after setup."""
+        return self._loaders["train"].label_map_shape if self._loaders else None
 
     @property
     def num_classes(self) -> int:
@@ -82,6 +90,10 @@ class Images(L.LightningDataModule):
     def dataset(self, split: str, transform: Any) -> torch.utils.data.Dataset:
         """torchvision's data set, for the imagefolder backend."""
         raise NotImplementedError
+
+    def map_paths(self) -> list[str] | None:
+        """The label map of each training image, or None."""
+        return None
 
     def identity(self) -> dict[str, Any]:
         """What tells one content of the source from another."""
@@ -99,6 +111,7 @@ class Images(L.LightningDataModule):
         if self.backend == "imagefolder":
             for split in SPLITS:
                 self.dataset(split, None)
+            self.map_paths()
             return
         from evit.data.beton import check_beton
         from evit.data.writer import write_beton
@@ -116,6 +129,7 @@ class Images(L.LightningDataModule):
                 source=f"{self.name}/{split}",
                 num_workers=self.num_workers or available_cores(),
                 progress=True,
+                label_maps=self.map_paths() if split == "train" else None,
                 **self.write_options,
             )
 
@@ -167,7 +181,10 @@ class Images(L.LightningDataModule):
         if self.backend == "imagefolder":
             from evit.data.folder_loader import folder_loader
 
-            return folder_loader(self.dataset, split, **common)
+            label_maps = self.map_paths() if split == "train" else None
+            return folder_loader(
+                self.dataset, split, label_maps=label_maps, num_classes=self.num_classes, **common
+            )
         from evit.data.stream import FFCVStream
 
         device = trainer.strategy.root_device if trainer else torch.device("cpu")
@@ -178,89 +195,8 @@ class Images(L.LightningDataModule):
             **common,
         )
 
-    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], _: int) -> Any:
-        return normalize(batch[0]), batch[1]
-
-
-class Folder(Images):
-    """Images in class folders, ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg.
-
-    ROOT may also hold train.beton and val.beton, as src/prepare.py writes them.
-
-    Args:
-        root: the folder.
-        num_classes: refuse a tree with another number of classes.
-
-    Raises:
-        ValueError: the tree is not as it should be; the folder is named.
-    """
-
-    def __init__(self, root: str | Path | None, num_classes: int | None = None, **options: Any):
-        super().__init__(**options)
-        if not root:
-            raise ValueError("no images are configured: data.root=DIR, or IMAGENET_DIR=DIR")
-        self.root = Path(root).expanduser().resolve()
-        self.name = self.root.name
-        self.prepared = all((self.root / f"{split}.beton").is_file() for split in SPLITS)
-        if self.prepared:
-            from evit.data.beton import check_beton
-
-            sidecars = [check_beton(self.root / f"{split}.beton") for split in SPLITS]
-            self.classes = sidecars[0]["classes"]
-            if sidecars[1]["classes"] != self.classes:
-                raise ValueError(
-                    f"train.beton and val.beton in {self.root} have different classes: prepare "
-                    f"them again from one folder"
-                )
-        else:
-            self.classes = sources.tree_classes(self.root)
-        if num_classes is not None and len(self.classes) != num_classes:
-            raise ValueError(
-                f"{self.root} has {len(self.classes)} classes, not {num_classes}: for a data set "
-                f"of your own use data=folder data.root={self.root}"
-            )
-
-    def dataset(self, split: str, transform: Any) -> sources.ClassFolders:
-        return sources.ClassFolders(self.root / split, self.classes, transform=transform)
-
-    def samples(self, split: str) -> list[tuple[str, int]]:
-        return self.dataset(split, None).samples
-
-    def identity(self) -> dict[str, Any]:
-        images = [sample for split in SPLITS for sample in self.samples(split)]
-        return dict(root=str(self.root), tree=sources.fingerprint(images, self.root))
-
-    @functools.cached_property
-    def beton_dir(self) -> Path:
-        return self.root if self.prepared else super().beton_dir
-
-
-class FashionMNIST(Images):
-    """The embedded data set: 60,000 + 10,000 gray images of 28 px in 10 classes."""
-
-    name = "fashion-mnist"
-    classes = sources.FASHION_MNIST_CLASSES
-
-    def dataset(self, split: str, transform: Any) -> Any:
-        return sources.fashion_mnist(self.cache_dir, split == "train", transform)
-
-    def samples(self, split: str) -> sources.Pixels:
-        return sources.Pixels(self.dataset(split, None))
-
-    def identity(self) -> dict[str, Any]:
-        return {}
-
-
-def auto(root: str | Path | None = None, **options: Any) -> Images:
-    """The images under root; without a root the embedded data set, which is said."""
-    if root:
-        return Folder(root, **options)
-    rank_zero_only(print)(
-        "No ImageNet is configured: this is the embedded Fashion-MNIST. For images of your own: "
-        "data.root=DIR, or IMAGENET_DIR=DIR, with train/ and val/ in it.",
-        flush=True,
-    )
-    return FashionMNIST(**options | dict(mode="raw"))
+    def on_after_batch_transfer(self, batch: tuple[Tensor, ...], _: int) -> Any:
+        return normalize(batch[0]), *batch[1:]
 
 
 def require_ffcv() -> None:

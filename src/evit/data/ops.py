@@ -23,6 +23,7 @@ from numba import types
 from evit.data._ffcv import (
     AllocationQuery,
     IntDecoder,
+    NDArrayDecoder,
     SimpleRGBImageDecoder,
     State,
     get_random_crop,
@@ -128,6 +129,13 @@ def decode_jpeg(data: bytes, height: int, width: int) -> np.ndarray | None:
     return None if _decode_jpeg(np.frombuffer(data, np.uint8), pixels) else pixels
 
 
+@numba.njit(cache=True, nogil=True)
+def _read_pieces(file, starts, output):
+    """Fill output (B, bytes) with what begins at starts (B,)."""
+    for k in range(len(starts)):
+        output[k] = file[starts[k] : starts[k] + np.uint64(output.shape[1])]
+
+
 class _CropDecoder(SimpleRGBImageDecoder):
     """Decode to (img_size, img_size, 3); a subclass says which part of each image."""
 
@@ -140,6 +148,15 @@ class _CropDecoder(SimpleRGBImageDecoder):
     ) -> tuple[np.ndarray, np.ndarray]:
         raise NotImplementedError
 
+    def crops_of(
+        self, entries: np.ndarray, metadata: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Sizes (B, 2) of height and width, boxes (B, 4) and flips (B,) of an order's entries."""
+        fields = metadata[entries & SAMPLE_MASK]
+        heights, widths = (fields[side].astype(np.int64) for side in ("height", "width"))
+        boxes, flips = self.crops(heights, widths, entries >> SAMPLE_BITS)
+        return np.stack([heights, widths], 1), boxes, flips
+
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
         shape, dtype = (self.img_size, self.img_size, 3), np.dtype("u1")
         state = replace(previous_state, jit_mode=True, shape=shape, dtype=dtype)
@@ -150,9 +167,7 @@ class _CropDecoder(SimpleRGBImageDecoder):
             entries: np.ndarray, output: np.ndarray, metadata: np.ndarray, storage: Any
         ) -> np.ndarray:
             samples = entries & SAMPLE_MASK
-            heights = metadata["height"][samples].astype(np.int64)
-            widths = metadata["width"][samples].astype(np.int64)
-            boxes, flips = self.crops(heights, widths, entries >> SAMPLE_BITS)
+            _, boxes, flips = self.crops_of(entries, metadata)
             status = _decode_batch(samples, boxes, flips, output, metadata, *storage)
             if status.any():
                 raise ValueError(
@@ -195,6 +210,46 @@ class CenterCrop(_CropDecoder):
     ) -> tuple[np.ndarray, np.ndarray]:
         boxes = center_crops(heights, widths, self.img_size, self.crop_pct)
         return boxes, np.zeros(len(boxes), np.bool_)
+
+
+class CropRecord(SimpleRGBImageDecoder):
+    """Which part of each image another decoder shows: (B, 5), x0, y0, x1, y1 as shares of the
+    image's width and height, and 1 where it is mirrored."""
+
+    def __init__(self, decoder: _CropDecoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
+        dtype = np.dtype("f4")
+        state = replace(previous_state, jit_mode=True, shape=(5,), dtype=dtype)
+        return state, AllocationQuery((5,), dtype)
+
+    def generate_code(self) -> Callable:
+        def decode(
+            entries: np.ndarray, output: np.ndarray, metadata: np.ndarray, storage: Any
+        ) -> np.ndarray:
+            sizes, boxes, flips = self.decoder.crops_of(entries, metadata)
+            output[:, 1::-1] = boxes[:, :2] / sizes
+            output[:, 3:1:-1] = (boxes[:, :2] + boxes[:, 2:]) / sizes
+            output[:, 4] = flips
+            return output
+
+        return decode
+
+
+class LabelMapDecoder(NDArrayDecoder):
+    """Label maps (B, 2, 5, H, W), float16."""
+
+    def generate_code(self) -> Callable:
+        def decode(
+            entries: np.ndarray, output: np.ndarray, metadata: np.ndarray, storage: Any
+        ) -> np.ndarray:
+            starts = metadata[entries & SAMPLE_MASK]
+            _read_pieces(storage[0], starts, output.view(np.uint8).reshape(len(output), -1))
+            return output
+
+        return decode
 
 
 class LabelDecoder(IntDecoder):

@@ -18,6 +18,7 @@ from evit.data._ffcv import (
     EpochIterator,
     Loader,
     OrderOption,
+    PipelineSpec,
     ToDevice,
     ToTensor,
     ToTorchImage,
@@ -28,16 +29,22 @@ from evit.data.ops import (
     SAMPLE_BITS,
     SAMPLE_MASK,
     CenterCrop,
+    CropRecord,
     LabelDecoder,
+    LabelMapDecoder,
     RandomResizedCropFlip,
 )
 from evit.data.sources import choose_samples
 
-Batch = tuple[torch.Tensor, torch.Tensor]
+Batch = tuple[torch.Tensor, ...]
 
 
 class FFCVStream:
     """An iterable of (images uint8 (B, 3, H, W), labels int64 (B,)), on `device` if that is CUDA.
+
+    Training from a file with label maps, a batch goes on: maps float16 (B, 2, 5, h, w), and crops
+    float32 (B, 5), x0, y0, x1, y1 as shares of the source image's width and height, and 1 where
+    the crop was mirrored.
 
     Training: every epoch another permutation, cut into `world_size` equal and disjoint parts, whole
     batches only. A batch is a function of (seed, epoch, rank), never of `num_workers`. Evaluation:
@@ -95,6 +102,8 @@ class FFCVStream:
             else CenterCrop(img_size, crop_pct)
         )
         self.indices = choose_samples(self.info["num_samples"], max_samples).astype(np.uint64)
+        shape = self.info.get("label_map_shape") if train else None
+        self.label_map_shape = shape and tuple(shape)
         self.epoch = 0
         self._loader: Any = None
         if train and len(self) == 0:
@@ -144,10 +153,15 @@ class FFCVStream:
 
     def _open(self) -> Loader:
         to_device = [ToDevice(self.device)] if self.device.type == "cuda" else []
-        pipelines = {
+        pipelines: dict[str, Any] = {
             "image": [self.decoder, ToTensor(), *to_device, ToTorchImage()],
             "label": [LabelDecoder(), ToTensor(), *to_device],
+            "label_map": None,
         }
+        if self.label_map_shape:
+            pipelines["label_map"] = [LabelMapDecoder(), ToTensor(), *to_device]
+            record = CropRecord(self.decoder)
+            pipelines["crop"] = PipelineSpec("image", record, [ToTensor(), *to_device])
         # The decoders are compiled already. FFCV would compile their callers anew in every process.
         Compiler.set_enabled(False)
         try:
@@ -191,8 +205,7 @@ class _Epoch(EpochIterator):
                 message = f"reading {self.loader.fname} failed: {self.error}"
                 raise RuntimeError(message) from self.error
             raise StopIteration
-        images, labels = item[1]
-        return images.clone(), labels.clone()
+        return tuple(tensor.clone() for tensor in item[1])
 
     def close(self) -> None:
         self.iter_ixes = iter(())

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from evit.data import beton
 from evit.data.encode import Encoded, Encoder, Samples, Skipped
+from evit.data.label_maps import read_label_map
+from evit.data.progress import shown
 
 CHUNK = 32  # images that a process is sent at a time
 PAGE_SIZE = 2**23
@@ -42,12 +43,14 @@ def write_beton(
     progress: bool = False,
     skip_bad: bool = False,
     extra: dict[str, Any] | None = None,
+    label_maps: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Write samples of (image, label) to `path`, and return the content of its sidecar.
 
     An image is a path, a PIL image or a uint8 array (H, W) or (H, W, C). Mode jpg keeps the bytes
     of a JPEG whose long side is at most `max_resolution` and encodes everything else; mode raw
-    stores pixels. `num_workers` -1 uses every core. `extra` is added to the sidecar.
+    stores pixels. `num_workers` -1 uses every core. `extra` is added to the sidecar. `label_maps`
+    are the files (evit.data.label_maps) of the samples, in order; they all have one shape.
 
     Raises ValueError for what the caller can mend (an image, a label, an argument, a full disk)
     and RuntimeError if a worker process dies; then `path` is as it was before.
@@ -62,13 +65,28 @@ def write_beton(
     if not 1 <= jpeg_quality <= 100:
         raise ValueError(f"jpeg_quality={jpeg_quality}: choose 1 to 100")
     num_workers = num_workers if num_workers > 0 else len(os.sched_getaffinity(0))
-    encoder = Encoder(samples, len(classes), max_resolution, jpeg_quality, mode, skip_bad)
+    layout = beton.Layout()
+    if label_maps is not None:
+        first = read_label_map(label_maps[0], len(classes))
+        layout = beton.Layout((first.shape[2], first.shape[3]))
+    encoder = Encoder(
+        samples,
+        len(classes),
+        max_resolution,
+        jpeg_quality,
+        mode,
+        skip_bad,
+        label_maps,
+        layout.label_map_shape,
+    )
 
     path.parent.mkdir(parents=True, exist_ok=True)
     with _replacing(path) as (beton_file, sidecar_file), _pool(encoder, num_workers) as pool:
         some = range(0, len(samples), -(-len(samples) // 100))
-        _require_space(path, len(samples) * pool.submit(_estimate, some).result())
+        estimate = pool.submit(_estimate, some).result() + layout.map_bytes
+        _require_space(path, len(samples) * estimate)
         encoded = _encode_all(pool, len(samples), num_workers)
+        encoded = shown(encoded, len(samples), f"Writing {path.name}", progress)
         sidecar = {
             **(extra or {}),
             "format": beton.SIDECAR_FORMAT,
@@ -79,7 +97,7 @@ def write_beton(
             "mode": mode,
             "max_resolution": max_resolution,
             "jpeg_quality": jpeg_quality,
-            **_write(beton_file, _shown(encoded, len(samples), progress, path), len(samples)),
+            **_write(beton_file, encoded, len(samples), layout),
         }
         if sidecar["num_samples"] == 0:
             raise ValueError(f"{path}: nothing to write, none of {source} is a readable image")
@@ -88,32 +106,38 @@ def write_beton(
 
 
 def _write(
-    file: BinaryIO, encoded: Iterable[Encoded | Skipped], max_samples: int
+    file: BinaryIO,
+    encoded: Iterable[Encoded | Skipped],
+    max_samples: int,
+    layout: beton.Layout,
 ) -> dict[str, Any]:
     """Write the file in data set order, and return what the sidecar says about its content."""
-    metadata = np.zeros(max_samples, beton.METADATA)
-    allocations = np.zeros(max_samples, beton.ALLOCATION)
-    crcs = np.zeros(max_samples, beton.CRC)
+    metadata = np.zeros(max_samples, layout.metadata)
+    allocations = np.zeros((max_samples, layout.pieces), beton.ALLOCATION)
+    crcs = np.zeros((max_samples, layout.pieces), beton.CRC)
     skipped: list[Skipped] = []
     page_size, count, kept = PAGE_SIZE, 0, 0
-    end = file.seek(beton.METADATA_START + metadata.nbytes)
+    end = file.seek(layout.metadata_start + metadata.nbytes)
     for sample in encoded:
         if isinstance(sample, Skipped):
             skipped.append(sample)
             continue
-        size = len(sample.data)
-        # FFCV's process cache wants a sample inside one page. One that crosses no boundary of
-        # small pages crosses none of larger ones, so pages can grow as they have to.
-        while page_size < size:
-            page_size *= 2
-        if end % page_size + size > page_size:
-            end += page_size - end % page_size
-        file.seek(end)
-        file.write(sample.data)
-        metadata[count] = (sample.mode, sample.width, sample.height, end), sample.label
-        allocations[count] = count, end, size
-        crcs[count] = zlib.crc32(sample.data)
-        end += size
+        for piece, data in enumerate((sample.data, sample.label_map)[: layout.pieces]):
+            size = len(data)
+            # FFCV's process cache wants a sample inside one page. One that crosses no boundary of
+            # small pages crosses none of larger ones, so pages can grow as they have to.
+            while page_size < size:
+                page_size *= 2
+            if end % page_size + size > page_size:
+                end += page_size - end % page_size
+            file.seek(end)
+            file.write(data)
+            allocations[count, piece] = count, end, size
+            crcs[count, piece] = zlib.crc32(data)
+            end += size
+        start, *map_start = allocations["ptr"][count]
+        image = sample.mode, sample.width, sample.height, start
+        metadata[count] = image, sample.label, *map_start
         count += 1
         kept += sample.original
 
@@ -124,18 +148,20 @@ def _write(
     file.write(allocations.tobytes())
     num_bytes = file.tell()
     header = np.array(
-        [(beton.BETON_VERSION, len(beton.FIELDS), page_size, count, table)], beton.HEADER
+        [(beton.BETON_VERSION, len(layout.fields), page_size, count, table)], beton.HEADER
     )
     file.seek(0)
-    for part in header, beton.FIELDS, metadata:
+    for part in header, layout.fields, metadata:
         file.write(part.tobytes())
 
     width, height = metadata["image"]["width"], metadata["image"]["height"]
+    with_maps = {"label_map_shape": list(layout.label_map_shape)} if layout.label_map_shape else {}
     return {
+        **with_maps,
         "num_samples": count,
         "bytes": num_bytes,
         "page_size": page_size,
-        "index_crc32": beton.index_crc32(header, metadata, crcs, allocations),
+        "index_crc32": beton.index_crc32(header, layout.fields, metadata, crcs, allocations),
         "kept_original": kept,
         "max_width": int(width.max(initial=0)),
         "max_height": int(height.max(initial=0)),
@@ -193,24 +219,6 @@ def _encode_all(
         if not pending:
             return
         yield from pending.popleft().result()
-
-
-def _shown(
-    encoded: Iterable[Encoded | Skipped], total: int, progress: bool, path: Path
-) -> Iterator[Encoded | Skipped]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]} images/s"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, disable=not progress) as bar:
-        task = bar.add_task(f"Writing {path.name}", total=total, rate="-")
-        for sample in encoded:
-            yield sample
-            speed = bar.tasks[task].speed
-            bar.update(task, advance=1, rate=f"{speed:.0f}" if speed else "-")
 
 
 def _require_space(path: Path, estimate: float) -> None:

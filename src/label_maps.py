@@ -1,0 +1,14 @@
+"""Make token labels: python src/label_maps.py source=DIR target=LABELS model_name=NAME"""
+
+from evit.config import LabelMapsConfig, entry_point
+
+
+@entry_point("label_maps", LabelMapsConfig)
+def main(cfg):
+    from evit.data.make_label_maps import make_label_maps
+
+    make_label_maps(**cfg)
+
+
+if __name__ == "__main__":
+    main()

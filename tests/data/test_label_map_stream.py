@@ -1,0 +1,382 @@
+"""Label maps in .beton files and in training batches."""
+
+import json
+import shutil
+import threading
+
+import numpy as np
+import pytest
+import torch
+from ffcv.fields import IntField, NDArrayField, RGBImageField
+from ffcv.reader import Reader
+from ffcv.types import get_metadata_type
+from PIL import Image
+
+from evit.data import FashionMNIST, Folder, auto, beton
+from evit.data._ffcv import Compiler, Loader, NDArrayDecoder, ToTensor
+from evit.data.beton import BetonError, check_beton, sidecar_path
+from evit.data.prepare import prepare
+from evit.data.stream import FFCVStream
+from evit.data.writer import write_beton
+from tests.conftest import write_photos
+
+CLASSES = ["a", "b", "c"]
+SHAPE = (3, 4)
+OPTIONS = dict(img_size=28, batch_size=4, crop_pct=1.0)
+
+
+def map_of(k, num_classes=3, shape=SHAPE):
+    rng = np.random.default_rng(k)
+    logits = rng.normal(0, 4, (5, *shape))
+    return torch.tensor(np.stack([logits, rng.integers(0, num_classes, (5, *shape))])).half()
+
+
+@pytest.fixture(scope="module")
+def maps(samples, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("maps")
+    for k in range(len(samples)):
+        torch.save(map_of(k), folder / f"{k}.pt")
+    return [str(folder / f"{k}.pt") for k in range(len(samples))]
+
+
+def write(path, samples, maps, **options):
+    options = dict(classes=CLASSES, source="test", num_workers=2) | options
+    return write_beton(path, samples, label_maps=maps, **options)
+
+
+@pytest.fixture(scope="module")
+def mapped(samples, maps, tmp_path_factory):
+    path = tmp_path_factory.mktemp("mapped") / "train.beton"
+    write(path, samples, maps)
+    return path
+
+
+@pytest.fixture
+def copied(mapped, tmp_path):
+    path = tmp_path / "copy.beton"
+    shutil.copy(mapped, path)
+    shutil.copy(sidecar_path(mapped), sidecar_path(path))
+    return path
+
+
+def stream(path, train=True, **options):
+    return FFCVStream(path, train=train, **dict(img_size=32, batch_size=8) | options)
+
+
+def test_the_layout_is_that_of_ffcv():
+    field = NDArrayField(np.dtype("<f2"), (2, 5, *SHAPE))
+    layout = beton.Layout(SHAPE)
+    theirs = get_metadata_type([RGBImageField(), IntField(), field])
+    assert layout.metadata.itemsize == theirs.itemsize
+    assert [layout.metadata.fields[name][1] for name in layout.metadata.names] == [
+        theirs.fields[name][1] for name in theirs.names
+    ]
+    assert bytes(layout.fields["arguments"][2]) == bytes(field.to_binary()[0])
+    assert layout.map_bytes == field.element_size
+
+
+def test_the_check_passes_and_tells_the_shape(mapped):
+    assert check_beton(mapped, deep=True)["label_map_shape"] == list(SHAPE)
+
+
+def test_the_file_is_the_same_for_every_number_of_workers(samples, maps, mapped, tmp_path):
+    write(tmp_path / "x.beton", samples, maps, num_workers=1)
+    assert (tmp_path / "x.beton").read_bytes() == mapped.read_bytes()
+
+
+@pytest.mark.parametrize("os_cache", [True, False])
+def test_ffcv_itself_reads_the_maps(mapped, os_cache):
+    Compiler.set_enabled(False)  # as compiling takes long
+    try:
+        loader = Loader(
+            str(mapped),
+            batch_size=71,
+            num_workers=1,
+            os_cache=os_cache,
+            pipelines={"image": None, "label_map": [NDArrayDecoder(), ToTensor()]},
+        )
+        ((labels, found),) = [(x.clone(), y.clone()) for x, y in loader]
+    finally:
+        Compiler.set_enabled(True)
+    assert labels.flatten().tolist() == [k % 3 for k in range(71)]
+    assert torch.equal(found, torch.stack([map_of(k) for k in range(71)]))
+
+
+def test_images_are_stored_as_in_a_file_without_maps(mapped, written):
+    def images(path):
+        content, table = path.read_bytes(), Reader(str(path)).alloc_table
+        first = table[np.unique(table["sample_id"], return_index=True)[1]]
+        return [content[ptr : ptr + size] for _, ptr, size in first.tolist()]
+
+    assert images(mapped) == images(written)
+
+
+def change(path, dtype, offset, **values):
+    content = bytearray(path.read_bytes())
+    record = np.frombuffer(content, dtype, 1, offset)
+    for key, value in values.items():
+        record[key] = value
+    path.write_bytes(content)
+
+
+def table(path):
+    return int(np.fromfile(path, beton.HEADER, 1)["alloc_table_ptr"][0])
+
+
+def change_sidecar(path, **values):
+    sidecar = sidecar_path(path)
+    sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), **values}))
+
+
+START = beton.Layout(SHAPE).metadata_start
+DAMAGES = {
+    "last entries missing": (
+        lambda p: p.write_bytes(p.read_bytes()[: -24 * 7]),
+        "allocation table has 135 entries, expected 142",
+    ),
+    "other field": (
+        lambda p: change(p, beton.FIELD, beton.METADATA_START, name=b"depth"),
+        "not exactly image and label, or these and label_map",
+    ),
+    "map elsewhere": (
+        lambda p: change(p, beton.METADATA_WITH_MAPS, START, label_map=START),
+        "data of sample 0",
+    ),
+    "map of another size": (
+        lambda p: change(p, beton.ALLOCATION, table(p) + 24, size=100),
+        "data of sample 0",
+    ),
+    "sidecar of a file without maps": (
+        lambda p: change_sidecar(p, label_map_shape=None),
+        "another file: label_map_shape None, not",
+    ),
+    "sidecar of other maps": (
+        lambda p: change_sidecar(p, label_map_shape=[4, 3]),
+        r"another file: label_map_shape \[4, 3\], not",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_file_is_refused(copied, name):
+    check_beton(copied)
+    damage, reason = DAMAGES[name]
+    damage(copied)
+    with pytest.raises(BetonError, match=reason):
+        check_beton(copied)
+
+
+def test_a_changed_byte_of_a_map_is_found_by_the_deep_check(copied):
+    content = bytearray(copied.read_bytes())
+    ptr = np.frombuffer(content, beton.ALLOCATION, offset=table(copied))["ptr"][2 * 17 + 1]
+    content[int(ptr)] ^= 1
+    copied.write_bytes(content)
+    check_beton(copied)
+    with pytest.raises(BetonError, match=r"1 damaged samples \(17\)"):
+        check_beton(copied, deep=True)
+
+
+def test_a_map_of_another_shape_is_named_and_nothing_is_left_behind(samples, maps, tmp_path):
+    odd = tmp_path / "odd.pt"
+    torch.save(map_of(0, shape=(4, 3)), odd)
+    with pytest.raises(ValueError, match="odd.pt: of 4 x 3 cells, the first map .* of 3 x 4"):
+        write(tmp_path / "new/x.beton", samples, [*maps[:70], str(odd)])
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_skipped_image_takes_its_map_along(samples, maps, tmp_path):
+    missing = [samples[0], (tmp_path / "missing.jpg", 0), samples[2]]
+    write(tmp_path / "x.beton", missing, maps[:3], skip_bad=True)
+    _, _, found, _ = next(iter(stream(tmp_path / "x.beton", batch_size=2, seed=1)))
+    order = stream(tmp_path / "x.beton", batch_size=2, seed=1).samples()
+    assert torch.equal(found, torch.stack([map_of([0, 2][k]) for k in order]))
+
+
+def test_training_batches_hold_the_maps_of_their_images(mapped):
+    one = stream(mapped)
+    assert one.label_map_shape == SHAPE
+    batches = list(one)
+    images, labels, found, crops = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert images.dtype == torch.uint8 and labels.tolist() == [k % 3 for k in one.samples()]
+    assert torch.equal(found, torch.stack([map_of(k) for k in one.samples()]))
+    assert crops.shape == (64, 5) and crops.dtype == torch.float32
+
+
+def test_evaluation_and_files_without_maps_give_images_and_labels(mapped, written):
+    for one in stream(mapped, train=False), stream(written):
+        assert one.label_map_shape is None
+        assert len(next(iter(one))) == 2
+
+
+def test_images_are_the_same_with_and_without_maps(mapped, written):
+    for with_maps, without in zip(stream(mapped), stream(written), strict=True):
+        assert torch.equal(with_maps[0], without[0])
+
+
+def gradients(folder, sides):
+    """Images whose red grows from 0 to 255 to the right, and green downwards."""
+    folder.mkdir(parents=True)
+    for k, (width, height) in enumerate(sides):
+        x, y = (np.arange(n) + 0.5 for n in (width, height))
+        pixels = np.zeros((height, width, 3), np.uint8)
+        pixels[..., 0] = np.rint(255 * x / width)
+        pixels[..., 1] = np.rint(255 * y / height)[:, None]
+        Image.fromarray(pixels).save(folder / f"{k:02}.png")
+    return folder
+
+
+def shown_crops(images):
+    """Crops as the pixels of such images show them."""
+    red, green = images[:, 0].float().mean(1) / 255, images[:, 1].float().mean(2) / 255
+    mirrored = red[:, 0] > red[:, -1]
+    red = torch.where(mirrored[:, None], red.flip(1), red)
+    found = []
+    for shades in red, green:
+        half = (shades[:, -1] - shades[:, 0]) / (shades.shape[1] - 1) / 2
+        found.append((shades[:, 0] - half, shades[:, -1] + half))
+    (x0, x1), (y0, y1) = found
+    return torch.stack([x0, y0, x1, y1, mirrored.float()], 1)
+
+
+@pytest.mark.parametrize("backend", ["ffcv", "imagefolder"])
+def test_the_crops_are_what_the_pixels_show(tmp_path, backend):
+    sides = [(200 + 10 * k, 300 - 8 * k) for k in range(16)]
+    for split in "train", "val":
+        gradients(tmp_path / "tree" / split / "a", sides)
+    (tmp_path / "maps/a").mkdir(parents=True)
+    for k in range(16):
+        torch.save(map_of(k, 1), tmp_path / f"maps/a/{k:02}.pt")
+    data = Folder(
+        tmp_path / "tree", img_size=40, batch_size=16, backend=backend, mode="raw", num_workers=0,
+        label_maps=tmp_path / "maps", cache_dir=tmp_path / "cache",
+    )  # fmt: skip
+    data.prepare_data()
+    data.setup()
+    assert data.label_map_shape == SHAPE
+    loader = data.train_dataloader()
+    for epoch in range(2):
+        loader.batch_sampler.sampler.set_epoch(epoch)
+        ((images, _, _, crops),) = loader
+        assert set(crops[:, 4].tolist()) == {0.0, 1.0}
+        assert (crops[:, 2:4] - crops[:, :2] > 0.1).all()
+        # A pixel that comes out covers up to 8 of the source.
+        torch.testing.assert_close(shown_crops(images), crops, atol=0.03, rtol=0)
+
+
+def test_batches_with_maps_do_not_depend_on_the_number_of_threads_or_earlier_epochs(mapped):
+    def third(one):
+        one.set_epoch(2)
+        return [torch.cat([t.flatten().double() for t in batch]) for batch in one]
+
+    used = stream(mapped, num_workers=2)
+    list(used)
+    for a, b in zip(third(used), third(stream(mapped, num_workers=1)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_ranks_train_on_disjoint_maps(mapped):
+    ranks = [stream(mapped, rank=rank, world_size=2) for rank in range(2)]
+    seen = [{one.numpy().tobytes() for batch in rank for one in batch[2]} for rank in ranks]
+    assert [len(s) for s in seen] == [32, 32] and not seen[0] & seen[1]
+
+
+def test_a_batch_with_maps_stays_valid_when_later_ones_are_read(mapped):
+    before = threading.active_count()
+    batches, copies = [], []
+    for batch in stream(mapped):
+        batches.append(batch)
+        copies.append([tensor.clone() for tensor in batch])
+    for batch, copy in zip(batches, copies, strict=True):
+        assert all(map(torch.equal, batch, copy))
+    assert threading.active_count() == before
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """(a tree of photos, the folder of its label maps)"""
+    tree = write_photos(tmp_path / "photos")
+    for k, path in enumerate(sorted((tree / "train").glob("*/*.jpg"))):
+        target = tmp_path / "maps" / path.parent.name / f"{path.stem}.pt"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(map_of(k, 2), target)
+    return tree, tmp_path / "maps"
+
+
+def folder(tree, tmp_path, **options):
+    data = Folder(tree, **OPTIONS | dict(cache_dir=tmp_path / "cache") | options)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def test_both_backends_give_every_image_its_own_map(labelled, tmp_path):
+    tree, maps = labelled
+    paths = sorted((tree / "train").glob("*/*.jpg"))
+    expected = {map_of(k, 2).numpy().tobytes(): k // 6 for k in range(len(paths))}
+    for backend in "ffcv", "imagefolder":
+        data = folder(tree, tmp_path, label_maps=maps, backend=backend, num_workers=0)
+        assert data.label_map_shape == SHAPE
+        seen = {
+            one.numpy().tobytes(): int(label)
+            for _, labels, found, _ in data.train_dataloader()
+            for label, one in zip(labels, found, strict=True)
+        }
+        assert seen == expected
+        assert len(next(iter(data.val_dataloader()))) == 2
+
+
+def test_a_limit_keeps_images_and_maps_together(labelled, tmp_path):
+    tree, maps = labelled
+    expected = {map_of(k, 2).numpy().tobytes(): k // 6 for k in range(12)}
+    options = dict(label_maps=maps, max_train_images=8, num_workers=0)
+    for backend in "ffcv", "imagefolder":
+        data = folder(tree, tmp_path, backend=backend, **options)
+        for _, labels, found, _ in data.train_dataloader():
+            for label, one in zip(labels, found, strict=True):
+                assert expected[one.numpy().tobytes()] == label
+
+
+def test_the_batch_on_the_device_keeps_maps_and_crops(labelled, tmp_path):
+    tree, maps = labelled
+    data = folder(tree, tmp_path, label_maps=maps)
+    batch = next(iter(data.train_dataloader()))
+    images, *rest = data.on_after_batch_transfer(batch, 0)
+    assert images.dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(rest, batch[1:], strict=True))
+
+
+def test_files_with_other_maps_or_none_have_folders_of_their_own(labelled, tmp_path):
+    tree, maps = labelled
+    folders = [Folder(tree, **OPTIONS, label_maps=m).beton_dir for m in (None, maps)]
+    torch.save(torch.zeros(2, 5, 9, 9).half(), maps / "cat/0.pt")
+    folders.append(Folder(tree, **OPTIONS, label_maps=maps).beton_dir)
+    assert len(set(folders)) == 3
+
+
+@pytest.mark.parametrize("backend", ["ffcv", "imagefolder"])
+def test_a_missing_map_is_named_before_training(labelled, tmp_path, backend):
+    tree, maps = labelled
+    (maps / "dog/3.pt").unlink()
+    with pytest.raises(ValueError, match="1 of 12 training images have no label map, .*dog/3.pt"):
+        folder(tree, tmp_path, label_maps=maps, backend=backend)
+
+
+def test_a_prepared_folder_brings_its_maps(labelled, tmp_path):
+    tree, maps = labelled
+    ready = prepare(tree, tmp_path / "ready", num_workers=1, label_maps=maps)
+    data = folder(ready, tmp_path)
+    assert data.label_map_shape == SHAPE
+    assert [len(batch) for batch in data.train_dataloader()] == [4, 4, 4]
+
+
+def test_maps_for_a_prepared_folder_without_them_are_refused(labelled, tmp_path):
+    tree, maps = labelled
+    ready = prepare(tree, tmp_path / "ready", num_workers=1)
+    with pytest.raises(ValueError, match="train.beton has no label maps .*src/prepare.py"):
+        Folder(ready, **OPTIONS, label_maps=maps)
+
+
+@pytest.mark.parametrize("make", [FashionMNIST, auto])
+def test_fashion_mnist_has_no_label_maps(make, tmp_path):
+    with pytest.raises(ValueError, match="images are no files.*data.root=DIR"):
+        make(**OPTIONS, label_maps=tmp_path)

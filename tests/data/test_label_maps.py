@@ -1,0 +1,191 @@
+"""Label maps: what is refused, and the targets beside an independent computation."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from evit.data.label_maps import label_map_paths, read_label_map, token_targets
+
+K = 7
+
+
+def random_maps(batch=3, height=6, width=6, num_classes=K, seed=0):
+    """Label maps (B, 2, 5, H, W): five different classes in each cell, highest logit first."""
+    rng = np.random.default_rng(seed)
+    ids = np.argsort(rng.random((batch, num_classes, height, width)), 1)[:, :5]
+    logits = -np.sort(-rng.normal(0, 4, (batch, 5, height, width)), 1)
+    return torch.tensor(np.stack([logits, ids], 1)).half()
+
+
+def one_map(**options):
+    return random_maps(1, **options)[0]
+
+
+def changed(**places):
+    found = one_map()
+    for name, value in places.items():
+        found[dict(logits=0, ids=1)[name], 0, 0, 0] = value
+    return found
+
+
+DAMAGES = {
+    "text": (b"no map", "not readable"),
+    "half": (None, "not readable"),
+    "a dict": ({"map": one_map()}, "dict, not a float16 tensor"),
+    "float32": (one_map().float(), "float32, not a float16 tensor"),
+    "four classes": (one_map()[:, :4].clone(), r"of shape \(2, 4, 6, 6\), not \(2, 5, H, W\)"),
+    "other size": (one_map(height=5), "of 5 x 6 cells, the first map .* of 6 x 6"),
+    "nan": (changed(logits=float("nan")), "not finite"),
+    "infinite": (changed(logits=float("inf")), "not finite"),
+    "id too large": (changed(ids=K), "ids that are not classes, 0 to 6"),
+    "id negative": (changed(ids=-1), "ids that are not classes"),
+    "id between": (changed(ids=0.5), "ids that are not classes"),
+    "id unknown": (changed(ids=float("nan")), "ids that are not classes"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_map_is_named_with_the_reason_and_the_way_out(tmp_path, name):
+    path = tmp_path / "x.pt"
+    content, reason = DAMAGES[name]
+    if content is None:
+        torch.save(one_map(), path)
+        path.write_bytes(path.read_bytes()[:600])
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=reason) as refusal:
+        read_label_map(path, K, (6, 6))
+    assert str(path) in str(refusal.value) and "src/label_maps.py" in str(refusal.value)
+
+
+def test_a_missing_map_is_named(tmp_path):
+    with pytest.raises(ValueError, match="x.pt: no such file; .*src/label_maps.py"):
+        read_label_map(tmp_path / "x.pt", K)
+
+
+def test_a_map_is_read_as_it_was_written(tmp_path):
+    torch.save(one_map(), tmp_path / "x.pt")
+    assert torch.equal(read_label_map(tmp_path / "x.pt", K), one_map())
+
+
+def test_ids_stay_where_float16_is_exact(tmp_path):
+    torch.save(changed(ids=2048), tmp_path / "x.pt")
+    read_label_map(tmp_path / "x.pt", 3000)
+    torch.save(changed(ids=2050), tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="not classes"):
+        read_label_map(tmp_path / "x.pt", 3000)
+
+
+def test_a_map_lies_at_its_image_s_place_and_loses_the_last_suffix_only():
+    images = ["/i/train/cat/a.b.jpg", "/i/train/dog/more/a.JPEG"]
+    paths = label_map_paths(images, Path("/i/train"), Path("/m"))
+    assert paths == ["/m/cat/a.b.pt", "/m/dog/more/a.pt"]
+
+
+def test_two_images_that_would_share_a_map_are_refused():
+    with pytest.raises(ValueError, match="a.jpg and /i/cat/a.png would share"):
+        label_map_paths(["/i/cat/a.jpg", "/i/cat/a.png"], Path("/i"), Path("/m"))
+
+
+def expected_targets(one, crop, rows, columns, smoothing):
+    """Targets of one image, cell by cell: the mean over a grid of points, bilinear in between."""
+    logits, ids = one.float().numpy()
+    _, H, W = logits.shape
+    x0, y0, x1, y1, mirrored = crop.tolist()
+
+    def at(y, x):
+        """The K logits at a point, cells' centres lying at whole numbers."""
+        y, x = min(max(y, 0.0), H - 1.0), min(max(x, 0.0), W - 1.0)
+        mixed = np.zeros(K)
+        for row in {math.floor(y), math.ceil(y)}:
+            for column in {math.floor(x), math.ceil(x)}:
+                weight = (1 - abs(y - row)) * (1 - abs(x - column))
+                for top in range(5):
+                    mixed[int(ids[top, row, column])] += weight * logits[top, row, column]
+        return mixed
+
+    def cell(row, column, rows, columns):
+        top, left = y0 * H - 0.5, x0 * W - 0.5
+        height, width = (max(y1 * H - 0.5 - top, 1)) / rows, max(x1 * W - 0.5 - left, 1) / columns
+        points_y, points_x = math.ceil(height), math.ceil(width)
+        total = np.zeros(K)
+        for i in range(points_y):
+            for j in range(points_x):
+                y = top + height * (row + (i + 0.5) / points_y)
+                x = left + width * (column + (j + 0.5) / points_x)
+                total += at(y, x)
+        scores = np.exp(total / (points_y * points_x))
+        return scores / scores.sum() * (1 - smoothing) + smoothing / K
+
+    grid = [[cell(r, c, rows, columns) for c in range(columns)] for r in range(rows)]
+    if mirrored:
+        grid = [row[::-1] for row in grid]
+    return cell(0, 0, 1, 1), np.array(grid).reshape(rows * columns, K)
+
+
+CROPS = torch.tensor(
+    [[0, 0, 1, 1, 0], [0.2, 0.1, 0.9, 0.75, 0], [0.33, 0.5, 0.61, 0.97, 1]], dtype=torch.float32
+)
+
+
+@pytest.mark.parametrize("grid", [2, 3, 14, (2, 5)])
+@pytest.mark.parametrize("shape", [(6, 6), (4, 9)])
+def test_targets_are_those_of_a_slow_computation(grid, shape):
+    maps = random_maps(3, *shape)
+    rows, columns = (grid, grid) if isinstance(grid, int) else grid
+    whole, cells = token_targets(maps, CROPS, K, grid, label_smoothing=0.1)
+    assert whole.shape == (3, K) and cells.shape == (3, rows * columns, K)
+    for one, crop, found_whole, found_cells in zip(maps, CROPS, whole, cells, strict=True):
+        expected_whole, expected_cells = expected_targets(one, crop, rows, columns, 0.1)
+        np.testing.assert_allclose(found_whole, expected_whole, atol=2e-5)
+        np.testing.assert_allclose(found_cells, expected_cells, atol=2e-5)
+
+
+def test_the_whole_image_on_the_map_s_own_grid_gives_the_map():
+    maps = random_maps(1, 4, 4)
+    _, cells = token_targets(maps, torch.tensor([[0, 0, 1, 1, 0.0]]), K, 4)
+    dense = torch.zeros(1, K, 4, 4).scatter_(1, maps[:, 1].long(), maps[:, 0].float())
+    torch.testing.assert_close(cells, dense.softmax(1).flatten(2).transpose(1, 2))
+
+
+def test_a_mirrored_crop_has_the_mirrored_targets():
+    maps = random_maps(1, 5, 8)
+    crop = torch.tensor([[0.1, 0.2, 0.7, 0.95, 0]])
+    whole, cells = token_targets(maps, crop, K, 4)
+    crop[:, 4] = 1
+    mirrored_whole, mirrored = token_targets(maps, crop, K, 4)
+    assert torch.equal(whole, mirrored_whole)
+    assert torch.equal(cells.view(4, 4, K).flip(1), mirrored.view(4, 4, K))
+
+
+def test_mirroring_the_map_and_the_box_instead_is_the_same():
+    """The published code flips the map first and cuts the crop out of that."""
+    maps = random_maps(1, 5, 8)
+    ours = token_targets(maps, torch.tensor([[0.1, 0.2, 0.7, 0.95, 1]]), K, 4)
+    theirs = token_targets(maps.flip(4), torch.tensor([[0.3, 0.2, 0.9, 0.95, 0]]), K, 4)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_x_runs_along_the_rows_of_the_map():
+    """Class 1 left, class 2 right: a crop of the left half says 1."""
+    maps = torch.zeros(1, 2, 5, 4, 8)
+    maps[:, 1] = torch.tensor([1, 0, 3, 4, 5]).view(5, 1, 1)
+    maps[:, 1, 0, :, 4:] = 2
+    maps[:, 0, 0] = 20
+    for crop, expected in ([0, 0, 0.45, 1, 0], 1), ([0.55, 0, 1, 1, 0], 2):
+        whole, cells = token_targets(maps, torch.tensor([crop], dtype=torch.float32), K, 2)
+        assert whole.argmax() == expected and (cells.argmax(2) == expected).all()
+
+
+def test_targets_are_probabilities_and_smoothing_spreads_its_share():
+    maps = random_maps()
+    for smoothing in 0.0, 0.1, 1.0:
+        for targets in token_targets(maps, CROPS, K, 3, smoothing):
+            torch.testing.assert_close(targets.sum(-1), torch.ones(targets.shape[:-1]))
+            assert targets.min() >= smoothing / K - 1e-6

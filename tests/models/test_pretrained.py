@@ -1,0 +1,62 @@
+import time
+
+import pytest
+import timm
+from huggingface_hub import constants
+
+import evit  # noqa: F401
+from evit.models import pretrained
+from evit.models.pretrained import create_model
+
+# A name that no server has, whether or not there is a network.
+NOWHERE = {"hf_hub_id": "nobody-has/this-model-9f31", "url": ""}
+NO_HOST = {"hf_hub_id": None, "url": "https://weights.invalid/x.pth"}
+
+
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
+    monkeypatch.setattr(pretrained.urllib.request, "getproxies", dict)
+
+
+@pytest.mark.parametrize("where", [NOWHERE, NO_HOST], ids=["hub", "url"])
+def test_weights_that_cannot_be_downloaded_are_told_at_once(where):
+    start = time.monotonic()
+    with pytest.raises(ValueError, match="weights of resnet10t cannot be downloaded .*checkpoint="):
+        create_model("resnet10t", pretrained=True, pretrained_cfg_overlay=where)
+    assert time.monotonic() - start < 10
+    assert constants.HF_HUB_OFFLINE is False
+
+
+def test_every_network_error_is_a_download(monkeypatch):
+    import httpx
+    import requests
+
+    for error in httpx.ConnectTimeout("slow"), requests.ConnectionError("gone"), TimeoutError():
+
+        def fail(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(pretrained.timm, "create_model", fail)
+        with pytest.raises(ValueError, match="cannot be downloaded"):
+            create_model("resnet10t", pretrained=True)
+        with pytest.raises(type(error)):
+            create_model("resnet10t")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("resnet_of_mine", "Unknown model"),
+        ("resnet10t.of_mine", "Invalid pretrained"),
+        ("botnet50ts_256", "No pretrained weights"),
+    ],
+)
+def test_a_wrong_name_is_a_value_error(name, reason):
+    with pytest.raises(ValueError, match=f"{reason}.*timm.list_models"):
+        create_model(name, pretrained=True)
+
+
+def test_without_pretrained_it_is_timms():
+    assert type(create_model("resnet10t")) is type(timm.create_model("resnet10t"))
