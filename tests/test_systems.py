@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from tests.conftest import QUICK, command
 
@@ -63,6 +64,22 @@ def test_lv_vit_is_dense_and_says_what_it_leaves_out(tmp_path, shared_photos):
     assert "lvvit keeps every token: keep_rate and fusion are not used" in printed
     assert "Without label maps LV-ViT is a plain classifier" in printed
     assert result["model"]["keep_rate"] == [1.0] * 3
+
+
+def test_token_labels_are_streamed_and_learnt_from(tmp_path, photos):
+    labels, cells = tmp_path / "labels", torch.randn(2, 5, 3, 3)
+    cells[1] = torch.arange(2).repeat(3)[:5, None, None]
+    for image in photos.glob("train/*/*.jpg"):
+        path = labels / image.relative_to(photos / "train").with_suffix(".pt")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(cells.half(), path)
+    printed, logged, _ = trained(
+        tmp_path,
+        *(*TINY, *SMALL, f"data.root={photos}", "model=evit_lvvit", "recipe=lvvit"),
+        f"data.label_maps={labels}",
+    )
+    assert "plain classifier" not in printed
+    assert logged["train/token_loss"] > 0 and logged["train/class_loss"] > 0
 
 
 def test_a_teacher_for_another_kind_of_model_is_refused(tmp_path, shared_photos):

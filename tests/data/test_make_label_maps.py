@@ -111,7 +111,7 @@ def test_lv_vit_has_a_classifier_for_its_patches():
 def test_each_file_holds_the_top_5_of_the_central_square(tree, checkpoint, tmp_path):
     model = build("test_resnet")
     cfg = model.pretrained_cfg
-    make(tree, tmp_path / "maps", checkpoint)
+    make(tree, tmp_path / "maps", checkpoint, crop_mode="center")
     files = sorted(path.relative_to(tmp_path / "maps") for path in tmp_path.glob("maps/*/*"))
     assert [str(path) for path in files] == [f"{c}/{k}.pt" for c in CLASSES for k in range(2)]
     for path in files:

@@ -42,6 +42,8 @@ class Folder(Images):
                     f"train.beton and val.beton in {self.root} have different classes: prepare "
                     f"them again from one folder"
                 )
+            if self.backend == "ffcv":
+                self.has_label_maps = "label_map_shape" in sidecars[0]
             if self.backend == "ffcv" and self.label_maps:
                 if "label_map_shape" not in sidecars[0]:
                     raise ValueError(

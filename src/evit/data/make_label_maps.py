@@ -39,7 +39,7 @@ def make_label_maps(
     checkpoint: str | Path | None = None,
     img_size: int | None = None,
     crop_pct: float = 1.0,
-    crop_mode: str = "center",
+    crop_mode: str = "squash",
     batch_size: int = 32,
     num_workers: int | None = None,
 ) -> Path:
@@ -53,8 +53,8 @@ def make_label_maps(
         checkpoint: weights for as many classes as the tree has.
         img_size: pixels; None: the model's size for tests.
         crop_pct: share of the image's short side that the model sees.
-        crop_mode: "center", the central square, as the authors do; "squash", the whole image as a
-            square: training looks for its crops in the whole image.
+        crop_mode: "squash", the whole image as a square, where training looks for its crops; or
+            "center", the central square, as the authors do, and their maps of long images are off.
         num_workers: processes that read images; None: one per core.
 
     Raises:

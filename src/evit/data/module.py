@@ -76,6 +76,7 @@ class Images(L.LightningDataModule):
         self.splits = tuple(splits)
         used = label_maps if "train" in self.splits else None
         self.label_maps = Path(used).expanduser().resolve() if used else None
+        self.has_label_maps = bool(used)
         self._loaders: dict[str, Any] = {}
 
     @property

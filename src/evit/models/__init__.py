@@ -2,7 +2,16 @@
 
 from evit.models.dynamicvit import DynamicLVViT, DynamicViT
 from evit.models.lvvit import LVViT
+from evit.models.pretrained import create_model
 from evit.models.vit import EViT, reorganize
 from evit.models.weights import load_checkpoint
 
-__all__ = ["DynamicLVViT", "DynamicViT", "EViT", "LVViT", "load_checkpoint", "reorganize"]
+__all__ = [
+    "DynamicLVViT",
+    "DynamicViT",
+    "EViT",
+    "LVViT",
+    "create_model",
+    "load_checkpoint",
+    "reorganize",
+]

@@ -14,7 +14,7 @@ NETWORK = {"huggingface_hub", "httpx", "httpcore", "requests", "urllib3", "urlli
 WRONG_NAME = "Unknown model", "Invalid pretrained", "No pretrained weights"
 
 
-def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """timm.create_model, but what a user can mend is a ValueError.
 
     Raises:
@@ -26,7 +26,7 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
     # Weights that are on disk already are still found, and nothing is tried again for a minute.
     constants.HF_HUB_OFFLINE = offline or unreachable is not None
     try:
-        return timm.create_model(name, pretrained=pretrained, **kwargs)
+        return timm.create_model(model_name, pretrained=pretrained, **kwargs)
     except RuntimeError as error:
         if not str(error).startswith(WRONG_NAME):
             raise
@@ -36,8 +36,8 @@ def create_model(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Modul
             raise
         reason = " ".join(str(unreachable or error).split()) or type(error).__name__
         raise ValueError(
-            f"the pretrained weights of {name} cannot be downloaded ({reason}): connect to the "
-            f"network, or download them elsewhere and give checkpoint=PATH instead"
+            f"the pretrained weights of {model_name} cannot be downloaded ({reason}): connect to "
+            f"the network, or download them elsewhere and give checkpoint=PATH instead"
         ) from error
     finally:
         constants.HF_HUB_OFFLINE = offline

@@ -1,4 +1,4 @@
-"""Finished runs as one table: the mean over seeds, beside the dense model."""
+"""Finished runs as one table: a line for each setting, the mean over its seeds."""
 
 import json
 import statistics
@@ -43,20 +43,18 @@ def markdown(rows: list[Row]) -> str:
     groups: dict[Any, list[Row]] = defaultdict(list)
     for r in rows:
         groups[tuple(str(r[key]) for key in SAME)].append(r)
-    dense = _speed([r for r in rows if r["keep_rate"] == 1])
     lines = [
-        "| model | keep rate | the rest | top-1 | top-5 | GMACs | M parameters | training speed |",
-        "|---|---|---|---|---|---|---|---|",
+        "| model | keep rate | the rest | top-1 | top-5 | GMACs | M parameters |",
+        "|---|---|---|---|---|---|---|",
     ]
     for group in sorted(groups.values(), key=lambda group: -group[0]["macs"]):
         first = group[0]
         rest = "-" if first["keep_rate"] == 1 else "fused" if first["fusion"] else "dropped"
         start = ", fine-tuned" if first["from_checkpoint"] else ""
-        speed = _speed(group) / dense if dense else 0
         lines.append(
             f"| {first['model']}{start} | {first['keep_rate']} | {rest} | {_spread(group, 'top1')} "
             f"| {_spread(group, 'top5')} | {first['macs'] / 1e9:.4f} "
-            f"| {first['params'] / 1e6:.2f} | {f'{speed:.2f}' if speed else '-'} |"
+            f"| {first['params'] / 1e6:.2f} |"
         )
     runs = {len(group) for group in groups.values()}
     seeds = "/".join(map(str, sorted(runs)))
@@ -67,8 +65,8 @@ def markdown(rows: list[Row]) -> str:
         sorted({f"{r['data']}, {r['img_size']} px, {r['epochs']} epochs" for r in rows})
     )
     note = (
-        f"{data}. Mean and standard deviation of {seeds} runs with seeds of their own; training "
-        f"speed as a multiple of the dense model's. {devices}; commit {commits}; torch {torch}."
+        f"{data}. Mean and standard deviation of {seeds} runs with seeds of their own. "
+        f"{devices}; commit {commits}; torch {torch}."
     )
     return "\n".join([*lines, "", note]) + "\n"
 
@@ -83,12 +81,6 @@ def write(runs: Path, target: Path | None) -> None:
         (target / "runs.json").write_text(json.dumps(rows, indent=1) + "\n")
         (target / "table.md").write_text(table)
         print(f"{target}/runs.json  {target}/table.md")
-
-
-def _speed(group: list[Row]) -> float:
-    """Mean training images per second; 0 where runs were too short to tell."""
-    values = [r["train_images_per_s"] or 0.0 for r in group]
-    return statistics.mean(values) if values else 0.0
 
 
 def _spread(group: list[Row], key: str) -> str:
