@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from evit import load_checkpoint, measure
 from evit.data import Images
-from evit.experiment import build_trainer, quiet
+from evit.experiment import build_trainer, quiet, say
 from evit.models import EViT
 from evit.models.vit import per_reorganization
 from evit.models.weights import read_state_dict
@@ -212,7 +212,7 @@ def choose_settings(config: dict[str, Any], model: nn.Module, given: set[str]) -
         fusions, selections = [None], [None]
         if named := sorted(given & {"fusion", "selection"}):
             text = f"{type(model).__name__} has no {' and no '.join(named)}: that is left out."
-            rank_zero_only(print)(text, flush=True)
+            say(text)
     settings = []
     for rate in rates:
         per = per_reorganization(rate, count)
@@ -235,7 +235,7 @@ def announce(data: Images, config: dict[str, Any], settings: int) -> None:
     text += f"({data.num_classes} classes), read by {data.backend}"
     if limit := config["max_val_images"]:
         text += f"; at most {limit} validation images (max_val_images=null takes all)"
-    rank_zero_only(print)(text, flush=True)
+    say(text)
 
 
 def cost(model: nn.Module, setting: Setting) -> dict[str, Any]:
@@ -271,7 +271,7 @@ def verify(trainer: L.Trainer, shared: Evaluator, data: Images, repeats: int) ->
         times.append((seconds[0], sum(seconds[1:])))
         text = f"verify {repeat + 1}/{repeats}: one pass for all {times[-1][0]:.2f} s, "
         text += f"one for each {times[-1][1]:.2f} s; the numbers are equal"
-        rank_zero_only(print)(text, flush=True)
+        say(text)
     return dict(
         shared_seconds=[round(together, 3) for together, _ in times],
         separate_seconds=[round(apart, 3) for _, apart in times],
