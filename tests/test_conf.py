@@ -87,7 +87,7 @@ def test_report_composes():
 
 def test_label_maps_composes():
     cfg = composed("source=/photos", "target=/maps", "model_name=x", config="label_maps")
-    assert OmegaConf.to_container(cfg, throw_on_missing=True)["crop_mode"] == "center"
+    assert OmegaConf.to_container(cfg, throw_on_missing=True)["crop_mode"] == "squash"
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -10,9 +10,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import timm
+import torch
 
 from evit.config import RunConfig
-from tests.conftest import QUICK, ROOT
+from tests.conftest import QUICK, ROOT, write_photos
 
 README = (ROOT / "README.md").read_text()
 SMALL = " ".join(QUICK)
@@ -41,13 +43,31 @@ COMMANDS = {
     "keep_rates=[1,0.9,0.8,0.7,0.6,0.5] fusion=[true,false]": (
         "model=evit_deit_micro img_size=28 trainer=cpu"
     ),
+    ".venv/bin/python src/label_maps.py source=DIR target=LABELS model_name=dm_nfnet_f6": (
+        "source=SIX model_name=test_resnet checkpoint=ANNOTATOR"
+    ),
+    ".venv/bin/python src/train.py model=evit_lvvit recipe=lvvit data.root=DIR "
+    "data.label_maps=LABELS": (
+        f"{SMALL} model=evit_lvvit data.root=SIX recipe.cooldown_epochs=0 img_size=32 "
+        "+model.embed_dim=48 +model.depth=4 +model.num_heads=3 name=lvvit logger=none"
+    ),
+    ".venv/bin/python src/train.py model=dynamicvit_deit recipe=dynamicvit data.root=DIR "
+    "checkpoint=CHECKPOINT": (
+        f"{SMALL} model=dynamicvit_deit_micro recipe.backbone_frozen_epochs=0 name=dynamicvit "
+        "logger=none"
+    ),
 }
 DONE: dict[str, str] = {}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("readme")
+    """Where the commands run; with photos of six classes, and a classifier of them."""
+    folder = tmp_path_factory.mktemp("readme")
+    write_photos(folder / "six", train=1, val=1, classes=6)
+    annotator = timm.create_model("test_resnet", num_classes=6)
+    torch.save(annotator.state_dict(), folder / "annotator.pth")
+    return folder
 
 
 def test_every_command_is_known_to_the_tests():
@@ -59,11 +79,12 @@ def test_every_command_is_known_to_the_tests():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command_runs(command, folder, shared_photos):
     words = {"DIR": str(shared_photos), "RUN": str(folder / "run"), "CACHE": str(folder / "data")}
+    words |= {"LABELS": str(folder / "labels"), "SIX": str(folder / "six")}
+    words["ANNOTATOR"] = str(folder / "annotator.pth")
     for path in folder.glob("outputs/dev/data.backend-imagefolder*/checkpoints/best.ckpt"):
         words["CHECKPOINT"] = str(path)
-    line = re.sub(
-        r"\b(DIR|RUN|CACHE|CHECKPOINT)\b", lambda m: words[m[0]], f"{command} {COMMANDS[command]}"
-    )
+    names = "|".join(words | {"CHECKPOINT": ""})
+    line = re.sub(rf"\b({names})\b", lambda m: words[m[0]], f"{command} {COMMANDS[command]}")
     in_root = command.startswith("make")
     line = line.replace(".venv/bin/python src/", f"{sys.executable} {ROOT}/src/")
     env = {k: v for k, v in os.environ.items() if k not in ("IMAGENET_DIR", "MAKEFLAGS")}
@@ -103,6 +124,26 @@ def test_prepared_files_say_how_to_train_on_them(shared_photos):
     output = DONE[".venv/bin/python src/prepare.py source=DIR target=DIR-ffcv max_resolution=500"]
     assert re.search(r"12 images in 2 classes.*12 as they were", output)
     assert f"data.root={shared_photos}-ffcv" in output
+
+
+def metrics(folder: Path, name: str) -> dict:
+    """The last value of everything that a run of this name has logged."""
+    (path,) = folder.glob(f"outputs/{name}/*/metrics.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return {key: value for row in rows for key, value in row.items()}
+
+
+def test_token_labels_were_learnt_from(folder):
+    logged = metrics(folder, "lvvit")
+    assert logged["train/token_loss"] > 0 and logged["train/class_loss"] > 0
+
+
+def test_dynamicvit_learnt_from_the_dense_model_that_it_started_from(folder):
+    logged = metrics(folder, "dynamicvit")
+    assert logged["train/class_distillation"] > 0 and logged["train/token_distillation"] > 0
+    (path,) = folder.glob("outputs/dynamicvit/*/result.json")
+    model = json.loads(path.read_text())["model"]
+    assert model["fusion"] is False and model["macs_executed"] < model["macs"]
 
 
 def test_the_sweep_ran_the_product_one_run_for_each(folder):

@@ -3,7 +3,6 @@
 import json
 
 import pytest
-import torch
 
 from tests.conftest import QUICK, command
 
@@ -33,24 +32,6 @@ def trained(folder, *overrides: str) -> tuple[str, dict, dict]:
     return done.stdout, logged, json.loads(path.read_text())
 
 
-def test_dynamicvit_learns_from_the_dense_model_that_it_starts_from(tmp_path, shared_photos):
-    dense, student = tmp_path / "dense", tmp_path / "student"
-    dense.mkdir()
-    student.mkdir()
-    root = f"data.root={shared_photos}"
-    trained(dense, *TINY, *SMALL, root, "model=deit")
-    (checkpoint,) = dense.glob("outputs/*/*/checkpoints/best.ckpt")
-    printed, logged, result = trained(
-        student,
-        *(*TINY, *SMALL, root, "model=dynamicvit_deit", "recipe=dynamicvit"),
-        f"checkpoint={checkpoint}",
-    )
-    assert "fusion is not used" in printed and "distillation" not in printed
-    assert logged["train/class_distillation"] > 0 and logged["train/token_distillation"] > 0
-    assert result["model"]["fusion"] is False
-    assert result["model"]["macs_executed"] < result["model"]["macs"]
-
-
 def test_dynamicvit_on_lv_vit_without_a_teacher_says_so(tmp_path, shared_photos):
     root = f"data.root={shared_photos}"
     printed, logged, _ = trained(tmp_path, *TINY, *SMALL, root, "model=dynamicvit_lvvit")
@@ -64,22 +45,6 @@ def test_lv_vit_is_dense_and_says_what_it_leaves_out(tmp_path, shared_photos):
     assert "lvvit keeps every token: keep_rate and fusion are not used" in printed
     assert "Without label maps LV-ViT is a plain classifier" in printed
     assert result["model"]["keep_rate"] == [1.0] * 3
-
-
-def test_token_labels_are_streamed_and_learnt_from(tmp_path, photos):
-    labels, cells = tmp_path / "labels", torch.randn(2, 5, 3, 3)
-    cells[1] = torch.arange(2).repeat(3)[:5, None, None]
-    for image in photos.glob("train/*/*.jpg"):
-        path = labels / image.relative_to(photos / "train").with_suffix(".pt")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(cells.half(), path)
-    printed, logged, _ = trained(
-        tmp_path,
-        *(*TINY, *SMALL, f"data.root={photos}", "model=evit_lvvit", "recipe=lvvit"),
-        f"data.label_maps={labels}",
-    )
-    assert "plain classifier" not in printed
-    assert logged["train/token_loss"] > 0 and logged["train/class_loss"] > 0
 
 
 def test_a_teacher_for_another_kind_of_model_is_refused(tmp_path, shared_photos):

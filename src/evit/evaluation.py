@@ -177,6 +177,7 @@ def build(
     options = {k: v for k, v in config["model"].items() if k != "keep_rate" and k != "fusion"}
     model = instantiate(options, num_classes=data.num_classes, _convert_="all")
     load_checkpoint(model, weights)
+    data.normalize_for(model)
     return data, model
 
 

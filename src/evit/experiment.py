@@ -158,6 +158,7 @@ def build(cfg: DictConfig, recipe: Recipe) -> tuple[Images, torch.nn.Module]:
     model = instantiate(
         cfg.model, num_classes=data.num_classes, drop_path_rate=recipe.drop_path, _convert_="all"
     )
+    data.normalize_for(model)
     if cfg.checkpoint:
         load_checkpoint(model, cfg.checkpoint, new_head=True, new_parts=True)
     return data, model

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -130,6 +131,16 @@ def test_denormalize_undoes_normalize():
 def test_normalize_is_imagenets():
     pixel = torch.tensor([124, 116, 104], dtype=torch.uint8).view(1, 3, 1, 1)
     assert normalize(pixel).abs().max() < 0.02
+
+
+def test_images_are_normalised_as_timm_says_that_the_model_wants_them(shared_photos):
+    data = Folder(shared_photos, img_size=8, batch_size=2)
+    white = torch.full((1, 3, 8, 8), 255, dtype=torch.uint8), torch.zeros(1)
+    ours = data.on_after_batch_transfer(white, 0)[0]
+    data.normalize_for(timm.create_model("vit_tiny_patch16_224.augreg_in21k"))
+    theirs = data.on_after_batch_transfer(white, 0)[0]
+    assert ours[0, 0, 0, 0] == pytest.approx((1 - 0.485) / 0.229, abs=1e-4)
+    assert (theirs == 1).all()  # mean and deviation 0.5
 
 
 def test_mixup_gives_soft_targets_that_sum_to_one():

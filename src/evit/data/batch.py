@@ -1,27 +1,24 @@
 """What happens to a whole batch, on the device that trains: normalisation, mixup, soft labels."""
 
-from collections.abc import Iterator
-
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
+from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
+from timm.data import IMAGENET_DEFAULT_STD as STD
+from timm.data import Mixup
 from torch import Tensor
 
-
-def _statistics(device: torch.device) -> Iterator[Tensor]:
-    for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD):
-        yield torch.tensor(values, device=device).view(3, 1, 1) * 255
+Colour = tuple[float, float, float]
 
 
-def normalize(images: Tensor) -> Tensor:
-    """uint8 images (B, 3, H, W) to float32 with ImageNet's mean and standard deviation."""
-    mean, std = _statistics(images.device)
-    return (images.float() - mean) / std
+def normalize(images: Tensor, mean: Colour = MEAN, std: Colour = STD) -> Tensor:
+    """uint8 images (B, 3, H, W) to float32, with the mean and standard deviation of each colour."""
+    shift, scale = (images.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (mean, std))
+    return (images.float() - 255 * shift) / (255 * scale)
 
 
-def denormalize(images: Tensor) -> Tensor:
+def denormalize(images: Tensor, mean: Colour = MEAN, std: Colour = STD) -> Tensor:
     """The uint8 images that normalize() was given."""
-    mean, std = _statistics(images.device)
-    return (images * std + mean).round().clamp(0, 255).to(torch.uint8)
+    shift, scale = (images.new_tensor(v).view(3, 1, 1) for v in (mean, std))
+    return (255 * (images * scale + shift)).round().clamp(0, 255).to(torch.uint8)
 
 
 def make_mixup(

@@ -12,7 +12,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from evit.data.batch import normalize
+from evit.data.batch import MEAN, STD, normalize
 from evit.data.sources import SPLITS
 
 
@@ -39,6 +39,7 @@ class Images(L.LightningDataModule):
 
     name = "images"
     classes: list[str]
+    mean, std = MEAN, STD
 
     def __init__(
         self,
@@ -83,6 +84,11 @@ class Images(L.LightningDataModule):
     def label_map_shape(self) -> tuple[int, int] | None:
         """Cells (H, W) of the label maps in training batches, None without; known after setup."""
         return self._loaders["train"].label_map_shape if self._loaders else None
+
+    def normalize_for(self, model: Any) -> None:
+        """Normalise images as timm says that the model wants them; ImageNet's way otherwise."""
+        wanted = getattr(model, "pretrained_cfg", None) or {}
+        self.mean, self.std = wanted.get("mean", MEAN), wanted.get("std", STD)
 
     @property
     def num_classes(self) -> int:
@@ -201,7 +207,7 @@ class Images(L.LightningDataModule):
         )
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, ...], _: int) -> Any:
-        return normalize(batch[0]), *batch[1:]
+        return normalize(batch[0], self.mean, self.std), *batch[1:]
 
 
 def require_ffcv() -> None:

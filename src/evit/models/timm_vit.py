@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-import timm
-
+from evit.models.pretrained import create_model
 from evit.models.vit import EViT, KeepRate, check_img_size, reorganize
 
 
@@ -15,16 +14,12 @@ def reorganized(
     drop_loc: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> EViT:
-    """timm.create_model(model_name, **kwargs), turned into its EViT by evit.reorganize.
+    """A timm model, turned into its EViT by evit.reorganize.
 
     Raises:
         ValueError: timm has no such model, evit.reorganize cannot serve it, or its patches do not
             tile img_size.
     """
-    try:
-        model = timm.create_model(model_name, **kwargs)
-    except RuntimeError as error:
-        raise ValueError(f"model.model_name {model_name!r}: {error}") from error
-    model = reorganize(model, keep_rate, fusion, drop_loc)
+    model = reorganize(create_model(model_name, **kwargs), keep_rate, fusion, drop_loc)
     check_img_size(model.patch_embed.img_size, model.patch_embed.patch_size)
     return model

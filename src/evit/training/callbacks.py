@@ -113,7 +113,8 @@ class KeptPatches(L.Callback):
         if not trainer.is_global_zero or not self.images:
             return
         images = torch.stack(self.images)
-        picture = draw_kept(self.model, images, denormalize(images))
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        picture = draw_kept(self.model, images, denormalize(images, data.mean, data.std))
         write_png(picture, str(self.path))
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
