@@ -76,20 +76,33 @@ def test_gradient_reaches_the_scores_and_the_tokens_through_the_fused_token(x_BN
 
 @pytest.mark.parametrize("fusion", [True, False])
 def test_reorganize_keeps_the_prefix_then_the_chosen_then_the_fused(x_BNC, score_BN, fusion):
-    prefix_BPC = torch.randn(B, P, C)
-    x_BTC = torch.cat([prefix_BPC, x_BNC], 1)
-    ids_BN = torch.arange(N).expand(B, -1)
-    out, ids = tokens.reorganize(x_BTC, score_BN, 4, fusion, ids_BN)
+    prefix_BPC, index_BK = torch.randn(B, P, C), tokens.choose(score_BN, 4)
+    out = tokens.reorganize(torch.cat([prefix_BPC, x_BNC], 1), score_BN, index_BK, fusion)
     assert out.shape == (B, P + 4 + fusion, C)
     assert torch.equal(out[:, :P], prefix_BPC)
-    assert torch.equal(out[:, P : P + 4], tokens.gather(x_BNC, ids[:, :4]))
-    assert ids.shape == (B, 4 + fusion)
+    assert torch.equal(out[:, P : P + 4], tokens.gather(x_BNC, index_BK))
     if fusion:
-        assert (ids[:, -1] == -1).all()
-        torch.testing.assert_close(out[:, -1:], tokens.fuse(x_BNC, score_BN, ids[:, :4]))
+        torch.testing.assert_close(out[:, -1:], tokens.fuse(x_BNC, score_BN, index_BK))
 
 
 @pytest.mark.parametrize("fusion", [True, False])
-def test_reorganize_changes_nothing_when_every_token_is_kept(x_BNC, score_BN, fusion):
-    x_BTC = torch.cat([torch.randn(B, P, C), x_BNC], 1)
-    assert tokens.reorganize(x_BTC, score_BN, N, fusion)[0] is x_BTC
+def test_ids_follow_their_tokens_and_a_fused_one_has_none(score_BN, fusion):
+    index_BK = tokens.choose(score_BN, 4)
+    ids = tokens.follow(torch.arange(N).expand(B, -1), index_BK, fusion)
+    assert torch.equal(ids[:, :4], index_BK)
+    assert ids.shape == (B, 4 + fusion) and (ids[:, 4:] == -1).all()
+
+
+@pytest.mark.parametrize(("selection", "largest"), [("attentive", True), ("inattentive", False)])
+def test_selection_of_the_attentive_or_the_inattentive(score_BN, selection, largest):
+    chosen = tokens.choose(score_BN, 4, selection).sort(1).values
+    assert torch.equal(chosen, score_BN.topk(4, largest=largest).indices.sort(1).values)
+
+
+def test_random_selection_draws_without_repetition_whatever_the_scores(score_BN):
+    torch.manual_seed(0)
+    chosen = tokens.choose(score_BN, 4, "random")
+    torch.manual_seed(0)
+    assert torch.equal(chosen, tokens.choose(torch.zeros(B, N), 4, "random"))
+    assert all(len(set(row)) == 4 for row in chosen.tolist())
+    assert not torch.equal(chosen.sort(1).values, tokens.choose(score_BN, 4).sort(1).values)

@@ -57,29 +57,20 @@ def fuse(x_BNC: Tensor, score_BN: Tensor, index_BK: Tensor) -> Tensor:
     return weight_BN[:, None] @ x_BNC
 
 
-def reorganize(
-    x_BTC: Tensor,
-    score_BN: Tensor,
-    k: int,
-    fusion: bool,
-    ids_BN: Tensor | None = None,
-    selection: str = "attentive",
-) -> tuple[Tensor, Tensor | None]:
-    """Keep the prefix and the k highest-scoring image tokens; fuse the others, or drop them.
+def reorganize(x_BTC: Tensor, score_BN: Tensor, index_BK: Tensor, fusion: bool) -> Tensor:
+    """The prefix and the chosen tokens and, with fusion, one token more for all the others, last.
 
-    ids_BN, where given, names the patch behind every token and follows it; a fused token is -1.
-
-    Returns: tokens (B, P + K (+ 1 with fusion), C) with the fused token last, and their ids.
+    Returns: (B, P + K (+ 1 with fusion), C).
     """
-    n = score_BN.shape[1]
-    if k == n:
-        return x_BTC, ids_BN
-    num_prefix = x_BTC.shape[1] - n
-    prefix_BPC, x_BNC = x_BTC[:, :num_prefix], x_BTC[:, num_prefix:]
-    index_BK = choose(score_BN, k, selection)
-    parts = [prefix_BPC, gather(x_BNC, index_BK)]
-    ids = None if ids_BN is None else ids_BN.gather(1, index_BK)
-    if fusion:
-        parts.append(fuse(x_BNC, score_BN, index_BK))
-        ids = None if ids is None else torch.nn.functional.pad(ids, (0, 1), value=-1)
-    return torch.cat(parts, 1), ids
+    num_prefix = x_BTC.shape[1] - score_BN.shape[1]
+    prefix_BP = torch.arange(num_prefix, device=x_BTC.device).expand(len(x_BTC), -1)
+    kept_BTC = gather(x_BTC, torch.cat([prefix_BP, index_BK + num_prefix], 1))
+    if not fusion:
+        return kept_BTC
+    return torch.cat([kept_BTC, fuse(x_BTC[:, num_prefix:], score_BN, index_BK)], 1)
+
+
+def follow(ids_BN: Tensor, index_BK: Tensor, fusion: bool) -> Tensor:
+    """The ids of the image tokens that reorganize() returns; a fused token is -1."""
+    kept_BK = ids_BN.gather(1, index_BK)
+    return torch.nn.functional.pad(kept_BK, (0, 1), value=-1) if fusion else kept_BK

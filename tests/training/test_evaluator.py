@@ -31,12 +31,15 @@ def images():
 
 def test_six_keep_rates_together_cost_at_most_three_quarters_of_six_alone():
     model = timm.create_model("evit_deit_small_patch16", num_classes=10)
-    image, flops = torch.randn(1, 3, 224, 224), []
+    image, flops, separate = torch.randn(1, 3, 224, 224), [], 0
+    for setting in RATES:
+        setting.apply(model)
+        separate += evit.measure.count_macs(model, executed=True)
     for shared in (True, False):
         with FlopCounterMode(display=False) as counter:
             logits(model, RATES, image, shared=shared)
         flops.append(counter.get_total_flops())
-    assert flops[1] / 2 == pytest.approx(19.96e9, rel=0.01)
+    assert flops[1] / 2 == separate
     assert flops[0] <= 0.75 * flops[1]
 
 

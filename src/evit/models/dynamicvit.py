@@ -10,8 +10,9 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import Tensor, nn
 
 from evit import tokens
+from evit.models.attention import project, residual
 from evit.models.lvvit import SIZES, LVViT, own_arguments
-from evit.models.vit import EViT, KeepRate, deit_cfg, query_key_value
+from evit.models.vit import EViT, KeepRate, deit_cfg
 from evit.models.weights import fit_state_dict
 
 
@@ -45,27 +46,25 @@ class Predictor(nn.Module):
 
 
 def masked_attention(attn: Any, x_BTC: Tensor, kept_BT: Tensor) -> Tensor:
-    """timm's Attention.forward in which every token sees the kept tokens and itself.
+    """timm's Attention.forward, up to the dropout, where a token sees the kept ones and itself.
 
     Differentiable in kept_BT (ones and zeros). The softmax is the authors', in float32 whatever the
     precision of the rest.
     """
-    B, T, _ = x_BTC.shape
-    q, k, v = query_key_value(attn, x_BTC)
+    T = x_BTC.shape[1]
+    q, k, v = project(attn, x_BTC, 0, 3)
     logits = ((q * attn.scale) @ k.transpose(-2, -1)).float()
     seen_BTT = kept_BT[:, None].float().expand(-1, T, -1)
     seen_BTT = seen_BTT + (1 - seen_BTT) * torch.eye(T, device=logits.device)
     weight = (logits - logits.amax(-1, keepdim=True)).exp() * seen_BTT[:, None]
     weight = (weight + 1e-6 / T) / (weight.sum(-1, keepdim=True) + 1e-6)
     out = attn.attn_drop(weight.to(v.dtype)) @ v
-    return attn.proj_drop(attn.proj(attn.norm(out.transpose(1, 2).reshape(B, T, -1))))
+    return attn.proj(attn.norm(out.transpose(1, 2).flatten(2)))
 
 
 def masked_block(block: Any, x_BTC: Tensor, kept_BT: Tensor) -> Tensor:
     """timm's Block.forward with masked_attention."""
-    out = masked_attention(block.attn, block.norm1(x_BTC), kept_BT)
-    x_BTC = x_BTC + block.drop_path1(block.ls1(out))
-    return x_BTC + block.drop_path2(block.ls2(block.mlp(block.norm2(x_BTC))))
+    return residual(block, x_BTC, masked_attention(block.attn, block.norm1(x_BTC), kept_BT))
 
 
 class DynamicViT(EViT):
@@ -104,14 +103,16 @@ class DynamicViT(EViT):
         return [int(num_patches * share) for share in self.kept_shares()]
 
     def reorganizing_block(
-        self, i: int, x_BTC: Tensor, k: int, ids: Tensor | None
+        self, i: int, x_BTC: Tensor, num_kept: int, ids: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """The k best tokens by the predictor, through the block."""
         x_BNC = x_BTC[:, self.num_prefix_tokens :]
-        if k < x_BNC.shape[1]:
+        if num_kept < x_BNC.shape[1]:
             predictor = self.score_predictor[self.drop_loc.index(i)]
             score_BN = predictor(x_BNC, torch.ones_like(x_BNC[:, :, 0]))[:, :, 0]
-            x_BTC, ids = tokens.reorganize(x_BTC, score_BN, k, False, ids)
+            index_BK = tokens.choose(score_BN, num_kept)
+            x_BTC = tokens.reorganize(x_BTC, score_BN, index_BK, False)
+            ids = None if ids is None else tokens.follow(ids, index_BK, False)
         return self.blocks[i](x_BTC), ids
 
     def forward_masked(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:

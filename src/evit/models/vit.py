@@ -5,7 +5,6 @@ from numbers import Real
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from timm.layers import to_2tuple
 from timm.models import (
     build_model_with_cfg,
@@ -13,11 +12,13 @@ from timm.models import (
     get_pretrained_cfg,
     register_model,
 )
+from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from evit import tokens
+from evit.models.attention import mix, prefix_block, project, residual
 from evit.models.weights import fit_state_dict
 
 KeepRate = float | Sequence[float]
@@ -49,24 +50,6 @@ def check_img_size(img_size: int | tuple[int, int], patch_size: int | tuple[int,
                 f"img_size {size} is not a multiple of the patch size {patch}: "
                 f"take {lower} or {lower + patch}"
             )
-
-
-def query_key_value(attn: Any, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What timm's Attention makes of its input, (B, H, T, D) each."""
-    B, T, _ = x_BTC.shape
-    q, k, v = attn.qkv(x_BTC).reshape(B, T, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    return attn.q_norm(q), attn.k_norm(k), v
-
-
-def attend(attn: Any, x_BTC: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
-    """timm's Attention.forward, and the class attention (B, N) beside its output (B, T, C)."""
-    B, T, _ = x_BTC.shape
-    q, k, v = query_key_value(attn, x_BTC)
-    dropout = attn.attn_drop.p if attn.training else 0.0
-    out_BHTD = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=attn.scale)
-    out_BTC = attn.norm(out_BHTD.transpose(1, 2).reshape(B, T, -1))
-    score_BN = tokens.class_attention(q, k, num_prefix_tokens, attn.scale)
-    return attn.proj_drop(attn.proj(out_BTC)), score_BN
 
 
 class EViT(VisionTransformer):
@@ -155,19 +138,54 @@ class EViT(VisionTransformer):
         return torch.arange(x.shape[1] - self.num_prefix_tokens, device=x.device).expand(len(x), -1)
 
     def reorganizing_block(
-        self, i: int, x_BTC: Tensor, k: int, ids: Tensor | None
+        self, i: int, x_BTC: Tensor, num_kept: int, ids: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """timm's Block.forward with the reorganization between its attention and its MLP."""
+        """timm's Block.forward with the reorganization between its attention and its MLP.
+
+        Equal to the published order of things, with less of it: the projection of the attention's
+        output is linear, so it can follow the fusion; without fusion, only the tokens that are kept
+        ask (queries), while all are asked.
+        """
         block: Any = self.blocks[i]
-        out_BTC, score_BN = attend(block.attn, block.norm1(x_BTC), self.num_prefix_tokens)
-        x_BTC = x_BTC + block.drop_path1(block.ls1(out_BTC))
-        x_BTC, ids = tokens.reorganize(x_BTC, score_BN, k, self.fusion, ids, self.selection)
-        return x_BTC + block.drop_path2(block.ls2(block.mlp(block.norm2(x_BTC)))), ids
+        attn, num_prefix, n = block.attn, self.num_prefix_tokens, x_BTC.shape[1]
+        if num_kept == n - num_prefix:
+            return block(x_BTC), ids
+        y_BTC = block.norm1(x_BTC)
+        if self.fusion:
+            q, k, v = project(attn, y_BTC, 0, 3)
+        else:
+            (q,), (k, v) = project(attn, y_BTC[:, :1], 0, 1), project(attn, y_BTC, 1, 3)
+        score_BN = tokens.class_attention(q, k, num_prefix, attn.scale)
+        index_BK = tokens.choose(score_BN, num_kept, self.selection)
+        if self.fusion:
+            out = attn.proj(tokens.reorganize(mix(attn, q, k, v), score_BN, index_BK, True))
+            if attn.proj.bias is not None:  # counted once for each token that was fused
+                weight_B = score_BN.sum(1) - score_BN.gather(1, index_BK).sum(1)
+                out[:, -1] += (weight_B[:, None] - 1).to(out.dtype) * attn.proj.bias
+        else:
+            (q,) = project(attn, tokens.reorganize(y_BTC, score_BN, index_BK, False), 0, 1)
+            out = attn.proj(mix(attn, q, k, v))
+        x_BTC = tokens.reorganize(x_BTC, score_BN, index_BK, self.fusion)
+        ids = None if ids is None else tokens.follow(ids, index_BK, self.fusion)
+        return residual(block, x_BTC, out), ids
+
+    @property
+    def head_reads_prefix(self) -> bool:
+        """Whether the classifier reads prefix tokens alone: no other need leave the last block."""
+        heads = (VisionTransformer.forward_head, VisionTransformerDistilled.forward_head)
+        return self.global_pool == "token" and type(self).forward_head in heads
 
     def encode(
-        self, x: Tensor, ids: Tensor | None = None, start: int = 0, stop: int | None = None
+        self,
+        x: Tensor,
+        ids: Tensor | None = None,
+        start: int = 0,
+        stop: int | None = None,
+        prefix_only: bool = False,
     ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
         """Embedded tokens, none of them dropped yet, through the blocks start to stop - 1.
+
+        With prefix_only the last block returns the prefix tokens alone.
 
         Returns: tokens (B, T', C); with ids, also those of the tokens that are left, and for each
         reorganization those of the tokens that it kept.
@@ -176,7 +194,10 @@ class EViT(VisionTransformer):
         kept_at, kept = dict(zip(self.drop_loc, counts, strict=True)), []
         for i in range(start, len(self.blocks) if stop is None else stop):
             if i not in kept_at:
-                x = self._run(self.blocks[i], x)
+                if prefix_only and i == len(self.blocks) - 1:
+                    x = self._run(prefix_block, self.blocks[i], x, self.num_prefix_tokens)
+                else:
+                    x = self._run(self.blocks[i], x)
                 continue
             x, ids = self._run(self.reorganizing_block, i, x, kept_at[i], ids)
             if ids is not None:
@@ -218,10 +239,17 @@ class EViT(VisionTransformer):
         With return_kept also one int64 tensor (B, k) per reorganization: the ids of the surviving
         patches in the original grid, row by row from the top left; -1 is a surviving fused token.
         """
-        features = self.forward_features(x, return_kept)
-        if isinstance(features, tuple):
-            return self.forward_head(features[0]), features[1]
-        return self.forward_head(features)
+        x = self.embed(x)
+        ids = self.patch_ids(x) if return_kept else None
+        logits, kept = self.classify(x, ids)
+        return (logits, kept) if return_kept else logits
+
+    def classify(
+        self, x: Tensor, ids: Tensor | None = None, start: int = 0
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Logits of embedded tokens that have been through the blocks before `start`."""
+        x, _, kept = self.encode(x, ids, start, prefix_only=self.head_reads_prefix)
+        return self.forward_head(self.norm(x)), kept
 
 
 def reorganize(

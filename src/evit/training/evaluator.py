@@ -83,8 +83,7 @@ class Evaluator(L.LightningModule):
             name = zlib.crc32(repr(setting).encode())
             torch.manual_seed(mix_seed(self.seed, batch_idx, self.global_rank, name))
             if self.shared:
-                tokens, _, _ = model.encode(x, start=first)
-                yield model.forward_head(model.norm(tokens))
+                yield model.classify(x, start=first)[0]
             else:
                 yield model(images)
 
