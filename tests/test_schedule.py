@@ -2,7 +2,8 @@
 
 import pytest
 
-from evit.schedule import keep_rate_at
+import evit
+from evit.schedule import at_multiples, keep_rate_at
 
 STEPS = 625  # per epoch: ImageNet in batches of 2048
 
@@ -28,3 +29,19 @@ def test_without_annealing_the_rate_is_final_from_the_first_step():
 def test_each_reorganization_moves_to_its_own_rate():
     halfway = keep_rate_at(60 * STEPS, STEPS, [0.8, 0.6, 1.0], 10, 100)
     assert halfway == pytest.approx((0.9, 0.8, 1.0))
+
+
+@pytest.mark.parametrize("fusion", [True, False])
+def test_at_multiples_the_tokens_of_an_image_are_multiples_and_not_fewer(fusion):
+    model = evit.EViT(embed_dim=24, depth=4, num_heads=2, num_classes=2, fusion=fusion)
+    seen = set()
+    for percent in range(50, 100):
+        model.set_keep_rate(percent / 100)
+        exact = model.num_kept(196)
+        model.set_keep_rate(at_multiples([percent / 100] * 3, 196, 1, fusion, 8))
+        rounded = model.num_kept(196)
+        assert all(r >= e for r, e in zip(rounded, exact, strict=True))
+        tokens = [n + 1 for n in model.tokens_per_block()]
+        assert all(n % 8 == 0 or n == 197 for n in tokens)
+        seen.add(tuple(tokens))
+    assert len(seen) < 30

@@ -34,6 +34,7 @@ class RunConfig:
     seed: int = MISSING
     checkpoint: str | None = None
     pretrained: bool = False
+    compile: bool = False
     overwrite: bool = False
     model: Any = MISSING
     data: Any = MISSING

@@ -30,7 +30,7 @@ from evit.training.callbacks import (
     progress,
 )
 from evit.training.module import Classifier, mix_seed
-from evit.training.objectives import dense_teacher, make_objective
+from evit.training.objectives import Classification, dense_teacher, make_objective
 from evit.training.recipe import Recipe
 
 GROUPS = ("model", "data", "recipe", "experiment")
@@ -79,7 +79,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         callbacks.append(EMAWeightAveraging(decay=recipe.ema_decay))
     if isinstance(model, EViT):
         callbacks += [
-            KeepRateSchedule(model, recipe.shrink_start_epoch, recipe.shrink_epochs),
+            KeepRateSchedule(
+                model,
+                recipe.shrink_start_epoch,
+                recipe.shrink_epochs,
+                recipe.token_multiple or (8 if cfg.compile else 1),
+            ),
             KeptPatches(model, folder / "kept_patches.png"),
         ]
     trainer = build_trainer(
@@ -100,6 +105,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         teacher,
     )
     module = Classifier(model, recipe, data.num_classes, objective, cfg.seed)
+    if cfg.compile:
+        compile_model(model)
+        if type(objective) is not Classification:
+            say(
+                f"compile=true serves evaluation alone: {type(objective).__name__} is not compiled."
+            )
     for step in data.prepare_data, data.setup:  # what can be wrong with the data is said here
         rank_zero_only(step)()
     if last:
@@ -162,6 +173,12 @@ def build(cfg: DictConfig, recipe: Recipe) -> tuple[Images, torch.nn.Module]:
     if cfg.checkpoint:
         load_checkpoint(model, cfg.checkpoint, new_head=True, new_parts=True)
     return data, model
+
+
+def compile_model(model: torch.nn.Module) -> None:
+    """torch.compile in place: one graph for each combination of token counts."""
+    torch._dynamo.config.recompile_limit = 64  # type: ignore[attr-defined]
+    model.compile(fullgraph=True, dynamic=False)
 
 
 def build_teacher(cfg: DictConfig, model: torch.nn.Module) -> torch.nn.Module | None:

@@ -16,18 +16,21 @@ from torchvision.io import write_png
 from evit.data.batch import denormalize
 from evit.models.vit import EViT
 from evit.report.pictures import draw_kept
-from evit.schedule import keep_rate_at
+from evit.schedule import at_multiples, keep_rate_at
 
 
 class KeepRateSchedule(L.Callback):
     """Moves the model's keep rate to its final value during training, at every step.
 
     Logs keep_rate (keep_rate/1, /2, ... where the reorganizations differ) and tokens_per_image:
-    the image tokens that a block's MLP sees, averaged over the blocks.
+    the image tokens that a block's MLP sees, averaged over the blocks. While the keep rate moves,
+    an image's tokens are rounded up to multiples of token_multiple.
     """
 
-    def __init__(self, model: EViT, shrink_start_epoch: int, shrink_epochs: int):
-        self.model, self.final = model, model.keep_rate
+    def __init__(
+        self, model: EViT, shrink_start_epoch: int, shrink_epochs: int, token_multiple: int = 1
+    ):
+        self.model, self.final, self.multiple = model, model.keep_rate, token_multiple
         self.schedule = (shrink_start_epoch, shrink_epochs)
 
     def on_train_batch_start(
@@ -36,7 +39,12 @@ class KeepRateSchedule(L.Callback):
         steps = int(trainer.num_training_batches)
         step = trainer.current_epoch * steps + batch_idx
         rates = keep_rate_at(step, steps, self.final, *self.schedule)
-        self.model.set_keep_rate(rates)
+        actual = rates
+        if self.multiple > 1 and rates != self.final:
+            model, patches = self.model, self.model.patch_embed.num_patches
+            others = (model.num_prefix_tokens, model.fusion)
+            actual = at_multiples(rates, patches, *others, self.multiple)
+        self.model.set_keep_rate(actual)
         tokens = self.model.tokens_per_block()
         pl_module.log("tokens_per_image", sum(tokens) / len(tokens))
         if len(set(self.final)) == 1:

@@ -25,6 +25,7 @@ RANGES = dict(
     crop_pct=(0.01, 1),
     shrink_start_epoch=(0, INFINITY),
     shrink_epochs=(0, INFINITY),
+    token_multiple=(1, INFINITY),
     token_label_weight=(0, INFINITY),
     ratio_weight=(0, INFINITY),
     distill_weight=(0, INFINITY),
@@ -63,6 +64,7 @@ class Recipe:
     crop_pct: float = 0.875  # evaluation: short side resized to img_size / crop_pct, then cropped
     shrink_start_epoch: int = 0
     shrink_epochs: int = 0
+    token_multiple: int | None = None  # while the keep rate moves; null: 1, with compile=true 8
     token_label_weight: float = 1.0  # of the dense loss of token labels, beside the class loss
     ratio_weight: float = 2.0  # DynamicViT: of the distance to the shares of tokens to keep
     distill_weight: float = 0.5  # DynamicViT: of what the dense teacher says
