@@ -67,6 +67,13 @@ def test_a_reorganized_timm_vit_is_one_graph():
     assert counter.frame_count == 1
 
 
+def test_the_executed_macs_of_a_compiled_model_are_those_of_the_plain_one():
+    model = tiny(evit.EViT)
+    expected = evit.measure.count_macs(model, executed=True)
+    compiled(model)
+    assert evit.measure.count_macs(model, executed=True) == expected
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_inductor_gives_the_same_numbers():

@@ -32,7 +32,8 @@ def count_macs(
     if executed:
         was_training, weight = model.training, next(model.parameters())
         image = torch.zeros(1, 3, *size, dtype=weight.dtype, device=weight.device)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        eager = torch.compiler.set_stance("force_eager")  # a compiled model hides its products
+        with torch.no_grad(), eager, FlopCounterMode(display=False) as counter:
             model.eval()(image)
         model.train(was_training)
         return counter.get_total_flops() // 2
