@@ -30,8 +30,8 @@ def assert_agrees(model: evit.EViT, batch: int, seed: int, atol: float) -> None:
     ).to(model.cls_token)
     expected, expected_kept = published_forward(model, images)
     logits, kept = model(images, return_kept=True)
-    for logits in (logits, model(images)):
-        torch.testing.assert_close(logits, expected, atol=atol, rtol=0)
+    for found in (logits, model(images)):
+        torch.testing.assert_close(found, expected, atol=atol, rtol=0)
     for ids, wanted in zip(kept, expected_kept, strict=True):
         assert torch.equal(ids.sort().values, wanted.sort().values)
 
