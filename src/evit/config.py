@@ -102,6 +102,30 @@ class EvaluateConfig:
     trainer: Any = MISSING
 
 
+@dataclass
+class BenchmarkConfig:
+    """The knobs of src/benchmark.py. Any: one value, or a list of them."""
+
+    name: str = MISSING
+    what: Any = MISSING
+    models: Any = MISSING
+    keep_rates: Any = MISSING
+    fusion: Any = MISSING
+    img_sizes: Any = MISSING
+    batch_sizes: Any = None  # None: by the device
+    precisions: Any = MISSING
+    compile: Any = MISSING
+    paper: Any = MISSING
+    repeats: int = MISSING
+    min_seconds: float = MISSING
+    threads: int | None = None
+    device: str = MISSING
+    max_images: int = MISSING
+    seed: int = MISSING
+    target: str | None = None
+    data: Any = MISSING
+
+
 def folder_name(overrides: str) -> str:
     """A folder name that says what was overridden: short, nothing in it needs quotes."""
     name = re.sub(r"[^\w.+-]+", "_", overrides) or "default"
@@ -129,8 +153,19 @@ def register() -> None:
     store.store(name="report_schema", node=ReportConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)
     store.store(name="label_maps_schema", node=LabelMapsConfig)
+    store.store(name="benchmark_schema", node=BenchmarkConfig)
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
     OmegaConf.register_new_resolver("by_data", by_data, replace=True)
+
+
+def overridden(overrides: list[str]) -> set[str]:
+    """The names of what was given on the command line: {"keep_rate", "data.root", "model"}."""
+    found = (re.match(r"[+~]*([\w./-]+)", override) for override in overrides)
+    return {name[1] for name in found if name}
+
+
+def listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def user_error(error: BaseException | None) -> ValueError | TypeError | None:

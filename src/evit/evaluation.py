@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import statistics
 import sys
 import time
@@ -18,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from evit import load_checkpoint, measure
+from evit.config import listed, overridden
 from evit.data import Images
 from evit.experiment import build_trainer, quiet, say
 from evit.models import EViT
@@ -90,12 +90,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         results.write_json(result, folder / "evaluation.json")
         evaluations.show(result, folder / "evaluation.json")
     return result
-
-
-def overridden(overrides: list[str]) -> set[str]:
-    """The names of what was given on the command line: {"keep_rate", "data.root", "model"}."""
-    found = (re.match(r"[+~]*([\w./-]+)", override) for override in overrides)
-    return {name[1] for name in found if name}
 
 
 def run_config(checkpoint: Path) -> dict[str, Any]:
@@ -224,10 +218,6 @@ def choose_settings(config: dict[str, Any], model: nn.Module, given: set[str]) -
             for fusion in fusions
         ]
     return list(dict.fromkeys(settings))
-
-
-def listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def announce(data: Images, config: dict[str, Any], settings: int) -> None:
