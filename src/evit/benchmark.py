@@ -58,9 +58,13 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         rows = [row | dict(paper=published(row)) for row in rows]
     result: dict[str, Any] = dict(rows=rows, matmul=peaks)
     if "loader" in config["what"]:
-        from evit.measure.data_bound import data_bound
+        from evit.experiment import quiet
+        from evit.measure.data_bound import compare_readers, data_bound
 
-        result["loader"] = data_bound(config, entries, device, folder, say)
+        quiet()
+        fastest = min(entries, key=lambda entry: facts(entry)["macs"])  # asks for most images
+        result["loader"] = data_bound(config, fastest, device, folder, say)
+        result["loader"]["readers"] = compare_readers(config, fastest.img_size)
     result |= dict(
         config=config,
         device=results.device_name(device),
@@ -106,11 +110,10 @@ def complete(config: dict[str, Any], device: torch.device, given: set[str]) -> N
             if value not in allowed or type(value) not in {type(a) for a in allowed}:
                 names = ", ".join(str(a).lower() for a in allowed)
                 raise ValueError(f"{knob} must be of {names}, got {value!r}")
-    positive = ("img_sizes", "batch_sizes", "repeats", "max_images", "threads")
-    for knob in positive:
+    for knob in ("img_sizes", "batch_sizes", "repeats", "max_images", "threads"):
         for value in listed(config[knob]):
             whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
-            if value is not None and not whole:
+            if not whole and not (value is None and knob in ("max_images", "threads")):
                 raise ValueError(f"{knob} must be at least 1, got {value!r}")
     if config["min_seconds"] <= 0:
         raise ValueError(f"min_seconds must be above 0, got {config['min_seconds']}")

@@ -120,7 +120,7 @@ class BenchmarkConfig:
     min_seconds: float = MISSING
     threads: int | None = None
     device: str = MISSING
-    max_images: int = MISSING
+    max_images: int | None = None
     seed: int = MISSING
     target: str | None = None
     data: Any = MISSING

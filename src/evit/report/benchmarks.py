@@ -38,7 +38,7 @@ def show(result: Row, path: Path) -> None:
     if loader := result.get("loader"):
         line(f"\n{loader['title']}")
         for row in loader["rows"]:
-            line(f"  {row['name']:55s} {row['images_per_s']:9.1f} images/s")
+            line(f"  {row['name']:12s} {row['images_per_s']:10.1f} images/s")
         line(loader["verdict"])
         for row in loader["readers"]:
             line("  " + "  ".join(f"{key} {value}" for key, value in row.items()))
@@ -57,6 +57,9 @@ def write(result: Row, target: Path) -> None:
         lines += [f"**{loader['title']}**", "", "| | images/s |", "|---|---|"]
         lines += [f"| {row['name']} | {row['images_per_s']:.1f} |" for row in loader["rows"]]
         lines += ["", loader["verdict"], ""]
+        if readers := loader["readers"]:
+            lines += [_line(list(readers[0])), "|" + "---|" * len(readers[0])]
+            lines += [*(_line([str(v) for v in row.values()]) for row in readers), ""]
     (target / "table.md").write_text("\n".join([*lines, note(result)]) + "\n")
     results.write_json(result, target / "benchmark.json")
     print(f"{target}/table.md  {target}/benchmark.json")
