@@ -26,7 +26,8 @@ def show(result: Row, path: Path) -> None:
 
     for title, (head, *body) in groups(result):
         line(f"\n{title}")
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+        gap = 0 if len(head) > 11 else 1
+        table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, gap, 0, 0))
         for name in head:
             justify: Any = "left" if name in ("model", "keep rate", "rest") else "right"
             longest = 21 if name == "model" else None
