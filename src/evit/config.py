@@ -126,6 +126,22 @@ class BenchmarkConfig:
     data: Any = MISSING
 
 
+@dataclass
+class ExportConfig:
+    """The knobs of src/export.py. None: the run's whose checkpoint it is, else a default."""
+
+    checkpoint: str | None = None
+    pretrained: bool = MISSING
+    random: bool = MISSING
+    keep_rate: Any = None
+    fusion: bool | None = None
+    img_size: int | None = None
+    format: str = MISSING
+    target: str | None = None
+    seed: int = MISSING
+    model: Any = field(default_factory=dict)
+
+
 def folder_name(overrides: str) -> str:
     """A folder name that says what was overridden: short, nothing in it needs quotes."""
     name = re.sub(r"[^\w.+-]+", "_", overrides) or "default"
@@ -154,6 +170,7 @@ def register() -> None:
     store.store(name="evaluate_schema", node=EvaluateConfig)
     store.store(name="label_maps_schema", node=LabelMapsConfig)
     store.store(name="benchmark_schema", node=BenchmarkConfig)
+    store.store(name="export_schema", node=ExportConfig)
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
     OmegaConf.register_new_resolver("by_data", by_data, replace=True)
 

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from evit.measure.contest import Group
 from evit.report import results
+from evit.report.evaluations import rate
 
 Row = dict[str, Any]
 KEYS = ("what", "batch_size", "precision", "compile")
@@ -90,7 +91,7 @@ def cells(rows: list[Row], several: bool) -> list[list[str]]:
     columns: dict[str, list[str]] = {}
     if several:
         columns["model"] = [short(row["model"]) for row in rows]
-    columns["keep rate"] = ["dense" if row["dense"] else rate(row["keep_rate"]) for row in rows]
+    columns["keep rate"] = ["dense" if row["dense"] else rate(row) for row in rows]
     if any(row["fusion"] is not None for row in rows):
         columns["rest"] = [FUSION[row["fusion"]] for row in rows]
     if len({row["img_size"] for row in rows}) > 1:
@@ -139,10 +140,6 @@ def note(result: Row) -> str:
     if set(config["precisions"]) & {"bf16", "fp16"}:
         parts.append("bf16, fp16: weights and images; in training autocast.")
     return " ".join(parts)
-
-
-def rate(rates: list[float]) -> str:
-    return ",".join(f"{rate:g}" for rate in (rates[:1] if len(set(rates)) == 1 else rates)) or "1"
 
 
 def short(model: str) -> str:
