@@ -176,7 +176,7 @@ def test_the_loader_the_model_and_both_have_their_speeds(tmp_path, shared_photos
     said: list[str] = []
     entry = Entry("evit_deit_tiny_patch16", 0.5, True, 32)
     result = data_bound(config, entry, torch.device("cpu"), tmp_path, said.append)
-    assert result["images"] == 8 and "photos by imagefolder" in said[0]
+    assert result["images"] == 8 and "photos, read by imagefolder" in said[0]
     assert [row["name"] for row in result["rows"]] == ["loader alone", "model alone", "both"]
     assert all(row["images_per_s"] > 0 for row in result["rows"])
     assert "% of the model's own speed" in result["verdict"]

@@ -174,13 +174,14 @@ class progress:
             *columns,
             TextColumn("{task.description}"),
             transient=True,
+            auto_refresh=False,  # not while anything is timed
             disable=not sys.stdout.isatty(),
         )
         self.task = self.bar.add_task("building", total=total)
 
     def __enter__(self) -> Any:
         self.bar.start()
-        return lambda text: self.bar.update(self.task, description=text, advance=1)
+        return lambda text: self.bar.update(self.task, description=text, advance=1, refresh=True)
 
     def __exit__(self, *_: object) -> None:
         self.bar.stop()

@@ -31,10 +31,10 @@ def data_bound(
     start. Of batch sizes, precisions and compile the first in the configuration is taken.
     """
     first: Any = (config[name][0] for name in ("batch_sizes", "precisions", "compile"))
-    group = Group("loader", *first)
+    group = Group("training", *first)
     data = open_data(config, entry.img_size, group.batch_size, device, folder)
     loader = data.train_dataloader()
-    title = f"training of {entry} on {data.name} by {data.backend}: {group}"
+    title = f"{entry} on {data.name}, read by {data.backend}: {group}"
     images = len(loader) * group.batch_size
     say(f"{title}; {images} images, {config['repeats']} rounds")
     contestant = Contestant(entry, group, device)
