@@ -1,7 +1,7 @@
 # EViT Lab
 PYTHON := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all check
+.PHONY: help setup train test test-all check benchmark
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/%/NAME/' | expand -t 16
@@ -25,6 +25,9 @@ check: setup  ## linter, format and types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+
+benchmark: setup  ## images/s, memory and MACs beside the dense model's; ARGS="paper=deit_s" overrides
+	$(PYTHON) src/benchmark.py $(ARGS)
 
 sweep-%: sweeps/%.yaml setup  ## run sweeps/NAME.yaml; ARGS="model=evit_deit_tiny" overrides
 	$(PYTHON) src/train.py --config-dir sweeps --config-name $* $(ARGS)

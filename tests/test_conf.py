@@ -85,6 +85,11 @@ def test_report_composes():
     assert composed(config="report").runs == "outputs"
 
 
+def test_a_benchmark_and_an_export_compose():
+    assert composed(config="benchmark").models == ["evit_deit_small_patch16"]
+    assert composed("keep_rate=0.5", config="export").model == {}
+
+
 def test_label_maps_composes():
     cfg = composed("source=/photos", "target=/maps", "model_name=x", config="label_maps")
     assert OmegaConf.to_container(cfg, throw_on_missing=True)["crop_mode"] == "squash"

@@ -103,6 +103,46 @@ class EvaluateConfig:
     trainer: Any = MISSING
 
 
+@dataclass
+class BenchmarkConfig:
+    """The knobs of src/benchmark.py. Any: one value, or a list of them."""
+
+    name: str = MISSING
+    what: Any = MISSING
+    models: Any = MISSING
+    keep_rates: Any = MISSING
+    fusion: Any = MISSING
+    img_sizes: Any = MISSING
+    batch_sizes: Any = None  # None: by the device
+    precisions: Any = MISSING
+    compile: Any = MISSING
+    paper: Any = MISSING
+    repeats: int = MISSING
+    min_seconds: float = MISSING
+    threads: int | None = None
+    device: str = MISSING
+    max_images: int | None = None
+    seed: int = MISSING
+    target: str | None = None
+    data: Any = MISSING
+
+
+@dataclass
+class ExportConfig:
+    """The knobs of src/export.py. None: the run's whose checkpoint it is, else a default."""
+
+    checkpoint: str | None = None
+    pretrained: bool = MISSING
+    random: bool = MISSING
+    keep_rate: Any = None
+    fusion: bool | None = None
+    img_size: int | None = None
+    format: str = MISSING
+    target: str | None = None
+    seed: int = MISSING
+    model: Any = field(default_factory=dict)
+
+
 def folder_name(overrides: str) -> str:
     """A folder name that says what was overridden: short, nothing in it needs quotes."""
     name = re.sub(r"[^\w.+-]+", "_", overrides) or "default"
@@ -130,8 +170,20 @@ def register() -> None:
     store.store(name="report_schema", node=ReportConfig)
     store.store(name="evaluate_schema", node=EvaluateConfig)
     store.store(name="label_maps_schema", node=LabelMapsConfig)
+    store.store(name="benchmark_schema", node=BenchmarkConfig)
+    store.store(name="export_schema", node=ExportConfig)
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
     OmegaConf.register_new_resolver("by_data", by_data, replace=True)
+
+
+def overridden(overrides: list[str]) -> set[str]:
+    """The names of what was given on the command line: {"keep_rate", "data.root", "model"}."""
+    found = (re.match(r"[+~]*([\w./-]+)", override) for override in overrides)
+    return {name[1] for name in found if name}
+
+
+def listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def user_error(error: BaseException | None) -> ValueError | TypeError | None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 import statistics
 import sys
 import time
@@ -18,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from evit import load_checkpoint, measure
+from evit.config import listed, overridden
 from evit.data import Images
 from evit.experiment import build_trainer, quiet, say
 from evit.models import EViT
@@ -92,12 +92,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     return result
 
 
-def overridden(overrides: list[str]) -> set[str]:
-    """The names of what was given on the command line: {"keep_rate", "data.root", "model"}."""
-    found = (re.match(r"[+~]*([\w./-]+)", override) for override in overrides)
-    return {name[1] for name in found if name}
-
-
 def run_config(checkpoint: Path) -> dict[str, Any]:
     """The configuration of the run whose checkpoint this is; {} where it is not a run's.
 
@@ -121,31 +115,18 @@ def complete(cfg: DictConfig, given: set[str], source: dict[str, Any]) -> dict[s
         ValueError: no model is given, or a knob is out of range.
     """
     cfg = cfg.copy()
-    if "_target_" not in cfg.model:
-        if not source:
-            raise ValueError(
-                f"model=NAME is needed, as in model=evit_deit: {cfg.checkpoint} is not a run's, "
-                f"whose config.json would tell (RUN/checkpoints/, with RUN/config.json)"
-            )
-        cfg.model = OmegaConf.merge(source["model"], cfg.model)
+    complete_model(cfg, source)
     if source and "data" not in given:
         changed = {name: cfg.data[name] for name in cfg.data if f"data.{name}" in given}
         cfg.data = OmegaConf.merge(source["data"], changed)
     elif "data.backend" not in given:
         root = Path(cfg.data.get("root") or "").expanduser()
         cfg.data.backend = "ffcv" if (root / "val.beton").is_file() else "imagefolder"
-    model: Any = OmegaConf.to_container(cfg.model)
-    own: Any = dict(keep_rate=1) | model  # 1 where the model has no such knob
-    own = {knob: value for knob, value in own.items() if value != f"${{{knob}}}"}
-    for knob, value in (DEFAULTS | source | own).items():
-        if knob in DEFAULTS and cfg[knob] is None:
-            unlimited = knob == "max_val_images" and knob in given
-            cfg[knob] = None if unlimited else value
-    for part in cfg.model, cfg.data:  # those of a run are values, not ${img_size}
-        if "img_size" in part:
-            part.img_size = cfg.img_size
-    if "pretrained" in cfg.model:  # the weights are the checkpoint's
-        cfg.model.pretrained = False
+    for knob in ("crop_pct", "max_val_images"):
+        if cfg[knob] is None and not (knob == "max_val_images" and knob in given):  # null: all
+            cfg[knob] = (DEFAULTS | source)[knob]
+    if "img_size" in cfg.data:  # that of a run is a value, not ${img_size}
+        cfg.data.img_size = cfg.img_size
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     for knob in ("batch_size", "repeats", "max_val_images"):
         if config[knob] is not None and config[knob] < 1:
@@ -153,6 +134,35 @@ def complete(cfg: DictConfig, given: set[str], source: dict[str, Any]) -> dict[s
     if not 0.01 <= config["crop_pct"] <= 1:
         raise ValueError(f"crop_pct must be from 0.01 to 1, got {config['crop_pct']}")
     return config
+
+
+def complete_model(cfg: DictConfig, source: dict[str, Any]) -> None:
+    """Fill in the model and its knobs: what was not given from the run, or by default.
+
+    Args:
+        cfg: with checkpoint, model, keep_rate, fusion and img_size; changed in place.
+        source: run_config of the checkpoint.
+
+    Raises:
+        ValueError: no model is given.
+    """
+    if "_target_" not in cfg.model:
+        if not source:
+            raise ValueError(
+                f"model=NAME is needed, as in model=evit_deit: {cfg.checkpoint} is not a run's, "
+                f"whose config.json would tell (RUN/checkpoints/, with RUN/config.json)"
+            )
+        cfg.model = OmegaConf.merge(source["model"], cfg.model)
+    model: Any = OmegaConf.to_container(cfg.model)
+    own: Any = dict(keep_rate=1) | model  # 1 where the model has no such knob
+    own = {knob: value for knob, value in own.items() if value != f"${{{knob}}}"}
+    for knob in ("keep_rate", "fusion", "img_size"):
+        if cfg[knob] is None:
+            cfg[knob] = (DEFAULTS | source | own)[knob]
+    if "img_size" in cfg.model:  # that of a run is a value, not ${img_size}
+        cfg.model.img_size = cfg.img_size
+    if "pretrained" in cfg.model:  # the weights are the checkpoint's
+        cfg.model.pretrained = False
 
 
 def build(
@@ -224,10 +234,6 @@ def choose_settings(config: dict[str, Any], model: nn.Module, given: set[str]) -
             for fusion in fusions
         ]
     return list(dict.fromkeys(settings))
-
-
-def listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
 
 
 def announce(data: Images, config: dict[str, Any], settings: int) -> None:

@@ -1,0 +1,113 @@
+"""Is training bound by its data? The loader alone, the model alone, both together."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from torch import Tensor
+
+from evit.data import Images
+from evit.measure import steps
+from evit.measure.contest import Contestant, Entry, Group, spread
+from evit.measure.speed import quartiles, take_turns, warm_up
+
+BATCHES = {"cuda": 100, "cpu": 8}  # of a pass, where max_images says nothing
+WAITS = 0.95  # a model that has less of its own speed waits for its images
+
+
+def data_bound(
+    config: dict[str, Any],
+    entry: Entry,
+    device: torch.device,
+    folder: Path,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Images/s of the loader, of training on one batch, and of training on the loader's batches.
+
+    They take turns; a turn with the loader is one pass over max_images training images, from its
+    start. Of batch sizes, precisions and compile the first in the configuration is taken.
+    """
+    first: Any = (config[name][0] for name in ("batch_sizes", "precisions", "compile"))
+    group = Group("training", *first)
+    data = open_data(config, entry.img_size, group.batch_size, device, folder)
+    loader = data.train_dataloader()
+    title = f"{entry} on {data.name}, read by {data.backend}: {group}"
+    images = len(loader) * group.batch_size
+    say(f"{title}; {images} images, {config['repeats']} rounds")
+    contestant = Contestant(entry, group, device)
+
+    def load() -> None:
+        for _ in batches(data, loader, device):
+            pass
+
+    def learn() -> None:
+        for pictures, labels in batches(data, loader, device):
+            contestant.step.learn(pictures, labels)
+
+    with steps.float32_products(group.precision):
+        calls = warm_up(contestant.step, config["min_seconds"], device)
+        load()
+        turns = [load, contestant.step, learn]
+        seconds = take_turns(turns, [1, calls, 1], config["repeats"], device)
+    counts = images, group.batch_size, images
+    names = "loader alone", "model alone", "both"
+    speeds = [count / row for count, row in zip(counts, seconds, strict=True)]
+    share = quartiles(speeds[2] / speeds[1])[1]
+    verdict = "waits for its images" if share < WAITS else "does not wait for its images"
+    return dict(
+        title=title,
+        images=images,
+        rows=[
+            dict(name=name) | spread("images_per_s", speed)
+            for name, speed in zip(names, speeds, strict=True)
+        ],
+        share=share,
+        verdict=f"Training {verdict}: it has {100 * share:.0f} % of the model's own speed.",
+    )
+
+
+def compare_readers(config: dict[str, Any], img_size: int) -> list[dict[str, Any]]:
+    """FFCV beside torchvision's ImageFolder, on the images of data.root; nothing without one."""
+    data = config["data"]
+    if not data.get("root"):
+        return []
+    from evit.measure.loader import time_loaders
+
+    return time_loaders(
+        data["root"], img_size, config["repeats"], config["max_images"], data["num_workers"]
+    )
+
+
+def open_data(
+    config: dict[str, Any], img_size: int, batch_size: int, device: torch.device, folder: Path
+) -> Images:
+    """The training images, augmented by crops and flips, at most max_images of them."""
+    data = instantiate(
+        config["data"] | dict(img_size=img_size, seed=config["seed"]),
+        batch_size=batch_size,
+        max_train_images=config["max_images"] or BATCHES[device.type] * batch_size,
+        splits=["train"],
+        _convert_="all",
+    )
+    data.trainer = L.Trainer(
+        accelerator=device.type,
+        devices=1,
+        logger=False,
+        default_root_dir=folder,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+def batches(data: Images, loader: Any, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Normalised images and labels, on the device."""
+    for images, labels, *_ in loader:
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        yield data.on_after_batch_transfer((images, labels), 0)

@@ -1,0 +1,175 @@
+"""src/export.py, run as a user runs it."""
+
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+import evit.export
+from evit.config import ExportConfig
+from evit.models import create_model
+from evit.models.timm_vit import reorganized
+
+TINY = "img_size=32 +model.embed_dim=48 +model.depth=4 +model.num_heads=3"
+SIZE = dict(img_size=32, embed_dim=48, depth=4, num_heads=3)
+
+
+@pytest.fixture
+def export(monkeypatch, tmp_path, capfd):
+    """Run src/export.py in this process; the file that it wrote, and what was printed."""
+    import export
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(arguments: str) -> tuple[Path, str]:
+        monkeypatch.setattr(sys, "argv", ["export.py", *arguments.split()])
+        export.main()
+        (path,) = tmp_path.glob("outputs/export/*")
+        return path, capfd.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def refused(export, tmp_path, capfd):
+    """Run src/export.py, which fails and leaves nothing; its message."""
+
+    def run(arguments: str) -> str:
+        with pytest.raises(SystemExit) as ended:
+            export(arguments)
+        assert ended.value.code == 2 and not list(tmp_path.glob("**/*.onnx"))
+        return capfd.readouterr().err
+
+    return run
+
+
+def images(batch: int) -> torch.Tensor:
+    return torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(7))
+
+
+def by_onnx(path: Path, batch: int) -> np.ndarray:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(["logits"], {"images": images(batch).numpy()})[0]
+
+
+MODELS = {
+    "model=evit_deit_tiny keep_rate=0.7": ("evit_deit_tiny_patch16", dict(keep_rate=0.7)),
+    "model=evit_deit_tiny keep_rate=[0.9,0.8,0.5] fusion=false": (
+        "evit_deit_tiny_patch16",
+        dict(keep_rate=[0.9, 0.8, 0.5], fusion=False),
+    ),
+    "model=evit_lvvit keep_rate=0.5": ("evit_lvvit_s", dict(keep_rate=0.5)),
+    "model=deit": ("evit_deit_small_patch16", dict(keep_rate=1.0)),
+    "model=dynamicvit_deit keep_rate=0.7": ("dynamicvit_deit_small_patch16", dict(keep_rate=0.7)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arguments", MODELS)
+def test_the_onnx_file_computes_what_the_model_computes(arguments, export, tmp_path):
+    name, options = MODELS[arguments]
+    torch.manual_seed(1)
+    model = create_model(name, num_classes=5, **options, **SIZE).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    path, printed = export(f"{arguments} {TINY} checkpoint={tmp_path}/weights.pth")
+    assert "Checked beside PyTorch at batch sizes 1, 2, 5" in printed
+    for batch in (1, 4):
+        expected = model(images(batch)).numpy()
+        np.testing.assert_allclose(by_onnx(path, batch), expected, atol=1e-4)
+
+
+@torch.no_grad()
+def test_any_timm_vit_as_a_torch_export_file(export, tmp_path):
+    torch.manual_seed(1)
+    model = reorganized("vit_tiny_patch16_224", 0.5, num_classes=5, **SIZE).eval()
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    arguments = f"model=timm_vit model.model_name=vit_tiny_patch16_224 {TINY} keep_rate=0.5"
+    path, _ = export(f"{arguments} format=torch_export checkpoint={tmp_path}/weights.pth")
+    extra = {"about.json": ""}
+    program = torch.export.load(path, extra_files=extra).module()
+    torch.testing.assert_close(program(images(4)), model(images(4)))
+    about = json.loads(extra["about.json"])
+    assert (about["keep_rate"], about["mean"]) == ([0.5] * 3, [0.5] * 3)
+
+
+@torch.no_grad()
+def test_of_a_run_the_model_and_the_knobs_that_are_not_given_are_the_run_s(export, tmp_path):
+    torch.manual_seed(1)
+    options = dict(SIZE, keep_rate=0.6, fusion=False, drop_loc=[1, 2])
+    model = create_model("evit_deit_tiny_patch16", num_classes=5, **options).eval()
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    path = tmp_path / "run/checkpoints/best.ckpt"
+    torch.save({f"model.{name}": weight for name, weight in model.state_dict().items()}, path)
+    node = dict(_target_="evit.models.create_model", model_name="evit_deit_tiny_patch16")
+    config = dict(model=node | options, keep_rate=0.6, fusion=False, img_size=32, recipe={})
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    exported, printed = export(f"checkpoint={path}")
+    np.testing.assert_allclose(by_onnx(exported, 2), model(images(2)).numpy(), atol=1e-4)
+    assert exported.name == "evit_deit_tiny_patch16-0.6-32.onnx" and "the rest dropped" in printed
+    facts = {p.key: json.loads(p.value) for p in onnx.load(exported).metadata_props}
+    assert (facts["num_classes"], facts["fusion"]) == (5, False)
+    exported.unlink()
+    model.set_keep_rate(0.3)
+    exported, _ = export(f"checkpoint={path} keep_rate=0.3")
+    np.testing.assert_allclose(by_onnx(exported, 2), model(images(2)).numpy(), atol=1e-4)
+
+
+def test_a_file_that_computes_something_else_is_not_left(monkeypatch, export, tmp_path, capfd):
+    write = evit.export.write_onnx
+
+    def wrong(model, about, path) -> None:
+        model.head.bias += 1
+        write(model, about, path)
+        model.head.bias -= 1
+
+    monkeypatch.setattr(evit.export, "write_onnx", wrong)
+    with pytest.raises(SystemExit) as ended:
+        export(f"model=evit_deit_tiny {TINY} random=true")
+    assert ended.value.code == 1
+    assert "at batch size 1 the exported logits differ by 1.0e+00" in capfd.readouterr().err
+    assert not list(tmp_path.glob("outputs/export/*"))
+
+
+def test_random_weights_are_named(export):
+    path, printed = export(f"model=evit_deit_tiny {TINY} random=true format=torch_export")
+    assert path.name == "evit_deit_tiny_patch16-0.7-32.pt2"
+    assert printed.startswith("Exporting evit_deit_tiny_patch16 with random weights")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("model=evit_deit", "give the weights: checkpoint=PATH, pretrained=true"),
+        ("model=evit_deit random=true pretrained=true", "not pretrained and random"),
+        ("random=true", "model=NAME is needed"),
+        ("model=evit_deit random=true format=tflite", "format must be onnx or torch_export"),
+        ("model=evit_deit random=true target=a.pt", "ends in .onnx"),
+        ("model=evit_deit random=true keep_rate=0", "keep_rate must be in"),
+        ("model=evit_deit checkpoint=absent.ckpt", "'absent.ckpt' does not exist"),
+    ],
+)
+def test_what_cannot_be_exported_is_said(refused, arguments, message):
+    assert message in refused(arguments)
+
+
+def test_a_package_that_is_missing_is_named(monkeypatch, refused):
+    find = evit.export.importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec",
+        lambda name, *a: None if name == "onnxscript" else find(name, *a),
+    )
+    message = refused("model=evit_deit random=true")
+    assert "needs onnxscript: pip install 'evit-lab[export]'" in message
+
+
+def test_the_knobs_are_these():
+    assert {field.name for field in fields(ExportConfig)} == {
+        *("checkpoint", "pretrained", "random", "keep_rate", "fusion", "img_size"),
+        *("format", "target", "seed", "model"),
+    }
