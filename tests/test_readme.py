@@ -56,6 +56,14 @@ COMMANDS = {
         f"{SMALL} model=dynamicvit_deit_micro recipe.backbone_frozen_epochs=0 name=dynamicvit "
         "logger=none"
     ),
+    ".venv/bin/python src/benchmark.py batch_sizes=[1,8,32] fusion=[true,false]": (
+        "models=[evit_deit_tiny_patch16] batch_sizes=[1,2] img_sizes=[32] device=cpu repeats=1 "
+        "min_seconds=0.01"
+    ),
+    ".venv/bin/python src/benchmark.py paper=deit_s": (
+        "batch_sizes=[1] device=cpu repeats=1 min_seconds=0.01"
+    ),
+    ".venv/bin/python src/export.py checkpoint=CHECKPOINT keep_rate=0.5": "",
 }
 DONE: dict[str, str] = {}
 
