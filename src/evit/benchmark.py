@@ -63,8 +63,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
         quiet()
         fastest = min(entries, key=lambda entry: facts(entry)["macs"])  # asks for most images
-        result["loader"] = data_bound(config, fastest, device, folder, say)
-        result["loader"]["readers"] = compare_readers(config, fastest.img_size)
+        readers = compare_readers(config, fastest.img_size, say)  # forks: before FFCV has threads
+        bound = data_bound(config, fastest, device, folder, say)
+        result["loader"] = bound | dict(readers=readers)
     result |= dict(
         config=config,
         device=results.device_name(device),

@@ -69,13 +69,16 @@ def data_bound(
     )
 
 
-def compare_readers(config: dict[str, Any], img_size: int) -> list[dict[str, Any]]:
+def compare_readers(
+    config: dict[str, Any], img_size: int, say: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """FFCV beside torchvision's ImageFolder, on the images of data.root; nothing without one."""
     data = config["data"]
     if not data.get("root"):
         return []
     from evit.measure.loader import time_loaders
 
+    say(f"FFCV and ImageFolder on {data['root']}: {config['repeats']} rounds")
     return time_loaders(
         data["root"], img_size, config["repeats"], config["max_images"], data["num_workers"]
     )

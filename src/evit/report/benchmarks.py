@@ -25,27 +25,41 @@ def show(result: Row, path: Path) -> None:
     def line(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
 
-    for title, (head, *body) in groups(result):
+    for title, lines in groups(result):
         line(f"\n{title}")
-        gap = 0 if len(head) > 11 else 1
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, gap, 0, 0))
-        for name in head:
-            justify: Any = "left" if name in ("model", "keep rate", "rest") else "right"
-            longest = 21 if name == "model" else None
-            text = name.replace(" ", "\n").replace("/s", "\n/s")
-            table.add_column(text, justify=justify, no_wrap=True, max_width=longest)
-        for row in body:
-            table.add_row(*row)
-        console.print(table)
+        console.print(grid(lines))
     if loader := result.get("loader"):
         line(f"\n{loader['title']}")
         for row in loader["rows"]:
             line(f"  {row['name']:12s} {row['images_per_s']:10.1f} images/s")
         line(loader["verdict"])
-        for row in loader["readers"]:
-            line("  " + "  ".join(f"{key} {value}" for key, value in row.items()))
+        if loader["readers"]:
+            line("\nReading training images, on the CPU")
+            console.print(grid(readers(loader["readers"])))
     line("\n" + note(result))
     line(os.path.relpath(path))
+
+
+def grid(lines: list[list[str]]) -> Table:
+    """A header and rows as a table for the terminal."""
+    head, *body = lines
+    gap = 0 if len(head) > 11 else 1
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, gap, 0, 0))
+    for name in head:
+        justify: Any = "left" if name in ("model", "keep rate", "rest", "name") else "right"
+        longest = 21 if name == "model" else None
+        text = name.replace(" ", "\n").replace("/s", "\n/s")
+        table.add_column(text, justify=justify, no_wrap=True, max_width=longest)
+    for row in body:
+        table.add_row(*row)
+    return table
+
+
+def readers(rows: list[Row]) -> list[list[str]]:
+    """The header and a line for each way to read images."""
+    head = [key.replace("_", " ") for key in rows[0]]
+    values = [[digits(v) if isinstance(v, float) else str(v) for v in r.values()] for r in rows]
+    return [head, *values]
 
 
 def write(result: Row, target: Path) -> None:
@@ -59,9 +73,9 @@ def write(result: Row, target: Path) -> None:
         lines += [f"**{loader['title']}**", "", "| | images/s |", "|---|---|"]
         lines += [f"| {row['name']} | {row['images_per_s']:.1f} |" for row in loader["rows"]]
         lines += ["", loader["verdict"], ""]
-        if readers := loader["readers"]:
-            lines += [_line(list(readers[0])), "|" + "---|" * len(readers[0])]
-            lines += [*(_line([str(v) for v in row.values()]) for row in readers), ""]
+        if loader["readers"]:
+            head, *body = readers(loader["readers"])
+            lines += [_line(head), "|" + "---|" * len(head), *map(_line, body), ""]
     (target / "table.md").write_text("\n".join([*lines, note(result)]) + "\n")
     results.write_json(result, target / "benchmark.json")
     print(f"{target}/table.md  {target}/benchmark.json")
