@@ -182,6 +182,16 @@ def test_the_loader_the_model_and_both_have_their_speeds(tmp_path, shared_photos
     assert "% of the model's own speed" in result["verdict"]
 
 
+@pytest.mark.parametrize(
+    ("share", "loader", "said"),
+    [(0.99, 1.2, "does not wait"), (0.5, 0.6, "waits for"), (0.8, 9, "takes time from training")],
+)
+def test_what_the_speeds_say(share, loader, said):
+    from evit.measure.data_bound import verdict
+
+    assert said in verdict(share, loader) and f"{100 * share:.0f} %" in verdict(share, loader)
+
+
 @pytest.mark.slow
 def test_compiled_models_take_turns_too(benchmark):
     rows = benchmark(f"{SMALL} compile=[false,true] keep_rates=0.5")["rows"]

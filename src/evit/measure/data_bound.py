@@ -15,7 +15,7 @@ from evit.measure.contest import Contestant, Entry, Group, spread
 from evit.measure.speed import quartiles, take_turns, warm_up
 
 BATCHES = {"cuda": 100, "cpu": 8}  # of a pass, where max_images says nothing
-WAITS = 0.95  # a model that has less of its own speed waits for its images
+NOT_BOUND = 0.95  # the share of the model's own speed from which on nothing is said to be lost
 
 
 def data_bound(
@@ -56,7 +56,6 @@ def data_bound(
     names = "loader alone", "model alone", "both"
     speeds = [count / row for count, row in zip(counts, seconds, strict=True)]
     share = quartiles(speeds[2] / speeds[1])[1]
-    verdict = "waits for its images" if share < WAITS else "does not wait for its images"
     return dict(
         title=title,
         images=images,
@@ -65,8 +64,19 @@ def data_bound(
             for name, speed in zip(names, speeds, strict=True)
         ],
         share=share,
-        verdict=f"Training {verdict}: it has {100 * share:.0f} % of the model's own speed.",
+        verdict=verdict(share, quartiles(speeds[0] / speeds[1])[1]),
     )
+
+
+def verdict(share: float, loader: float) -> str:
+    """What the speeds of training and of the loader, as shares of the model's own, say."""
+    if share >= NOT_BOUND:
+        found = "Training does not wait for its images"
+    elif loader < 1:
+        found = "Training waits for its images, which come slower than it would take them"
+    else:
+        found = "Images come fast enough, but loading takes time from training (the same cores?)"
+    return f"{found}: it has {100 * share:.0f} % of the model's own speed."
 
 
 def compare_readers(
