@@ -165,6 +165,7 @@ def test_the_loader_the_model_and_both_have_their_speeds(tmp_path, shared_photos
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
+    from evit.benchmark import open_data
     from evit.measure.data_bound import data_bound
 
     overrides = "data.backend=imagefolder data.num_workers=0 max_images=9".split()
@@ -175,7 +176,8 @@ def test_the_loader_the_model_and_both_have_their_speeds(tmp_path, shared_photos
     config |= dict(batch_sizes=[2], precisions=["fp32"], compile=[False])
     said: list[str] = []
     entry = Entry("evit_deit_tiny_patch16", 0.5, True, 32)
-    result = data_bound(config, entry, torch.device("cpu"), tmp_path, said.append)
+    data = open_data(config, 32, torch.device("cpu"), tmp_path)
+    result = data_bound(config, entry, data, torch.device("cpu"), said.append)
     assert result["images"] == 8 and "photos, read by imagefolder" in said[0]
     assert [row["name"] for row in result["rows"]] == ["loader alone", "model alone", "both"]
     assert all(row["images_per_s"] > 0 for row in result["rows"])
