@@ -165,6 +165,7 @@ def test_the_loader_the_model_and_both_have_their_speeds(tmp_path, shared_photos
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
+    from evit.benchmark import open_data
     from evit.measure.data_bound import data_bound
 
     overrides = "data.backend=imagefolder data.num_workers=0 max_images=9".split()
@@ -175,11 +176,22 @@ def test_the_loader_the_model_and_both_have_their_speeds(tmp_path, shared_photos
     config |= dict(batch_sizes=[2], precisions=["fp32"], compile=[False])
     said: list[str] = []
     entry = Entry("evit_deit_tiny_patch16", 0.5, True, 32)
-    result = data_bound(config, entry, torch.device("cpu"), tmp_path, said.append)
+    data = open_data(config, 32, torch.device("cpu"), tmp_path)
+    result = data_bound(config, entry, data, torch.device("cpu"), said.append)
     assert result["images"] == 8 and "photos, read by imagefolder" in said[0]
     assert [row["name"] for row in result["rows"]] == ["loader alone", "model alone", "both"]
     assert all(row["images_per_s"] > 0 for row in result["rows"])
     assert "% of the model's own speed" in result["verdict"]
+
+
+@pytest.mark.parametrize(
+    ("share", "loader", "said"),
+    [(0.99, 1.2, "does not wait"), (0.5, 0.6, "waits for"), (0.8, 9, "takes time from training")],
+)
+def test_what_the_speeds_say(share, loader, said):
+    from evit.measure.data_bound import verdict
+
+    assert said in verdict(share, loader) and f"{100 * share:.0f} %" in verdict(share, loader)
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from evit.report import benchmarks, paper, results
 
 WHAT = ("inference", "training", "loader")
 COMPILE = (False, True, "reduce-overhead")
+BATCHES = {"cuda": 100, "cpu": 8}  # of a pass of the loader, where max_images says nothing
 CHOSEN_BY_PAPER = {"models", "keep_rates", "fusion", "img_sizes"}
 
 
@@ -64,7 +65,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         quiet()
         fastest = min(entries, key=lambda entry: facts(entry)["macs"])  # asks for most images
         readers = compare_readers(config, fastest.img_size, say)  # forks: before FFCV has threads
-        bound = data_bound(config, fastest, device, folder, say)
+        data = open_data(config, fastest.img_size, device, folder)
+        bound = data_bound(config, fastest, data, device, say)
         result["loader"] = bound | dict(readers=readers)
     result |= dict(
         config=config,
@@ -79,6 +81,32 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if config["target"]:
         benchmarks.write(result, Path(config["target"]))
     return result
+
+
+def open_data(config: dict[str, Any], img_size: int, device: torch.device, folder: Path) -> Any:
+    """The data module of training images, at most max_images, with crops and flips."""
+    import lightning as L
+    from hydra.utils import instantiate
+
+    batch_size = config["batch_sizes"][0]
+    data = instantiate(
+        config["data"] | dict(img_size=img_size, seed=config["seed"]),
+        batch_size=batch_size,
+        max_train_images=config["max_images"] or BATCHES[device.type] * batch_size,
+        splits=["train"],
+        _convert_="all",
+    )
+    options: Any = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False)
+    data.trainer = L.Trainer(
+        accelerator=device.type,
+        devices=1,
+        default_root_dir=folder,
+        enable_model_summary=False,
+        **options,
+    )
+    data.prepare_data()
+    data.setup()
+    return data
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,12 +1,9 @@
 """Is training bound by its data? The loader alone, the model alone, both together."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from hydra.utils import instantiate
 from torch import Tensor
 
 from evit.data import Images
@@ -14,25 +11,26 @@ from evit.measure import steps
 from evit.measure.contest import Contestant, Entry, Group, spread
 from evit.measure.speed import quartiles, take_turns, warm_up
 
-BATCHES = {"cuda": 100, "cpu": 8}  # of a pass, where max_images says nothing
-WAITS = 0.95  # a model that has less of its own speed waits for its images
+NOT_BOUND = 0.95  # the share of the model's own speed from which on nothing is said to be lost
 
 
 def data_bound(
     config: dict[str, Any],
     entry: Entry,
+    data: Images,
     device: torch.device,
-    folder: Path,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Images/s of the loader, of training on one batch, and of training on the loader's batches.
 
-    They take turns; a turn with the loader is one pass over max_images training images, from its
-    start. Of batch sizes, precisions and compile the first in the configuration is taken.
+    They take turns; a turn with the loader is one pass over the training images, from its start.
+    Of batch sizes, precisions and compile the first in the configuration is taken.
+
+    Args:
+        data: with such batches, and no more images.
     """
     first: Any = (config[name][0] for name in ("batch_sizes", "precisions", "compile"))
     group = Group("training", *first)
-    data = open_data(config, entry.img_size, group.batch_size, device, folder)
     loader = data.train_dataloader()
     title = f"{entry} on {data.name}, read by {data.backend}: {group}"
     images = len(loader) * group.batch_size
@@ -56,7 +54,6 @@ def data_bound(
     names = "loader alone", "model alone", "both"
     speeds = [count / row for count, row in zip(counts, seconds, strict=True)]
     share = quartiles(speeds[2] / speeds[1])[1]
-    verdict = "waits for its images" if share < WAITS else "does not wait for its images"
     return dict(
         title=title,
         images=images,
@@ -65,8 +62,19 @@ def data_bound(
             for name, speed in zip(names, speeds, strict=True)
         ],
         share=share,
-        verdict=f"Training {verdict}: it has {100 * share:.0f} % of the model's own speed.",
+        verdict=verdict(share, quartiles(speeds[0] / speeds[1])[1]),
     )
+
+
+def verdict(share: float, loader: float) -> str:
+    """What the speeds of training and of the loader, as shares of the model's own, say."""
+    if share >= NOT_BOUND:
+        found = "Training does not wait for its images"
+    elif loader < 1:
+        found = "Training waits for its images, which come slower than it would take them"
+    else:
+        found = "Images come fast enough, but loading takes time from training (the same cores?)"
+    return f"{found}: it has {100 * share:.0f} % of the model's own speed."
 
 
 def compare_readers(
@@ -82,31 +90,6 @@ def compare_readers(
     return time_loaders(
         data["root"], img_size, config["repeats"], config["max_images"], data["num_workers"]
     )
-
-
-def open_data(
-    config: dict[str, Any], img_size: int, batch_size: int, device: torch.device, folder: Path
-) -> Images:
-    """The training images, augmented by crops and flips, at most max_images of them."""
-    data = instantiate(
-        config["data"] | dict(img_size=img_size, seed=config["seed"]),
-        batch_size=batch_size,
-        max_train_images=config["max_images"] or BATCHES[device.type] * batch_size,
-        splits=["train"],
-        _convert_="all",
-    )
-    data.trainer = L.Trainer(
-        accelerator=device.type,
-        devices=1,
-        logger=False,
-        default_root_dir=folder,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    data.prepare_data()
-    data.setup()
-    return data
 
 
 def batches(data: Images, loader: Any, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:

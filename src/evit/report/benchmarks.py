@@ -111,9 +111,10 @@ def cells(rows: list[Row], several: bool) -> list[list[str]]:
     if len({row["img_size"] for row in rows}) > 1:
         columns["px"] = [str(row["img_size"]) for row in rows]
     columns["images/s"] = [digits(row["images_per_s"]) for row in rows]
-    columns["IQR %"] = [f"{100 * width(row):.1f}" for row in rows]
+    columns["IQR %"] = [width(row, "images_per_s") for row in rows]
     columns["ms"] = [digits(row["latency_ms"]) for row in rows]
     columns["to dense"] = [f"{row['ratio']:.2f}" for row in rows]
+    columns["its IQR"] = [width(row, "ratio") for row in rows]
     theirs = [row.get("paper") or {} for row in rows]
     if any(theirs):
         columns["paper: to dense"] = [f"{t['ratio']:.2f}" if t else "-" for t in theirs]
@@ -127,10 +128,10 @@ def cells(rows: list[Row], several: bool) -> list[list[str]]:
     return [list(columns), *map(list, zip(*columns.values(), strict=True))]
 
 
-def width(row: Row) -> float:
-    """The distance of the quartiles of the speed, as a share of its median."""
-    low, high = row["images_per_s_quartiles"]
-    return (high - low) / row["images_per_s"]
+def width(row: Row, name: str) -> str:
+    """The distance between the quartiles, in percent of the median."""
+    low, high = row[f"{name}_quartiles"]
+    return f"{100 * (high - low) / row[name]:.1f}"
 
 
 def note(result: Row) -> str:
@@ -145,7 +146,7 @@ def note(result: Row) -> str:
         backward = ", backward included" if "training" in config["what"] else ""
         parts += [
             f"Medians of {config['repeats']} rounds, in which the models take turns.",
-            "rest: the tokens that are not kept. IQR: between the quartiles of the rounds.",
+            "rest: the tokens that are not kept. IQR: between the quartiles of the rounds, %.",
             f"to dense: speed beside the dense model's{base}, within each round.",
             f"GMACs of one image: as the published tables count; done: by this code{backward}.",
             "peak: these in the time that the matrix product takes for as many.",
