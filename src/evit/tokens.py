@@ -63,7 +63,7 @@ def reorganize(x_BTC: Tensor, score_BN: Tensor, index_BK: Tensor, fusion: bool) 
     Returns: (B, P + K (+ 1 with fusion), C).
     """
     num_prefix = x_BTC.shape[1] - score_BN.shape[1]
-    prefix_BP = torch.arange(num_prefix, device=x_BTC.device).expand(len(x_BTC), -1)
+    prefix_BP = torch.arange(num_prefix, device=x_BTC.device).expand(x_BTC.shape[0], -1)
     kept_BTC = gather(x_BTC, torch.cat([prefix_BP, index_BK + num_prefix], 1))
     if not fusion:
         return kept_BTC

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from evit import tokens
 from evit.models.attention import project, residual
+from evit.models.deit import deit_cfg
 from evit.models.lvvit import SIZES, LVViT, own_arguments
-from evit.models.vit import EViT, KeepRate, deit_cfg
+from evit.models.vit import EViT, KeepRate
 from evit.models.weights import fit_state_dict
 
 

@@ -6,12 +6,6 @@ from typing import Any
 
 import torch
 from timm.layers import to_2tuple
-from timm.models import (
-    build_model_with_cfg,
-    generate_default_cfgs,
-    get_pretrained_cfg,
-    register_model,
-)
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
@@ -19,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from evit import tokens
 from evit.models.attention import mix, prefix_block, project, residual
-from evit.models.weights import fit_state_dict
 
 KeepRate = float | Sequence[float]
 
@@ -135,7 +128,9 @@ class EViT(VisionTransformer):
 
     def patch_ids(self, x: Tensor) -> Tensor:
         """Ids (B, N) of the patches behind embedded tokens (B, T, C)."""
-        return torch.arange(x.shape[1] - self.num_prefix_tokens, device=x.device).expand(len(x), -1)
+        return torch.arange(x.shape[1] - self.num_prefix_tokens, device=x.device).expand(
+            x.shape[0], -1
+        )
 
     def reorganizing_block(
         self, i: int, x_BTC: Tensor, num_kept: int, ids: Tensor | None
@@ -287,42 +282,3 @@ def reorganize(
     reorganized: Any = model
     reorganized._init_reorganization(keep_rate, drop_loc, fusion)
     return reorganized
-
-
-def _create_evit(name: str, pretrained: bool, **kwargs: Any) -> EViT:
-    return build_model_with_cfg(
-        EViT, name, pretrained, pretrained_filter_fn=fit_state_dict, **kwargs
-    )
-
-
-def deit_cfg(size: str) -> dict[str, Any]:
-    """timm's configuration of the DeiT weights, which EViT loads unchanged."""
-    cfg = get_pretrained_cfg(f"deit_{size}_patch16_224")
-    assert cfg is not None
-    return cfg.to_dict()
-
-
-default_cfgs = generate_default_cfgs(
-    {f"evit_deit_{size}_patch16.fb_in1k": deit_cfg(size) for size in ("tiny", "small", "base")}
-)
-
-
-@register_model
-def evit_deit_tiny_patch16(pretrained: bool = False, **kwargs: Any) -> EViT:
-    """EViT on DeiT-T (5.7 M parameters)."""
-    args = dict(embed_dim=192, depth=12, num_heads=3)
-    return _create_evit("evit_deit_tiny_patch16", pretrained, **args | kwargs)
-
-
-@register_model
-def evit_deit_small_patch16(pretrained: bool = False, **kwargs: Any) -> EViT:
-    """EViT on DeiT-S (22.1 M parameters), the paper's main model."""
-    args = dict(embed_dim=384, depth=12, num_heads=6)
-    return _create_evit("evit_deit_small_patch16", pretrained, **args | kwargs)
-
-
-@register_model
-def evit_deit_base_patch16(pretrained: bool = False, **kwargs: Any) -> EViT:
-    """EViT on DeiT-B (86.6 M parameters)."""
-    args = dict(embed_dim=768, depth=12, num_heads=12)
-    return _create_evit("evit_deit_base_patch16", pretrained, **args | kwargs)
