@@ -71,7 +71,7 @@ class _CropDecoder(SimpleRGBImageDecoder):
     """Decode to (img_size, img_size, 3); a subclass says which part of each image.
 
     `shrinks`: whether large crops may be decoded at a fraction of their size, which is faster and
-    changes pixels about as much as another resampling filter does.
+    changes pixels less than another resampling filter does.
     """
 
     shrinks: bool

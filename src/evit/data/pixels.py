@@ -1,9 +1,10 @@
 """From stored bytes to the pixels of a crop, in functions that numba keeps on disk: only the first
 run on a machine waits for the compiler.
 
-Of a JPEG no more is decoded than the crop shows. Where the crop has at least twice, four or eight
-times the pixels that are wanted, libjpeg-turbo decodes at 1/2, 1/4 or 1/8 of the size. The rest of
-the way is a mean over areas, as OpenCV's INTER_AREA and Pillow's BOX take it.
+Of a JPEG no more is decoded than the crop shows, and in training at 1/2, 1/4 or 1/8 of the size
+where that leaves at least twice the pixels that are wanted on either side: with fewer, the result
+would differ more than two good resampling filters do. The rest of the way is a mean over areas, as
+OpenCV's INTER_AREA takes it.
 """
 
 from __future__ import annotations
@@ -81,6 +82,15 @@ def _resize(pixels, rows, row_shares, columns, column_shares, mirror, output):
 
 
 @numba.njit(cache=True, nogil=True)
+def choose_shrink(height, width, output_height, output_width):
+    """1, 2, 4 or 8: the largest that leaves twice the output's pixels of a crop, or more."""
+    shrink = 8
+    while shrink > 1 and (height < 2 * shrink * output_height or width < 2 * shrink * output_width):
+        shrink //= 2
+    return shrink
+
+
+@numba.njit(cache=True, nogil=True)
 def crop_image(data, is_jpeg, size, box, flip, shrinks, output):
     """Fill output (H, W, 3) with the box (top, left, height, width) of an image whose size is
     (height, width), and return a status that is not 0 for a damaged JPEG.
@@ -90,12 +100,7 @@ def crop_image(data, is_jpeg, size, box, flip, shrinks, output):
     top, left, height, width = box
     shrink = 1
     if is_jpeg and shrinks:
-        while (
-            shrink < 8
-            and height >= 2 * shrink * output.shape[0]
-            and width >= 2 * shrink * output.shape[1]
-        ):
-            shrink *= 2
+        shrink = choose_shrink(height, width, output.shape[0], output.shape[1])
     rows, row_shares = _areas(top, height, shrink, output.shape[0])
     columns, column_shares = _areas(left, width, shrink, output.shape[1])
     status = 0
