@@ -18,7 +18,8 @@ SOURCE = Path(__file__).with_name("jpeg_crop.c")
 
 def _load() -> ctypes.CDLL:
     key = f"{platform.machine()}-{zlib.crc32(SOURCE.read_bytes()):08x}"
-    folders = SOURCE.parent / "__pycache__", Path.home() / ".cache" / "evit-lab"
+    home = Path(os.path.expanduser("~/.cache/evit-lab"))
+    folders = SOURCE.parent / "__pycache__", home
     reasons = []
     for folder in folders:
         library = folder / f"jpeg_crop-{key}.so"
