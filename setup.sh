@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 UV_VERSION=0.13.9
-needed=(g++ pkg-config libopencv-dev libturbojpeg0-dev libtbb12 python3-dev python3-venv ca-certificates)
+needed=(g++ pkg-config libopencv-dev libturbojpeg0-dev libjpeg-dev libtbb12 python3-dev python3-venv ca-certificates)
 wanted=(dataset-fashion-mnist)   # without it torchvision downloads the data set
 
 fail() { echo "setup: $*" >&2; exit 1; }
@@ -29,9 +29,9 @@ if command -v apt-get >/dev/null; then
     "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
       apt-get install -y -qq --no-install-recommends ${missing[@]} >/dev/null
   fi
-elif ! { command -v g++ && pkg-config --exists opencv4 libturbojpeg; } >/dev/null 2>&1; then
+elif ! { command -v g++ && pkg-config --exists opencv4 libturbojpeg libjpeg; } >/dev/null 2>&1; then
   fail "this is not Debian or Ubuntu: install g++, pkg-config and the headers of OpenCV 4 and \
-libturbojpeg yourself, then run it again"
+libjpeg-turbo yourself, then run it again"
 fi
 
 uv=$(command -v uv || true)
@@ -43,5 +43,6 @@ fi
 echo "setup: installing the pinned packages into .venv"
 "$uv" pip install -q --python .venv/bin/python -r requirements.txt
 "$uv" pip install -q --python .venv/bin/python --no-deps --editable .
-.venv/bin/python -c "import ffcv.libffcv, torchvision.ops" || fail "FFCV or torchvision do not import"
+.venv/bin/python -c "import evit.data.pixels, ffcv.libffcv, torchvision.ops" ||
+  fail "FFCV, torchvision or evit.data do not import"
 touch .venv/.ready

@@ -11,7 +11,7 @@ from PIL import Image
 from evit.data import beton, writer
 from evit.data._ffcv import Compiler, Loader, ToTensor
 from evit.data.beton import check_beton, sidecar_path
-from evit.data.ops import decode_jpeg
+from evit.data.pixels import decode_jpeg
 from evit.data.writer import write_beton
 
 CLASSES = ["a", "b", "c"]

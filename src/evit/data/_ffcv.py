@@ -13,7 +13,6 @@ if config.THREADING_LAYER == "default":
     config.THREADING_LAYER = "threadsafe"
 _torch_threads = torch.get_num_threads()
 try:
-    from ffcv import libffcv
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.ndarray import NDArrayDecoder
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder, get_random_crop
@@ -27,7 +26,8 @@ try:
 except (ImportError, OSError, ValueError) as error:
     raise ImportError(
         f"FFCV cannot be used here ({error}): run `make setup`, or install libopencv-dev, "
-        "libturbojpeg0-dev, pkg-config, g++ and libtbb12 (or libgomp1), then `pip install ffcv`"
+        "libturbojpeg0-dev, libjpeg-dev, pkg-config, g++ and libtbb12 (or libgomp1), then "
+        "`pip install ffcv`"
     ) from error
 finally:
     torch.set_num_threads(_torch_threads)
@@ -48,7 +48,6 @@ __all__ = [
     "ToTorchImage",
     "config",
     "get_random_crop",
-    "libffcv",
 ]
 
 

@@ -133,7 +133,7 @@ def _load(picture: Picture) -> tuple[Image.Image, bytes | None]:
 
 def _is_sound_jpeg(image: Image.Image, data: bytes) -> bool:
     """Whether training would see these bytes as Pillow does, and without a warning."""
-    from evit.data.ops import decode_jpeg
+    from evit.data.pixels import decode_jpeg
 
     if image.format != "JPEG" or image.mode not in ("RGB", "L"):
         return False

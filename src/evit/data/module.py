@@ -217,7 +217,8 @@ def require_ffcv() -> None:
         ValueError: it is not installed, or its system libraries are missing.
     """
     try:
-        import evit.data._ffcv  # noqa: F401
+        import evit.data._ffcv
+        import evit.data._jpeg  # noqa: F401
     except ImportError as error:
         raise ValueError(f"{error}; or take data.backend=imagefolder") from error
 

@@ -10,15 +10,12 @@ on a machine waits for the compiler.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import llvmlite.binding
 import numba
 import numpy as np
-from numba import types
 
 from evit.data._ffcv import (
     AllocationQuery,
@@ -27,73 +24,13 @@ from evit.data._ffcv import (
     SimpleRGBImageDecoder,
     State,
     get_random_crop,
-    libffcv,
 )
-from evit.data.beton import JPEG
-
-# By name and not by ctypes, because numba does not keep functions that hold an address on disk.
-# FFCV's own JPEG decoder is left aside: its fast inverse DCT is off by up to 47 grey levels at
-# quality 100, where libjpeg-turbo's accurate one, hardly slower, gives the pixels of Pillow.
-for _name in "resize", "tjInitDecompress", "tjDecompress2", "tjDestroy":
-    _address = ctypes.cast(getattr(libffcv.lib, _name), ctypes.c_void_p).value
-    llvmlite.binding.add_symbol(f"ffcv_{_name}", _address)
-_pointer, _int = types.uintp, types.int32
-_tj_init = types.ExternalFunction("ffcv_tjInitDecompress", _pointer())
-_tj_destroy = types.ExternalFunction("ffcv_tjDestroy", _int(_pointer))
-_tj_decompress = types.ExternalFunction(
-    "ffcv_tjDecompress2",
-    _int(_pointer, _pointer, types.ulong, _pointer, _int, _int, _int, _int, _int),
-)
-_resize = types.ExternalFunction("ffcv_resize", types.void(*(types.int64,) * 11))
-_TJPF_RGB, _TJFLAG_ACCURATEDCT = 0, 4096
+from evit.data.pixels import crop_batch
 
 _get_random_crop = numba.njit(get_random_crop)  # torchvision's RandomResizedCrop.get_params
 
 SAMPLE_BITS = np.uint64(32)
 SAMPLE_MASK = np.uint64(2**32 - 1)
-
-
-@numba.njit(cache=True, nogil=True)
-def _decode_jpeg(data, pixels):
-    """Fill pixels (H, W, 3) and return 0, or -1 where libjpeg-turbo failed or had to guess."""
-    height, width, _ = pixels.shape
-    decoder = _tj_init()
-    status = _tj_decompress(
-        *(decoder, data.ctypes.data, data.size),
-        *(pixels.ctypes.data, width, 0, height, _TJPF_RGB, _TJFLAG_ACCURATEDCT),
-    )
-    _tj_destroy(decoder)
-    return status
-
-
-@numba.njit
-def _resize_crop(pixels, top, left, height, width, output):
-    _resize(
-        *(0, pixels.ctypes.data, pixels.shape[0], pixels.shape[1]),
-        *(top, top + height, left, left + width),
-        *(output.ctypes.data, output.shape[0], output.shape[1]),
-    )
-
-
-@numba.njit(cache=True, nogil=True, parallel=True)
-def _decode_batch(samples, boxes, flips, output, metadata, file, ptrs, sizes):
-    """Fill output (B, H, W, 3) and return the statuses (B,) of _decode_jpeg."""
-    status = np.zeros(len(samples), np.int32)
-    for k in numba.prange(len(samples)):
-        field = metadata[samples[k]]
-        start = field["data_ptr"]
-        data = file[start : start + sizes[np.searchsorted(ptrs, start)]]
-        # Allocated here and not by FFCV, which keeps one of the largest size per image in flight.
-        pixels = np.empty((np.int64(field["height"]), np.int64(field["width"]), 3), np.uint8)
-        if field["mode"] == JPEG:
-            status[k] = _decode_jpeg(data, pixels)
-        else:
-            pixels[:] = data.reshape(pixels.shape)
-        top, left, height, width = boxes[k]
-        _resize_crop(pixels, top, left, height, width, output[k])
-        if flips[k]:
-            output[k] = output[k, :, ::-1].copy()
-    return status
 
 
 @numba.njit(cache=True, nogil=True)
@@ -123,12 +60,6 @@ def center_crops(
     return np.stack([*offset, side, side], axis=1).astype(np.int64)
 
 
-def decode_jpeg(data: bytes, height: int, width: int) -> np.ndarray | None:
-    """The pixels (H, W, 3) that training would see, None if libjpeg-turbo fails or guesses."""
-    pixels = np.empty((height, width, 3), np.uint8)
-    return None if _decode_jpeg(np.frombuffer(data, np.uint8), pixels) else pixels
-
-
 @numba.njit(cache=True, nogil=True)
 def _read_pieces(file, starts, output):
     """Fill output (B, bytes) with what begins at starts (B,)."""
@@ -137,7 +68,13 @@ def _read_pieces(file, starts, output):
 
 
 class _CropDecoder(SimpleRGBImageDecoder):
-    """Decode to (img_size, img_size, 3); a subclass says which part of each image."""
+    """Decode to (img_size, img_size, 3); a subclass says which part of each image.
+
+    `shrinks`: whether large crops may be decoded at a fraction of their size, which is faster and
+    changes pixels less than another resampling filter does.
+    """
+
+    shrinks: bool
 
     def __init__(self, img_size: int) -> None:
         super().__init__()
@@ -168,7 +105,7 @@ class _CropDecoder(SimpleRGBImageDecoder):
         ) -> np.ndarray:
             samples = entries & SAMPLE_MASK
             _, boxes, flips = self.crops_of(entries, metadata)
-            status = _decode_batch(samples, boxes, flips, output, metadata, *storage)
+            status = crop_batch(*(samples, boxes, flips, self.shrinks, output, metadata, *storage))
             if status.any():
                 raise ValueError(
                     f"the JPEG of sample {samples[status.argmin()]} is damaged; "
@@ -185,6 +122,8 @@ class RandomResizedCropFlip(_CropDecoder):
     `scale` bounds the area of the crop relative to the image, `ratio` its width / height.
     """
 
+    shrinks = True
+
     def __init__(
         self, img_size: int, scale: tuple[float, float], ratio: tuple[float, float], flip: float
     ) -> None:
@@ -200,6 +139,8 @@ class RandomResizedCropFlip(_CropDecoder):
 
 class CenterCrop(_CropDecoder):
     """Resize the short side to img_size / crop_pct and cut out the centre, cutting first."""
+
+    shrinks = False
 
     def __init__(self, img_size: int, crop_pct: float) -> None:
         super().__init__(img_size)

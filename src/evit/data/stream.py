@@ -205,7 +205,7 @@ class _Epoch(EpochIterator):
                 message = f"reading {self.loader.fname} failed: {self.error}"
                 raise RuntimeError(message) from self.error
             raise StopIteration
-        return tuple(tensor.clone() for tensor in item[1])
+        return tuple(_copy(tensor) for tensor in item[1])
 
     def close(self) -> None:
         self.iter_ixes = iter(())
@@ -214,3 +214,10 @@ class _Epoch(EpochIterator):
             with suppress(queue.Empty):
                 self.output_queue.get_nowait()
             self.join(timeout=0.02)
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_cuda:
+        return tensor.clone()
+    # PyTorch would wake all its threads for this, and they go on spinning when it is done.
+    return torch.from_numpy(tensor.numpy().copy(order="K"))

@@ -1,0 +1,64 @@
+"""jpeg_crop.c as a function that numba can call, compiled where that has not been done yet."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import subprocess
+import tempfile
+import zlib
+from pathlib import Path
+
+import llvmlite.binding
+from numba import types
+
+SOURCE = Path(__file__).with_name("jpeg_crop.c")
+
+
+def _load() -> ctypes.CDLL:
+    key = f"{platform.machine()}-{zlib.crc32(SOURCE.read_bytes()):08x}"
+    home = Path(os.path.expanduser("~/.cache/evit-lab"))
+    folders = SOURCE.parent / "__pycache__", home
+    reasons = []
+    for folder in folders:
+        library = folder / f"jpeg_crop-{key}.so"
+        try:
+            return ctypes.CDLL(str(library))
+        except OSError:  # not there yet, or made on a machine with another libjpeg
+            pass
+        try:
+            _compile(library)
+            return ctypes.CDLL(str(library))
+        except (OSError, subprocess.CalledProcessError) as error:
+            reasons.append(getattr(error, "stderr", None) or str(error))
+    raise ImportError(
+        f"jpeg_crop.c could not be compiled ({reasons[-1].strip()}): run `make setup`, or install "
+        "g++, pkg-config and libjpeg-dev (libjpeg-turbo's)"
+    )
+
+
+def _compile(library: Path) -> None:
+    """Write the library at once, because other processes may be about to do the same."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder) / library.name
+        flags = _run("pkg-config", "--cflags", "--libs", "libjpeg").split()
+        compiler = os.environ.get("CC", "cc").split()
+        _run(*compiler, "-O2", "-shared", "-fPIC", str(SOURCE), "-o", str(made), *flags)
+        os.replace(made, library)
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+# By name and not by ctypes, because numba does not keep functions that hold an address on disk.
+_address = ctypes.cast(_load().evit_jpeg_crop, ctypes.c_void_p).value
+llvmlite.binding.add_symbol("evit_jpeg_crop", _address)
+
+_pointer, _unsigned = types.uintp, types.uint32
+jpeg_crop = types.ExternalFunction(
+    "evit_jpeg_crop",
+    types.int32(_pointer, types.ulong, *(_unsigned,) * 7, _pointer, types.ulong, _pointer),
+)

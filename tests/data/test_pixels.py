@@ -1,0 +1,231 @@
+"""Crops decoded in part against the same crops of Pillow's whole decode."""
+
+import ctypes
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evit.data import _jpeg
+from evit.data.pixels import choose_shrink, crop_image, decode_jpeg
+from evit.data.stream import FFCVStream
+from evit.data.writer import write_beton
+
+SUBSAMPLINGS = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2, "gray": 3, "4:4:0": 4, "4:1:1": 5}
+PROGRESSIVE = 16384
+
+
+def photo(seed, height, width):
+    """Coloured noise with the spectrum of natural images, amplitude 1 / frequency."""
+    rng = np.random.default_rng(seed)
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))
+    frequency[0, 0] = 1
+    spectra = np.fft.fft2(rng.standard_normal((3, height, width))) / frequency
+    bands = np.fft.ifft2(spectra).real.transpose(1, 2, 0)
+    bands = bands[..., :1] + 0.3 * bands  # mostly grey
+    bands *= 50 / max(bands.std(), 1e-9)
+    return np.clip(bands + 128, 0, 255).astype(np.uint8)
+
+
+def jpeg(pixels, subsampling="4:2:0", progressive=False):
+    """Encoded by libturbojpeg, which unlike Pillow knows every subsampling."""
+    library = ctypes.CDLL("libturbojpeg.so.0")
+    library.tjInitCompress.restype = ctypes.c_void_p
+    handle = ctypes.c_void_p(library.tjInitCompress())
+    data, size = ctypes.c_void_p(), ctypes.c_ulong()
+    flags = PROGRESSIVE if progressive else 0
+    failed = library.tjCompress2(
+        *(handle, pixels.ctypes.data_as(ctypes.c_void_p), pixels.shape[1], 0, pixels.shape[0], 0),
+        *(ctypes.byref(data), ctypes.byref(size), SUBSAMPLINGS[subsampling], 90, flags),
+    )
+    assert not failed
+    encoded = ctypes.string_at(data, size.value)
+    library.tjFree(data)
+    library.tjDestroy(handle)
+    return encoded
+
+
+def crop(data, size, box, output, flip=False, shrinks=True):
+    found = np.empty((*output, 3), np.uint8)
+    box = np.array(box, np.int64)
+    status = crop_image(np.frombuffer(data, np.uint8), True, size, box, flip, shrinks, found)
+    return None if status else found
+
+
+def pillow(data):
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def area(start, length, size, source):
+    """The shares (size, source) of source pixels in `size` equal parts of an interval."""
+    edges = start + length * np.arange(size + 1) / size
+    covered = np.clip(edges[:, None] - np.arange(source), 0, 1)
+    return np.diff(covered, axis=0) * size / length
+
+
+def area_mean(pixels, box, output):
+    top, left, height, width = box
+    rows = area(top, height, output[0], pixels.shape[0])
+    columns = area(left, width, output[1], pixels.shape[1])
+    return np.einsum("yr,rcb,xc->yxb", rows, pixels.astype(float), columns, optimize=True)
+
+
+def boxes(seed, size, count):
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        starts, ends = zip(*(sorted(rng.choice(side + 1, 2, False)) for side in size), strict=True)
+        yield *starts, *(end - start for start, end in zip(starts, ends, strict=True))
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("subsampling", SUBSAMPLINGS)
+def test_every_pixel_of_a_crop_is_pillows(subsampling, progressive, restarts, monkeypatch):
+    if restarts:
+        monkeypatch.setenv("TJ_RESTART", "2B")
+    for seed, size in enumerate([(75, 103), (128, 64), (17, 9), (1, 1), (2, 50)]):
+        data = jpeg(photo(seed, *size), subsampling, progressive)
+        assert (b"\xff\xdd" in data) == restarts
+        whole = pillow(data)
+        for top, left, height, width in boxes(seed, size, 25):
+            found = crop(data, size, (top, left, height, width), (height, width))
+            assert np.array_equal(found, whole[top : top + height, left : left + width])
+
+
+@pytest.mark.parametrize("output", [(20, 20), (90, 30), (30, 170), (200, 190)])
+def test_resizing_is_the_mean_over_areas(output):
+    pixels = photo(0, 100, 120)
+    data = jpeg(pixels)
+    for box in boxes(1, (100, 120), 20):
+        expected = area_mean(pillow(data), box, output)
+        found = crop(data, (100, 120), box, output, shrinks=False)
+        assert np.abs(found - expected).max() < 0.51
+        assert np.array_equal(crop(data, (100, 120), box, output, True, False), found[:, ::-1])
+
+
+@pytest.mark.parametrize("subsampling", ["4:2:0", "4:4:4", "gray"])
+@pytest.mark.parametrize("shrink", [2, 4, 8])
+def test_at_a_lower_scale_crops_differ_less_than_by_a_filter_or_a_pixel(shrink, subsampling):
+    size, (height, width) = (611, 803), (531, 560)
+    data = jpeg(photo(shrink, *size), subsampling, progressive=shrink == 4)
+    image, whole = Image.open(io.BytesIO(data)).convert("RGB"), pillow(data)
+    differences, filters = [], []
+    positions = [(0, 0), (80, 243), (37, 101), (13, 64), (50, 7)]
+    for (top, left), ratio in zip(positions, [2.0, 2.4, 2.8, 3.2, 3.7], strict=True):
+        output = int(height / ratio / shrink), int(width / ratio / shrink)
+        assert choose_shrink(height, width, *output) == shrink
+        found = crop(data, size, (top, left, height, width), output)
+        cut = image.crop((left, top, left + width, top + height))
+        bilinear, bicubic = (
+            np.asarray(cut.resize(output[::-1], resample), float)
+            for resample in (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
+        )
+        filters.append(np.abs(bilinear - bicubic).mean())
+        to_there = {}
+        for y, x in [(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)]:
+            if top + y >= 0 and left + x >= 0:
+                expected = area_mean(whole, (top + y, left + x, height, width), output)
+                to_there[y, x] = np.abs(found - expected).mean()
+        assert min(to_there, key=to_there.get) == (0, 0)
+        differences.append(to_there[0, 0])
+    assert np.mean(differences) < np.mean(filters)
+
+
+def test_a_lower_scale_leaves_twice_the_pixels_on_both_sides():
+    assert [choose_shrink(side, 4000, 224, 224) for side in (895, 896, 1791, 1792, 3584)] == [
+        *(1, 2, 2, 4, 8)
+    ]
+    assert choose_shrink(4000, 895, 224, 224) == 1
+    assert choose_shrink(65500, 65500, 1, 1) == 8
+
+
+def test_training_decodes_at_a_lower_scale_and_evaluation_does_not(tmp_path):
+    (tmp_path / "x.jpg").write_bytes(jpeg(photo(3, 300, 300)))
+    path = tmp_path / "x.beton"
+    write_beton(path, [(tmp_path / "x.jpg", 0)], classes=["a"], source="test", num_workers=1)
+    whole = pillow((tmp_path / "x.jpg").read_bytes())
+    mean = area_mean(whole, (0, 0, 300, 300), (32, 32))
+    options = {"img_size": 32, "batch_size": 1, "crop_pct": 1.0, "flip": 0.0}
+    options |= {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
+    differences = []
+    for train in True, False:
+        [(images, _)] = FFCVStream(path, train=train, **options)
+        differences.append(np.abs(images[0].permute(1, 2, 0).numpy() - mean).max())
+    assert differences[1] < 0.51 < differences[0] < 20
+
+
+@pytest.mark.parametrize("size", [(1, 65500), (65500, 1), (3, 9000)])
+def test_the_longest_images_are_cropped(size):
+    data = jpeg(np.full((*size, 3), 90, np.uint8))
+    for output in (1, 1), (40, 2):
+        found = crop(data, size, (0, 0, *size), output)
+        assert np.abs(found - 90.0).max() <= 1
+
+
+def test_what_lies_below_a_crop_is_not_read():
+    size = 200, 200
+    data = jpeg(photo(3, *size))
+    cut = data[: len(data) * 3 // 4]
+    top, whole = (0, 0, 80, 200), (0, 0, 200, 200)
+    assert np.array_equal(crop(cut, size, top, (64, 64)), crop(data, size, top, (64, 64)))
+    assert crop(cut, size, whole, (64, 64)) is None
+    assert decode_jpeg(cut, *size) is None
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: data[:300],
+        lambda data: bytes(40) + data[40:],
+        lambda data: data.replace(b"\xff\xc4", b"\xff\xc9", 1),  # no first Huffman table
+        lambda data: data[:-600] + b"\xff\xd9",
+    ],
+)
+def test_a_damaged_jpeg_gives_a_status_and_the_process_lives(damage):
+    data = jpeg(photo(3, 200, 200))
+    assert crop(data, (200, 200), (0, 0, 200, 200), (64, 64)) is not None
+    assert crop(damage(data), (200, 200), (0, 0, 200, 200), (64, 64)) is None
+
+
+@pytest.mark.parametrize("size", [(199, 200), (200, 201), (400, 400)])
+def test_a_jpeg_of_another_size_than_the_file_says_is_damaged(size):
+    assert crop(jpeg(photo(3, 200, 200)), size, (0, 0, 10, 10), (8, 8)) is None
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """A copy of the C source that nothing has been made of yet."""
+    source = tmp_path / "package" / _jpeg.SOURCE.name
+    source.parent.mkdir()
+    source.write_bytes(_jpeg.SOURCE.read_bytes())
+    monkeypatch.setattr(_jpeg, "SOURCE", source)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return source.parent
+
+
+def test_the_c_source_is_compiled_once(elsewhere, monkeypatch):
+    _jpeg._load()
+    [library] = (elsewhere / "__pycache__").iterdir()
+    monkeypatch.setenv("CC", "false")
+    assert _jpeg._load()._name == str(library)
+
+
+def test_a_library_that_does_not_load_is_made_anew(elsewhere):
+    library = elsewhere / "__pycache__" / Path(_jpeg._load()._name).name
+    library.unlink()
+    library.write_bytes(b"made for another machine")
+    assert _jpeg._load().evit_jpeg_crop
+
+
+def test_where_the_package_cannot_be_written_the_home_folder_serves(elsewhere):
+    (elsewhere / "__pycache__").write_text("in the way")
+    assert "home/.cache/evit-lab" in _jpeg._load()._name
+
+
+def test_without_a_compiler_it_is_said_what_to_install(elsewhere, monkeypatch):
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(ImportError, match="no-such-compiler.*make setup.*libjpeg-dev"):
+        _jpeg._load()
