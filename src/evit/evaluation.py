@@ -1,7 +1,6 @@
 """One evaluation: read a checkpoint, build what it needs, measure, write evaluation.json."""
 
 import hashlib
-import json
 import statistics
 import sys
 import time
@@ -45,7 +44,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if not cfg.checkpoint:
         raise ValueError("checkpoint=PATH is needed: a run's checkpoints/best.ckpt, or a .pth file")
     weights = read_state_dict(cfg.checkpoint)
-    config = complete(cfg, given, run_config(Path(cfg.checkpoint)))
+    config = complete(cfg, given, results.run_config(Path(cfg.checkpoint)))
     bar = ProgressBar() if sys.stdout.isatty() else None
     options = dict(max_epochs=1, enable_checkpointing=False)
     trainer = build_trainer(cfg.trainer, folder, [bar] if bar else [], **options)
@@ -68,7 +67,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         settings=rows,
         images=rows[0]["images"],
         model=dict(
-            name=config["model"].get("model_name", type(model).__name__),
+            name=model_name(config, cfg.checkpoint),
             img_size=data.img_size,
             params=measure.count_params(model),
             drop_loc=list(getattr(model, "drop_loc", [])),
@@ -92,20 +91,13 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     return result
 
 
-def run_config(checkpoint: Path) -> dict[str, Any]:
-    """The configuration of the run whose checkpoint this is; {} where it is not a run's.
-
-    Raises:
-        ValueError: it is there and cannot be read.
-    """
-    path = checkpoint.absolute().parent.parent / "config.json"
-    if checkpoint.absolute().parent.name != "checkpoints" or not path.is_file():
-        return {}
-    try:
-        config = json.loads(path.read_text())
-        return config | config["recipe"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not the configuration of a run ({error})") from error
+def model_name(config: dict[str, Any], checkpoint: str | None) -> str:
+    """The model's name among conf/model: as chosen, or as the checkpoint's run had it."""
+    chosen = HydraConfig.get().runtime.choices.get("model")
+    if chosen and chosen != "null":
+        return chosen
+    before = results.finished(Path(checkpoint).absolute().parent.parent) if checkpoint else None
+    return before["choices"]["model"] if before else config["model"].get("model_name", "model")
 
 
 def complete(cfg: DictConfig, given: set[str], source: dict[str, Any]) -> dict[str, Any]:

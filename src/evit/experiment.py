@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from evit import load_checkpoint, measure
 from evit.data import Images
 from evit.models import DynamicViT, EViT, LVViT
+from evit.models.weights import read_state_dict
 from evit.report import results
 from evit.tracking import JsonlLogger, wandb_logger, wandb_mode
 from evit.training.callbacks import (
@@ -30,7 +31,7 @@ from evit.training.callbacks import (
     progress,
 )
 from evit.training.module import Classifier, mix_seed
-from evit.training.objectives import Classification, dense_teacher, make_objective
+from evit.training.objectives import dense_teacher, make_objective
 from evit.training.recipe import Recipe
 
 GROUPS = ("model", "data", "recipe", "experiment")
@@ -77,14 +78,14 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     ]
     if recipe.ema_decay is not None:
         callbacks.append(EMAWeightAveraging(decay=recipe.ema_decay))
+    plain = plain_classification(model, data)
     if isinstance(model, EViT):
+        start, epochs = recipe.shrink_start_epoch, recipe.shrink_epochs
+        if isinstance(model, DynamicViT):
+            start = epochs = 0  # as its authors train it
+        multiple = recipe.token_multiple or (8 if cfg.compile and plain else 1)
         callbacks += [
-            KeepRateSchedule(
-                model,
-                recipe.shrink_start_epoch,
-                recipe.shrink_epochs,
-                recipe.token_multiple or (8 if cfg.compile else 1),
-            ),
+            KeepRateSchedule(model, start, epochs, multiple),
             KeptPatches(model, folder / "kept_patches.png"),
         ]
     trainer = build_trainer(
@@ -107,7 +108,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     module = Classifier(model, recipe, data.num_classes, objective, cfg.seed)
     if cfg.compile:
         compile_model(model)
-        if type(objective) is not Classification:
+        if not plain:
             say(
                 f"compile=true serves evaluation alone: {type(objective).__name__} is not compiled."
             )
@@ -177,7 +178,8 @@ def build(cfg: DictConfig, recipe: Recipe) -> tuple[Images, torch.nn.Module]:
 
 def compile_model(model: torch.nn.Module) -> None:
     """torch.compile in place: one graph for each combination of token counts."""
-    torch._dynamo.config.recompile_limit = 64  # type: ignore[attr-defined]
+    limits: Any = torch._dynamo.config  # type: ignore[attr-defined]
+    limits.recompile_limit = limits.accumulated_recompile_limit = 4096
     model.compile(fullgraph=True, dynamic=False)
 
 
@@ -197,10 +199,21 @@ def build_teacher(cfg: DictConfig, model: torch.nn.Module) -> torch.nn.Module | 
         return None
     if not source and not cfg.pretrained:
         return None
+    weights = read_state_dict(source) if source else {}
+    own = getattr(model, "pretrained_cfg", None) or {}
+    classes = len(weights["head.weight"]) if "head.weight" in weights else own.get("num_classes")
+    if classes != model.num_classes and not cfg.recipe.teacher:
+        return None  # its logits are of other classes
     teacher = dense_teacher(model)
     if source:
-        load_checkpoint(teacher, source, new_parts=True)
+        load_checkpoint(teacher, weights, new_parts=True)
     return teacher
+
+
+def plain_classification(model: torch.nn.Module, data: Images) -> bool:
+    """Whether a model is trained by the cross-entropy of its logits alone."""
+    token_labels = isinstance(model, LVViT) and data.has_label_maps
+    return not isinstance(model, DynamicViT) and not token_labels
 
 
 def announce(cfg: DictConfig, data: Images, model: Any, teacher: bool) -> None:
@@ -209,12 +222,12 @@ def announce(cfg: DictConfig, data: Images, model: Any, teacher: bool) -> None:
     if set(getattr(model, "keep_rate", [1])) == {1} and cfg.keep_rate != 1:
         say(f"{name} keeps every token: keep_rate and fusion are not used.")
     if isinstance(model, DynamicViT):
-        say("DynamicViT drops what it does not keep: fusion is not used.")
+        say("DynamicViT drops, at a constant rate: fusion and recipe.shrink_epochs are not used.")
         if not teacher:
-            say("Without a teacher there is no distillation: checkpoint=PATH of a dense model.")
+            say("Without a teacher of these classes there is no distillation: checkpoint=PATH.")
     elif isinstance(model, LVViT) and not data.has_label_maps:
         say("Without label maps LV-ViT is a plain classifier, no MixToken: data.label_maps=DIR.")
-    elif data.has_label_maps and not isinstance(model, LVViT):
+    if data.has_label_maps and (isinstance(model, DynamicViT) or not isinstance(model, LVViT)):
         say(f"{name} has no token labelling: the label maps are not used.")
     text = f"Training on {data.name} ({data.num_classes} classes): {recipe.epochs} epochs, "
     text += f"batch size {recipe.batch_size}"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from evit import load_checkpoint
 from evit.data.batch import MEAN, STD
-from evit.evaluation import complete_model, run_config
+from evit.evaluation import complete_model, model_name
 from evit.models import DynamicViT, EViT
 from evit.models.weights import read_state_dict
 from evit.report import results
@@ -99,7 +99,7 @@ def build(cfg: DictConfig) -> tuple[nn.Module, dict[str, Any]]:
     """
     cfg = cfg.copy()
     weights = read_state_dict(cfg.checkpoint) if cfg.checkpoint else {}
-    complete_model(cfg, run_config(Path(cfg.checkpoint)) if cfg.checkpoint else {})
+    complete_model(cfg, results.run_config(Path(cfg.checkpoint)) if cfg.checkpoint else {})
     if "pretrained" in cfg.model:
         cfg.model.pretrained = cfg.pretrained
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
@@ -119,7 +119,7 @@ def build(cfg: DictConfig) -> tuple[nn.Module, dict[str, Any]]:
             fusion = model.fusion if set(rates) != {1.0} else None
     wanted = getattr(model, "pretrained_cfg", None) or {}
     about = dict(
-        model=options.get("model_name", type(model).__name__),
+        model=model_name(config, cfg.checkpoint),
         keep_rate=rates,
         fusion=fusion,
         img_size=config["img_size"],

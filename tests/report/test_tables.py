@@ -9,29 +9,28 @@ from tests.conftest import QUICK, command
 
 
 def row(**changes) -> dict:
-    return (
-        dict(
-            top1=80.0,
-            top5=95.0,
-            train_images_per_s=100.0,
-            params=22e6,
-            macs=3.0321e9,
-            model="evit_deit",
-            keep_rate=0.7,
-            fusion=True,
-            img_size=224,
-            data="photos",
-            epochs=2,
-            from_checkpoint=False,
-            seed=0,
-            seconds=9.0,
-            device="CPU",
-            precision="32-true",
-            commit="abc",
-            packages=dict(torch="2.15.0"),
-        )
-        | changes
+    given = dict(
+        top1=80.0,
+        top5=95.0,
+        train_images_per_s=100.0,
+        params=22e6,
+        macs=3.0321e9,
+        model="evit_deit",
+        keep_rate=0.7,
+        fusion=True,
+        img_size=224,
+        data="photos",
+        epochs=2,
+        from_checkpoint=False,
+        seed=0,
+        seconds=9.0,
+        device="CPU",
+        precision="32-true",
+        commit="abc",
+        packages=dict(torch="2.15.0"),
     )
+    given |= changes
+    return given | dict(setting=f"{given['keep_rate']}{given['fusion']}")
 
 
 def cells(rows: list[dict]) -> list[list[str]]:
@@ -60,6 +59,18 @@ def test_every_setting_has_a_line_the_most_expensive_first():
         ["evit_deit", "0.7", "dropped"],
         ["evit_deit", "0.5", "fused"],
     ]
+
+
+def test_two_runs_of_one_setting_and_seed_are_not_averaged():
+    with pytest.raises(ValueError, match="2 runs of evit_deit at keep rate 0.7 share a seed"):
+        tables.markdown([row(), row()])
+
+
+def test_settings_differ_by_the_recipe_and_not_by_chance():
+    config = dict(seed=0, name="a", data=dict(seed=0, root="r"), recipe=dict(lr=1e-3))
+    other = dict(seed=1, name="b", data=dict(seed=1, root="r"), recipe=dict(lr=1e-3))
+    assert tables.setting(config) == tables.setting(other)
+    assert tables.setting(config) != tables.setting(config | dict(recipe=dict(lr=1e-4)))
 
 
 def test_where_the_numbers_come_from_is_below_the_table():

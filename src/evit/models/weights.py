@@ -97,7 +97,11 @@ def load_checkpoint(
     problems += [f"{k} is not the model's" for k in weights if k not in own]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        hint = "" if new_head else " (another number of classes alone: new_head=true)"
+        hint = (
+            ""
+            if new_head
+            else " (another number of classes alone: load_checkpoint(..., new_head=True))"
+        )
         raise ValueError(
             f"checkpoint does not fit {type(model).__name__}: {'; '.join(problems[:5])}{more}. "
             f"Choose the model that it was trained with{hint}"

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -50,6 +51,27 @@ def unfinished(folder: Path) -> Path | None:
     """The last checkpoint of the run that was interrupted in this folder, if one was."""
     path = folder / "checkpoints" / "last.ckpt"
     return path if path.is_file() else None
+
+
+def run_config(checkpoint: Path) -> dict[str, Any]:
+    """The configuration of the run whose checkpoint this is; {} where it is not a run's.
+
+    Raises:
+        ValueError: it is there and cannot be read.
+    """
+    path = checkpoint.absolute().parent.parent / "config.json"
+    if checkpoint.absolute().parent.name != "checkpoints" or not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text())
+        targets = [config[part]["_target_"] for part in ("model", "data")]
+        config |= config["recipe"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not the configuration of a run ({error})") from error
+    for name in targets + re.findall(r'"_target_": "(.*?)"', path.read_text()):
+        if not str(name).startswith(("evit.", "timm.create_model")):
+            raise ValueError(f"{path} asks to call {name}, which no run of ours does: not done")
+    return config
 
 
 def finish(result: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Finished runs as one table: a line for each setting, the mean over its seeds."""
 
+import hashlib
 import json
 import statistics
 from collections import defaultdict
@@ -9,7 +10,9 @@ from typing import Any
 from evit.report import results
 
 Row = dict[str, Any]
-SAME = ("data", "model", "keep_rate", "fusion", "img_size", "epochs", "from_checkpoint")
+# What runs of one setting may differ in.
+OWN = {"seed", "name", "logger", "checkpoint", "overwrite"}
+OWN_DATA = {"seed", "cache_dir", "num_workers", "batches_ahead"}
 
 
 def collect(runs: Path) -> list[Row]:
@@ -32,17 +35,35 @@ def row(result: dict[str, Any]) -> Row:
     return results.summary(result) | dict(
         data=result["data"]["name"],
         epochs=config["recipe"]["epochs"],
-        from_checkpoint=bool(config["checkpoint"]),
+        from_checkpoint=bool(config["checkpoint"] or config.get("pretrained")),
+        setting=setting(config),
         seed=config["seed"],
         **{key: result[key] for key in ("seconds", "device", "precision", "commit", "packages")},
     )
 
 
+def setting(config: dict[str, Any]) -> str:
+    """A hash of a run's configuration, the same for runs that differ by chance alone."""
+    same = {key: value for key, value in config.items() if key not in OWN}
+    same["data"] = {key: value for key, value in same["data"].items() if key not in OWN_DATA}
+    return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def markdown(rows: list[Row]) -> str:
-    """A Markdown table: a line for each setting, the mean and standard deviation over its seeds."""
+    """A Markdown table: a line for each setting, the mean and standard deviation over its seeds.
+
+    Raises:
+        ValueError: two runs of one setting have the same seed.
+    """
     groups: dict[Any, list[Row]] = defaultdict(list)
     for r in rows:
-        groups[tuple(str(r[key]) for key in SAME)].append(r)
+        groups[r["setting"], r["from_checkpoint"]].append(r)
+    for group in groups.values():
+        if len({r["seed"] for r in group}) < len(group):
+            raise ValueError(
+                f"{len(group)} runs of {group[0]['model']} at keep rate {group[0]['keep_rate']} "
+                f"share a seed: give runs=FOLDER with each run once"
+            )
     lines = [
         "| model | keep rate | the rest | top-1 | top-5 | GMACs | M parameters |",
         "|---|---|---|---|---|---|---|",
