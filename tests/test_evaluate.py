@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import evit
+from evit.report import results
 from tests.conftest import QUICK, command
 
 MICRO = "model=evit_deit_micro img_size=28 trainer=cpu data.num_workers=0".split()
@@ -347,3 +348,12 @@ def test_nothing_in_a_checkpoint_is_executed(photos, tmp_path, refused):
     shown = refused(f"checkpoint={tmp_path}/evil.pth", f"data.root={photos}", *MICRO)
     assert "evil.pth' cannot be read" in shown
     assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("part", ["model", "data"])
+def test_a_run_s_configuration_cannot_call_foreign_code(tmp_path, part):
+    config = {"recipe": {}, "model": {}, "data": {}} | {part: {"_target_": "os.system"}}
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="config.json is not .* asks to call os.system"):
+        results.run_config(tmp_path / "checkpoints/best.ckpt")
