@@ -138,8 +138,8 @@ def test_a_file_that_computes_something_else_is_not_left(monkeypatch, export, tm
 
 def test_random_weights_are_named(export):
     path, printed = export(f"model=evit_deit_tiny {TINY} random=true format=torch_export")
-    assert path.name == "evit_deit_tiny_patch16-0.7-32.pt2"
-    assert printed.startswith("Exporting evit_deit_tiny_patch16 with random weights")
+    assert path.name == "evit_deit_tiny-0.7-32.pt2"
+    assert printed.startswith("Exporting evit_deit_tiny with random weights")
 
 
 @pytest.mark.parametrize(
