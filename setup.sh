@@ -41,7 +41,8 @@ if [[ -z $uv ]]; then
 fi
 [[ -x .venv/bin/python ]] || "$uv" venv -q --python '>=3.11,<3.14' .venv
 echo "setup: installing the pinned packages into .venv"
-"$uv" pip install -q --python .venv/bin/python -r requirements.txt
+# Compiled once here, and not in every process where Python may not write beside its modules.
+"$uv" pip install -q --compile-bytecode --python .venv/bin/python -r requirements.txt
 "$uv" pip install -q --python .venv/bin/python --no-deps --editable .
 .venv/bin/python -c "import evit.data.pixels, ffcv.libffcv, torchvision.ops" ||
   fail "FFCV, torchvision or evit.data do not import"

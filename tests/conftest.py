@@ -1,8 +1,11 @@
 """What the tests of commands share: a few photos in class folders, and a way to run src/*.py."""
 
+import multiprocessing
 import os
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,8 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["evit.experiment", "evit.evaluation", "evit.benchmark", "numba"])
 # The smallest run that goes through every part.
 QUICK = (
     "model=evit_deit_micro img_size=28 recipe.epochs=1 recipe.batch_size=4 recipe.lr=1e-3 "
@@ -45,13 +50,30 @@ def shared_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(script: str, *arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
-    """Run python src/SCRIPT in a folder of the test's own."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("IMAGENET_DIR", "WANDB_MODE")}
-    return subprocess.run(
-        [sys.executable, str(ROOT / "src" / script), *arguments],
-        cwd=cwd,
-        env=environment | env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    """Run python src/SCRIPT in a folder of the test's own.
+
+    In a process of its own, forked from one that has paid for the imports of all of them.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        streams = Path(folder, "stdout"), Path(folder, "stderr")
+        argv = [str(ROOT / "src" / script), *arguments]
+        child = FORKS.Process(target=run_script, args=(argv, cwd, env, streams))
+        child.start()
+        child.join(timeout=400)
+        if child.is_alive():
+            child.kill()
+            raise TimeoutError(f"{argv} ran for 400 s:\n" + streams[1].read_text())
+        shown = [stream.read_text() for stream in streams]
+    return subprocess.CompletedProcess(argv, child.exitcode, *shown)
+
+
+def run_script(argv: list[str], cwd: Path, env: dict[str, str], streams: tuple[Path, Path]) -> None:
+    """Become python ARGV: what the child of command() does."""
+    for number, stream in enumerate(streams, 1):
+        os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(cwd)
+    for name in ("IMAGENET_DIR", "WANDB_MODE"):
+        os.environ.pop(name, None)
+    os.environ.update(env)
+    sys.argv, sys.path[0] = argv, str(Path(argv[0]).parent)
+    runpy.run_path(argv[0], run_name="__main__")

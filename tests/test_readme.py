@@ -15,6 +15,7 @@ import torch
 
 from evit.config import RunConfig
 from tests.conftest import QUICK, ROOT, write_photos
+from tests.conftest import command as run
 
 README = (ROOT / "README.md").read_text()
 SMALL = " ".join(QUICK)
@@ -65,6 +66,7 @@ COMMANDS = {
     ),
     ".venv/bin/python src/export.py checkpoint=CHECKPOINT keep_rate=0.5": "",
 }
+SLOW = [".venv/bin/python src/benchmark.py paper=deit_s"]
 DONE: dict[str, str] = {}
 
 
@@ -84,7 +86,9 @@ def test_every_command_is_known_to_the_tests():
     assert set(commands) == set(COMMANDS)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    "command", [pytest.param(c, marks=[pytest.mark.slow] * (c in SLOW)) for c in COMMANDS]
+)
 def test_command_runs(command, folder, shared_photos):
     words = {"DIR": str(shared_photos), "RUN": str(folder / "run"), "CACHE": str(folder / "data")}
     words |= {"LABELS": str(folder / "labels"), "SIX": str(folder / "six")}
@@ -93,17 +97,16 @@ def test_command_runs(command, folder, shared_photos):
         words["CHECKPOINT"] = str(path)
     names = "|".join(words | {"CHECKPOINT": ""})
     line = re.sub(rf"\b({names})\b", lambda m: words[m[0]], f"{command} {COMMANDS[command]}")
-    in_root = command.startswith("make")
-    line = line.replace(".venv/bin/python src/", f"{sys.executable} {ROOT}/src/")
-    env = {k: v for k, v in os.environ.items() if k not in ("IMAGENET_DIR", "MAKEFLAGS")}
-    done = subprocess.run(
-        shlex.split(line),
-        cwd=ROOT if in_root else folder,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    program, *arguments = shlex.split(line)
+    if program == "make":
+        env = {k: v for k, v in os.environ.items() if k not in ("IMAGENET_DIR", "MAKEFLAGS")}
+        done = subprocess.run(
+            [program, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=400
+        )
+    else:
+        assert program == ".venv/bin/python"
+        script, *arguments = arguments
+        done = run(script.removeprefix("src/"), *arguments, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     DONE[command] = done.stdout
 

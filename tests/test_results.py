@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from evit.report import tables
+from evit.report import benchmarks, tables
 from tests.conftest import ROOT
 
 RESULTS = ROOT / "results"
@@ -24,6 +24,15 @@ def test_the_table_of_an_evaluation_has_its_numbers(path):
     for row in result["settings"]:
         assert f"{row['top1']:.2f}" in table and f"{row['loss']:.4f}" in table
     assert result["commit"] and result["packages"]["torch"]
+
+
+@pytest.mark.parametrize(
+    "path", sorted(RESULTS.glob("*/benchmark.json")), ids=lambda p: p.parent.name
+)
+def test_the_table_of_a_benchmark_is_made_from_its_numbers(path):
+    result = json.loads(path.read_text())
+    assert path.with_name("table.md").read_text() == benchmarks.markdown(result)
+    assert not result["commit"].endswith("-dirty")
 
 
 def test_the_page_leads_to_every_result():

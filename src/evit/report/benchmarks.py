@@ -62,9 +62,8 @@ def readers(rows: list[Row]) -> list[list[str]]:
     return [head, *values]
 
 
-def write(result: Row, target: Path) -> None:
-    """table.md and benchmark.json, to keep."""
-    target.mkdir(parents=True, exist_ok=True)
+def markdown(result: Row) -> str:
+    """The tables, and what their columns mean."""
     lines = []
     for title, (head, *body) in groups(result):
         lines += [f"**{title}**", "", _line(head), "|" + "---|" * len(head)]
@@ -76,7 +75,13 @@ def write(result: Row, target: Path) -> None:
         if loader["readers"]:
             head, *body = readers(loader["readers"])
             lines += [_line(head), "|" + "---|" * len(head), *map(_line, body), ""]
-    (target / "table.md").write_text("\n".join([*lines, note(result)]) + "\n")
+    return "\n".join([*lines, note(result)]) + "\n"
+
+
+def write(result: Row, target: Path) -> None:
+    """table.md and benchmark.json, to keep."""
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "table.md").write_text(markdown(result))
     results.write_json(result, target / "benchmark.json")
     print(f"{target}/table.md  {target}/benchmark.json")
 
