@@ -1,8 +1,10 @@
 """What a batch is charged."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 
 import evit
 from evit.models.dynamicvit import DynamicLVViT
@@ -140,3 +142,39 @@ def test_a_recipe_for_another_kind_of_model_is_refused(knobs, message):
     model, recipe = tiny(evit.EViT), Recipe(epochs=10, batch_size=4, lr=1e-3, **knobs)
     with pytest.raises(ValueError, match=message):
         Classifier(model, recipe, 5, make_objective(model, recipe, 5, 4))
+
+
+def token_label_batch() -> tuple[torch.Tensor, ...]:
+    maps = torch.randn(4, 2, 5, 6, 6)
+    maps[:, 1] = torch.rand(4, 5, 6, 6).topk(5, 1).indices.float()
+    crops = torch.tensor([[0.1, 0.2, 0.8, 0.9, 0.0]]).repeat(4, 1)
+    return *batch(), maps.half(), crops
+
+
+@pytest.mark.parametrize(
+    ("kind", "label_maps", "taught"),
+    [
+        (evit.EViT, False, False),
+        (evit.LVViT, True, False),
+        (evit.DynamicViT, False, False),
+        (evit.DynamicViT, False, True),
+        (DynamicLVViT, False, True),
+    ],
+)
+def test_each_objective_is_one_graph_with_the_same_gradients(kind, label_maps, taught):
+    torch.compiler.reset()
+    inputs = token_label_batch() if label_maps else batch()
+    counter, gradients = CompileCounter(), []
+    for compiled in (False, True):
+        model = tiny(kind).train()
+        teacher = dense_teacher(model) if taught else None
+        objective = make_objective(model, RECIPE, 5, 4, label_maps, teacher)
+        if compiled:
+            objective.compile(backend=counter)
+        torch.manual_seed(1)
+        np.random.seed(1)
+        losses = objective(*inputs)
+        losses["loss"].backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert counter.frame_count == 1
+    torch.testing.assert_close(*gradients)

@@ -34,7 +34,8 @@ def mean_where(values: Tensor, weight: Tensor) -> Tensor:
 class Classification:
     """Cross-entropy of mixed images with smoothed labels.
 
-    Called with a batch (images, labels), returns the loss under "loss", and its parts.
+    Called with a batch (images, labels), returns the loss under "loss", and its parts: what is
+    drawn or looked up is prepared, and from there on a pure computation, losses(), follows.
     """
 
     def __init__(self, model: Any, recipe: Recipe, num_classes: int, batch_size: int):
@@ -51,12 +52,21 @@ class Classification:
     def to(self, device: torch.device) -> None:
         """Move what is not the trained model's."""
 
+    def compile(self, **options: Any) -> None:
+        """torch.compile losses(): one graph for each combination of token counts."""
+        compiled: Any = torch.compile(self.losses, fullgraph=True, dynamic=False, **options)
+        self.losses = compiled  # type: ignore[method-assign]
+
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         smoothing = self.recipe.label_smoothing if targets.ndim == 1 else 0.0
         return F.cross_entropy(logits, targets, label_smoothing=smoothing)
 
     def __call__(self, images: Tensor, labels: Tensor, *_: Tensor) -> dict[str, Tensor]:
-        images, targets = (images, labels) if self.mixup is None else self.mixup(images, labels)
+        return self.losses(
+            *((images, labels) if self.mixup is None else self.mixup(images, labels))
+        )
+
+    def losses(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         return dict(loss=self.cross_entropy(self.model(images), targets))
 
 
@@ -81,8 +91,7 @@ class DynamicTokens(Classification):
             return model.heads(x)
         return model.forward_head(x), x[:, model.num_prefix_tokens :]
 
-    def __call__(self, images: Tensor, labels: Tensor, *_: Tensor) -> dict[str, Tensor]:
-        images, targets = (images, labels) if self.mixup is None else self.mixup(images, labels)
+    def losses(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
         recipe = self.recipe
         x, decisions = self.model.forward_masked(images)
         ratio_loss = torch.stack(
@@ -91,10 +100,9 @@ class DynamicTokens(Classification):
                 for kept, share in zip(decisions, self.model.kept_shares(), strict=True)
             ]
         ).mean()
-        losses = dict(ratio_loss=ratio_loss)
         if self.teacher is None:
             class_loss = self.cross_entropy(self.model.forward_head(x), targets)
-            return losses | dict(loss=class_loss + recipe.ratio_weight * ratio_loss)
+            return dict(loss=class_loss + recipe.ratio_weight * ratio_loss, ratio_loss=ratio_loss)
         logits, features = self.outputs(self.model, x)
         with torch.no_grad():
             teacher_logits, teacher_features = self.outputs(
@@ -108,8 +116,9 @@ class DynamicTokens(Classification):
         token_distillation = mean_where(distance, decisions[-1].detach())
         distillation = class_distillation + token_distillation
         loss = self.cross_entropy(logits, targets) + recipe.ratio_weight * ratio_loss
-        return losses | dict(
+        return dict(
             loss=loss + recipe.distill_weight * distillation,
+            ratio_loss=ratio_loss,
             class_distillation=class_distillation,
             token_distillation=token_distillation,
         )
@@ -133,15 +142,20 @@ class TokenLabels(Classification):
     def __call__(  # type: ignore[override]
         self, images: Tensor, labels: Tensor, maps: Tensor, crops: Tensor
     ) -> dict[str, Tensor]:
-        model, recipe, grid = self.model, self.recipe, self.model.patch_embed.grid_size
+        grid = self.model.patch_embed.grid_size
         class_targets, targets = token_targets(
-            maps, crops, self.num_classes, grid, recipe.label_smoothing
+            maps, crops, self.num_classes, grid, self.recipe.label_smoothing
         )
         swapped = mix_token_box(grid).to(images.device).flatten()
         share = swapped.float().mean()
         class_targets = (1 - share) * class_targets + share * class_targets.flip(0)
         targets = torch.where(swapped[:, None], targets.flip(0), targets)
+        return self.losses(images, class_targets, targets, swapped)
 
+    def losses(  # type: ignore[override]
+        self, images: Tensor, class_targets: Tensor, targets: Tensor, swapped: Tensor
+    ) -> dict[str, Tensor]:
+        model = self.model
         x = model.embed(images, swapped)
         x, ids, _ = model.encode(x, model.patch_ids(x))
         class_logits, token_logits = model.heads(model.norm(x))
@@ -151,7 +165,7 @@ class TokenLabels(Classification):
         )
         class_loss = soft_cross_entropy(class_logits, class_targets).mean()
         return dict(
-            loss=class_loss + recipe.token_label_weight * token_loss,
+            loss=class_loss + self.recipe.token_label_weight * token_loss,
             class_loss=class_loss,
             token_loss=token_loss,
         )
