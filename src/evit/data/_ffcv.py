@@ -12,6 +12,8 @@ config: Any = numba.config
 if config.THREADING_LAYER == "default":
     config.THREADING_LAYER = "threadsafe"
 _torch_threads = torch.get_num_threads()
+# FFCV keeps two numbers in numba's dictionary, which takes seconds to compile in every process.
+_numba_dict, numba.typed.Dict = numba.typed.Dict, dict
 try:
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.ndarray import NDArrayDecoder
@@ -31,6 +33,7 @@ except (ImportError, OSError, ValueError) as error:
     ) from error
 finally:
     torch.set_num_threads(_torch_threads)
+    numba.typed.Dict = _numba_dict
 
 __all__ = [
     "AllocationQuery",
