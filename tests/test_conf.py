@@ -33,7 +33,7 @@ def test_the_knobs_are_these():
     """A new knob is a decision: it goes into the README too."""
     assert {field.name for field in fields(RunConfig)} == {
         *("name", "keep_rate", "fusion", "img_size", "seed", "checkpoint", "pretrained"),
-        *("compile", "overwrite"),
+        *("compile", "overwrite", "resume", "checkpoint_every_n_steps"),
         *("model", "data", "recipe", "trainer", "logger"),
     }
 

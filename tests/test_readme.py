@@ -39,6 +39,9 @@ COMMANDS = {
     ".venv/bin/python src/prepare.py source=DIR target=DIR-ffcv max_resolution=500": "",
     ".venv/bin/python src/train.py data.root=DIR-ffcv": SMALL,
     ".venv/bin/python src/train.py data.root=DIR data.backend=imagefolder": f"{SMALL} seed=1",
+    ".venv/bin/torchrun --nproc-per-node=2 src/train.py data.root=DIR": (
+        f"{SMALL} trainer=ddp trainer.accelerator=cpu trainer.log_every_n_steps=1 logger=none"
+    ),
     ".venv/bin/python src/evaluate.py checkpoint=CHECKPOINT": "trainer=cpu",
     ".venv/bin/python src/evaluate.py checkpoint=CHECKPOINT model=evit_deit data.root=DIR "
     "keep_rates=[1,0.9,0.8,0.7,0.6,0.5] fusion=[true,false]": (
@@ -67,6 +70,7 @@ COMMANDS = {
     ".venv/bin/python src/export.py checkpoint=CHECKPOINT keep_rate=0.5": "",
 }
 SLOW = [".venv/bin/python src/benchmark.py paper=deit_s"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 DONE: dict[str, str] = {}
 
 
@@ -98,15 +102,16 @@ def test_command_runs(command, folder, shared_photos):
     names = "|".join(words | {"CHECKPOINT": ""})
     line = re.sub(rf"\b({names})\b", lambda m: words[m[0]], f"{command} {COMMANDS[command]}")
     program, *arguments = shlex.split(line)
-    if program == "make":
-        env = {k: v for k, v in os.environ.items() if k not in ("IMAGENET_DIR", "MAKEFLAGS")}
-        done = subprocess.run(
-            [program, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=400
-        )
-    else:
-        assert program == ".venv/bin/python"
+    if program == ".venv/bin/python":
         script, *arguments = arguments
         done = run(script.removeprefix("src/"), *arguments, cwd=folder)
+    else:
+        cwd, words = (ROOT, [program]) if program == "make" else (folder, TORCHRUN)
+        arguments = [re.sub("^src/", f"{ROOT}/src/", argument) for argument in arguments]
+        env = {k: v for k, v in os.environ.items() if k not in ("IMAGENET_DIR", "MAKEFLAGS")}
+        done = subprocess.run(
+            [*words, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=400
+        )
     assert done.returncode == 0, done.stdout + done.stderr
     DONE[command] = done.stdout
 

@@ -48,6 +48,25 @@ def test_a_run_that_cannot_reach_wandb_goes_on_offline(tmp_path, monkeypatch):
     assert list(tmp_path.glob("wandb/offline-run-*"))
 
 
+def test_the_rows_of_steps_that_are_trained_again_are_taken_away(tmp_path):
+    logger = JsonlLogger(tmp_path / "metrics.jsonl")
+    for step in range(5):
+        logger.log_metrics({"train/loss": 0.5}, step)
+    with logger.path.open("a") as file:
+        file.write('{"step": 5, "train')  # killed here
+    rows = JsonlLogger(logger.path, steps=3).path.read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == [0, 1, 2]
+
+
+def test_a_run_that_goes_on_is_the_same_run_in_wandb_and_another_is_not(tmp_path):
+    ids = []
+    for folder in ("a", "a", "b"):
+        ids.append(wandb_logger(tmp_path / folder, mode="offline", **RUN).version)
+        wandb.finish()
+    assert ids[0] == ids[1] != ids[2]
+    assert len(list(tmp_path.glob(f"a/wandb/offline-run-*-{ids[0]}/*.wandb"))) in (1, 2)
+
+
 def test_disabled_leaves_nothing(tmp_path):
     assert wandb_logger(tmp_path, mode="disabled", **RUN) is None
     assert not list(tmp_path.iterdir())

@@ -59,8 +59,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         rows = [row | dict(paper=published(row)) for row in rows]
     result: dict[str, Any] = dict(rows=rows, matmul=peaks)
     if "loader" in config["what"]:
-        from evit.experiment import quiet
         from evit.measure.data_bound import compare_readers, data_bound
+        from evit.training.trainer import quiet
 
         quiet()
         fastest = min(entries, key=lambda entry: facts(entry)["macs"])  # asks for most images

@@ -36,6 +36,8 @@ class RunConfig:
     pretrained: bool = False
     compile: bool = False
     overwrite: bool = False
+    resume: str = "auto"
+    checkpoint_every_n_steps: int | None = None
     model: Any = MISSING
     data: Any = MISSING
     recipe: Recipe = MISSING

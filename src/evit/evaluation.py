@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from evit import load_checkpoint, measure
 from evit.config import listed, overridden
 from evit.data import Images
-from evit.experiment import build_trainer, quiet, say
 from evit.models import EViT
 from evit.models.vit import per_reorganization
 from evit.models.weights import read_state_dict
 from evit.report import evaluations, results
 from evit.tokens import SELECTIONS
-from evit.training.callbacks import ProgressBar
 from evit.training.evaluator import Evaluator, Setting, has_choices
+from evit.training.progress import EvaluationBar
+from evit.training.trainer import build_trainer, quiet, say
 
 # Of a checkpoint that is not of a run, where nothing else is given.
 DEFAULTS = dict(keep_rate=0.7, fusion=True, img_size=224, crop_pct=0.875, max_val_images=None)
@@ -45,8 +45,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         raise ValueError("checkpoint=PATH is needed: a run's checkpoints/best.ckpt, or a .pth file")
     weights = read_state_dict(cfg.checkpoint)
     config = complete(cfg, given, results.run_config(Path(cfg.checkpoint)))
-    bar = ProgressBar() if sys.stdout.isatty() else None
-    options = dict(max_epochs=1, enable_checkpointing=False)
+    bar = EvaluationBar() if sys.stdout.isatty() else None
+    options = dict(max_epochs=1, enable_checkpointing=False, enable_progress_bar=bool(bar))
     trainer = build_trainer(cfg.trainer, folder, [bar] if bar else [], **options)
     data, model = build(config, weights, trainer)
     settings = choose_settings(config, model, given)

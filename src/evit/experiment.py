@@ -1,9 +1,6 @@
 """One run: build, fit, evaluate, write result.json."""
 
-import logging
-import sys
 import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +9,8 @@ import torch
 import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from evit import load_checkpoint, measure
@@ -23,25 +19,23 @@ from evit.models import DynamicViT, EViT, LVViT
 from evit.models.weights import read_state_dict
 from evit.report import results
 from evit.tracking import JsonlLogger, wandb_logger, wandb_mode
-from evit.training.callbacks import (
-    BestCheckpoint,
-    KeepRateSchedule,
-    KeptPatches,
-    Throughput,
-    progress,
-)
+from evit.training import checkpoints
+from evit.training.callbacks import KeepRateSchedule, KeptPatches
 from evit.training.module import Classifier, mix_seed
 from evit.training.objectives import dense_teacher, make_objective
+from evit.training.progress import Throughput, progress
 from evit.training.recipe import Recipe
+from evit.training.trainer import build_trainer, quiet, say
 
 GROUPS = ("model", "data", "recipe", "experiment")
+HOW = ("overwrite", "resume", "checkpoint_every_n_steps")  # which change nothing of the results
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Train by a composed configuration; leave result.json in Hydra's run folder and return it.
 
     A run that has finished there before is shown, not repeated; one that was interrupted goes on
-    from its last whole epoch. cfg.overwrite starts anew.
+    from its last checkpoint. cfg.overwrite starts anew.
 
     Raises:
         ValueError: the configuration cannot be served; nothing has been written.
@@ -50,14 +44,16 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     started = time.monotonic()
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     folder = Path(HydraConfig.get().runtime.output_dir)
+    overwrite, resume, every = (config.pop(knob) for knob in HOW)
+    first = checkpoints.given(resume, folder)
     last = None
-    if not config.pop("overwrite"):
+    if not overwrite:
         results.check_config(folder, config)
         if before := results.finished(folder):
             say("This run has finished before: overwrite=true repeats it.")
-            results.show(before, folder)
+            rank_zero_only(results.show)(before, folder)
             return before
-        last = results.unfinished(folder)
+        last = checkpoints.unfinished(folder)
 
     recipe: Any = OmegaConf.to_object(cfg.recipe)
     mode = wandb_mode(config["logger"]["mode"])
@@ -66,15 +62,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     announce(cfg, data, model, teacher is not None)
     throughput = Throughput(recipe.batch_size)
     callbacks: list[L.Callback] = [
-        progress(),
         throughput,
-        ModelCheckpoint(
-            folder / "checkpoints",
-            "last",
-            enable_version_counter=False,
-            save_on_train_epoch_end=True,  # of whole epochs, so that a run can go on from there
-        ),
-        BestCheckpoint(folder / "checkpoints", recipe.full_rate_epoch),
+        progress(throughput),
+        checkpoints.LastCheckpoint(folder / "checkpoints", every),
+        checkpoints.BestCheckpoint(folder / "checkpoints", recipe.full_rate_epoch),
     ]
     if recipe.ema_decay is not None:
         callbacks.append(EMAWeightAveraging(decay=recipe.ema_decay))
@@ -120,7 +111,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         rank_zero_only(results.start)(folder, config)
     options = config["logger"] | dict(name=folder.name, mode=mode)
     tracker = wandb_logger(folder, config=config, **options)
-    metrics_log = JsonlLogger(folder / "metrics.jsonl", last)
+    steps = checkpoints.optimizer_steps(last) if last else None
+    metrics_log = JsonlLogger(folder / "metrics.jsonl", steps)
+    last = last or first
     trainer.loggers = [metrics_log, *([tracker] if tracker else [])]
     try:
         trainer.fit(module, data, ckpt_path=last, weights_only=True)
@@ -238,39 +231,6 @@ def announce(cfg: DictConfig, data: Images, model: Any, teacher: bool) -> None:
     say(text)
 
 
-def say(text: str) -> None:
-    rank_zero_only(print)(text, flush=True)
-
-
-def build_trainer(
-    options: Any, folder: Path, callbacks: list[L.Callback], **more: Any
-) -> L.Trainer:
-    """Lightning's Trainer with the configuration's options, and more of them.
-
-    Raises:
-        ValueError: Lightning does not know an option, or cannot serve it here.
-    """
-    options = OmegaConf.to_container(options, resolve=True)
-    if options["precision"] == "auto":
-        bf16 = options["accelerator"] != "cpu" and torch.cuda.is_available()
-        bf16 = bf16 and torch.cuda.is_bf16_supported(including_emulation=False)
-        options["precision"] = "bf16-mixed" if bf16 else "32-true"
-    try:
-        return L.Trainer(
-            **options,
-            **more,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-            default_root_dir=folder,
-            callbacks=callbacks,
-            logger=False,
-            enable_model_summary=False,
-            enable_progress_bar=sys.stdout.isatty(),
-        )
-    except (TypeError, ValueError, MisconfigurationException) as error:
-        raise ValueError(f"trainer: {error}") from error
-
-
 def facts(model: torch.nn.Module, img_size: int) -> dict[str, Any]:
     """What the model is and costs, for the tables."""
     result: dict[str, Any] = dict(
@@ -286,15 +246,3 @@ def facts(model: torch.nn.Module, img_size: int) -> dict[str, Any]:
             macs=measure.count_macs(model),
         )
     return result
-
-
-def quiet() -> None:
-    """Leave the terminal to the run: no advertisements, no advice about settings chosen here."""
-    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (
-        ".*treespec, LeafSpec.*",
-        ".*exists and is not empty.*",
-        ".*logging interval.*",
-    ):
-        warnings.filterwarnings("ignore", message=message)

@@ -1,12 +1,12 @@
 """The run's records: metrics.jsonl, which is the truth, and W&B, which mirrors it."""
 
 import json
+import secrets
 import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-import torch
 import wandb
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
@@ -17,14 +17,13 @@ class JsonlLogger(Logger):
     """Appends each logged row to a file as one line of JSON, flushed at once.
 
     Whatever kills the run, what was logged before is there. `seconds` is since the logger was made.
-    With a checkpoint to go on from, the rows that were logged after it are taken away.
+    A run that goes on after a number of steps loses the rows that were logged later.
     """
 
-    def __init__(self, path: Path, checkpoint: Path | None = None):
+    def __init__(self, path: Path, steps: int | None = None):
         super().__init__()
         self.path, self.start = path, time.monotonic()
-        if checkpoint and path.is_file():
-            steps = torch.load(checkpoint, weights_only=True, map_location="meta")["global_step"]
+        if steps is not None and path.is_file():
             rank_zero_only(self._cut)(steps)
 
     def _cut(self, steps: int) -> None:
@@ -78,15 +77,23 @@ def wandb_logger(
     tags: list[str],
     config: dict[str, Any],
 ) -> WandbLogger | None:
-    """Lightning's logger of a new W&B run; None where that is disabled, or not this process's.
+    """Lightning's logger of a folder's W&B run; None where disabled, or not this process's.
 
-    A failure to reach W&B is not the run's: it is said, and the run goes on offline.
+    The run is that of the id in wandb/run_id, so one that goes on stays the same. A failure to
+    reach W&B is not the run's: it is said, and the run goes on offline.
     """
     if mode == "disabled":
         return None
 
+    run_id = directory / "wandb" / "run_id"
+    if not run_id.is_file():
+        run_id.parent.mkdir(parents=True, exist_ok=True)
+        run_id.write_text(secrets.token_hex(4))
+
     def start(mode: Any) -> wandb.Run:
         return wandb.init(
+            id=run_id.read_text(),
+            resume="allow",
             project=project,
             entity=entity,
             group=group,

@@ -1,6 +1,6 @@
 """The imagefolder backend: torchvision and PIL, the published protocol to the pixel."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,14 +11,20 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
 
 from evit.data.label_maps import Shape, read_label_map
+from evit.data.resumable import Resumable
 from evit.data.sources import choose_samples
 
 
 class EpochSampler(DistributedSampler):
-    """Yields (epoch, index): a data set can then draw its augmentation from both."""
+    """Yields (epoch, index): a data set can then draw its augmentation from both.
+
+    The first `start` are left out.
+    """
+
+    start = 0
 
     def __iter__(self) -> Iterator[Any]:
-        return ((self.epoch, i) for i in super().__iter__())
+        return ((self.epoch, i) for i in list(super().__iter__())[self.start :])
 
 
 class ExactShard(Sampler):
@@ -84,11 +90,17 @@ class SeededAugmentation(Dataset):
         return image, label, found, crop
 
 
-class FolderLoader(DataLoader):
+class FolderLoader(Resumable, DataLoader):  # type: ignore[misc]
     """Batches uint8 (B, 3, H, W), labels (B,); in training also the label maps (B, 2, 5, h, w) of
     `label_map_shape` (h, w), where that is not None, and the crops (B, 5)."""
 
     label_map_shape: Shape | None = None
+
+    def batches(self, start: int) -> Generator[Any]:
+        if isinstance(self.sampler, EpochSampler):
+            assert self.batch_size
+            self.sampler.start = start * self.batch_size
+        yield from DataLoader.__iter__(self)
 
 
 def folder_loader(

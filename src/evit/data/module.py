@@ -170,6 +170,14 @@ class Images(L.LightningDataModule):
     def val_dataloader(self) -> Any:
         return self._loaders["val"]
 
+    # Lightning restores a loader's state by itself, but not once estimated_stepping_batches has been
+    # asked for, as configure_optimizers does.
+    def state_dict(self) -> dict[str, int]:
+        return self._loaders["train"].state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self._loaders["train"].load_state_dict(state_dict)
+
     def _loader(self, split: str) -> Any:
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,12 +34,13 @@ from evit.data.ops import (
     LabelMapDecoder,
     RandomResizedCropFlip,
 )
+from evit.data.resumable import Resumable
 from evit.data.sources import choose_samples
 
 Batch = tuple[torch.Tensor, ...]
 
 
-class FFCVStream:
+class FFCVStream(Resumable):
     """An iterable of (images uint8 (B, 3, H, W), labels int64 (B,)), on `device` if that is CUDA.
 
     Training from a file with label maps, a batch goes on: maps float16 (B, 2, 5, h, w), and crops
@@ -140,12 +141,12 @@ class FFCVStream:
         order |= rng.integers(2**32, size=len(order), dtype=np.uint64) << SAMPLE_BITS
         return order[self.rank :: self.world_size][: len(self) * self.batch_size]
 
-    def __iter__(self) -> Iterator[Batch]:
+    def batches(self, start: int) -> Generator[Batch]:
         if self._loader is None:
             self._loader = self._open()
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         with on_device:
-            epoch = _Epoch(self._loader, self._order(self.epoch))
+            epoch = _Epoch(self._loader, self._order(self.epoch)[start * self.batch_size :])
         try:
             yield from epoch
         finally:

@@ -19,11 +19,13 @@ PACKAGES = "torch torchvision timm lightning hydra-core torchmetrics wandb ffcv"
 
 def start(folder: Path, config: dict[str, Any]) -> None:
     """Clear a run's folder of what is not to be resumed, and put the configuration there."""
-    for name in ("result.json", "metrics.jsonl", "kept_patches.png"):
+    for name in ("result.json", "metrics.jsonl", "kept_patches.png", "wandb/run_id"):
         (folder / name).unlink(missing_ok=True)
+    for path in folder.glob("hpc_ckpt_*"):  # Lightning's under SLURM, which it would go on from
+        path.unlink()
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+    write_json(config, folder / "config.json")
 
 
 def check_config(folder: Path, config: dict[str, Any]) -> None:
@@ -44,12 +46,6 @@ def finished(folder: Path) -> dict[str, Any] | None:
     """The result of the run that has finished in this folder, if one has."""
     path = folder / "result.json"
     return json.loads(path.read_text()) if path.is_file() else None
-
-
-def unfinished(folder: Path) -> Path | None:
-    """The last checkpoint of the run that was interrupted in this folder, if one was."""
-    path = folder / "checkpoints" / "last.ckpt"
-    return path if path.is_file() else None
 
 
 def run_config(checkpoint: Path) -> dict[str, Any]:

@@ -1,14 +1,10 @@
 """What happens beside the training loop."""
 
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
-from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 from torchvision.io import write_png
@@ -37,6 +33,7 @@ class KeepRateSchedule(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         steps = int(trainer.num_training_batches)
+        batch_idx -= batch_idx % trainer.accumulate_grad_batches  # one rate for a whole step
         step = trainer.current_epoch * steps + batch_idx
         rates = keep_rate_at(step, steps, self.final, *self.schedule)
         actual = rates
@@ -48,48 +45,12 @@ class KeepRateSchedule(L.Callback):
         tokens = self.model.tokens_per_block()
         pl_module.log("tokens_per_image", sum(tokens) / len(tokens))
         if len(set(self.final)) == 1:
-            pl_module.log("keep_rate", rates[0], prog_bar=True)
+            pl_module.log("keep_rate", rates[0])
         else:
             pl_module.log_dict({f"keep_rate/{i}": rate for i, rate in enumerate(rates, 1)})
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.model.set_keep_rate(self.final)
-
-
-class BestCheckpoint(ModelCheckpoint):
-    """Keeps the weights of the best val/top1, among the epochs at the final keep rate."""
-
-    def __init__(self, folder: Path, first_epoch: int):
-        super().__init__(
-            folder, "best", monitor="val/top1", mode="max", enable_version_counter=False
-        )
-        self.first_epoch = first_epoch
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.current_epoch >= self.first_epoch:
-            super().on_validation_end(trainer, pl_module)
-
-
-class Throughput(L.Callback):
-    """Images per second of training, over all processes, each epoch's first step left out."""
-
-    def __init__(self, batch_size: int):
-        self.batch_size = batch_size
-        self.images_per_s: float | None = None  # until an epoch of two steps or more has ended
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
-    ) -> None:
-        batch_idx = args[-1]
-        if batch_idx == 0:
-            self.start = time.perf_counter()
-        elif trainer.is_last_batch:
-            images = batch_idx * self.batch_size / trainer.accumulate_grad_batches
-            self.images_per_s = images / (time.perf_counter() - self.start)
-
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.images_per_s is not None:
-            pl_module.log("train/images_per_s", self.images_per_s)
 
 
 class KeptPatches(L.Callback):
@@ -127,32 +88,3 @@ class KeptPatches(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image("kept_patches", [str(self.path)])
-
-
-class EpochLines(L.Callback):
-    """One line for each evaluation, where there is no terminal for a progress bar."""
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero:
-            values = {name: float(value) for name, value in trainer.callback_metrics.items()}
-            names = ("train/loss", "val/loss", "val/top1", "val/top5")
-            line = "  ".join(f"{name} {values[name]:.3f}" for name in names if name in values)
-            print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {line}", flush=True)
-
-
-class ProgressBar(RichProgressBar):
-    """Lightning's, without the version number of the logger."""
-
-    def __init__(self) -> None:
-        theme = RichProgressBarTheme(progress_bar="cyan", progress_bar_finished="green")
-        super().__init__(leave=True, theme=theme)
-
-    def get_metrics(self, trainer: L.Trainer, pl_module: L.LightningModule) -> Any:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return metrics
-
-
-def progress() -> L.Callback:
-    """A live progress bar on a terminal, lines elsewhere."""
-    return ProgressBar() if sys.stdout.isatty() else EpochLines()

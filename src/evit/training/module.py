@@ -64,8 +64,12 @@ class Classifier(L.LightningModule):
         seed = mix_seed(self.seed, self.current_epoch, batch_idx, self.global_rank)
         L.seed_everything(seed, verbose=False)
         losses = self.objective(*batch)
+        trainer = self.trainer
+        is_logged = (self.global_step + 1) % trainer.log_every_n_steps == 0  # type: ignore
         for name, value in losses.items():
-            self.log(f"train/{name}", value, prog_bar=name == "loss")
+            if trainer.world_size > 1 and is_logged:
+                value = trainer.strategy.reduce(value.detach().clone())  # the mean of all processes
+            self.log(f"train/{name}", value)
         return losses["loss"]
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -77,7 +81,7 @@ class Classifier(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self.log("val/loss", self.loss.compute())
-        self.log("val/top1", 100 * self.top1.compute(), prog_bar=True)
+        self.log("val/top1", 100 * self.top1.compute())
         self.log("val/top5", 100 * self.top5.compute())
         for metric in (self.loss, self.top1, self.top5):
             metric.reset()

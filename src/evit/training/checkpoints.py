@@ -1,0 +1,143 @@
+"""Checkpoints: written whole or not at all, and which of them a run goes on from."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
+
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Gives a checkpoint its name only when all of it is on the disk."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".tmp")
+        with partial.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+
+class LastCheckpoint(Checkpoint):
+    """last.ckpt, after every epoch and every so many optimizer steps; previous.ckpt before it.
+
+    A checkpoint from within an epoch is named last.ckpt when the next batch begins: only then are
+    the metrics of its step in metrics.jsonl, and a run that goes on from it lacks none.
+    """
+
+    def __init__(self, folder: Path, every_n_steps: int | None = None):
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"checkpoint_every_n_steps must be at least 1, got {every_n_steps}")
+        self.folder, self.every_n_steps = folder, every_n_steps
+        self.saved_step = -1
+        self.pending = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.saved_step = trainer.global_step
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any
+    ) -> None:
+        if self.pending:
+            self.publish(trainer)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        step = trainer.global_step
+        due = self.every_n_steps and step % self.every_n_steps == 0 and step != self.saved_step
+        if due and not trainer.is_last_batch:  # the epoch's end is about to be saved
+            self.save(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.save(trainer)
+        self.publish(trainer)
+
+    def save(self, trainer: L.Trainer) -> None:
+        trainer.save_checkpoint(self.folder / "next.ckpt")
+        self.saved_step, self.pending = trainer.global_step, True
+
+    def publish(self, trainer: L.Trainer) -> None:
+        self.pending = False
+        if trainer.is_global_zero:
+            last = self.folder / LAST
+            if last.exists():
+                last.replace(self.folder / PREVIOUS)
+            (self.folder / "next.ckpt").replace(last)
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the weights of the best val/top1, among the epochs at the final keep rate."""
+
+    def __init__(self, folder: Path, first_epoch: int):
+        super().__init__(
+            folder, "best", monitor="val/top1", mode="max", enable_version_counter=False
+        )
+        self.first_epoch = first_epoch
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch >= self.first_epoch:
+            super().on_validation_end(trainer, pl_module)
+
+
+def optimizer_steps(path: Path) -> int:
+    """The number of steps after which a checkpoint was written.
+
+    Raises:
+        ValueError: it cannot be read, or there is no training to go on with in it.
+    """
+    try:
+        checkpoint = torch.load(path, weights_only=True, map_location="meta")
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} cannot be read ({reason})") from error
+    if not isinstance(checkpoint, dict) or not {"global_step", "optimizer_states"} <= set(
+        checkpoint
+    ):
+        raise ValueError(f"{path} holds weights alone: checkpoint={path} starts from them")
+    return checkpoint["global_step"]
+
+
+def unfinished(folder: Path) -> Path | None:
+    """The last checkpoint of the run that was interrupted in this folder, if one was.
+
+    Raises:
+        ValueError: it has checkpoints, and none can be read.
+    """
+    found = [path for name in (LAST, PREVIOUS) if (path := folder / "checkpoints" / name).is_file()]
+    for path in found:
+        try:
+            optimizer_steps(path)
+            return path
+        except ValueError as error:
+            rank_zero_warn(f"{error}: it is left out")
+    if found:
+        raise ValueError(f"no checkpoint in {folder} can be read: overwrite=true starts anew")
+    return None
+
+
+def given(resume: str, folder: Path) -> Path | None:
+    """The checkpoint that resume=PATH begins with; None for resume=auto.
+
+    Raises:
+        ValueError: it is no checkpoint, or this folder's own.
+    """
+    if resume == "auto":
+        return None
+    path = Path(resume).expanduser().resolve()
+    if not path.is_file():
+        raise ValueError(f"resume={resume} is neither auto nor a checkpoint")
+    if folder.resolve() in path.parents:
+        raise ValueError(f"resume={resume} is a checkpoint of this very run: take resume=auto")
+    optimizer_steps(path)
+    return path

@@ -1,0 +1,98 @@
+"""Lightning's Trainer: on how many processes, in which precision, and without chatter."""
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import OmegaConf
+
+from evit.training.checkpoints import WholeFiles
+
+
+def build_trainer(
+    options: Any, folder: Path, callbacks: list[L.Callback], **more: Any
+) -> L.Trainer:
+    """Lightning's Trainer with the configuration's options, and more of them.
+
+    Raises:
+        ValueError: Lightning does not know an option, or cannot serve it here.
+    """
+    options = OmegaConf.to_container(options, resolve=True)
+    if options["precision"] == "auto":
+        bf16 = options["accelerator"] != "cpu" and torch.cuda.is_available()
+        bf16 = bf16 and torch.cuda.is_bf16_supported(including_emulation=False)
+        options["precision"] = "bf16-mixed" if bf16 else "32-true"
+    options |= processes(options["devices"], options["num_nodes"])
+    # What Lightning's "ddp" and, with several devices, "auto" mean.
+    ddp = options.pop("ddp")
+    StrategyRegistry.register("ddp", DDPStrategy, override=True, start_method="popen", **ddp)
+    more = dict(enable_progress_bar=False) | more
+    try:
+        return L.Trainer(
+            **options,
+            **more,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+            default_root_dir=folder,
+            callbacks=callbacks,
+            logger=False,
+            enable_model_summary=False,
+            plugins=[WholeFiles()],
+        )
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise ValueError(f"trainer: {error}") from error
+
+
+def processes(devices: Any, num_nodes: Any) -> dict[str, Any]:
+    """The Trainer's devices and num_nodes: auto is as many as torchrun or srun has started.
+
+    Raises:
+        ValueError: other numbers were given; or SLURM's tasks were not started.
+    """
+    env = os.environ
+    if torch.distributed.is_torchelastic_launched():
+        launcher, local = "torchrun", int(env["LOCAL_WORLD_SIZE"])
+        nodes = int(env["WORLD_SIZE"]) // local
+    elif SLURMEnvironment.detect():
+        tasks, nodes = int(env["SLURM_NTASKS"]), int(env.get("SLURM_NNODES", 1))
+        launcher, local = "srun", tasks // nodes
+        if tasks > 1 and "SLURM_STEP_ID" not in env:
+            raise ValueError(
+                f"SLURM has {tasks} tasks for this job and runs one: begin the command with srun"
+            )
+    else:
+        return dict(devices=devices, num_nodes=1 if num_nodes == "auto" else num_nodes)
+    wanted = len(devices) if isinstance(devices, list) else devices
+    for name, value, started in (("devices", wanted, local), ("num_nodes", num_nodes, nodes)):
+        if str(value) not in ("auto", str(started)):
+            what = "processes on each node" if name == "devices" else "nodes"
+            raise ValueError(
+                f"trainer.{name} is {value}, but {launcher} has started {started} {what}: "
+                f"leave it at auto"
+            )
+    return dict(devices=local if devices == "auto" else devices, num_nodes=nodes)
+
+
+def say(text: str) -> None:
+    """Print a line, once for all processes."""
+    rank_zero_only(print)(text, flush=True)
+
+
+def quiet() -> None:
+    """Leave the terminal to the run: no advertisements, no advice about settings chosen here."""
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*treespec, LeafSpec.*",
+        ".*exists and is not empty.*",
+        ".*logging interval.*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
