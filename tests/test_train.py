@@ -139,13 +139,14 @@ MISTAKES = {
     "logger.mode=loud": "logger.mode must be",
     "data.backend=dali": "data.backend must be ffcv or imagefolder",
     "resume=lost.ckpt": "resume=lost.ckpt is neither auto nor a checkpoint",
+    "trainer.ddp.static_graph=true trainer.accumulate_grad_batches=2": "does not go with",
     "checkpoint_every_n_steps=0": "checkpoint_every_n_steps must be at least 1, got 0",
 }
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_named_at_once_and_leaves_nothing(mistake, photos, tmp_path, in_process):
-    shown = in_process(*QUICK, f"data.root={photos}", mistake)
+    shown = in_process(*QUICK, f"data.root={photos}", *mistake.split())
     assert MISTAKES[mistake] in shown
     assert not list(tmp_path.glob("outputs/**/*"))
 

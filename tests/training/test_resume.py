@@ -1,5 +1,7 @@
 """An interrupted run goes on as if nothing had happened: from within an epoch, too."""
 
+import contextlib
+import io
 import json
 import signal
 import subprocess
@@ -28,13 +30,11 @@ class Killed(Exception):
     pass
 
 
-@pytest.fixture
-def train(monkeypatch, shared_photos, capsys):
+@pytest.fixture(scope="module")
+def train(shared_photos):
     """Run src/train.py in this process and in a folder; kill it at a batch of an epoch."""
     import train
 
-    monkeypatch.delenv("IMAGENET_DIR", raising=False)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     step = Classifier.training_step
 
     def run(folder: Path, *more: str, kill_at: tuple[int, int] | None = None) -> str:
@@ -44,18 +44,27 @@ def train(monkeypatch, shared_photos, capsys):
             return step(self, batch, batch_idx)
 
         folder.mkdir(exist_ok=True)
-        monkeypatch.chdir(folder)
-        monkeypatch.setattr(Classifier, "training_step", training_step)
         arguments = ["train.py", *ARGUMENTS, f"data.root={shared_photos}", *more]
-        monkeypatch.setattr(sys, "argv", arguments)
-        if kill_at:
-            with pytest.raises(Killed):
+        printed = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+            patch.delenv("IMAGENET_DIR", raising=False)
+            patch.setenv("HYDRA_FULL_ERROR", "1")
+            patch.chdir(folder)
+            patch.setattr(Classifier, "training_step", training_step)
+            patch.setattr(sys, "argv", arguments)
+            with pytest.raises(Killed) if kill_at else contextlib.nullcontext():
                 train.main()
-        else:
-            train.main()
-        return capsys.readouterr().out
+        return printed.getvalue()
 
     return run
+
+
+@pytest.fixture(scope="module")
+def whole(train, tmp_path_factory) -> Path:
+    """The folder of a run that nothing has interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(folder)
+    return folder
 
 
 def only(folder: Path, pattern: str) -> Path:
@@ -75,20 +84,29 @@ def training_state(folder: Path) -> dict:
     return {name: found[name] for name in names} | dict(step=found["global_step"])
 
 
-@pytest.mark.parametrize("data", ["backend=ffcv", "backend=imagefolder"])
-def test_a_run_killed_within_and_between_epochs_equals_an_uninterrupted_one(data, train, tmp_path):
-    options = (f"data.{data}", "data.num_workers=2")
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train(whole, *options)
-    train(killed, *options, kill_at=(1, 4))  # after step 4, the first of epoch 1, was saved
-    assert training_state(killed)["step"] == 4
-    shown = train(killed, *options, kill_at=(2, 0))
-    assert "Going on from" in shown and "last.ckpt" in shown
-    assert training_state(killed)["step"] == 6
-    train(killed, *options)
-    assert rows(killed) == rows(whole)
-    states = [training_state(folder) for folder in (killed, whole)]
+def assert_equal(found: Path, expected: Path) -> None:
+    """The same metrics, weights, averages and optimizer, to the bit."""
+    assert rows(found) == rows(expected)
+    states = [training_state(folder) for folder in (found, expected)]
     torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+def test_a_run_killed_within_and_between_epochs_equals_an_uninterrupted_one(train, whole, tmp_path):
+    train(tmp_path, kill_at=(1, 4))  # after step 4, the first of epoch 1, was saved
+    assert training_state(tmp_path)["step"] == 4
+    shown = train(tmp_path, kill_at=(2, 0))
+    assert "Going on from" in shown and "last.ckpt" in shown
+    assert training_state(tmp_path)["step"] == 6
+    train(tmp_path)
+    assert_equal(tmp_path, whole)
+
+
+def test_so_does_one_whose_images_are_read_by_other_processes(train, tmp_path):
+    options = ("data.backend=imagefolder", "data.num_workers=2")
+    train(tmp_path / "whole", *options)
+    for kill_at in (1, 4), (2, 0), None:
+        train(tmp_path / "killed", *options, kill_at=kill_at)
+    assert_equal(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_a_truncated_checkpoint_is_left_out_for_the_one_before(train, tmp_path):
@@ -119,13 +137,12 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
     assert torch.load(path) == dict(x=1)
 
 
-def test_a_run_may_begin_with_the_checkpoint_of_another(train, tmp_path):
+def test_a_run_may_begin_with_the_checkpoint_of_another(train, whole, tmp_path):
     train(tmp_path / "first", kill_at=(1, 4))
     path = only(tmp_path / "first", "checkpoints/last.ckpt")
     train(tmp_path / "second", f"resume={path}")
-    assert rows(tmp_path / "second")[0]["step"] == 4
-    train(tmp_path / "whole")
-    states = [training_state(tmp_path / name) for name in ("second", "whole")]
+    assert rows(tmp_path / "second") == [row for row in rows(whole) if row["step"] >= 4]
+    states = [training_state(folder) for folder in (tmp_path / "second", whole)]
     torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
@@ -140,24 +157,20 @@ def test_what_cannot_be_gone_on_with_is_named(tmp_path):
         checkpoints.given(str(weights), tmp_path)
 
 
-def test_a_run_that_is_killed_goes_on_from_a_step(train, tmp_path, shared_photos):
-    """SIGKILL, at the first checkpoint that is there."""
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    killed.mkdir()
+def test_a_program_that_is_killed_goes_on_from_its_first_checkpoint(
+    train, whole, tmp_path, shared_photos
+):
     arguments = [*ARGUMENTS, f"data.root={shared_photos}", "checkpoint_every_n_steps=1"]
     run = subprocess.Popen(
         [sys.executable, str(ROOT / "src/train.py"), *arguments],
-        cwd=killed,
+        cwd=tmp_path,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    while run.poll() is None and not list(killed.glob("outputs/dev/*/checkpoints/last.ckpt")):
+    while run.poll() is None and not list(tmp_path.glob("outputs/dev/*/checkpoints/last.ckpt")):
         time.sleep(0.001)
     run.kill()
     assert run.wait() == -signal.SIGKILL
-    assert training_state(killed)["step"] < 9
-    assert "Going on from" in train(killed)
-    train(whole)
-    assert rows(killed) == rows(whole)
-    states = [training_state(folder) for folder in (killed, whole)]
-    torch.testing.assert_close(*states, rtol=0, atol=0)
+    assert training_state(tmp_path)["step"] < 9
+    assert "Going on from" in train(tmp_path)
+    assert_equal(tmp_path, whole)

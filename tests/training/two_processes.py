@@ -44,7 +44,7 @@ def record(arguments: list[str], patch: pytest.MonkeyPatch) -> list[dict]:
                 weights=float(weights),
                 seed=torch.initial_seed(),
                 keep_rate=self.model.keep_rate,
-                loss=float(loss),
+                loss=loss.item(),
                 reductions=0,
             )
         )

@@ -170,8 +170,8 @@ class Images(L.LightningDataModule):
     def val_dataloader(self) -> Any:
         return self._loaders["val"]
 
-    # Lightning restores a loader's state by itself, but not once estimated_stepping_batches has been
-    # asked for, as configure_optimizers does.
+    # Lightning restores a loader's state by itself, but not if estimated_stepping_batches was
+    # asked for before, as configure_optimizers does.
     def state_dict(self) -> dict[str, int]:
         return self._loaders["train"].state_dict()
 

@@ -71,6 +71,7 @@ class Progress(L.Callback):
             self.show(trainer, args[-1] + 1)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.shown = time.monotonic()
         if trainer.is_global_zero:
             values = numbers(trainer)
             names = ("train/loss", "val/loss", "val/top1", "val/top5")
@@ -82,7 +83,7 @@ class Progress(L.Callback):
         found = []
         if self.throughput.images_per_s is not None and self.throughput.data_wait is not None:
             found.append(f"{self.throughput.images_per_s:.0f} images/s")
-            found.append(f"data {100 * self.throughput.data_wait:.0f} %")
+            found.append(f"data wait {100 * self.throughput.data_wait:.0f} %")
         if self.steps > 1:
             per_step = (time.monotonic() - self.start) / (self.steps - 1)  # with its evaluations
             epochs = int(trainer.max_epochs or 0) - trainer.current_epoch
@@ -133,11 +134,12 @@ class Display(Progress):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            self.live = Live(console=self.console, transient=True, refresh_per_second=4)
+            self.live = Live(console=self.console, transient=True, auto_refresh=False)
             self.live.start()
 
     def show(self, trainer: L.Trainer, batches: int) -> None:
-        self.draw(trainer, "", batches, int(trainer.num_training_batches))
+        total = int(trainer.num_training_batches)
+        self.draw(trainer, batches, total, self.speed(trainer, batches))
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any
@@ -145,21 +147,18 @@ class Display(Progress):
         now = time.monotonic()
         if trainer.is_global_zero and now - self.shown >= self.interval:
             self.shown = now
-            self.draw(trainer, "evaluating", args[-1] + 1, int(trainer.num_val_batches[0]))
+            self.draw(trainer, args[2] + 1, int(trainer.num_val_batches[0]), ["evaluating"])
 
-    def draw(self, trainer: L.Trainer, what: str, done: int, total: int) -> None:
+    def draw(self, trainer: L.Trainer, done: int, total: int, texts: list[str]) -> None:
         if self.live is None:
             return
-        line = Table.grid(padding=(0, 2), expand=True)
         epoch = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-        batches = total if what else done
-        texts = [f"{done}/{total}", *([what] if what else []), *self.speed(trainer, batches)]
+        line = Table.grid(padding=(0, 2), expand=True)
         line.add_column(no_wrap=True)
         line.add_column(ratio=1)
-        for _ in texts:
-            line.add_column(no_wrap=True)
-        line.add_row(epoch, ProgressBar(total, done), *texts)
-        self.live.update(Group(line, Text("  ".join(self.state(trainer)), style="dim")))
+        line.add_row(epoch, ProgressBar(total, done), f"{done}/{total}", *texts)
+        state = Text("  ".join(self.state(trainer)), style="dim")
+        self.live.update(Group(line, state), refresh=True)
 
     def stop(self) -> None:
         if self.live is not None:

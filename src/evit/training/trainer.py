@@ -33,6 +33,11 @@ def build_trainer(
     options |= processes(options["devices"], options["num_nodes"])
     # What Lightning's "ddp" and, with several devices, "auto" mean.
     ddp = options.pop("ddp")
+    if ddp.get("static_graph") and options["accumulate_grad_batches"] != 1:
+        raise ValueError(
+            "trainer.ddp.static_graph=true does not go with "
+            "trainer.accumulate_grad_batches above 1 in PyTorch: leave it false"
+        )
     StrategyRegistry.register("ddp", DDPStrategy, override=True, start_method="popen", **ddp)
     more = dict(enable_progress_bar=False) | more
     try:
@@ -94,5 +99,6 @@ def quiet() -> None:
         ".*treespec, LeafSpec.*",
         ".*exists and is not empty.*",
         ".*logging interval.*",
+        ".*sync_dist=True.*",  # what is logged is of all processes already, or of the first
     ):
         warnings.filterwarnings("ignore", message=message)
