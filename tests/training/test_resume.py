@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from evit.report import results
 from evit.training import checkpoints
 from evit.training.module import Classifier
 from tests.conftest import FORKS, ROOT, run_script
@@ -142,6 +143,15 @@ def test_a_run_may_begin_with_the_checkpoint_of_another(train, whole, tmp_path):
     assert rows(tmp_path / "second") == [row for row in rows(whole) if row["step"] >= 4]
     states = [training_state(folder) for folder in (tmp_path / "second", whole)]
     torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+def test_a_run_that_starts_anew_leaves_nothing_to_go_on_with(tmp_path):
+    left = ["checkpoints/last.ckpt", "hpc_ckpt_1.ckpt", "metrics.jsonl", "wandb/run_id"]
+    for name in left:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    results.start(tmp_path, {})
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["config.json"]
 
 
 def test_what_cannot_be_gone_on_with_is_named(tmp_path):
