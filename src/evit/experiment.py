@@ -1,5 +1,7 @@
 """One run: build, fit, evaluate, write result.json."""
 
+import signal
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from evit import load_checkpoint, measure
@@ -140,8 +143,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             if tracker:
                 tracker.experiment.summary.update(results.summary(result))
             results.show(result, folder)
-    except BaseException:
+    except BaseException as error:
         wandb.finish(exit_code=1)
+        if isinstance(error, SIGTERMException):
+            sys.exit(128 + signal.SIGTERM)  # Lightning would end as if all were done
         raise
     wandb.finish()
     return result

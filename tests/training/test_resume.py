@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import signal
 import sys
 import time
@@ -30,6 +31,10 @@ class Killed(Exception):
     pass
 
 
+def kill() -> None:
+    raise Killed
+
+
 @pytest.fixture(scope="module")
 def train(shared_photos):
     """Run src/train.py in this process and in a folder; kill it at a batch of an epoch."""
@@ -37,10 +42,10 @@ def train(shared_photos):
 
     step = Classifier.training_step
 
-    def run(folder: Path, *more: str, kill_at: tuple[int, int] | None = None) -> str:
+    def run(folder: Path, *more: str, kill_at: tuple[int, int] | None = None, kill=kill) -> str:
         def training_step(self, batch, batch_idx):
             if (self.current_epoch, batch_idx) == kill_at:
-                raise Killed
+                kill()
             return step(self, batch, batch_idx)
 
         folder.mkdir(exist_ok=True)
@@ -52,7 +57,7 @@ def train(shared_photos):
             patch.chdir(folder)
             patch.setattr(Classifier, "training_step", training_step)
             patch.setattr(sys, "argv", arguments)
-            with pytest.raises(Killed) if kill_at else contextlib.nullcontext():
+            with contextlib.suppress(Killed):
                 train.main()
         return printed.getvalue()
 
@@ -106,6 +111,16 @@ def test_so_does_one_whose_images_are_read_by_other_processes(train, tmp_path):
     for kill_at in (1, 4), (2, 0), None:
         train(tmp_path / "killed", *options, kill_at=kill_at)
     assert_equal(tmp_path / "killed", tmp_path / "whole")
+
+
+def test_a_run_that_is_told_to_terminate_does_not_end_as_if_it_had_finished(train, tmp_path):
+    def terminate():
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as ended:
+        train(tmp_path, kill_at=(1, 4), kill=terminate)
+    assert ended.value.code == 143
+    assert training_state(tmp_path)["step"] == 4
 
 
 def test_a_truncated_checkpoint_is_left_out_for_the_one_before(train, tmp_path):
