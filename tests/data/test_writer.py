@@ -8,7 +8,7 @@ from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
 from ffcv.reader import Reader
 from PIL import Image
 
-from evit.data import beton, writer
+from evit.data import beton, index, writer
 from evit.data._ffcv import Compiler, Loader, ToTensor
 from evit.data.beton import check_beton, sidecar_path
 from evit.data.pixels import decode_jpeg
@@ -215,7 +215,7 @@ def test_progress_shows_speed(samples, tmp_path, capsys):
 
 @pytest.mark.parametrize("os_cache", [True, False])
 def test_ffcv_itself_reads_samples_larger_than_a_page(picture, tmp_path, monkeypatch, os_cache):
-    monkeypatch.setattr(writer, "PAGE_SIZE", beton.MIN_PAGE_SIZE)
+    monkeypatch.setattr(index, "PAGE_SIZE", beton.MIN_PAGE_SIZE)
     sizes = [(700, 700), (300, 300), (1000, 1000), (600, 800), (20, 20), (900, 400)]
     images = [picture(k, *size) for k, size in enumerate(sizes)]
     labelled = [(image, k % 3) for k, image in enumerate(images)]
