@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 @pytest.mark.slow
 def test_lvvit_trains_and_evaluates_on_448_px_in_less_than_12_gib(tmp_path):
     rng = np.random.default_rng(0)
-    for split, count in (("train", 16), ("val", 8)):
+    for split, count in (("train", 32), ("val", 8)):
         for name in "cat", "dog":
             (tmp_path / "photos" / split / name).mkdir(parents=True)
             for k in range(count // 2):
@@ -23,7 +23,7 @@ def test_lvvit_trains_and_evaluates_on_448_px_in_less_than_12_gib(tmp_path):
                 coarse.resize((640, 480)).save(tmp_path / "photos" / split / name / f"{k}.jpg")
     arguments = (
         "model=evit_lvvit img_size=448 keep_rate=0.7 data=folder data.root=photos trainer=cpu "
-        "logger=none recipe.batch_size=16 recipe.epochs=1 recipe.warmup_epochs=0 "
+        "logger=none recipe.batch_size=32 recipe.epochs=1 recipe.warmup_epochs=0 "
         "recipe.shrink_start_epoch=0 recipe.shrink_epochs=0 recipe.eval_every=1"
     )
     with open(tmp_path / "output", "w") as output:

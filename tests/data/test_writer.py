@@ -187,6 +187,21 @@ def test_a_full_disk_is_told_before_writing(samples, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("options", [{}, {"mode": "raw"}, {"max_resolution": 30}])
+def test_the_room_that_is_asked_for_is_what_the_file_takes(samples, tmp_path, monkeypatch, options):
+    size = write(tmp_path / "x.beton", samples, **options)["bytes"]
+    for part in 0.9, 1.3:
+        free = SimpleNamespace(free=part * size)
+        monkeypatch.setattr(writer.shutil, "disk_usage", lambda _, free=free: free)
+        if part < 1:
+            with pytest.raises(
+                ValueError, match="GB more and .* lower max_resolution .*target=DIR"
+            ):
+                write(tmp_path / "y.beton", samples, **options)
+        else:
+            write(tmp_path / "y.beton", samples, **options)
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

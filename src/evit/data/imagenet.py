@@ -114,6 +114,7 @@ def _has_classes(folder: Path) -> bool:
 
 
 def _images(archive: Path) -> list[TarMember]:
+    print(f"Listing {archive}", flush=True)
     found = [m for m in tar_members(archive) if m.name.lower().endswith(IMG_EXTENSIONS)]
     if not found:
         raise ValueError(f"{archive} holds no images: download it again")

@@ -107,6 +107,7 @@ def write_beton(
         under_way = head | {"samples": len(samples), "layout": layout, "page_size": index.page_size}
         identity = hashlib.sha256(json.dumps(under_way).encode() + keys.tobytes()).hexdigest()
         if there := _already_there(path, identity, skip_bad):
+            print(f"{path} is there already, of the same images", flush=True)
             return there
         for record in partial.recover(under_way, keys, skip_bad):
             index.add(record)
