@@ -212,6 +212,11 @@ def test_a_thousand_classes_in_words_are_not_data_imagenet(tmp_path):
         Folder(tmp_path, num_classes=1000, img_size=28, batch_size=1)
 
 
+def test_training_on_archives_is_told_to_prepare_them(layout):
+    with pytest.raises(ValueError, match="has no train/.*make imagenet ROOT="):
+        Folder(layout("archives"), img_size=28, batch_size=1)
+
+
 def test_other_numbers_of_images_are_told(monkeypatch):
     samples = {"train": [("a", 0)], "val": [("b", 0)] * 50 + [("c", 1)] * 49}
     train, val, each = imagenet.strange_counts(["x", "y"], samples)

@@ -37,5 +37,5 @@ def test_lvvit_trains_and_evaluates_on_448_px_in_less_than_12_gib(tmp_path):
         process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0, (tmp_path / "output").read_text()
     (path,) = tmp_path.glob("outputs/*/*/result.json")
-    assert 0 <= json.loads(path.read_text())["metrics"]["val/top1"] <= 100
+    assert 0 <= json.loads(path.read_text())["top1"] <= 100
     assert 2 * 2**20 < usage.ru_maxrss < 12 * 2**20  # KiB
