@@ -70,7 +70,7 @@ def test_killed_anywhere_the_file_becomes_that_of_an_uninterrupted_writer(
         assert path.read_bytes() == written.read_bytes()
         assert check_beton(path, deep=True)["num_samples"] == len(samples)
         assert {file.name for file in path.parent.iterdir()} == {path.name, f"{path.name}.json"}
-    assert found[0] == 0 and found == sorted(found) and len(set(found)) > 3, found
+    assert found[0] == 0 and found == sorted(found) and len(set(found)) > 2, found
     assert found[-1] > len(samples) / 2
 
 
