@@ -1,7 +1,7 @@
 # EViT Lab
 PYTHON := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-all check benchmark
+.PHONY: help setup train imagenet test test-all check benchmark
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/%/NAME/' | expand -t 16
@@ -14,6 +14,10 @@ setup: .venv/.ready  ## system libraries and .venv, with pinned versions
 
 train: setup  ## train EViT on Fashion-MNIST, in minutes; ARGS="keep_rate=0.5" overrides
 	$(PYTHON) src/train.py experiment=fashion_mnist $(ARGS)
+
+imagenet: setup  ## ROOT=DIR, ImageNet as downloaded or in class folders -> FFCV files in TARGET (ROOT-ffcv)
+	@$(if $(ROOT),,$(error give the folder that holds ImageNet: make imagenet ROOT=DIR))
+	$(PYTHON) src/prepare.py "source='$(ROOT)'" $(if $(TARGET),"target='$(TARGET)'") imagenet=true $(ARGS)
 
 test: setup  ## the tests, under 10 minutes
 	$(PYTHON) -m pytest -m "not slow" $(ARGS)

@@ -32,6 +32,7 @@ COMMANDS = {
     "make test": 'ARGS="tests/test_schedule.py"',
     "make sweep-keeprate": f'ARGS="{SMALL} data=folder data.root=DIR keep_rate=0.5 '
     'hydra.sweep.dir=RUN data.cache_dir=CACHE"',
+    "make imagenet ROOT=DIR": 'TARGET=RUN-imagenet ARGS="imagenet=false"',
     ".venv/bin/python src/train.py data.root=DIR": SMALL,
     ".venv/bin/python src/train.py model=evit_deit keep_rate=0.5 img_size=304": (
         "model=evit_deit_tiny recipe.max_train_images=32 recipe.max_val_images=32"

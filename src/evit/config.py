@@ -57,6 +57,7 @@ class PrepareConfig:
     num_workers: int | None = MISSING
     skip_bad: bool = MISSING
     label_maps: str | None = None
+    imagenet: bool = MISSING
 
 
 @dataclass

@@ -8,7 +8,7 @@ from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
 from ffcv.reader import Reader
 from PIL import Image
 
-from evit.data import beton, writer
+from evit.data import beton, index, writer
 from evit.data._ffcv import Compiler, Loader, ToTensor
 from evit.data.beton import check_beton, sidecar_path
 from evit.data.pixels import decode_jpeg
@@ -187,6 +187,21 @@ def test_a_full_disk_is_told_before_writing(samples, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("options", [{}, {"mode": "raw"}, {"max_resolution": 30}])
+def test_the_room_that_is_asked_for_is_what_the_file_takes(samples, tmp_path, monkeypatch, options):
+    size = write(tmp_path / "x.beton", samples, **options)["bytes"]
+    for part in 0.9, 1.3:
+        free = SimpleNamespace(free=part * size)
+        monkeypatch.setattr(writer.shutil, "disk_usage", lambda _, free=free: free)
+        if part < 1:
+            with pytest.raises(
+                ValueError, match="GB more and .* lower max_resolution .*target=DIR"
+            ):
+                write(tmp_path / "y.beton", samples, **options)
+        else:
+            write(tmp_path / "y.beton", samples, **options)
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -215,7 +230,7 @@ def test_progress_shows_speed(samples, tmp_path, capsys):
 
 @pytest.mark.parametrize("os_cache", [True, False])
 def test_ffcv_itself_reads_samples_larger_than_a_page(picture, tmp_path, monkeypatch, os_cache):
-    monkeypatch.setattr(writer, "PAGE_SIZE", beton.MIN_PAGE_SIZE)
+    monkeypatch.setattr(index, "PAGE_SIZE", beton.MIN_PAGE_SIZE)
     sizes = [(700, 700), (300, 300), (1000, 1000), (600, 800), (20, 20), (900, 400)]
     images = [picture(k, *size) for k, size in enumerate(sizes)]
     labelled = [(image, k % 3) for k, image in enumerate(images)]

@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 
 from evit.data import sources
+from evit.data.imagenet import require_imagenet
 from evit.data.label_maps import label_map_paths, require_label_maps
 from evit.data.module import Images
 
@@ -60,6 +61,8 @@ class Folder(Images):
                 f"{self.root} has {len(self.classes)} classes, not {num_classes}: for a data set "
                 f"of your own use data=folder data.root={self.root}"
             )
+        if num_classes == 1000:
+            require_imagenet(self.classes, self.root)
 
     def dataset(self, split: str, transform: Any) -> sources.ClassFolders:
         return sources.ClassFolders(self.root / split, self.classes, transform=transform)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +14,10 @@ import numpy as np
 from PIL import Image
 
 from evit.data import beton
+from evit.data.archives import TarMember
 from evit.data.label_maps import Shape, read_label_map
 
-Picture = str | Path | Image.Image | np.ndarray
+Picture = str | Path | TarMember | Image.Image | np.ndarray
 Samples = Sequence[tuple[Picture, int]]
 
 MAX_SIDE = 2**16 - 1
@@ -28,6 +31,23 @@ class Encoded(NamedTuple):
     data: bytes
     original: bool  # data are the bytes of the source
     label_map: bytes = b""
+
+
+class Stored(NamedTuple):
+    """A sample in a file; where its image is, and its label map, their sizes and CRC32s."""
+
+    mode: int
+    width: int
+    height: int
+    label: int
+    original: bool
+    starts: list[int]
+    sizes: list[int]
+    crcs: list[int]
+
+    @property
+    def end(self) -> int:
+        return self.starts[-1] + self.sizes[-1]
 
 
 class Skipped(NamedTuple):
@@ -55,7 +75,7 @@ class Encoder:
         name = f"sample {index}"
         try:
             picture, label = self.samples[index]
-            if isinstance(picture, str | Path):
+            if isinstance(picture, str | Path | TarMember):
                 name = str(picture)
             image, source = _load(picture)
             encoded = self._encode(image, source)
@@ -95,34 +115,53 @@ class Encoder:
         width, height = (max(1, round(side * scale)) for side in size)
         return width, height
 
-    def estimate(self, indices: Iterable[int]) -> float:
-        """Mean bytes of the readable ones among some samples, without encoding them."""
-        sizes = []
+    def estimate(self, indices: Iterable[int]) -> tuple[int, int]:
+        """Bytes that the readable ones among some samples become, and bytes of their sources."""
+        stored = sources = 0
         for index in indices:
             try:
-                sizes.append(self._estimate(self.samples[index][0]))
+                picture = self.samples[index][0]
+                encoded = self._encode(*_load(picture))
             except Exception:
                 continue  # told when its turn comes
-        return float(np.mean(sizes)) if sizes else 0.0
+            stored += len(encoded.data)
+            sources += _identify(picture)[1]
+        return stored, sources
 
-    def _estimate(self, picture: Picture) -> int:
-        if isinstance(picture, str | Path):
-            with Image.open(picture) as file:
-                width, height = self._fit(file.size)
-            jpg = Path(picture).stat().st_size
-        else:
-            image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
-            width, height = self._fit(image.size)
-            jpg = width * height
-        raw = 3 * width * height
-        return raw if self.mode == "raw" else min(jpg, raw)
+    def identify(self, index: int) -> tuple[int, int]:
+        """A 64-bit hash that a sample, where it changes, does not keep; and bytes of its source."""
+        try:
+            picture, label = self.samples[index]
+        except Exception:
+            return 0, 0  # told when its turn comes
+        identity, size = _identify(picture)
+        if self.label_maps is not None:
+            identity += _identify(self.label_maps[index])[0]
+        digest = hashlib.blake2b(identity + b"%r" % label, digest_size=8).digest()
+        return int.from_bytes(digest, "little"), size
+
+
+def _identify(picture: Picture) -> tuple[bytes, int]:
+    """What tells a picture from others and from its former content, and its bytes."""
+    if isinstance(picture, str | Path | TarMember):
+        file = picture.archive if isinstance(picture, TarMember) else picture
+        try:
+            found = os.stat(file)
+        except OSError:
+            return f"{picture}\0".encode(), 0
+        size = picture.size if isinstance(picture, TarMember) else found.st_size
+        return f"{picture}\0{size}\0{found.st_mtime_ns}\0".encode(), size
+    if isinstance(picture, Image.Image):
+        picture = np.asarray(picture.convert("RGB"))
+    content = hashlib.blake2b(picture.tobytes(), digest_size=16).digest()
+    return b"%r" % (picture.shape,) + content, picture.nbytes
 
 
 def _load(picture: Picture) -> tuple[Image.Image, bytes | None]:
     """The decoded image and, if it has any, the bytes of its file."""
     data = None
-    if isinstance(picture, str | Path):
-        data = Path(picture).read_bytes()
+    if isinstance(picture, str | Path | TarMember):
+        data = picture.read() if isinstance(picture, TarMember) else Path(picture).read_bytes()
         picture = Image.open(io.BytesIO(data))
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     image.load()

@@ -118,7 +118,11 @@ class Images(L.LightningDataModule):
         return self.cache_dir / f"{self.name}-{key}"
 
     def prepare_data(self) -> None:
-        """Write the .beton files that are not there yet. Lightning calls it in one process."""
+        """Write the .beton files that are not there yet.
+
+        Lightning calls it in one process of each node. Where nodes share cache_dir, the first
+        writes and the others wait for it.
+        """
         if self.backend == "imagefolder":
             for split in self.splits:
                 self.dataset(split, None)

@@ -38,6 +38,8 @@ def tree_classes(root: str | Path, needed: Sequence[str] = SPLITS) -> list[str]:
     """
     root = Path(root).expanduser()
     layout = "expected " + " and ".join(f"{root}/{split}/CLASS/*.jpg" for split in needed)
+    if any(root.glob("ILSVRC2012_*")) or any(root.glob("val/ILSVRC2012_*")):
+        layout += f". ImageNet as downloaded can be prepared: make imagenet ROOT={root}"
     if not root.is_dir():
         raise ValueError(f"data folder {str(root)!r} does not exist: {layout}")
     found: dict[str, list[str]] = {}

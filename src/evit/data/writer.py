@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -17,17 +19,22 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from evit.data import beton
-from evit.data.encode import Encoded, Encoder, Samples, Skipped
+from evit.data.encode import Encoded, Encoder, Samples, Skipped, Stored
+from evit.data.index import Index
 from evit.data.label_maps import read_label_map
+from evit.data.partial import Partial, only_writer
 from evit.data.progress import shown
 
 CHUNK = 32  # images that a process is sent at a time
-PAGE_SIZE = 2**23
+ROOM = (
+    "make room, lower max_resolution or jpeg_quality, or choose another folder (target=DIR of "
+    "src/prepare.py, data.cache_dir=DIR of src/train.py)"
+)
 
 
 def write_beton(
@@ -51,6 +58,9 @@ def write_beton(
     of a JPEG whose long side is at most `max_resolution` and encodes everything else; mode raw
     stores pixels. `num_workers` -1 uses every core. `extra` is added to the sidecar. `label_maps`
     are the files (evit.data.label_maps) of the samples, in order; they all have one shape.
+
+    A file that is there already, written from the same samples in the same way, is left as it is.
+    Where an earlier call was stopped, this one goes on (evit.data.partial).
 
     Raises ValueError for what the caller can mend (an image, a label, an argument, a full disk)
     and RuntimeError if a worker process dies; then `path` is as it was before.
@@ -80,94 +90,77 @@ def write_beton(
         layout.label_map_shape,
     )
 
+    head = {
+        **(extra or {}),
+        "format": beton.SIDECAR_FORMAT,
+        "source": source,
+        "classes": list(classes),
+        "num_classes": len(classes),
+        "mode": mode,
+        "max_resolution": max_resolution,
+        "jpeg_quality": jpeg_quality,
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as (beton_file, sidecar_file), _pool(encoder, num_workers) as pool:
-        some = range(0, len(samples), -(-len(samples) // 100))
-        estimate = pool.submit(_estimate, some).result() + layout.map_bytes
-        _require_space(path, len(samples) * estimate)
-        encoded = _encode_all(pool, len(samples), num_workers)
-        encoded = shown(encoded, len(samples), f"Writing {path.name}", progress)
-        sidecar = {
-            **(extra or {}),
-            "format": beton.SIDECAR_FORMAT,
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "source": source,
-            "classes": list(classes),
-            "num_classes": len(classes),
-            "mode": mode,
-            "max_resolution": max_resolution,
-            "jpeg_quality": jpeg_quality,
-            **_write(beton_file, encoded, len(samples), layout),
-        }
-        if sidecar["num_samples"] == 0:
-            raise ValueError(f"{path}: nothing to write, none of {source} is a readable image")
-        sidecar_file.write(json.dumps(sidecar, indent=1).encode())
+    with only_writer(path) as partial, _pool(encoder, num_workers) as pool:
+        index = Index(len(samples), layout)
+        keys, source_bytes = _identify_all(pool, len(samples))
+        under_way = head | {"samples": len(samples), "layout": layout, "page_size": index.page_size}
+        identity = hashlib.sha256(json.dumps(under_way).encode() + keys.tobytes()).hexdigest()
+        if there := _already_there(path, identity, skip_bad):
+            print(f"{path} is there already, of the same images", flush=True)
+            return there
+        for record in partial.recover(under_way, keys, skip_bad):
+            index.add(record)
+        if partial.count:
+            print(f"{path}: going on after {partial.count} of {len(samples)} images", flush=True)
+        _require_space(pool, path, source_bytes, index)
+        encoded = _encode_all(pool, range(partial.count, len(samples)), num_workers)
+        name = f"Writing {path.name}"
+        encoded = shown(encoded, len(samples), name, progress, partial.count)
+        try:
+            _write(partial, encoded, index)
+            if index.count == 0:
+                raise ValueError(f"{path}: nothing to write, none of {source} is a readable image")
+            sidecar = head | {
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "identity": identity,
+                **index.write(partial.data),
+            }
+            partial.finish(json.dumps(sidecar, indent=1).encode())
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            raise ValueError(f"{path.parent} is full: {ROOM}") from error
     return sidecar
 
 
-def _write(
-    file: BinaryIO,
-    encoded: Iterable[Encoded | Skipped],
-    max_samples: int,
-    layout: beton.Layout,
-) -> dict[str, Any]:
-    """Write the file in data set order, and return what the sidecar says about its content."""
-    metadata = np.zeros(max_samples, layout.metadata)
-    allocations = np.zeros((max_samples, layout.pieces), beton.ALLOCATION)
-    crcs = np.zeros((max_samples, layout.pieces), beton.CRC)
-    skipped: list[Skipped] = []
-    page_size, count, kept = PAGE_SIZE, 0, 0
-    end = file.seek(layout.metadata_start + metadata.nbytes)
+def _already_there(path: Path, identity: str, skip_bad: bool) -> dict[str, Any] | None:
+    """The sidecar of the very file that is to be written."""
+    try:
+        sidecar = beton.check_beton(path)
+    except beton.BetonError:
+        return None
+    same = sidecar.get("identity") == identity and (skip_bad or not sidecar["skipped"])
+    return sidecar if same else None
+
+
+def _write(partial: Partial, encoded: Iterable[Encoded | Skipped], index: Index) -> None:
     for sample in encoded:
         if isinstance(sample, Skipped):
-            skipped.append(sample)
+            index.add(sample)
+            partial.add(sample)
             continue
-        for piece, data in enumerate((sample.data, sample.label_map)[: layout.pieces]):
-            size = len(data)
-            # FFCV's process cache wants a sample inside one page. One that crosses no boundary of
-            # small pages crosses none of larger ones, so pages can grow as they have to.
-            while page_size < size:
-                page_size *= 2
-            if end % page_size + size > page_size:
-                end += page_size - end % page_size
-            file.seek(end)
-            file.write(data)
-            allocations[count, piece] = count, end, size
-            crcs[count, piece] = zlib.crc32(data)
-            end += size
-        start, *map_start = allocations["ptr"][count]
-        image = sample.mode, sample.width, sample.height, start
-        metadata[count] = image, sample.label, *map_start
-        count += 1
-        kept += sample.original
-
-    metadata, allocations, crcs = metadata[:count], allocations[:count], crcs[:count]
-    file.seek(end)
-    file.write(crcs.tobytes())
-    table = file.tell()
-    file.write(allocations.tobytes())
-    num_bytes = file.tell()
-    header = np.array(
-        [(beton.BETON_VERSION, len(layout.fields), page_size, count, table)], beton.HEADER
-    )
-    file.seek(0)
-    for part in header, layout.fields, metadata:
-        file.write(part.tobytes())
-
-    width, height = metadata["image"]["width"], metadata["image"]["height"]
-    with_maps = {"label_map_shape": list(layout.label_map_shape)} if layout.label_map_shape else {}
-    return {
-        **with_maps,
-        "num_samples": count,
-        "bytes": num_bytes,
-        "page_size": page_size,
-        "index_crc32": beton.index_crc32(header, layout.fields, metadata, crcs, allocations),
-        "kept_original": kept,
-        "max_width": int(width.max(initial=0)),
-        "max_height": int(height.max(initial=0)),
-        "median_short_side": float(np.median(np.minimum(width, height))) if count else 0.0,
-        "skipped": [sample._asdict() for sample in skipped],
-    }
+        pieces = (sample.data, sample.label_map)[: index.layout.pieces]
+        sizes = [len(piece) for piece in pieces]
+        record = Stored(
+            *sample[:4],
+            sample.original,
+            index.place(sizes),
+            sizes,
+            [zlib.crc32(piece) for piece in pieces],
+        )
+        index.add(record)
+        partial.add(record, pieces)
 
 
 _encoder: Encoder
@@ -180,8 +173,12 @@ def _start_worker(encoder: Encoder) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: die with the parent
 
 
-def _estimate(indices: range) -> float:
+def _estimate(indices: range) -> tuple[int, int]:
     return _encoder.estimate(indices)
+
+
+def _identify_chunk(indices: range) -> np.ndarray:
+    return np.array([_encoder.identify(index) for index in indices], np.uint64)
 
 
 def _encode_chunk(indices: range) -> list[Encoded | Skipped]:
@@ -206,46 +203,37 @@ def _pool(encoder: Encoder, num_workers: int) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(cancel_futures=True)
 
 
+def _identify_all(pool: ProcessPoolExecutor, num_samples: int) -> tuple[np.ndarray, int]:
+    """The keys of all samples, and the bytes of their sources."""
+    chunks = [range(i, min(i + 4096, num_samples)) for i in range(0, num_samples, 4096)]
+    found = np.concatenate(list(pool.map(_identify_chunk, chunks)))
+    return found[:, 0], int(found[:, 1].sum())
+
+
 def _encode_all(
-    pool: ProcessPoolExecutor, num_samples: int, num_workers: int
+    pool: ProcessPoolExecutor, indices: range, num_workers: int
 ) -> Iterator[Encoded | Skipped]:
     """Every sample in order, with few enough chunks under way for memory to stay flat."""
     pending: deque[Future[list[Encoded | Skipped]]] = deque()
-    starts = iter(range(0, num_samples, CHUNK))
+    starts = iter(indices[::CHUNK])
     while True:
         for start in itertools.islice(starts, 2 * num_workers + 1 - len(pending)):
-            chunk = range(start, min(start + CHUNK, num_samples))
+            chunk = range(start, min(start + CHUNK, indices.stop))
             pending.append(pool.submit(_encode_chunk, chunk))
         if not pending:
             return
         yield from pending.popleft().result()
 
 
-def _require_space(path: Path, estimate: float) -> None:
+def _require_space(pool: ProcessPoolExecutor, path: Path, source_bytes: int, index: Index) -> None:
+    num_samples = len(index.metadata)
+    some = range(0, num_samples, -(-num_samples // 64))
+    stored, sources = pool.submit(_estimate, some).result()
+    need = 1.05 * source_bytes * stored / max(sources, 1)
+    need += num_samples * (index.layout.map_bytes + 100) - index.end
     free = shutil.disk_usage(path.parent).free
-    if estimate > free:
+    if need > free:
         raise ValueError(
-            f"{path} needs about {estimate / 1e9:.1f} GB and {path.parent} has "
-            f"{free / 1e9:.1f} GB free: make room, or lower max_resolution or jpeg_quality"
+            f"{path} needs about {need / 1e9:.1f} GB more and {path.parent} has {free / 1e9:.1f} "
+            f"GB free: {ROOM}"
         )
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Two files that become `path` and its sidecar when all went well, and vanish otherwise.
-
-    Between the two renames the pair does not match, which check_beton refuses.
-    """
-    finals = path, beton.sidecar_path(path)
-    temporaries = [final.with_name(f".{final.name}.{os.getpid()}.tmp") for final in finals]
-    try:
-        with open(temporaries[0], "wb") as first, open(temporaries[1], "wb") as second:
-            yield first, second
-            for file in first, second:
-                file.flush()
-                os.fsync(file.fileno())
-        for temporary, final in zip(temporaries[::-1], finals[::-1], strict=True):
-            os.replace(temporary, final)
-    finally:
-        for temporary in temporaries:
-            temporary.unlink(missing_ok=True)
