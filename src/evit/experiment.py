@@ -25,7 +25,7 @@ from evit.tracking import JsonlLogger, wandb_logger, wandb_mode
 from evit.training import checkpoints
 from evit.training.callbacks import KeepRateSchedule, KeptPatches
 from evit.training.module import Classifier, mix_seed
-from evit.training.objectives import dense_teacher, make_objective
+from evit.training.objectives import Classification, dense_teacher, make_objective
 from evit.training.progress import Throughput, progress
 from evit.training.recipe import Recipe
 from evit.training.trainer import build_trainer, quiet, say
@@ -72,12 +72,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     ]
     if recipe.ema_decay is not None:
         callbacks.append(EMAWeightAveraging(decay=recipe.ema_decay))
-    plain = plain_classification(model, data)
     if isinstance(model, EViT):
         start, epochs = recipe.shrink_start_epoch, recipe.shrink_epochs
         if isinstance(model, DynamicViT):
             start = epochs = 0  # as its authors train it
-        multiple = recipe.token_multiple or (8 if cfg.compile and plain else 1)
+        multiple = recipe.token_multiple or (8 if cfg.compile else 1)
         callbacks += [
             KeepRateSchedule(model, start, epochs, multiple),
             KeptPatches(model, folder / "kept_patches.png"),
@@ -101,11 +100,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     )
     module = Classifier(model, recipe, data.num_classes, objective, cfg.seed)
     if cfg.compile:
-        compile_model(model)
-        if not plain:
-            say(
-                f"compile=true serves evaluation alone: {type(objective).__name__} is not compiled."
-            )
+        compile_all(model, objective)
     for step in data.prepare_data, data.setup:  # what can be wrong with the data is said here
         rank_zero_only(step)()
     if last:
@@ -174,11 +169,12 @@ def build(cfg: DictConfig, recipe: Recipe) -> tuple[Images, torch.nn.Module]:
     return data, model
 
 
-def compile_model(model: torch.nn.Module) -> None:
-    """torch.compile in place: one graph for each combination of token counts."""
+def compile_all(model: torch.nn.Module, objective: Classification) -> None:
+    """torch.compile, in place: one graph for each combination of token counts."""
     limits: Any = torch._dynamo.config  # type: ignore[attr-defined]
     limits.recompile_limit = limits.accumulated_recompile_limit = 4096
     model.compile(fullgraph=True, dynamic=False)
+    objective.compile()
 
 
 def build_teacher(cfg: DictConfig, model: torch.nn.Module) -> torch.nn.Module | None:
@@ -206,12 +202,6 @@ def build_teacher(cfg: DictConfig, model: torch.nn.Module) -> torch.nn.Module | 
     if source:
         load_checkpoint(teacher, weights, new_parts=True)
     return teacher
-
-
-def plain_classification(model: torch.nn.Module, data: Images) -> bool:
-    """Whether a model is trained by the cross-entropy of its logits alone."""
-    token_labels = isinstance(model, LVViT) and data.has_label_maps
-    return not isinstance(model, DynamicViT) and not token_labels
 
 
 def announce(cfg: DictConfig, data: Images, model: Any, teacher: bool) -> None:
