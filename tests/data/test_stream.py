@@ -191,6 +191,21 @@ def test_an_epoch_is_the_same_whether_or_not_earlier_ones_were_run(written, trai
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
+def test_an_epoch_goes_on_after_the_batches_that_were_seen(written, train):
+    train.set_epoch(1)
+    expected = digests(train)
+    train.set_epoch(0)
+    broken, resumed = stream(written), stream(written)
+    broken.set_epoch(1)
+    resumed.set_epoch(1)
+    batches = iter(broken)
+    seen = [digest(next(batches)) for _ in range(3)]
+    resumed.load_state_dict(broken.state_dict())
+    batches.close()
+    assert seen + digests(resumed) == expected
+    assert digests(resumed) == expected  # the next epoch is a whole one
+
+
 def test_seed_epoch_and_rank_all_matter(written):
     def first(seed, epoch, rank):
         one = stream(written, seed=seed, rank=rank, world_size=2)
