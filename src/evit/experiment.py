@@ -218,8 +218,6 @@ def announce(cfg: DictConfig, data: Images, model: Any, teacher: bool) -> None:
             say("Without a teacher of these classes there is no distillation: checkpoint=PATH.")
     elif isinstance(model, LVViT) and not data.has_label_maps:
         say("Without label maps LV-ViT is a plain classifier, no MixToken: data.label_maps=DIR.")
-    if recipe.rand_augment and recipe.color_jitter:
-        say("With recipe.rand_augment recipe.color_jitter is not used, as in timm.")
     if data.has_label_maps and (isinstance(model, DynamicViT) or not isinstance(model, LVViT)):
         say(f"{name} has no token labelling: the label maps are not used.")
     text = f"Training on {data.name} ({data.num_classes} classes): {recipe.epochs} epochs, "

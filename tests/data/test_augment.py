@@ -10,8 +10,16 @@ from PIL import Image
 from timm.data import auto_augment
 from torchvision.transforms import functional as F
 
-from evit.data.augment import NOTHING, Augmentation, apply_operation, argument_of
-from evit.data.rand_augment import OPERATIONS, PILRandAugment, RandAugment, fill_color, warp_of
+from evit.data.augment import Augmentation, argument_of
+from evit.data.operations import NOTHING, apply_operation
+from evit.data.rand_augment import (
+    OPERATIONS,
+    PILRandAugment,
+    RandAugment,
+    fill_color,
+    source_of,
+    warp_of,
+)
 from evit.data.sources import repeated_order
 from evit.data.stream import FFCVStream
 from tests.data.test_pixels import photo
@@ -33,10 +41,11 @@ def images():
     yield rng.integers(0, 256, (1, 1, 3), dtype=np.uint8)
 
 
-def applied(pixels, *steps):
+def applied(pixels, *steps, fill=FILL):
     found = pixels.copy()
     for operation, argument in steps:
-        apply_operation(found, operation, float(argument), np.array(FILL, np.uint8))
+        affine = source_of(operation, argument, float(found.shape[1]), float(found.shape[0]))
+        apply_operation(found, operation, float(argument), affine, np.array(fill, np.uint8))
     return found
 
 
@@ -185,9 +194,7 @@ def shown_places(pixels):
 @pytest.mark.parametrize("second", [None, *GEOMETRIC])
 def test_a_warp_says_where_the_pixels_come_from(first, second):
     steps = [(k, argument_of(k, 5.0, 1.0)) for k in (first, second) if k is not None]
-    found = places(64, 64)
-    for operation, argument in steps:
-        apply_operation(found, operation, argument, np.zeros(3, np.uint8))
+    found = applied(places(64, 64), *steps, fill=(0, 0, 0))
     warp = warp_of(*zip(*steps, strict=True))
     expected = moved(warp, 64)
     shown = (found[..., :2] > 40).all(-1)

@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from evit.data.batch import MEAN, STD, normalize
@@ -76,6 +77,8 @@ class Images(L.LightningDataModule):
             require_ffcv()
         if rand_augment:
             RandAugment.parse(rand_augment)  # what is wrong with it is said here
+            if color_jitter:
+                rank_zero_only(print)("With RandAugment there is no color jitter, as in timm")
         self.rand_augment, self.color_jitter = rand_augment, color_jitter
         self.repeats = repeated_augmentations
         self.img_size, self.batch_size, self.seed = img_size, batch_size, seed

@@ -1,12 +1,17 @@
-"""What augmentation costs on top of decoding, in FFCV's own threads."""
+"""What augmentation costs: in FFCV's own threads, beside decoding, and for whole batches."""
 
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 from evit.data import Folder
-from evit.measure.loader import BATCH_SIZE, time_epoch
+from evit.data.batch import erase, make_mixup, normalize
+from evit.measure.loader import time_epoch
 
 PLAIN = "crop and flip"
 AUGMENTATIONS: dict[str, dict[str, Any]] = {
@@ -17,7 +22,11 @@ AUGMENTATIONS: dict[str, dict[str, Any]] = {
 
 
 def time_augmentations(
-    root: str | Path, img_size: int = 224, repetitions: int = 7, num_workers: int = 1
+    root: str | Path,
+    img_size: int = 224,
+    batch_size: int = 64,
+    repetitions: int = 7,
+    num_workers: int = 1,
 ) -> list[dict[str, Any]]:
     """Time an epoch of training's uint8 batches, of ROOT/train/CLASS/*.jpg, with each augmentation;
     they take turns. An epoch of each goes first and is not counted.
@@ -33,7 +42,7 @@ def time_augmentations(
             data = Folder(
                 root,
                 img_size=img_size,
-                batch_size=BATCH_SIZE,
+                batch_size=batch_size,
                 cache_dir=cache_dir,
                 num_workers=num_workers,
                 splits=["train"],
@@ -53,4 +62,37 @@ def time_augmentations(
     for name in AUGMENTATIONS:
         extra = median(turn[name] / turn[PLAIN] - 1 for turn in turns[1:])
         rows.append(dict(name=name, cpu_ms=median(t[name] for t in turns[1:]), extra=extra))
+    return rows
+
+
+def time_batch_steps(
+    img_size: int = 224, batch_size: int = 64, repetitions: int = 7
+) -> list[dict[str, Any]]:
+    """What is done to whole batches where the model trains, if that is one CPU thread.
+
+    Returns:
+        For each step its `name`, and `cpu_ms` per image, the median over the repetitions.
+    """
+    images = torch.randint(0, 256, (batch_size, 3, img_size, img_size), dtype=torch.uint8)
+    labels = torch.arange(batch_size)
+    mixup = make_mixup(1000, 0.8, 1.0, 0.5, 0.1, batch_size)
+    assert mixup is not None
+    normalized = normalize(images)
+    steps: dict[str, Callable[[], Any]] = {
+        "normalisation": lambda: normalize(images),
+        "random erasing 0.25": lambda: erase(normalized, 0.25),
+        "mixup 0.8 and cutmix 1.0": lambda: mixup(normalized, labels),
+    }
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    rows = []
+    for name, step in steps.items():
+        times = []
+        for _ in range(repetitions):
+            start = time.process_time()
+            for _ in range(4):
+                step()
+            times.append(1000 * (time.process_time() - start) / 4 / batch_size)
+        rows.append(dict(name=name, cpu_ms=median(times)))
+    torch.set_num_threads(threads)
     return rows
