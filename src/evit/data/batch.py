@@ -13,7 +13,7 @@ Colour = tuple[float, float, float]
 def normalize(images: Tensor, mean: Colour = MEAN, std: Colour = STD) -> Tensor:
     """uint8 images (B, 3, H, W) to float32, with the mean and standard deviation of each colour."""
     shift, scale = (images.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (mean, std))
-    return (images.float() - 255 * shift) / (255 * scale)
+    return images.to(torch.float32, copy=True).sub_(255 * shift).div_(255 * scale)
 
 
 def denormalize(images: Tensor, mean: Colour = MEAN, std: Colour = STD) -> Tensor:

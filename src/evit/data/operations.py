@@ -176,7 +176,7 @@ def _shift_rows(source, image, slope, offset, fill):
         # Columns whose four neighbours are all in the row.
         begin = min(max(2 - whole, 0), width)
         end = max(min(width - 3 - whole, width), begin)
-        for x in range(begin, end):
+        for x in range(begin, end if slope != 0 or y == 0 else begin):
             # As PIL rounds it, which depends on x.
             distance = (x + 0.5 + shift + offset) - 0.5 - (x + whole)
             for c in range(3):
@@ -187,13 +187,14 @@ def _shift_rows(source, image, slope, offset, fill):
         v3, v4 = line[first + 3 : last + 3], line[first + 6 : last + 6]
         for i in range(len(inner)):
             inner[i] = _cut(_cubic(v1[i], v2[i], v3[i], v4[i], distances[i]))
-        for x in range(width):
+        for k in range(width - (end - begin)):
+            x = k if k < begin else k + end - begin
             from_x = x + 0.5 + shift + offset
-            if not 0 <= from_x < width:
+            if 0 <= from_x < width:
+                _interpolate(source, from_x, y + 0.5, image, y, x)
+            else:
                 for c in range(3):
                     output[y, 3 * x + c] = fill[c]
-            elif not begin <= x < end:
-                _interpolate(source, from_x, y + 0.5, image, y, x)
 
 
 @numba.njit(cache=True, nogil=True)

@@ -66,7 +66,7 @@ def time_augmentations(
 
 
 def time_batch_steps(
-    img_size: int = 224, batch_size: int = 64, repetitions: int = 7
+    img_size: int = 224, batch_size: int = 32, repetitions: int = 7
 ) -> list[dict[str, Any]]:
     """What is done to whole batches where the model trains, if that is one CPU thread.
 
