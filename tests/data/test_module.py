@@ -179,6 +179,21 @@ def test_augmentation_reaches_both_backends_and_only_training(photos, tmp_path, 
         assert torch.equal(*with_and_without) == (split == "val")
 
 
+def test_what_rand_augment_uncovers_has_the_mean_of_the_normalisation(photos, tmp_path):
+    data = Folder(photos, **OPTIONS, cache_dir=tmp_path, rand_augment="rand-inc1")
+    data.normalize_for(timm.create_model("vit_tiny_patch16_224.augreg_in21k"))
+    data.prepare_data()
+    data.setup()
+    assert data.train_dataloader().augmentation.fill.tolist() == [128, 128, 128]
+
+
+def test_a_color_jitter_that_is_not_used_is_said(photos, capsys):
+    Folder(photos, **OPTIONS, rand_augment="rand-inc1")
+    assert "jitter" not in capsys.readouterr().out
+    Folder(photos, **OPTIONS, rand_augment="rand-inc1", color_jitter=0.4)
+    assert "no color jitter, as in timm" in capsys.readouterr().out
+
+
 def test_a_rand_augment_that_is_not_served_is_refused_at_once(photos):
     with pytest.raises(ValueError, match="recipe.rand_augment .*'rand-m9'"):
         Folder(photos, **OPTIONS, rand_augment="rand-m9")

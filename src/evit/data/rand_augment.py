@@ -47,9 +47,8 @@ class RandAugment(NamedTuple):
             )
         found: Any = rand_augment_transform(config, {})
         op = found.ops[0]
-        return cls(
-            found.num_layers, op.magnitude, op.magnitude_std, op.prob, op.magnitude_max or 10
-        )
+        numbers = op.magnitude, op.magnitude_std, op.prob, op.magnitude_max or 10
+        return cls(found.num_layers, *map(float, numbers))  # of one type: it is compiled once
 
 
 def fill_color(mean: Sequence[float]) -> tuple[int, ...]:
