@@ -119,6 +119,8 @@ def test_imagefolder_repeats_deits_views_and_each_differs(photos):
         one.sampler.set_epoch(5)
     keys = [key for pair in zip(*(one.sampler for one in ranks), strict=True) for key in pair]
     assert [index for _, index, _ in keys] == repeated_order(12, 3, 5).tolist()
+    ranks[1].sampler.start = 2  # where a run goes on in the middle of an epoch
+    assert list(ranks[1].sampler) == keys[1::2][2:]
     assert len({image.numpy().tobytes() for image in epoch(loader(photos, repeats=3))}) == 12
 
 

@@ -1,5 +1,6 @@
 """The LightningModule's parts."""
 
+import lightning as L
 import pytest
 import timm
 import torch
@@ -99,6 +100,7 @@ def test_erasing_is_a_function_of_seed_epoch_batch_and_process():
     def step(seed, batch_idx):
         module = Classifier(model, recipe, 9, objective, seed)
         module.log = lambda *_, **__: None
+        module.trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
         module.training_step((torch.zeros(4, 3, 8, 8), torch.arange(4)), batch_idx)
         return seen[-1]
 
