@@ -173,6 +173,16 @@ def test_the_published_recipe_is_deits():
     assert (recipe.warmup_epochs, recipe.weight_decay, recipe.drop_path) == (5, 0.05, 0.1)
     assert (recipe.mixup, recipe.cutmix, recipe.label_smoothing) == (0.8, 1.0, 0.1)
     assert (recipe.shrink_start_epoch, recipe.shrink_epochs) == (10, 100)
+    assert (recipe.rand_augment, recipe.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
+    assert (recipe.repeated_augmentations, recipe.mixup_mode) == (3, "batch")
+
+
+@pytest.mark.parametrize(("name", "repeats"), [("deit", 3), ("lvvit", 1), ("dynamicvit", 1)])
+def test_the_published_recipes_augment_and_small_data_is_not_repeated(name, repeats):
+    for data, expected in (["data=imagenet"], repeats), (["data=folder", "data.root=/i"], 1):
+        recipe = composed(f"recipe={name}", *data).recipe
+        assert (recipe.rand_augment, recipe.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
+        assert recipe.repeated_augmentations == expected
 
 
 def test_run_folders_say_what_was_overridden_and_have_no_separators():

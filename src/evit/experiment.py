@@ -156,6 +156,9 @@ def build(cfg: DictConfig, recipe: Recipe) -> tuple[Images, torch.nn.Module]:
         max_val_images=recipe.max_val_images,
         crop_scale=recipe.crop_scale,
         flip=recipe.flip,
+        rand_augment=recipe.rand_augment,
+        color_jitter=recipe.color_jitter,
+        repeated_augmentations=recipe.repeated_augmentations,
         crop_pct=recipe.crop_pct,
         _convert_="all",
     )

@@ -12,12 +12,15 @@ from ffcv.reader import Reader
 from ffcv.types import get_metadata_type
 from PIL import Image
 
+import evit
 from evit.data import FashionMNIST, Folder, auto, beton
 from evit.data._ffcv import Compiler, Loader, NDArrayDecoder, ToTensor
 from evit.data.beton import BetonError, check_beton, sidecar_path
 from evit.data.prepare import prepare
 from evit.data.stream import FFCVStream
 from evit.data.writer import write_beton
+from evit.training.objectives import make_objective
+from evit.training.recipe import Recipe
 from tests.conftest import write_photos
 
 CLASSES = ["a", "b", "c"]
@@ -261,6 +264,53 @@ def test_the_crops_are_what_the_pixels_show(tmp_path, backend):
         assert (crops[:, 2:4] - crops[:, :2] > 0.1).all()
         # A pixel that comes out covers up to 8 of the source.
         torch.testing.assert_close(shown_crops(images), crops, atol=0.03, rtol=0)
+
+
+def test_the_warps_are_what_the_pixels_show(tmp_path):
+    """From shown pixels over the warp, the mirror and the crop to a place in the image."""
+    folder = gradients(tmp_path / "a", [(200, 200)] * 12)
+    torch.save(map_of(0, 1), tmp_path / "map.pt")
+    samples = [(path, 0) for path in sorted(folder.iterdir())]
+    write(tmp_path / "x.beton", samples, [str(tmp_path / "map.pt")] * 12, classes=["a"], mode="raw")
+    one = stream(tmp_path / "x.beton", img_size=64, batch_size=12, rand_augment="rand-inc1")
+    geometric = np.array([3, 11, 12, 13, 14, -1])
+
+    def draw(seeds):
+        rng = np.random.default_rng(1)
+        operations = rng.choice(geometric, (len(seeds), 2))
+        limits = np.where(operations == 3, 20, 0.15)
+        return operations, rng.uniform(-limits, limits)
+
+    one.augmentation.draw = draw
+    ((images, _, _, crops, warps),) = one
+    assert warps.shape == (12, 2, 3) and warps.dtype == torch.float32
+    centres = (torch.arange(64) + 0.5) / 64
+    y, x = torch.meshgrid(centres, centres, indexing="ij")
+    place = torch.einsum("bij,jyx->biyx", warps, torch.stack([x, y, torch.ones_like(x)]))
+    inside = ((place > 0.06) & (place < 0.94)).all(1)
+    x0, y0, x1, y1, mirrored = (crops[:, k].view(-1, 1, 1) for k in range(5))
+    x, y = place.unbind(1)
+    x = torch.where(mirrored.bool(), 1 - x, x)
+    expected = torch.stack([x0 + (x1 - x0) * x, y0 + (y1 - y0) * y], 1)
+    error = (images[:, :2] / 255 - expected).abs().amax(1)
+    assert inside.float().mean() > 0.6
+    assert error[inside].quantile(0.95) < 0.02  # the rest was outside in between
+
+
+@pytest.mark.parametrize("backend", ["ffcv", "imagefolder"])
+def test_both_backends_give_warps_with_rand_augment(labelled, tmp_path, backend):
+    options = dict(label_maps=labelled[1], backend=backend, num_workers=0, img_size=32)
+    data = folder(labelled[0], tmp_path, rand_augment="rand-m9-p1-inc1", **options)
+    batches = list(data.train_dataloader())
+    warps = torch.cat([warps for *_, warps in batches])
+    assert warps.shape == (12, 2, 3) and warps.dtype == torch.float32
+    moved = (warps != torch.eye(2, 3)).flatten(1).any(1)
+    assert 0 < moved.sum() < 12
+    sizes = dict(img_size=32, embed_dim=24, depth=4, num_heads=2, num_classes=2, keep_rate=1.0)
+    model = evit.LVViT(**sizes)
+    recipe = Recipe(epochs=1, batch_size=4, lr=1e-3)
+    loss = make_objective(model, recipe, 2, 4, label_maps=True)
+    assert torch.isfinite(loss(*data.on_after_batch_transfer(batches[0], 0))["loss"])
 
 
 def test_batches_with_maps_do_not_depend_on_the_number_of_threads_or_earlier_epochs(mapped):

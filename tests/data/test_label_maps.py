@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from evit.data.label_maps import label_map_paths, read_label_map, token_targets
+from evit.data.rand_augment import warp_of
 
 K = 7
 
@@ -92,7 +93,10 @@ def test_two_images_that_would_share_a_map_are_refused():
         label_map_paths(["/i/cat/a.jpg", "/i/cat/a.png"], Path("/i"), Path("/m"))
 
 
-def expected_targets(one, crop, rows, columns, smoothing):
+IDENTITY = np.eye(2, 3)
+
+
+def expected_targets(one, crop, rows, columns, smoothing, warp=IDENTITY):
     """Targets of one image, cell by cell: the mean over a grid of points, bilinear in between."""
     logits, ids = one.float().numpy()
     _, H, W = logits.shape
@@ -111,20 +115,24 @@ def expected_targets(one, crop, rows, columns, smoothing):
 
     def cell(row, column, rows, columns):
         top, left = y0 * H - 0.5, x0 * W - 0.5
-        height, width = (max(y1 * H - 0.5 - top, 1)) / rows, max(x1 * W - 0.5 - left, 1) / columns
-        points_y, points_x = math.ceil(height), math.ceil(width)
+        height, width = y1 * H - 0.5 - top, x1 * W - 0.5 - left
+        # How long the sides of what is shown are on the map, in cells.
+        across, down = (np.hypot(width * warp[0, k], height * warp[1, k]) for k in range(2))
+        points_y, points_x = math.ceil(down / rows), math.ceil(across / columns)
         total = np.zeros(K)
         for i in range(points_y):
             for j in range(points_x):
-                y = top + height * (row + (i + 0.5) / points_y)
-                x = left + width * (column + (j + 0.5) / points_x)
-                total += at(y, x)
+                place = (
+                    (column + (j + 0.5) / points_x) / columns,
+                    (row + (i + 0.5) / points_y) / rows,
+                )
+                x, y = warp[:, :2] @ place + warp[:, 2]
+                if 0 <= x <= 1 and 0 <= y <= 1:
+                    total += at(top + height * y, left + width * (1 - x if mirrored else x))
         scores = np.exp(total / (points_y * points_x))
         return scores / scores.sum() * (1 - smoothing) + smoothing / K
 
     grid = [[cell(r, c, rows, columns) for c in range(columns)] for r in range(rows)]
-    if mirrored:
-        grid = [row[::-1] for row in grid]
     return cell(0, 0, 1, 1), np.array(grid).reshape(rows * columns, K)
 
 
@@ -144,6 +152,35 @@ def test_targets_are_those_of_a_slow_computation(grid, shape):
         expected_whole, expected_cells = expected_targets(one, crop, rows, columns, 0.1)
         np.testing.assert_allclose(found_whole, expected_whole, atol=2e-5)
         np.testing.assert_allclose(found_cells, expected_cells, atol=2e-5)
+
+
+@pytest.mark.parametrize("steps", [[(3, 25.0)], [(11, 0.27), (3, -27.0)], [(13, 0.41), (12, 0.21)]])
+def test_targets_follow_what_rand_augment_moved(steps):
+    maps, warp = random_maps(3, 4, 9), warp_of(*zip(*steps, strict=True))
+    warps = torch.from_numpy(warp).expand(3, 2, 3)
+    whole, cells = token_targets(maps, CROPS, K, 5, 0.1, warps)
+    for one, crop, found_whole, found_cells in zip(maps, CROPS, whole, cells, strict=True):
+        expected_whole, expected_cells = expected_targets(one, crop, 5, 5, 0.1, warp)
+        np.testing.assert_allclose(found_whole, expected_whole, atol=2e-5)
+        np.testing.assert_allclose(found_cells, expected_cells, atol=2e-5)
+
+
+def test_where_nothing_is_shown_every_class_is_as_likely():
+    warp = torch.from_numpy(warp_of([13], [0.5])).expand(3, 2, 3)  # moved by half, to the left
+    _, cells = token_targets(random_maps(), CROPS, K, 4, warps=warp)
+    gone = torch.zeros(4, 4, dtype=torch.bool)
+    gone[:, 2:] = True
+    uniform = (cells - 1 / K).abs().amax(2) < 1e-6
+    assert torch.equal(uniform, gone.flatten().expand(3, 16))
+
+
+def test_nothing_moved_changes_nothing():
+    warps = torch.eye(2, 3).expand(3, 2, 3)
+    for a, b in zip(
+        token_targets(random_maps(), CROPS, K, 4, warps=warps),
+        token_targets(random_maps(), CROPS, K, 4), strict=True,
+    ):  # fmt: skip
+        assert torch.equal(a, b)
 
 
 def test_the_whole_image_on_the_map_s_own_grid_gives_the_map():

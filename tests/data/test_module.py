@@ -1,5 +1,7 @@
 """The data modules: what they refuse, and the two backends side by side."""
 
+import random
+
 import numpy as np
 import pytest
 import timm
@@ -7,9 +9,9 @@ import torch
 from PIL import Image
 
 from evit.data import Folder, auto
-from evit.data.batch import denormalize, make_mixup, normalize
+from evit.data.batch import denormalize, erase, make_mixup, normalize
 from evit.data.folder_loader import folder_loader
-from evit.data.sources import ClassFolders, choose_samples, tree_classes
+from evit.data.sources import ClassFolders, choose_samples, repeated_order, tree_classes
 
 OPTIONS = dict(img_size=28, batch_size=4, crop_pct=1.0)
 
@@ -99,6 +101,29 @@ def test_imagefolder_batches_do_not_depend_on_the_number_of_workers(photos):
     assert torch.equal(epoch(loader(photos)), epoch(loader(photos, num_workers=2)))
 
 
+AUGMENTED = dict(rand_augment="rand-m9-mstd0.5-p1-inc1", fill=(124, 116, 104))
+
+
+@pytest.mark.parametrize("options", [AUGMENTED, dict(color_jitter=0.4)])
+def test_imagefolder_augments_crops_that_stay_the_same(photos, options):
+    plain, augmented = epoch(loader(photos)), epoch(loader(photos, **options))
+    assert torch.equal(augmented, epoch(loader(photos, **options, num_workers=2)))
+    assert (plain != augmented).flatten(1).any(1).float().mean() > 0.8
+    nothing = dict(rand_augment="rand-p0-inc1")
+    assert torch.equal(plain, epoch(loader(photos, **nothing)))
+
+
+def test_imagefolder_repeats_deits_views_and_each_differs(photos):
+    ranks = [loader(photos, repeats=3, rank=r, world_size=2, batch_size=2) for r in range(2)]
+    for one in ranks:
+        one.sampler.set_epoch(5)
+    keys = [key for pair in zip(*(one.sampler for one in ranks), strict=True) for key in pair]
+    assert [index for _, index, _ in keys] == repeated_order(12, 3, 5).tolist()
+    ranks[1].sampler.start = 2  # where a run goes on in the middle of an epoch
+    assert list(ranks[1].sampler) == keys[1::2][2:]
+    assert len({image.numpy().tobytes() for image in epoch(loader(photos, repeats=3))}) == 12
+
+
 def test_imagefolder_batches_depend_on_seed_and_epoch(photos):
     first = epoch(loader(photos))
     assert torch.equal(first, epoch(loader(photos)))
@@ -143,10 +168,65 @@ def test_images_are_normalised_as_timm_says_that_the_model_wants_them(shared_pho
     assert (theirs == 1).all()  # mean and deviation 0.5
 
 
-def test_mixup_gives_soft_targets_that_sum_to_one():
-    mixup = make_mixup(5, 0.8, 1.0, 0.5, 0.1, batch_size=8)
-    images, targets = mixup(torch.randn(8, 3, 16, 16), torch.arange(8) % 5)
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_augmentation_reaches_both_backends_and_only_training(photos, tmp_path, split):
+    options = dict(rand_augment="rand-m9-p1-inc1", flip=0.0, crop_scale=(1.0, 1.0), num_workers=0)
+    for backend in "ffcv", "imagefolder":
+        with_and_without = []
+        for knobs in options, options | dict(rand_augment=None):
+            data = folder(photos, tmp_path, batch_size=6, backend=backend, **knobs)
+            data.setup()
+            batches = data.train_dataloader() if split == "train" else data.val_dataloader()
+            with_and_without.append(torch.cat([images for images, _ in batches]))
+        assert torch.equal(*with_and_without) == (split == "val")
+
+
+def test_what_rand_augment_uncovers_has_the_mean_of_the_normalisation(photos, tmp_path):
+    data = Folder(photos, **OPTIONS, cache_dir=tmp_path, rand_augment="rand-inc1")
+    data.normalize_for(timm.create_model("vit_tiny_patch16_224.augreg_in21k"))
+    data.prepare_data()
+    data.setup()
+    assert data.train_dataloader().augmentation.fill.tolist() == [128, 128, 128]
+
+
+def test_a_color_jitter_that_is_not_used_is_said(photos, capsys):
+    Folder(photos, **OPTIONS, rand_augment="rand-inc1")
+    assert "jitter" not in capsys.readouterr().out
+    Folder(photos, **OPTIONS, rand_augment="rand-inc1", color_jitter=0.4)
+    assert "no color jitter, as in timm" in capsys.readouterr().out
+
+
+def test_a_rand_augment_that_is_not_served_is_refused_at_once(photos):
+    with pytest.raises(ValueError, match="recipe.rand_augment .*'rand-m9'"):
+        Folder(photos, **OPTIONS, rand_augment="rand-m9")
+
+
+def test_erasing_is_distributed_as_timm_s_recipe_has_it():
+    """Shares of the images and of their areas, beside what timm makes for re_prob=0.25."""
+    options = dict(is_training=True, re_prob=0.25, re_mode="pixel", scale=(1, 1), hflip=0.0)
+    *_, theirs = timm.data.create_transform(32, **options, color_jitter=None).transforms
+    found = []
+    for function in (lambda images: erase(images, 0.25)), (lambda images: theirs(images)):
+        random.seed(0)
+        images = function(torch.full((6000, 3, 32, 32), 9.0))
+        changed = (images != 9).all(1)
+        areas = changed.float().mean((1, 2))
+        assert ((changed.any(2).sum(1) * changed.any(1).sum(1)) == changed.sum((1, 2))).all()
+        noise = images[(images != 9)]
+        assert noise.mean().abs() < 0.01 and abs(noise.std() - 1) < 0.01
+        erased = areas[areas > 0]
+        found.append([len(erased) / 6000, *erased.quantile(torch.linspace(0, 1, 6)).tolist()])
+    assert found[0] == pytest.approx(found[1], abs=0.02)
+    assert found[0][0] == pytest.approx(0.25, abs=0.02)
+    assert found[0][1] == pytest.approx(0.02, abs=0.01) and found[0][-1] < 0.36
+
+
+@pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
+def test_mixup_gives_soft_targets_that_sum_to_one(mode):
+    mixup = make_mixup(5, 0.8, 1.0, 0.5, 0.1, batch_size=8, mode=mode)
+    images, targets = mixup(torch.randn(8, 3, 16, 16), torch.arange(8) % 2)
     assert targets.shape == (8, 5)
+    assert len(set(targets[1::2, 1].tolist())) == dict(batch=1, pair=4, elem=4)[mode]
     torch.testing.assert_close(targets.sum(1), torch.ones(8))
     assert targets.min() >= 0.1 / 5 - 1e-6
 

@@ -1,5 +1,6 @@
 """The LightningModule's parts."""
 
+import lightning as L
 import pytest
 import timm
 import torch
@@ -47,6 +48,10 @@ def test_no_decay_on_one_dimensional_parameters_position_and_class_token():
         (dict(drop_path=-1), "recipe.drop_path must be from 0 to 0.99, got -1"),
         (dict(crop_pct=0), "recipe.crop_pct must be from 0.01 to 1, got 0"),
         (dict(crop_scale=[1.0, 0.5]), r"recipe.crop_scale must be .* got \[1.0, 0.5\]"),
+        (dict(random_erasing=1.5), "recipe.random_erasing must be from 0 to 1, got 1.5"),
+        (dict(repeated_augmentations=0), "recipe.repeated_augmentations must be from 1 to inf"),
+        (dict(color_jitter=-0.1), "recipe.color_jitter must be from 0 to inf, got -0.1"),
+        (dict(mixup_mode="half"), "recipe.mixup_mode must be batch, pair or elem, got 'half'"),
         (dict(ema_decay=3), "recipe.ema_decay must be from 0 to 1, got 3"),
         (dict(max_train_images=0), "recipe.max_train_images must be from 1 to inf, got 0"),
         (dict(shrink_start_epoch=5, shrink_epochs=5), "only at epoch 10 .* training has 10"),
@@ -81,3 +86,26 @@ def test_validation_counts_every_image_once_whatever_the_batches():
     )
     for other in found[1:]:
         assert other == pytest.approx(found[0])
+
+
+def test_erasing_is_a_function_of_seed_epoch_batch_and_process():
+    recipe = Recipe(epochs=10, batch_size=4, lr=1e-3, random_erasing=1.0)
+    model = evit.EViT(img_size=8, patch_size=4, embed_dim=24, depth=4, num_heads=2, num_classes=9)
+    seen = []
+
+    def objective(images, labels):
+        seen.append(images)
+        return dict(loss=images.sum())
+
+    def step(seed, batch_idx):
+        module = Classifier(model, recipe, 9, objective, seed)
+        module.log = lambda *_, **__: None
+        module.trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+        module.training_step((torch.zeros(4, 3, 8, 8), torch.arange(4)), batch_idx)
+        return seen[-1]
+
+    torch.manual_seed(3)
+    first = step(0, 0)
+    assert all((image != 0).any() and (image == 0).any() for image in first)
+    assert torch.equal(first, step(0, 0))
+    assert not torch.equal(first, step(0, 1)) and not torch.equal(first, step(1, 0))

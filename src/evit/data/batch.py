@@ -1,9 +1,10 @@
-"""What happens to a whole batch, on the device that trains: normalisation, mixup, soft labels."""
+"""What happens to a whole batch, on the device that trains: normalisation, erasing, mixup."""
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
 from timm.data import IMAGENET_DEFAULT_STD as STD
 from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
 Colour = tuple[float, float, float]
@@ -12,13 +13,19 @@ Colour = tuple[float, float, float]
 def normalize(images: Tensor, mean: Colour = MEAN, std: Colour = STD) -> Tensor:
     """uint8 images (B, 3, H, W) to float32, with the mean and standard deviation of each colour."""
     shift, scale = (images.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (mean, std))
-    return (images.float() - 255 * shift) / (255 * scale)
+    return images.to(torch.float32, copy=True).sub_(255 * shift).div_(255 * scale)
 
 
 def denormalize(images: Tensor, mean: Colour = MEAN, std: Colour = STD) -> Tensor:
     """The uint8 images that normalize() was given."""
     shift, scale = (images.new_tensor(v).view(3, 1, 1) for v in (mean, std))
     return (255 * (images * scale + shift)).round().clamp(0, 255).to(torch.uint8)
+
+
+def erase(images: Tensor, probability: float) -> Tensor:
+    """DeiT's random erasing of normalised images (B, 3, H, W), in place: of each image, with this
+    probability, noise for a rectangle of 2 to 33 % of it. Draws from the global generators."""
+    return RandomErasing(probability, mode="pixel", device=images.device)(images)
 
 
 def make_mixup(
@@ -28,10 +35,12 @@ def make_mixup(
     switch_prob: float,
     label_smoothing: float,
     batch_size: int,
+    mode: str = "batch",
 ) -> Mixup | None:
     """timm's Mixup, or None where both are off: (images, labels) -> images, targets (B, classes).
 
-    One draw for a batch, from numpy's global generator. Works on the images in place.
+    One draw for a batch, a pair or each image (mode batch, pair, elem), from numpy's global
+    generator. Works on the images in place.
 
     Raises:
         ValueError: batch_size is odd, so the images of a batch cannot be paired.
@@ -47,6 +56,7 @@ def make_mixup(
         mixup_alpha=mixup,
         cutmix_alpha=cutmix,
         switch_prob=switch_prob,
+        mode=mode,
         label_smoothing=label_smoothing,
         num_classes=num_classes,
     )

@@ -1,8 +1,10 @@
 """The imagefolder backend: torchvision and PIL, the published protocol to the pixel."""
 
+import random
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -11,8 +13,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
 
 from evit.data.label_maps import Shape, read_label_map
+from evit.data.rand_augment import PILRandAugment
 from evit.data.resumable import Resumable
-from evit.data.sources import choose_samples
+from evit.data.sources import choose_samples, epoch_length, repeated_order
 
 
 class EpochSampler(DistributedSampler):
@@ -25,6 +28,21 @@ class EpochSampler(DistributedSampler):
 
     def __iter__(self) -> Iterator[Any]:
         return ((self.epoch, i) for i in list(super().__iter__())[self.start :])
+
+
+class RepeatedSampler(EpochSampler):
+    """Yields (epoch, index, view), in the order of evit.data.sources.repeated_order."""
+
+    def __init__(self, dataset: Any, repeats: int, *args: Any, **options: Any):
+        super().__init__(dataset, *args, **options)
+        self.repeats, length = repeats, epoch_length(len(dataset), repeats)
+        self.num_samples = length // self.num_replicas
+
+    def __iter__(self) -> Iterator[Any]:
+        seed = self.seed + self.epoch
+        order = repeated_order(len(self.dataset), self.repeats, seed)  # type: ignore[arg-type]
+        places = range(self.rank, self.num_samples * self.num_replicas, self.num_replicas)
+        return ((self.epoch, int(order[i]), i) for i in places[self.start :])
 
 
 class ExactShard(Sampler):
@@ -41,17 +59,27 @@ class ExactShard(Sampler):
 
 
 class RandomResizedCropFlip:
-    """torchvision's RandomResizedCrop, bicubic, and RandomHorizontalFlip, which say what they did.
+    """torchvision's RandomResizedCrop, bicubic, RandomHorizontalFlip, and then timm's RandAugment
+    or torchvision's ColorJitter; which say what they did.
 
     An image gives uint8 (3, size, size), and (5,): x0, y0, x1, y1 of the crop as shares of the
-    image's width and height, and 1 where it was mirrored.
+    image's width and height, and 1 where it was mirrored; with RandAugment also the map (2, 3) of
+    its geometric operations.
     """
 
-    def __init__(self, size: int, scale: tuple[float, float], flip: float):
+    def __init__(
+        self,
+        size: int,
+        scale: tuple[float, float],
+        flip: float,
+        rand_augment: PILRandAugment | None = None,
+        color_jitter: float = 0.0,
+    ):
         self.crop = T.RandomResizedCrop(size, scale, interpolation=InterpolationMode.BICUBIC)
-        self.flip = flip
+        self.flip, self.rand_augment = flip, rand_augment
+        self.jitter = T.ColorJitter(*[color_jitter] * 3) if color_jitter else None
 
-    def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
+    def __call__(self, image: Image.Image) -> tuple[Tensor, ...]:
         box = self.crop.make_params([image])
         left, top = box["left"], box["top"]
         right, bottom = left + box["width"], top + box["height"]
@@ -60,13 +88,20 @@ class RandomResizedCropFlip:
         shares = left / width, top / height, right / width, bottom / height, float(flipped)
         image = self.crop.transform(image, box)
         image = T.functional.horizontal_flip(image) if flipped else image
-        return T.functional.pil_to_tensor(image), torch.tensor(shares)
+        said = [torch.tensor(shares)]
+        if self.rand_augment:
+            image, warp = self.rand_augment(image)
+            said += [torch.from_numpy(warp)]
+        elif self.jitter:
+            image = self.jitter(image)
+        return T.functional.pil_to_tensor(image), *said
 
 
 class SeededAugmentation(Dataset):
     """Augmented images that depend on seed, epoch and image: not on the workers.
 
-    An item is (image, label), or (image, label, map, crop) where the data set has label maps.
+    An item is (image, label); where the data set has label maps, these and (map, crop, and with
+    RandAugment its map).
     """
 
     def __init__(self, dataset: Any, seed: int, label_maps: Sequence[str], num_classes: int):
@@ -80,19 +115,22 @@ class SeededAugmentation(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: tuple[int, int]) -> Any:
-        epoch, index = key
-        torch.manual_seed(hash((self.seed, epoch, index)) % 2**63)
-        (image, crop), label = self.dataset[index]
+    def __getitem__(self, key: tuple[int, ...]) -> Any:
+        index, seed = key[1], hash((self.seed, *key))
+        torch.manual_seed(seed % 2**63)
+        random.seed(seed)  # timm's RandAugment draws from these two
+        np.random.seed(seed % 2**32)
+        (image, *said), label = self.dataset[index]
         if not self.label_maps:
             return image, label
         found = read_label_map(self.label_maps[index], self.num_classes, self.map_shape)
-        return image, label, found, crop
+        return image, label, found, *said
 
 
 class FolderLoader(Resumable, DataLoader):  # type: ignore[misc]
     """Batches uint8 (B, 3, H, W), labels (B,); in training also the label maps (B, 2, 5, h, w) of
-    `label_map_shape` (h, w), where that is not None, and the crops (B, 5)."""
+    `label_map_shape` (h, w), where that is not None, the crops (B, 5), and with RandAugment the
+    maps (B, 2, 3) of its geometric operations."""
 
     label_map_shape: Shape | None = None
 
@@ -118,13 +156,18 @@ def folder_loader(
     scale: tuple[float, float],
     flip: float,
     crop_pct: float,
+    rand_augment: str | None = None,
+    color_jitter: float = 0.0,
+    fill: tuple[int, ...] = (0, 0, 0),
+    repeats: int = 1,
     label_maps: Sequence[str] | None = None,
     num_classes: int = 0,
 ) -> FolderLoader:
     """The images of a split, bicubic as DeiT's; `label_maps` are the files of its images."""
     steps: list[Any] = [T.RGB()]
     if train:
-        steps += [RandomResizedCropFlip(img_size, scale, flip)]
+        operations = PILRandAugment(rand_augment, fill) if rand_augment else None
+        steps += [RandomResizedCropFlip(img_size, scale, flip, operations, color_jitter)]
     else:
         resize = T.Resize(int(img_size / crop_pct), interpolation=InterpolationMode.BICUBIC)
         steps += [resize, T.CenterCrop(img_size), T.PILToTensor()]
@@ -133,14 +176,18 @@ def folder_loader(
     dataset = torch.utils.data.Subset(dataset, chosen)
     sampler: Sampler
     if train:
-        if len(dataset) // world_size < batch_size:
+        if epoch_length(len(dataset), repeats) // world_size < batch_size:
             raise ValueError(
                 f"{len(dataset)} training images do not fill one batch of {batch_size} on "
                 f"{world_size} processes: lower recipe.batch_size"
             )
         label_maps = [label_maps[i] for i in chosen] if label_maps else []
         dataset = SeededAugmentation(dataset, seed, label_maps, num_classes)
-        sampler = EpochSampler(dataset, world_size, rank, seed=seed * 100_003, drop_last=True)
+        common: Any = dict(num_replicas=world_size, rank=rank, seed=seed * 100_003, drop_last=True)
+        if repeats == 1:
+            sampler = EpochSampler(dataset, **common)
+        else:
+            sampler = RepeatedSampler(dataset, repeats, **common)
     else:
         sampler = ExactShard(len(dataset), rank, world_size)
     loader = FolderLoader(

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.ops import roi_align
 
 TOP = 5
 MAX_ID = 2048  # up to here float16 holds every integer
@@ -102,12 +101,14 @@ def token_targets(
     num_classes: int,
     grid_size: int | Shape,
     label_smoothing: float = 0.0,
+    warps: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The soft labels of cropped images, and of each of their patches.
 
     The logits of a map, zero outside the five best classes, are averaged over each patch of the
-    crop (RoIAlign, as TokenLabeling does) and then turned into probabilities. The published code
-    swaps the axes of the crop and scales both by the map's width; here both are right.
+    crop (at the points of RoIAlign, as TokenLabeling does) and then turned into probabilities. The
+    published code swaps the axes of the crop and scales both by the map's width; here both are
+    right.
 
     Args:
         maps: (B, 2, 5, H, W), top-5 logits and their class ids.
@@ -115,25 +116,78 @@ def token_targets(
             crop was mirrored.
         grid_size: patches of a side, or (rows, columns).
         label_smoothing: share of the probability that is spread over all classes.
+        warps: (B, 2, 3), affine maps from the unit square that is shown to that of the mirrored
+            crop (RandAugment's geometric operations). What lies outside the crop has logits of 0.
 
     Returns:
         (B, K) targets of the class token, and (B, N, K) of the patches, row-major; float32.
     """
     B, _, _, H, W = maps.shape
     rows, columns = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
-    logits_BKHW = torch.zeros(B, num_classes, H, W, device=maps.device)
-    logits_BKHW.scatter_(1, maps[:, 1].long(), maps[:, 0].float())
-
-    # The centre of the first cell is 0 for RoIAlign, and half a cell inside the image.
-    size = torch.tensor([W, H, W, H], device=maps.device)
-    boxes = list((crops[:, :4].to(maps.device).float() * size - 0.5).split(1))
-    cells_BKhw = roi_align(logits_BKHW, boxes, (rows, columns))
-    mirrored_B = crops[:, 4].to(maps.device).bool().view(B, 1, 1, 1)
-    cells_BKhw = torch.where(mirrored_B, cells_BKhw.flip(3), cells_BKhw)
-    whole_BK = roi_align(logits_BKHW, boxes, 1).flatten(1)
+    logits_BKL = torch.zeros(B, num_classes, H * W, device=maps.device)
+    logits_BKL.scatter_(1, maps[:, 1].long().flatten(2), maps[:, 0].float().flatten(2))
+    crops = crops.to(maps.device).float()
+    mirrored_B = crops[:, 4].bool()
+    if warps is None:
+        warps = torch.eye(2, 3).expand(B, 2, 3)
+    warps = warps.to(maps.device).float()
+    # The same for the crop before it was mirrored: its targets are mirrored last.
+    turned = warps * torch.tensor([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0]], device=maps.device)
+    turned[:, 0, 2] = 1 - warps[:, 0, 0] - warps[:, 0, 2]
+    turned[:, 1, 2] = warps[:, 1, 0] + warps[:, 1, 2]
+    warps = torch.where(mirrored_B.view(B, 1, 1), turned, warps)
 
     def smooth(targets: Tensor) -> Tensor:
         return targets * (1 - label_smoothing) + label_smoothing / num_classes
 
-    class_targets = smooth(whole_BK.softmax(1))
-    return class_targets, smooth(cells_BKhw.flatten(2).softmax(1).transpose(1, 2))
+    def labels(rows: int, columns: int) -> Tensor:
+        with torch.autocast(maps.device.type, enabled=False):
+            shares_BrcL = map_shares(crops[:, :4], warps, (rows, columns), (H, W))
+            mirrored_BrcL = shares_BrcL.flip(2)
+            shares_BrcL = torch.where(mirrored_B.view(B, 1, 1, 1), mirrored_BrcL, shares_BrcL)
+            logits_BNK = shares_BrcL.flatten(1, 2) @ logits_BKL.transpose(1, 2)
+        return smooth(logits_BNK.softmax(2))
+
+    return labels(1, 1)[:, 0], labels(rows, columns)
+
+
+def map_shares(boxes: Tensor, warps: Tensor, grid: Shape, size: Shape) -> Tensor:
+    """What share each cell of a map has in each patch of a crop.
+
+    A patch is the mean of the points that RoIAlign takes: equally far apart, as many as the cells
+    that it covers on either side, bilinear between the cells' centres.
+
+    Args:
+        boxes: (B, 4), x0, y0, x1, y1 of the crops as shares of the map's width and height.
+        warps: (B, 2, 3), affine maps from the unit square that is shown to that of the crop.
+        grid: rows and columns of patches.
+        size: (H, W), cells of a map.
+
+    Returns:
+        (B, rows, columns, H * W); sums to 1 over the cells where all points lie in the crop.
+    """
+    device = boxes.device
+    # The centre of the first cell is 0.
+    corners = boxes * torch.tensor([size[1], size[0]] * 2, device=device) - 0.5
+    start, extent = corners[:, :2], corners[:, 2:] - corners[:, :2]
+    places, inside = [], []
+    for axis, patches in enumerate((grid[1], grid[0])):
+        length = (extent * warps[:, :, axis]).norm(dim=1)  # of this side, in cells
+        points = (length / patches).ceil().clamp(1).view(-1, 1, 1)
+        point = torch.arange(int(points.max()), device=device)
+        patch = torch.arange(patches, device=device).view(1, -1, 1)
+        places.append((patch + (point + 0.5) / points) / patches)
+        inside.append(torch.where(point < points, 1 / points, 0.0))
+    x = places[0][:, None, :, None, :]  # (B, rows, columns, points down, points across)
+    y = places[1][:, :, None, :, None]
+    weight = (inside[0][:, None, :, None, :] * inside[1][:, :, None, :, None]).expand_as(x + y)
+    hats = []
+    for axis in range(2):
+        a, b, c = (warps[:, axis, k].view(-1, 1, 1, 1, 1) for k in range(3))
+        place = a * x + b * y + c
+        weight = weight * ((place >= 0) & (place <= 1))
+        cells = size[1 - axis]
+        shift, scale = (t[:, axis].view(-1, 1, 1, 1, 1) for t in (start, extent))
+        place = (shift + scale * place).clamp(0, cells - 1)
+        hats.append((1 - (place[..., None] - torch.arange(cells, device=device)).abs()).clamp(0))
+    return torch.einsum("brcji,brcjih,brcjiw->brchw", weight, hats[1], hats[0]).flatten(3)

@@ -10,9 +10,11 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from evit.data.batch import MEAN, STD, normalize
+from evit.data.rand_augment import RandAugment, fill_color
 from evit.data.sources import SPLITS
 
 
@@ -30,6 +32,10 @@ class Images(L.LightningDataModule):
         batches_ahead: batches that FFCV decodes in advance.
         max_train_images, max_val_images: use only so many, a fixed random choice.
         crop_scale, flip: RandomResizedCrop's share of the area, probability of a horizontal flip.
+        rand_augment: timm's name of a RandAugment, such as rand-m9-mstd0.5-inc1.
+        color_jitter: change of brightness, contrast and saturation; as in timm, only where there is
+            no RandAugment.
+        repeated_augmentations: how often an epoch shows each of its images, which are fewer.
         crop_pct: in evaluation the short side becomes img_size / crop_pct before the centre crop.
         mode, max_resolution, jpeg_quality: how .beton files are written (evit.data.writer).
         splits: which are used; nothing is asked of the others. Evaluations need val alone.
@@ -57,6 +63,9 @@ class Images(L.LightningDataModule):
         max_val_images: int | None = None,
         crop_scale: tuple[float, float] = (0.08, 1.0),
         flip: float = 0.5,
+        rand_augment: str | None = None,
+        color_jitter: float = 0.0,
+        repeated_augmentations: int = 1,
         crop_pct: float = 0.875,
         splits: Sequence[str] = SPLITS,
         label_maps: str | Path | None = None,
@@ -66,6 +75,12 @@ class Images(L.LightningDataModule):
             raise ValueError(f"data.backend must be ffcv or imagefolder, got {backend!r}")
         if backend == "ffcv":
             require_ffcv()
+        if rand_augment:
+            RandAugment.parse(rand_augment)  # what is wrong with it is said here
+            if color_jitter:
+                rank_zero_only(print)("With RandAugment there is no color jitter, as in timm")
+        self.rand_augment, self.color_jitter = rand_augment, color_jitter
+        self.repeats = repeated_augmentations
         self.img_size, self.batch_size, self.seed = img_size, batch_size, seed
         self.cache_dir, self.backend = Path(cache_dir), backend
         self.write_options: dict[str, Any] = dict(
@@ -199,6 +214,10 @@ class Images(L.LightningDataModule):
             max_samples=self.limits[split],
             scale=self.crop_scale,
             flip=self.flip,
+            rand_augment=self.rand_augment,
+            color_jitter=self.color_jitter,
+            fill=fill_color(self.mean),
+            repeats=self.repeats,
             crop_pct=self.crop_pct,
         )
         if self.backend == "imagefolder":

@@ -25,6 +25,7 @@ from evit.data._ffcv import (
     State,
     get_random_crop,
 )
+from evit.data.augment import Augmentation
 from evit.data.pixels import crop_batch
 
 _get_random_crop = numba.njit(get_random_crop)  # torchvision's RandomResizedCrop.get_params
@@ -75,6 +76,7 @@ class _CropDecoder(SimpleRGBImageDecoder):
     """
 
     shrinks: bool
+    augmentation: Augmentation | None = None
 
     def __init__(self, img_size: int) -> None:
         super().__init__()
@@ -111,13 +113,16 @@ class _CropDecoder(SimpleRGBImageDecoder):
                     f"the JPEG of sample {samples[status.argmin()]} is damaged; "
                     "delete the file and prepare the data again"
                 )
+            if self.augmentation:
+                self.augmentation(output, entries >> SAMPLE_BITS)
             return output
 
         return decode
 
 
 class RandomResizedCropFlip(_CropDecoder):
-    """torchvision's RandomResizedCrop, then a horizontal flip with probability `flip`.
+    """torchvision's RandomResizedCrop, then a horizontal flip with probability `flip`, then the
+    augmentation of its pixels.
 
     `scale` bounds the area of the crop relative to the image, `ratio` its width / height.
     """
@@ -125,10 +130,16 @@ class RandomResizedCropFlip(_CropDecoder):
     shrinks = True
 
     def __init__(
-        self, img_size: int, scale: tuple[float, float], ratio: tuple[float, float], flip: float
+        self,
+        img_size: int,
+        scale: tuple[float, float],
+        ratio: tuple[float, float],
+        flip: float,
+        augmentation: Augmentation,
     ) -> None:
         super().__init__(img_size)
         self.scale, self.ratio, self.flip = np.array(scale, float), np.array(ratio, float), flip
+        self.augmentation = augmentation
 
     def crops(
         self, heights: np.ndarray, widths: np.ndarray, seeds: np.ndarray
@@ -174,6 +185,29 @@ class CropRecord(SimpleRGBImageDecoder):
             output[:, 1::-1] = boxes[:, :2] / sizes
             output[:, 3:1:-1] = (boxes[:, :2] + boxes[:, 2:]) / sizes
             output[:, 4] = flips
+            return output
+
+        return decode
+
+
+class WarpRecord(SimpleRGBImageDecoder):
+    """Where the pixels of each crop lie after RandAugment's geometric operations: (B, 2, 3), the
+    affine maps from the unit square that is shown to that of the crop."""
+
+    def __init__(self, augmentation: Augmentation) -> None:
+        super().__init__()
+        self.augmentation = augmentation
+
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
+        dtype = np.dtype("f4")
+        state = replace(previous_state, jit_mode=True, shape=(2, 3), dtype=dtype)
+        return state, AllocationQuery((2, 3), dtype)
+
+    def generate_code(self) -> Callable:
+        def decode(
+            entries: np.ndarray, output: np.ndarray, metadata: np.ndarray, storage: Any
+        ) -> np.ndarray:
+            output[:] = self.augmentation.warps(entries >> SAMPLE_BITS)
             return output
 
         return decode

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torchvision
 from PIL import Image
 from torchvision.datasets import ImageFolder
@@ -95,6 +96,21 @@ def choose_samples(num_samples: int, max_samples: int | None) -> np.ndarray:
     if max_samples < 1:
         raise ValueError(f"at least 1 image is needed, got a limit of {max_samples}")
     return np.sort(np.random.default_rng(0).choice(num_samples, max_samples, replace=False))
+
+
+def epoch_length(num_samples: int, repeats: int) -> int:
+    """Images that an epoch shows; with repeats DeiT rounds down to a multiple of 256."""
+    return num_samples if repeats == 1 else num_samples // 256 * 256 or num_samples
+
+
+def repeated_order(num_samples: int, repeats: int, seed: int) -> np.ndarray:
+    """The samples of an epoch, shuffled, each `repeats` times in a row: to be dealt out to the
+    processes one by one. An epoch shows a share of the samples, not more images than without.
+
+    For 3 repeats and the epoch as seed it is DeiT's RASampler (facebookresearch/deit, samplers.py).
+    """
+    order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed)).numpy()
+    return order.repeat(repeats)[: epoch_length(num_samples, repeats)]
 
 
 def fingerprint(samples: Sequence[tuple[str, int]], root: Path) -> str:

@@ -24,6 +24,7 @@ from evit.data._ffcv import (
     ToTorchImage,
     config,
 )
+from evit.data.augment import Augmentation
 from evit.data.beton import check_beton
 from evit.data.ops import (
     SAMPLE_BITS,
@@ -33,9 +34,10 @@ from evit.data.ops import (
     LabelDecoder,
     LabelMapDecoder,
     RandomResizedCropFlip,
+    WarpRecord,
 )
 from evit.data.resumable import Resumable
-from evit.data.sources import choose_samples
+from evit.data.sources import choose_samples, epoch_length, repeated_order
 
 Batch = tuple[torch.Tensor, ...]
 
@@ -45,15 +47,19 @@ class FFCVStream(Resumable):
 
     Training from a file with label maps, a batch goes on: maps float16 (B, 2, 5, h, w), and crops
     float32 (B, 5), x0, y0, x1, y1 as shares of the source image's width and height, and 1 where
-    the crop was mirrored.
+    the crop was mirrored; and with RandAugment the maps (B, 2, 3) of its geometric operations, from
+    the unit square that is shown to the crop's.
 
     Training: every epoch another permutation, cut into `world_size` equal and disjoint parts, whole
-    batches only. A batch is a function of (seed, epoch, rank), never of `num_workers`. Evaluation:
-    sample rank, rank + world_size, ... of the file, each exactly once over all ranks.
+    batches only; with `repeats` above 1 evit.data.sources.repeated_order. A batch is a function of
+    (seed, epoch, rank), never of `num_workers`. Evaluation: sample rank, rank + world_size, ... of
+    the file, each exactly once over all ranks.
 
     `num_workers` are threads (-1: one per core), `batches_ahead` the batches decoded in advance.
-    `max_samples` keeps a random subset, always the same one. `crop_pct` is for
-    evaluation, `scale`, `ratio` and `flip` for training. The file is opened at the first batch.
+    `max_samples` keeps a random subset, always the same one. `crop_pct` is for evaluation; `scale`,
+    `ratio`, `flip`, `rand_augment`, `color_jitter` (evit.data.augment), `fill` (the colour where a
+    geometric operation leaves nothing) and `repeats` are for training. The file is opened at the
+    first batch.
 
     Raises what check_beton raises, and ValueError for numbers that do not fit together. A failure
     while reading is a RuntimeError at the next batch.
@@ -76,6 +82,10 @@ class FFCVStream(Resumable):
         scale: tuple[float, float] = (0.08, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: float = 0.5,
+        rand_augment: str | None = None,
+        color_jitter: float = 0.0,
+        fill: tuple[int, ...] = (0, 0, 0),
+        repeats: int = 1,
         device: torch.device | str | None = None,
     ) -> None:
         self.info = check_beton(path)
@@ -93,12 +103,13 @@ class FFCVStream(Resumable):
         if not 0 < crop_pct <= 1:
             raise ValueError(f"{crop_pct=} must be in (0, 1]")
         self.path, self.batch_size, self.train = Path(path), batch_size, train
-        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.seed, self.rank, self.world_size, self.repeats = seed, rank, world_size, repeats
         self.batches_ahead, self.device = batches_ahead, torch.device(device or "cpu")
         cores = config.NUMBA_NUM_THREADS
         self.num_workers = cores if num_workers < 0 else min(max(num_workers, 1), cores)
+        self.augmentation = Augmentation(rand_augment, color_jitter, fill)
         self.decoder = (
-            RandomResizedCropFlip(img_size, scale, ratio, flip)
+            RandomResizedCropFlip(img_size, scale, ratio, flip, self.augmentation)
             if train
             else CenterCrop(img_size, crop_pct)
         )
@@ -115,7 +126,8 @@ class FFCVStream(Resumable):
 
     def __len__(self) -> int:
         if self.train:
-            return len(self.indices) // self.world_size // self.batch_size
+            length = epoch_length(len(self.indices), self.repeats)
+            return length // self.world_size // self.batch_size
         own = len(range(self.rank, len(self.indices), self.world_size))
         return -(-own // self.batch_size)
 
@@ -137,7 +149,11 @@ class FFCVStream(Resumable):
         if not self.train:
             return self.indices[self.rank :: self.world_size]
         rng = np.random.default_rng((self.seed, epoch))
-        order = rng.permutation(self.indices)
+        if self.repeats == 1:
+            order = rng.permutation(self.indices)
+        else:
+            seed = self.seed * 100_003 + epoch  # neighbouring seeds have no order in common
+            order = self.indices[repeated_order(len(self.indices), self.repeats, seed)]
         order |= rng.integers(2**32, size=len(order), dtype=np.uint64) << SAMPLE_BITS
         return order[self.rank :: self.world_size][: len(self) * self.batch_size]
 
@@ -163,6 +179,9 @@ class FFCVStream(Resumable):
             pipelines["label_map"] = [LabelMapDecoder(), ToTensor(), *to_device]
             record = CropRecord(self.decoder)
             pipelines["crop"] = PipelineSpec("image", record, [ToTensor(), *to_device])
+            if self.augmentation.rand_augment:
+                warps = WarpRecord(self.augmentation)
+                pipelines["warp"] = PipelineSpec("image", warps, [ToTensor(), *to_device])
         # The decoders are compiled already. FFCV would compile their callers anew in every process.
         Compiler.set_enabled(False)
         try:

@@ -1,13 +1,18 @@
-"""How far the crops that training sees are from those of a whole decoded JPEG."""
+"""How far the crops of training and evaluation are from those of a whole decode, or PIL's."""
 
 import io
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
+from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
+from evit.data import Folder
 from evit.data.module import require_ffcv
 from evit.data.sources import SPLITS, choose_samples
 
@@ -44,6 +49,36 @@ def crop_differences(
         row = {"decoded_at": at, "pair": " against ".join(pair), "crops": len(differences)}
         rows.append(row | {"grey_levels": grey_levels, "psnr": psnr})
     return rows
+
+
+def evaluation_differences(
+    root: str | Path, img_size: int = 224, crop_pct: float = 0.875
+) -> dict[str, float]:
+    """How far the images of an evaluation with data.backend=ffcv, and those of PIL's bilinear
+    filter, are from the published protocol's (data.backend=imagefolder: PIL, bicubic): the root of
+    the mean squared difference of an image's pixels, in grey levels of 255, the median over
+    ROOT/val/CLASS/*.jpg.
+    """
+    images: dict[str, Tensor] = {}
+    with tempfile.TemporaryDirectory() as cache_dir:
+        for backend in "imagefolder", "ffcv":
+            options: Any = dict(cache_dir=cache_dir, num_workers=0, splits=["val"])
+            data = Folder(
+                root, img_size=img_size, batch_size=64, crop_pct=crop_pct, backend=backend,
+                **options,
+            )  # fmt: skip
+            data.prepare_data()
+            data.setup()
+            images[backend] = torch.cat([batch[0] for batch in data.val_dataloader()])
+    resize = T.Resize(int(img_size / crop_pct), T.InterpolationMode.BILINEAR)
+    bilinear = T.Compose([resize, T.CenterCrop(img_size), T.PILToTensor()])
+    folder = ImageFolder(str(Path(root).expanduser() / "val"), bilinear)
+    images["PIL bilinear"] = torch.stack([image for image, _ in folder])
+    published = images.pop("imagefolder").float()
+    return {
+        name: float((found - published).square().mean((1, 2, 3)).sqrt().median())
+        for name, found in images.items()
+    }
 
 
 def _crops(data: bytes, img_size: int, seed: int) -> tuple[int, dict[str, np.ndarray]]:

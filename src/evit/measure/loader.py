@@ -63,11 +63,12 @@ def time_loaders(
             ),
         }
         for loader in loaders.values():
-            _time(loader)  # processes are forked before FFCV has threads
+            time_epoch(loader)  # processes are forked before FFCV has threads
         loaders["FFCV"] = _ffcv(folder, Path(temporary), img_size, num_workers)
-        _time(loaders["FFCV"])
+        time_epoch(loaders["FFCV"])
         timings = [
-            {name: _time(loader) for name, loader in loaders.items()} for _ in range(repetitions)
+            {name: time_epoch(loader) for name, loader in loaders.items()}
+            for _ in range(repetitions)
         ]
     return [_summary(name, timings) for name in loaders]
 
@@ -124,7 +125,7 @@ def _ffcv(folder: ImageFolder, target: Path, img_size: int, num_workers: int) ->
     )
 
 
-def _time(loader: Iterable[Any]) -> tuple[int, float, float]:
+def time_epoch(loader: Iterable[Any]) -> tuple[int, float, float]:
     """Images, seconds of CPU time and seconds by the clock of an epoch."""
     wall, cpu, images = time.perf_counter(), _cpu_seconds(), 0
     for batch in loader:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from evit.data.batch import erase
 from evit.training.objectives import Classification
 from evit.training.optimizer import make_optimizer
 from evit.training.recipe import Recipe
@@ -59,10 +60,12 @@ class Classifier(L.LightningModule):
         return self.model(images)
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
-        # Mixup and drop path draw from global generators: with a seed for each batch and process,
-        # a run that is resumed draws as one that was not interrupted.
+        # Erasing, mixup and drop path draw from global generators: with a seed for each batch and
+        # process, a run that is resumed draws as one that was not interrupted.
         seed = mix_seed(self.seed, self.current_epoch, batch_idx, self.global_rank)
         L.seed_everything(seed, verbose=False)
+        if self.recipe.random_erasing:
+            batch = erase(batch[0], self.recipe.random_erasing), *batch[1:]
         losses = self.objective(*batch)
         trainer = self.trainer
         is_logged = (self.global_step + 1) % trainer.log_every_n_steps == 0  # type: ignore

@@ -47,6 +47,7 @@ class Classification:
             recipe.mixup_switch_prob,
             recipe.label_smoothing,
             batch_size,
+            recipe.mixup_mode,
         )
 
     def to(self, device: torch.device) -> None:
@@ -125,7 +126,8 @@ class DynamicTokens(Classification):
 
 
 class TokenLabels(Classification):
-    """LV-ViT's token labelling with MixToken, for batches (images, labels, label maps, crops).
+    """LV-ViT's token labelling with MixToken, for batches (images, labels, label maps, crops), and
+    RandAugment's maps where it is on.
 
     The class token learns the label of the crop, every surviving patch its own; a fused token has
     none. Each patch takes the label of the image that it came from before it was mixed.
@@ -140,11 +142,16 @@ class TokenLabels(Classification):
         super().__init__(model, recipe, num_classes, batch_size)
 
     def __call__(  # type: ignore[override]
-        self, images: Tensor, labels: Tensor, maps: Tensor, crops: Tensor
+        self,
+        images: Tensor,
+        labels: Tensor,
+        maps: Tensor,
+        crops: Tensor,
+        warps: Tensor | None = None,
     ) -> dict[str, Tensor]:
         grid = self.model.patch_embed.grid_size
         class_targets, targets = token_targets(
-            maps, crops, self.num_classes, grid, self.recipe.label_smoothing
+            maps, crops, self.num_classes, grid, self.recipe.label_smoothing, warps
         )
         swapped = mix_token_box(grid).to(images.device).flatten()
         share = swapped.float().mean()

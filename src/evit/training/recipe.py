@@ -21,6 +21,9 @@ RANGES = dict(
     mixup=(0, INFINITY),
     cutmix=(0, INFINITY),
     mixup_switch_prob=(0, 1),
+    color_jitter=(0, INFINITY),
+    random_erasing=(0, 1),
+    repeated_augmentations=(1, INFINITY),
     flip=(0, 1),
     crop_pct=(0.01, 1),
     shrink_start_epoch=(0, INFINITY),
@@ -59,6 +62,11 @@ class Recipe:
     mixup: float = 0.0
     cutmix: float = 0.0
     mixup_switch_prob: float = 0.5
+    mixup_mode: str = "batch"  # one draw for a batch, a pair or each image (elem)
+    rand_augment: str | None = None  # as timm writes it: rand-m9-mstd0.5-inc1
+    color_jitter: float = 0.0  # only where there is no RandAugment, as in timm
+    random_erasing: float = 0.0  # probability
+    repeated_augmentations: int = 1  # views of an image in an epoch, which has fewer images then
     crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
     flip: float = 0.5
     crop_pct: float = 0.875  # evaluation: short side resized to img_size / crop_pct, then cropped
@@ -85,6 +93,10 @@ class Recipe:
             raise ValueError(
                 f"recipe.crop_scale must be the least and largest share of the area, in (0, 1], "
                 f"got {list(self.crop_scale)}"
+            )
+        if self.mixup_mode not in ("batch", "pair", "elem"):
+            raise ValueError(
+                f"recipe.mixup_mode must be batch, pair or elem, got {self.mixup_mode!r}"
             )
         if not self.lr > 0:
             raise ValueError(f"recipe.lr must be above 0, got {self.lr}")

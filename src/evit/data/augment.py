@@ -1,0 +1,121 @@
+"""How RandAugment and colour jitter are drawn for the images of a batch, each from its own seed."""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+
+from evit.data.operations import (
+    BRIGHTNESS,
+    COLOR,
+    CONTRAST,
+    NOTHING,
+    POSTERIZE,
+    SHARPNESS,
+    SOLARIZE,
+    SOLARIZE_ADD,
+    augment_batch,
+)
+from evit.data.rand_augment import (
+    OPERATIONS,
+    ROTATE,
+    SHEAR_X,
+    SHEAR_Y,
+    TRANSLATE_X,
+    TRANSLATE_Y,
+    RandAugment,
+    source_of,
+    warp_of,
+)
+
+JITTER = np.array([BRIGHTNESS, CONTRAST, COLOR])
+NUM_OPERATIONS = len(OPERATIONS)
+SALT = np.uint32(0x9E3779B9)
+
+
+@numba.njit(cache=True, nogil=True)
+def argument_of(operation, level, sign):
+    """timm's argument of an operation at a level, 0 to 10; sign is 1 or -1."""
+    share = level / 10
+    if operation == ROTATE:
+        return sign * (share * 30)
+    if operation == POSTERIZE:
+        return 4.0 - int(share * 4)  # bits
+    if operation == SOLARIZE:
+        return 256.0 - min(256, int(share * 256))  # the value from which on it inverts
+    if operation == SOLARIZE_ADD:
+        return float(min(128, int(share * 110)))
+    if COLOR <= operation <= SHARPNESS:
+        return max(0.1, 1 + sign * (share * 0.9))
+    if operation == SHEAR_X or operation == SHEAR_Y:
+        return sign * (share * 0.3)
+    if operation == TRANSLATE_X or operation == TRANSLATE_Y:
+        return sign * (share * 0.45)  # of the side
+    return 0.0
+
+
+@numba.njit(cache=True, nogil=True)
+def draw_rand_augment(seeds, layers, magnitude, mstd, probability, maximum):
+    """Operations (B, layers), NOTHING where none is applied, and their arguments (B, layers)."""
+    operations = np.full((len(seeds), layers), NOTHING)
+    arguments = np.zeros((len(seeds), layers))
+    for k in range(len(seeds)):
+        np.random.seed(seeds[k])
+        for layer in range(layers):
+            operation = np.random.randint(0, NUM_OPERATIONS)
+            if np.random.random() > probability:
+                continue
+            if mstd == np.inf:
+                level = np.random.uniform(0.0, magnitude)
+            else:
+                level = np.random.normal(magnitude, mstd)
+            sign = -1.0 if np.random.random() > 0.5 else 1.0
+            operations[k, layer] = operation
+            arguments[k, layer] = argument_of(operation, max(0.0, min(level, maximum)), sign)
+    return operations, arguments
+
+
+@numba.njit(cache=True, nogil=True)
+def draw_color_jitter(seeds, strength):
+    """torchvision's ColorJitter(strength, strength, strength): as draw_rand_augment's (B, 3)."""
+    operations = np.empty((len(seeds), len(JITTER)), np.int64)
+    arguments = np.empty((len(seeds), len(JITTER)))
+    for k in range(len(seeds)):
+        np.random.seed(seeds[k])
+        operations[k] = np.random.permutation(JITTER)
+        for layer in range(len(JITTER)):
+            arguments[k, layer] = np.random.uniform(max(0.0, 1 - strength), 1 + strength)
+    return operations, arguments
+
+
+class Augmentation:
+    """What is done to the pixels of crops: RandAugment; where there is none, colour jitter."""
+
+    def __init__(
+        self, rand_augment: str | None, color_jitter: float, fill: tuple[int, ...]
+    ) -> None:
+        self.rand_augment = RandAugment.parse(rand_augment) if rand_augment else None
+        self.color_jitter = float(color_jitter)
+        self.fill = np.array(fill, np.uint8)
+
+    def draw(self, seeds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Operations and arguments (B, layers) of images with such seeds (B,)."""
+        seeds = seeds.astype(np.uint32) ^ SALT  # crops are drawn from the seeds themselves
+        if self.rand_augment:
+            return draw_rand_augment(seeds, *self.rand_augment)
+        return draw_color_jitter(seeds, self.color_jitter)
+
+    def __call__(self, images: np.ndarray, seeds: np.ndarray) -> None:
+        """Change images (B, H, W, 3), uint8."""
+        if self.rand_augment or self.color_jitter:
+            operations, arguments = self.draw(seeds)
+            height, width = images.shape[1:3]
+            affines = [
+                [source_of(*step, width, height) for step in zip(*steps, strict=True)]
+                for steps in zip(operations.tolist(), arguments.tolist(), strict=True)
+            ]
+            augment_batch(images, operations, arguments, np.array(affines), self.fill)
+
+    def warps(self, seeds: np.ndarray) -> np.ndarray:
+        """Where the pixels of each image come from (B, 2, 3): evit.data.rand_augment.warp_of."""
+        return np.stack([warp_of(*drawn) for drawn in zip(*self.draw(seeds), strict=True)])
