@@ -5,7 +5,10 @@ from evit.config import RunConfig, entry_point
 
 @entry_point("config", RunConfig)
 def main(cfg):
-    from evit.experiment import run
+    if cfg.dry_run:
+        from evit.dry_run import run
+    else:
+        from evit.experiment import run
 
     run(cfg)
 

@@ -33,7 +33,7 @@ def test_the_knobs_are_these():
     """A new knob is a decision: it goes into the README too."""
     assert {field.name for field in fields(RunConfig)} == {
         *("name", "keep_rate", "fusion", "img_size", "seed", "checkpoint", "pretrained"),
-        *("compile", "overwrite", "resume", "checkpoint_every_n_steps"),
+        *("compile", "overwrite", "resume", "checkpoint_every_n_steps", "dry_run"),
         *("model", "data", "recipe", "trainer", "logger"),
     }
 
@@ -101,15 +101,15 @@ def test_every_value_that_an_experiment_sets_is_the_value_composed(name):
     cfg = composed(f"experiment={name}")
     defaults = content.pop("defaults", [])
     assert content
-    for key, value in content.items():
-        assert OmegaConf.select(cfg, key) == value
+    assert OmegaConf.merge(cfg, content) == cfg
     for entry in defaults:
         ((group, choice),) = entry.items()
         group = group.removeprefix("override /")
         own = yaml.safe_load((CONF_DIR / group / f"{choice}.yaml").read_text())
         own.pop("defaults", None)
         raw = OmegaConf.to_container(cfg[group], resolve=False)
-        for key, value in own.items():
+        for key in own.keys() - content.get(group, {}).keys():
+            value = own[key]
             assert raw[key] == value or float(raw[key]) == float(value), (group, key)
 
 
@@ -163,18 +163,6 @@ def test_imagenet_dir_in_the_environment_makes_it_the_published_recipe(monkeypat
     assert composed().recipe.epochs == 300
     assert composed("data.root=/imagenet/").recipe.epochs == 300
     assert composed("data.root=/photos").recipe.epochs == 30
-
-
-def test_the_published_recipe_is_deits():
-    recipe: Recipe = OmegaConf.to_object(
-        composed("experiment=evit_deit_s_07", "data.root=/i").recipe
-    )
-    assert recipe.peak_lr == pytest.approx(2e-3)
-    assert (recipe.warmup_epochs, recipe.weight_decay, recipe.drop_path) == (5, 0.05, 0.1)
-    assert (recipe.mixup, recipe.cutmix, recipe.label_smoothing) == (0.8, 1.0, 0.1)
-    assert (recipe.shrink_start_epoch, recipe.shrink_epochs) == (10, 100)
-    assert (recipe.rand_augment, recipe.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
-    assert (recipe.repeated_augmentations, recipe.mixup_mode) == (3, "batch")
 
 
 @pytest.mark.parametrize(("name", "repeats"), [("deit", 3), ("lvvit", 1), ("dynamicvit", 1)])

@@ -136,6 +136,8 @@ MISTAKES = {
     "recipe.batch_size=5": "5 images per process is odd",
     "recipe.batch_size=64": "do not fill one batch of 64",
     "data.root=/nowhere": "data folder '/nowhere' does not exist",
+    "recipe.finetune=true": "this recipe fine-tunes a trained model: give its weights",
+    "recipe.lr_schedule=step": "recipe.lr_schedule must be plain, timm, deit, got 'step'",
     "logger.mode=loud": "logger.mode must be",
     "data.backend=dali": "data.backend must be ffcv or imagefolder",
     "resume=lost.ckpt": "resume=lost.ckpt is neither auto nor a checkpoint",
@@ -225,7 +227,8 @@ def test_the_published_recipe_runs_in_every_part(photos, tmp_path):
     """Mixup, EMA, warm-up and annealing together, on photos, for three epochs."""
     overrides = "img_size=28 model=evit_deit_micro trainer=cpu recipe.epochs=3 recipe.batch_size=4 "
     overrides += "recipe.warmup_epochs=1 recipe.shrink_start_epoch=1 recipe.shrink_epochs=1 "
-    overrides += "recipe.eval_every=2 recipe.ema_decay=0.9 trainer.log_every_n_steps=1"
+    overrides += "recipe.eval_every=2 recipe.ema_decay=0.9 trainer.log_every_n_steps=1 "
+    overrides += "recipe.max_batch_per_process=2"
     done = command("train.py", f"data.root={photos}", *overrides.split(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rates = [row["keep_rate"] for row in rows(tmp_path) if "keep_rate" in row]
@@ -234,4 +237,4 @@ def test_the_published_recipe_runs_in_every_part(photos, tmp_path):
     assert sum("val/top1" in row for row in rows(tmp_path)) == 2  # after epochs 2 and 3
     assert only(tmp_path, "outputs/*/*/kept_patches.png").is_file()
     last = torch.load(only(tmp_path, "outputs/*/*/checkpoints/last.ckpt"), weights_only=True)
-    assert last["epoch"] == 2
+    assert last["epoch"] == 2 and last["global_step"] == 9

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 import hydra
@@ -38,6 +39,7 @@ class RunConfig:
     overwrite: bool = False
     resume: str = "auto"
     checkpoint_every_n_steps: int | None = None
+    dry_run: bool = False
     model: Any = MISSING
     data: Any = MISSING
     recipe: Recipe = MISSING
@@ -252,11 +254,17 @@ def entry_point(
         main = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)
 
         def checked() -> Any:
+            if "dry_run" in {entry.name for entry in fields(schema)}:
+                sys.argv = ["dry_run=true" if a == "--dry-run" else a for a in sys.argv]
             try:
                 check_spelling(sys.argv[1:], schema)
             except ValueError as error:
                 fail(error)
-            return main(run)()
+            if "dry_run=true" not in sys.argv:
+                return main(run)()
+            with TemporaryDirectory() as folder:  # Hydra makes one, whatever the task does
+                sys.argv += [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
+                return main(run)()
 
         return checked
 

@@ -11,7 +11,6 @@ import torch
 import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
@@ -24,14 +23,15 @@ from evit.report import results
 from evit.tracking import JsonlLogger, wandb_logger, wandb_mode
 from evit.training import checkpoints
 from evit.training.callbacks import KeepRateSchedule, KeptPatches
+from evit.training.ema import EMA
 from evit.training.module import Classifier, mix_seed
 from evit.training.objectives import Classification, dense_teacher, make_objective
 from evit.training.progress import Throughput, progress
 from evit.training.recipe import Recipe
-from evit.training.trainer import build_trainer, quiet, say
+from evit.training.trainer import accumulate, build_trainer, quiet, say
 
 GROUPS = ("model", "data", "recipe", "experiment")
-HOW = ("overwrite", "resume", "checkpoint_every_n_steps")  # which change nothing of the results
+HOW = ("overwrite", "resume", "checkpoint_every_n_steps", "dry_run")  # not what is trained
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     started = time.monotonic()
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     folder = Path(HydraConfig.get().runtime.output_dir)
-    overwrite, resume, every = (config.pop(knob) for knob in HOW)
+    overwrite, resume, every, _ = (config.pop(knob) for knob in HOW)
     first = checkpoints.given(resume, folder)
     last = None
     if not overwrite:
@@ -71,7 +71,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         checkpoints.BestCheckpoint(folder / "checkpoints", recipe.full_rate_epoch),
     ]
     if recipe.ema_decay is not None:
-        callbacks.append(EMAWeightAveraging(decay=recipe.ema_decay))
+        callbacks.append(EMA(recipe.ema_decay, recipe.ema_evaluated))
     if isinstance(model, EViT):
         start, epochs = recipe.shrink_start_epoch, recipe.shrink_epochs
         if isinstance(model, DynamicViT):
@@ -89,6 +89,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         gradient_clip_val=recipe.clip_grad,
         check_val_every_n_epoch=recipe.eval_every,
     )
+    accumulate(trainer, cfg.trainer, recipe)
     data.trainer = trainer
     objective = make_objective(
         model,
@@ -149,6 +150,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 def build(cfg: DictConfig, recipe: Recipe) -> tuple[Images, torch.nn.Module]:
     """The data module and the model of a configuration; nothing is read or written yet."""
+    recipe.check_start(cfg.checkpoint, cfg.pretrained)
     data = instantiate(
         cfg.data,
         batch_size=recipe.batch_size,

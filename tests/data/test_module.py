@@ -1,6 +1,7 @@
 """The data modules: what they refuse, and the two backends side by side."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -242,3 +243,36 @@ def test_imagefolder_names_a_damaged_image(photos):
     path.write_bytes(path.read_bytes()[:300])
     with pytest.raises(ValueError, match="train/dog/3.jpg is not a readable image"):
         epoch(loader(photos))
+
+
+@pytest.mark.parametrize("backend", ["ffcv", "imagefolder"])
+@pytest.mark.parametrize(("accumulated", "used"), [(1, 6), (2, 6), (4, 4)])
+def test_an_epoch_is_of_whole_steps(accumulated, used, backend, photos, tmp_path):
+    data = Folder(photos, cache_dir=tmp_path, backend=backend, **OPTIONS | dict(batch_size=2))
+    data.prepare_data()
+    data.trainer = one_process(accumulated)
+    data.batch_size *= accumulated
+    data.setup()
+    loader = data.train_dataloader()
+    assert len(loader) == len(list(loader)) == used
+
+
+@pytest.mark.parametrize("backend", ["ffcv", "imagefolder"])
+def test_images_that_do_not_fill_a_step_are_refused(backend, photos, tmp_path):
+    data = Folder(photos, cache_dir=tmp_path, backend=backend, **OPTIONS | dict(batch_size=14))
+    data.prepare_data()
+    data.trainer = one_process(accumulated=7)
+    with pytest.raises(ValueError, match="do not fill one batch of 2 x 7"):
+        data.setup()
+
+
+def one_process(accumulated: int) -> SimpleNamespace:
+    """What the data module asks a trainer for."""
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    return SimpleNamespace(
+        accumulate_grad_batches=accumulated,
+        global_rank=0,
+        world_size=1,
+        num_nodes=1,
+        strategy=strategy,
+    )

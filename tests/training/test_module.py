@@ -4,6 +4,7 @@ import lightning as L
 import pytest
 import timm
 import torch
+from torch.utils.data import DataLoader
 
 import evit
 from evit.training.module import Classifier, mix_seed
@@ -60,6 +61,29 @@ def test_no_decay_on_one_dimensional_parameters_position_and_class_token():
 def test_a_recipe_that_cannot_be_followed_is_named(knobs, message):
     with pytest.raises(ValueError, match=message):
         Recipe(**dict(epochs=10, batch_size=8, lr=1e-3) | knobs)
+
+
+@pytest.mark.parametrize("in_eval_mode", [False, True])
+def test_training_in_eval_mode_is_a_choice_that_outlasts_evaluations(in_eval_mode, tmp_path):
+    recipe = Recipe(epochs=2, batch_size=4, lr=1e-3, train_in_eval_mode=in_eval_mode)
+    model = evit.EViT(img_size=8, patch_size=4, embed_dim=24, depth=4, num_heads=2, num_classes=9)
+    modes = []
+    model.register_forward_pre_hook(lambda *_: modes.append(model.training))
+    module = Classifier(model, recipe, 9, make_objective(model, recipe, 9, 4))
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    batches = DataLoader([(torch.randn(4, 3, 8, 8), torch.arange(4))], batch_size=None)
+    trainer.fit(module, batches, batches)
+    trained, evaluated = modes[::2], modes[1::2]
+    assert trained == [not in_eval_mode] * 2 and evaluated == [False] * 2
 
 
 def test_seeds_of_neighbouring_runs_epochs_and_processes_differ():

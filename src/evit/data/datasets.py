@@ -70,6 +70,13 @@ class Folder(Images):
     def samples(self, split: str) -> list[tuple[str, int]]:
         return self.dataset(split, None).samples
 
+    def num_images(self, split: str) -> int:
+        if not self.prepared:
+            return super().num_images(split)
+        from evit.data.beton import check_beton
+
+        return check_beton(self.root / f"{split}.beton")["num_samples"]
+
     def map_paths(self) -> list[str] | None:
         if not self.label_maps:
             return None
@@ -111,6 +118,9 @@ class FashionMNIST(Images):
 
     def samples(self, split: str) -> sources.Pixels:
         return sources.Pixels(self.dataset(split, None))
+
+    def num_images(self, split: str) -> int:
+        return 60_000 if split == "train" else 10_000
 
     def identity(self) -> dict[str, Any]:
         return {}

@@ -156,6 +156,7 @@ def folder_loader(
     scale: tuple[float, float],
     flip: float,
     crop_pct: float,
+    batches_per_step: int = 1,
     rand_augment: str | None = None,
     color_jitter: float = 0.0,
     fill: tuple[int, ...] = (0, 0, 0),
@@ -174,12 +175,13 @@ def folder_loader(
     dataset = make_dataset(split, T.Compose(steps))
     chosen = choose_samples(len(dataset), max_samples).tolist()
     dataset = torch.utils.data.Subset(dataset, chosen)
-    sampler: Sampler
+    sampler: Any
     if train:
-        if epoch_length(len(dataset), repeats) // world_size < batch_size:
+        step = batch_size * batches_per_step
+        if epoch_length(len(dataset), repeats) // world_size < step:
             raise ValueError(
-                f"{len(dataset)} training images do not fill one batch of {batch_size} on "
-                f"{world_size} processes: lower recipe.batch_size"
+                f"{len(dataset)} training images do not fill one batch of {batch_size} x "
+                f"{batches_per_step} on {world_size} processes: lower recipe.batch_size"
             )
         label_maps = [label_maps[i] for i in chosen] if label_maps else []
         dataset = SeededAugmentation(dataset, seed, label_maps, num_classes)
@@ -188,6 +190,8 @@ def folder_loader(
             sampler = EpochSampler(dataset, **common)
         else:
             sampler = RepeatedSampler(dataset, repeats, **common)
+        sampler.num_samples -= sampler.num_samples % step  # an epoch is of whole steps
+        sampler.total_size = sampler.num_samples * world_size
     else:
         sampler = ExactShard(len(dataset), rank, world_size)
     loader = FolderLoader(

@@ -117,6 +117,10 @@ class Images(L.LightningDataModule):
         """torchvision's data set, for the imagefolder backend."""
         raise NotImplementedError
 
+    def num_images(self, split: str) -> int:
+        """How many images a split has, whatever max_train_images and max_val_images."""
+        return len(self.samples(split))
+
     def map_paths(self) -> list[str] | None:
         """The label map of each training image, or None."""
         return None
@@ -204,6 +208,7 @@ class Images(L.LightningDataModule):
         common: dict[str, Any] = dict(
             img_size=self.img_size,
             batch_size=self.local_batch_size,
+            batches_per_step=trainer.accumulate_grad_batches if trainer else 1,
             train=split == "train",
             seed=self.seed,
             rank=rank,

@@ -51,9 +51,10 @@ class FFCVStream(Resumable):
     the unit square that is shown to the crop's.
 
     Training: every epoch another permutation, cut into `world_size` equal and disjoint parts, whole
-    batches only; with `repeats` above 1 evit.data.sources.repeated_order. A batch is a function of
-    (seed, epoch, rank), never of `num_workers`. Evaluation: sample rank, rank + world_size, ... of
-    the file, each exactly once over all ranks.
+    batches only, and whole optimizer steps of `batches_per_step` of them; with `repeats` above 1
+    evit.data.sources.repeated_order. A batch is a function of (seed, epoch, rank), never of
+    `num_workers`. Evaluation: sample rank, rank + world_size, ... of the file, each exactly once
+    over all ranks.
 
     `num_workers` are threads (-1: one per core), `batches_ahead` the batches decoded in advance.
     `max_samples` keeps a random subset, always the same one. `crop_pct` is for evaluation; `scale`,
@@ -71,6 +72,7 @@ class FFCVStream(Resumable):
         *,
         img_size: int,
         batch_size: int,
+        batches_per_step: int = 1,
         train: bool,
         seed: int = 0,
         rank: int = 0,
@@ -103,6 +105,7 @@ class FFCVStream(Resumable):
         if not 0 < crop_pct <= 1:
             raise ValueError(f"{crop_pct=} must be in (0, 1]")
         self.path, self.batch_size, self.train = Path(path), batch_size, train
+        self.batches_per_step = batches_per_step
         self.seed, self.rank, self.world_size, self.repeats = seed, rank, world_size, repeats
         self.batches_ahead, self.device = batches_ahead, torch.device(device or "cpu")
         cores = config.NUMBA_NUM_THREADS
@@ -121,13 +124,14 @@ class FFCVStream(Resumable):
         if train and len(self) == 0:
             raise ValueError(
                 f"{path}: {len(self.indices)} samples over {world_size} processes do not fill one "
-                f"batch of {batch_size}: use a smaller batch_size"
+                f"batch of {batch_size} x {batches_per_step}: use a smaller batch_size"
             )
 
     def __len__(self) -> int:
         if self.train:
+            step = self.batch_size * self.batches_per_step
             length = epoch_length(len(self.indices), self.repeats)
-            return length // self.world_size // self.batch_size
+            return length // self.world_size // step * self.batches_per_step
         own = len(range(self.rank, len(self.indices), self.world_size))
         return -(-own // self.batch_size)
 

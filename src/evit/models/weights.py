@@ -73,8 +73,8 @@ def load_checkpoint(
     """Load the weights of a checkpoint into a model of the same architecture.
 
     Args:
-        source: a path or state dict: ours (Lightning's .ckpt; the EMA weights where the run kept
-            them), or a published one ({"model": ...}). The position embedding is resized to the
+        source: a path or state dict: ours (Lightning's .ckpt; of the EMA where the run evaluated
+            it), or a published one ({"model": ...}). The position embedding is resized to the
             model's image size.
         new_head: leave out a classifier whose number of classes differs from the model's.
         new_parts: leave as they are the parts of the model that a dense checkpoint lacks

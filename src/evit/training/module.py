@@ -97,6 +97,9 @@ class Classifier(L.LightningModule):
     def on_fit_start(self) -> None:
         self.objective.to(self.device)
 
+    def on_train_start(self) -> None:
+        self.model.train(not self.recipe.train_in_eval_mode)
+
     def on_train_batch_start(self, *_: Any) -> None:
         if self.current_epoch == self.recipe.epochs - 1:
             self.trainer.check_val_every_n_epoch = 1  # the last epoch is always evaluated

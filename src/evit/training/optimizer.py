@@ -11,12 +11,24 @@ from evit.training.recipe import Recipe
 
 
 def lr_at(epoch: float, recipe: Recipe) -> float:
-    """Learning rate after so many epochs: linear from warmup_lr to the peak, then half a cosine."""
+    """Learning rate after so many epochs: linear from warmup_lr to the peak, then half a cosine.
+
+    recipe.lr_schedule says how:
+        plain: at every step its own; the cosine begins where warm-up ends, at the peak.
+        timm: one for each epoch. The cosine spans all epochs but the cooldown, and warm-up stands
+            in for its beginning: CosineLRScheduler as timm's train.py steps it, LV-ViT's too.
+        deit: the same, an epoch late, for DeiT's loop (and EViT's) steps timm's scheduler after
+            each epoch with that epoch's number: the first two are both at warmup_lr.
+    """
+    start: float = recipe.warmup_epochs
+    if recipe.lr_schedule != "plain":
+        start, epoch = 0, math.floor(epoch)
+        if recipe.lr_schedule == "deit":
+            epoch = max(epoch - 1, 0)
     if epoch < recipe.warmup_epochs:
         share = epoch / recipe.warmup_epochs
         return recipe.warmup_lr + (recipe.peak_lr - recipe.warmup_lr) * share
-    decay_epochs = recipe.epochs - recipe.warmup_epochs - recipe.cooldown_epochs
-    progress = min(1.0, (epoch - recipe.warmup_epochs) / decay_epochs)
+    progress = min(1.0, (epoch - start) / (recipe.epochs - recipe.cooldown_epochs - start))
     return recipe.min_lr + (recipe.peak_lr - recipe.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -40,8 +52,11 @@ def make_optimizer(
         model, recipe.weight_decay, no_weight_decay_list=model.no_weight_decay()
     )
     groups = [
-        group | dict(params=params, schedule=schedule)
-        for new, schedule in ((True, lr_at), (False, backbone_lr_at))
+        group | dict(params=params, schedule=schedule, lr_scale=scale)
+        for new, schedule, scale in (
+            (True, lr_at, 1.0),
+            (False, backbone_lr_at, recipe.backbone_lr),
+        )
         for group in decayed
         if (params := [p for p in group["params"] if is_new[p] == new])
     ]

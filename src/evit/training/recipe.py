@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 MISSING = "???"  # OmegaConf's: a value that a recipe has to give
 
+LR_SCHEDULES = ("plain", "timm", "deit")  # evit.training.optimizer.lr_at says what they are
 INFINITY = float("inf")
 RANGES = dict(
     lr_batch_size=(1, INFINITY),
@@ -34,6 +35,7 @@ RANGES = dict(
     distill_weight=(0, INFINITY),
     max_train_images=(1, INFINITY),
     max_val_images=(1, INFINITY),
+    max_batch_per_process=(1, INFINITY),
 )
 
 
@@ -44,8 +46,13 @@ class Recipe:
     epochs: int = MISSING  # type: ignore[assignment]
     # Images per optimizer step, over all processes and accumulated batches.
     batch_size: int = MISSING  # type: ignore[assignment]
+    # Of these, at most so many at once in one process, the rest one after the other; null: all.
+    max_batch_per_process: int | None = None
+    finetune: bool = False  # starts from trained weights, never from random ones
+    train_in_eval_mode: bool = False  # as EViT's finetune.sh: no drop path
     lr: float = MISSING  # type: ignore[assignment]
     lr_batch_size: int | None = None  # lr is per this many images of batch; null: lr as it stands
+    lr_schedule: str = "plain"  # at every step; or epoch by epoch, as timm or deit step it
     min_lr: float = 1e-5
     warmup_epochs: float = 0
     warmup_lr: float = 1e-6
@@ -57,6 +64,7 @@ class Recipe:
     weight_decay: float = 0.05
     clip_grad: float | None = None
     ema_decay: float | None = None
+    ema_evaluated: bool = True  # the average is the result; else the trained weights are
     drop_path: float = 0.0
     label_smoothing: float = 0.0
     mixup: float = 0.0
@@ -94,6 +102,10 @@ class Recipe:
                 f"recipe.crop_scale must be the least and largest share of the area, in (0, 1], "
                 f"got {list(self.crop_scale)}"
             )
+        if self.lr_schedule not in LR_SCHEDULES:
+            raise ValueError(
+                f"recipe.lr_schedule must be {', '.join(LR_SCHEDULES)}, got {self.lr_schedule!r}"
+            )
         if self.mixup_mode not in ("batch", "pair", "elem"):
             raise ValueError(
                 f"recipe.mixup_mode must be batch, pair or elem, got {self.mixup_mode!r}"
@@ -122,3 +134,23 @@ class Recipe:
     def peak_lr(self) -> float:
         """The learning rate after warm-up: linear in the batch size where lr_batch_size is set."""
         return self.lr * (self.batch_size / self.lr_batch_size if self.lr_batch_size else 1)
+
+    def accumulation(self, processes: int) -> int:
+        """Batches that each process accumulates for a step: the fewest that fit and are equal."""
+        share, left = divmod(self.batch_size, processes)
+        limit = self.max_batch_per_process or share
+        even = (n for n in range(1, share + 1) if share % n == 0 and share // n <= limit)
+        return 1 if left else next(even, 1)
+
+    def check_start(self, checkpoint: str | None, pretrained: bool) -> None:
+        """Refuse to fine-tune random weights.
+
+        Raises:
+            ValueError: says where trained ones come from.
+        """
+        if self.finetune and not checkpoint and not pretrained:
+            raise ValueError(
+                "this recipe fine-tunes a trained model: give its weights by checkpoint=PATH, or "
+                "pretrained=true for those that timm has; recipe.finetune=false starts from random "
+                "ones"
+            )

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 
 from evit.training.checkpoints import WholeFiles
+from evit.training.recipe import Recipe
 
 
 def build_trainer(
@@ -33,11 +34,8 @@ def build_trainer(
     options |= processes(options["devices"], options["num_nodes"])
     # What Lightning's "ddp" and, with several devices, "auto" mean.
     ddp = options.pop("ddp")
-    if ddp.get("static_graph") and options["accumulate_grad_batches"] != 1:
-        raise ValueError(
-            "trainer.ddp.static_graph=true does not go with "
-            "trainer.accumulate_grad_batches above 1 in PyTorch: leave it false"
-        )
+    options["accumulate_grad_batches"] = options["accumulate_grad_batches"] or 1
+    check_static_graph(ddp, options["accumulate_grad_batches"])
     StrategyRegistry.register("ddp", DDPStrategy, override=True, start_method="popen", **ddp)
     more = dict(enable_progress_bar=False) | more
     try:
@@ -54,6 +52,22 @@ def build_trainer(
         )
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise ValueError(f"trainer: {error}") from error
+
+
+def check_static_graph(ddp: Any, accumulated: int) -> None:
+    if ddp.get("static_graph") and accumulated != 1:
+        raise ValueError(
+            "trainer.ddp.static_graph=true does not go with trainer.accumulate_grad_batches above "
+            "1, or with recipe.max_batch_per_process where that is what it comes to, in PyTorch: "
+            "leave it false"
+        )
+
+
+def accumulate(trainer: L.Trainer, options: Any, recipe: Recipe) -> None:
+    """Let the trainer accumulate what the recipe does not put on one process at once."""
+    if options.accumulate_grad_batches is None:
+        trainer.accumulate_grad_batches = recipe.accumulation(trainer.world_size)
+        check_static_graph(options.ddp, trainer.accumulate_grad_batches)
 
 
 def processes(devices: Any, num_nodes: Any) -> dict[str, Any]:

@@ -1,0 +1,195 @@
+"""What a configuration would train, and how: printed without data, weights or a folder."""
+
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from evit import measure
+from evit.config import by_data
+from evit.data.sources import epoch_length
+from evit.models import DynamicViT, EViT, LVViT
+from evit.report import paper, plans
+from evit.schedule import keep_rate_at
+from evit.training.module import Classifier
+from evit.training.objectives import Classification, DynamicTokens, TokenLabels, make_objective
+from evit.training.optimizer import make_optimizer
+from evit.training.recipe import Recipe
+
+IMAGENET = dict(name="ImageNet", num_classes=1000, train_images=1_281_167, val_images=50_000)
+PROCESSES = (1, 4, 8, 16)
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Print the plan of a composed configuration, and return it."""
+    found = plan(cfg)
+    plans.show(found, f"{HydraConfig.get().runtime.choices['model']}, {cfg.img_size} px")
+    return found
+
+
+def plan(cfg: DictConfig) -> dict[str, Any]:
+    """What a run of this configuration would do, as plain data; rates are one for each epoch.
+
+    Raises:
+        ValueError: the configuration cannot be served.
+    """
+    recipe: Any = OmegaConf.to_object(cfg.recipe)
+    data = data_facts(cfg, recipe)
+    images = epoch_length(data["train_images"], recipe.repeated_augmentations)
+    steps = images // recipe.batch_size
+    if not steps:
+        raise ValueError(
+            f"{data['train_images']} training images do not fill one step of {recipe.batch_size}: "
+            f"lower recipe.batch_size"
+        )
+    with torch.device("meta"):
+        model = instantiate(
+            cfg.model,
+            num_classes=data["num_classes"],
+            drop_path_rate=recipe.drop_path,
+            pretrained=False,
+            _convert_="all",
+        )
+    dynamic = isinstance(model, DynamicViT)
+    start = "checkpoint" if cfg.checkpoint else "pretrained" if cfg.pretrained else "random"
+    parts = (model, recipe, data["num_classes"])
+    objective = make_objective(*parts, recipe.batch_size, data["label_maps"])
+    distilled = dynamic and bool(recipe.teacher or start != "random")
+    Classifier(*parts, objective)  # freezes what the recipe says
+    keep_rate = list(getattr(model, "keep_rate", ()))
+    shrink = (0, 0) if dynamic else (recipe.shrink_start_epoch, recipe.shrink_epochs)
+    epochs = range(recipe.epochs)
+    keep_rates = [list(keep_rate_at(epoch, 1, keep_rate, *shrink)) for epoch in epochs]
+    optimizer, schedule = optimizer_facts(model, recipe)
+    rows = paper_rows(cfg, recipe, model, data)
+    return dict(
+        data=data,
+        start="missing" if recipe.finetune and start == "random" else start,
+        epochs=recipe.epochs,
+        steps_per_epoch=steps,
+        optimizer=optimizer,
+        schedule=schedule | dict(keep_rate=keep_rates),
+        loss=loss_facts(objective, recipe, distilled),
+        augmentation=augmentation_facts(objective, recipe),
+        drop_path=0.0 if recipe.train_in_eval_mode else recipe.drop_path,
+        train_in_eval_mode=recipe.train_in_eval_mode,
+        ema=dict(decay=recipe.ema_decay, evaluated=recipe.ema_decay and recipe.ema_evaluated),
+        batch_size=recipe.batch_size,
+        batches=batch_facts(recipe, cfg.trainer.accumulate_grad_batches),
+        paper=rows,
+        hours=hours(model, keep_rates, steps * recipe.batch_size, rows, 3 + distilled),
+    )
+
+
+def data_facts(cfg: DictConfig, recipe: Recipe) -> dict[str, Any]:
+    """The images and classes that there are, ImageNet's without looking."""
+    if by_data(True, False, False, _root_=cfg):
+        facts: dict[str, Any] = IMAGENET | dict(label_maps=bool(cfg.data.label_maps))
+    else:
+        data = instantiate(cfg.data, batch_size=recipe.batch_size, _convert_="all")
+        facts = dict(name=data.name, num_classes=data.num_classes)
+        facts |= {f"{split}_images": data.num_images(split) for split in data.splits}
+        facts |= dict(label_maps=data.has_label_maps)
+    for split, limit in (("train", recipe.max_train_images), ("val", recipe.max_val_images)):
+        facts[f"{split}_images"] = min(facts[f"{split}_images"], limit or facts[f"{split}_images"])
+    return facts
+
+
+def optimizer_facts(model: Any, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The optimizer and its groups of parameters; and the learning rate as each epoch begins.
+
+    The latter's backbone_lr is there where it differs.
+    """
+    optimizer, scheduler = make_optimizer(model, recipe, total_steps=recipe.epochs)
+    groups = [
+        dict(
+            tensors=len(group["params"]),
+            parameters=sum(p.numel() for p in group["params"]),
+            weight_decay=group["weight_decay"],
+            lr_scale=group["lr_scale"],
+        )
+        for group in optimizer.param_groups
+    ]
+    facts = dict(
+        name=type(optimizer).__name__,
+        betas=list(optimizer.defaults["betas"]),
+        eps=optimizer.defaults["eps"],
+        clip_grad=recipe.clip_grad,
+        groups=groups,
+    )
+    rates = [[rate(epoch) for epoch in range(recipe.epochs)] for rate in scheduler.lr_lambdas]
+    schedule: dict[str, Any] = dict(name=recipe.lr_schedule, lr=rates[0])
+    if rates[-1] != rates[0]:
+        schedule |= dict(backbone_lr=rates[-1])
+    return facts, schedule
+
+
+def loss_facts(objective: Classification, recipe: Recipe, distilled: bool) -> dict[str, Any]:
+    facts: dict[str, Any] = dict(name=type(objective).__name__)
+    if isinstance(objective, TokenLabels):
+        facts |= dict(token_label_weight=recipe.token_label_weight)
+    if isinstance(objective, DynamicTokens):
+        facts |= dict(ratio_weight=recipe.ratio_weight)
+        facts |= dict(distill_weight=recipe.distill_weight if distilled else 0.0)
+    return facts
+
+
+def augmentation_facts(objective: Classification, recipe: Recipe) -> dict[str, Any]:
+    """What is done to training images, in order, where it is on."""
+    mix_token = isinstance(objective, TokenLabels)
+    facts = {name: getattr(recipe, name, mix_token) for name in plans.AUGMENTATION}
+    if not recipe.mixup and not recipe.cutmix:
+        facts |= dict(mixup_switch_prob=None, mixup_mode=None)
+    return {name: value for name, value in facts.items() if value}
+
+
+def batch_facts(recipe: Recipe, accumulation: int | None) -> list[dict[str, int]]:
+    """How some numbers of processes share the images of a step."""
+    facts = []
+    for processes in PROCESSES:
+        batches = accumulation or recipe.accumulation(processes)
+        per_process, left = divmod(recipe.batch_size, processes * batches)
+        if not left:
+            facts.append(dict(processes=processes, per_process=per_process, accumulation=batches))
+    return facts
+
+
+def paper_rows(cfg: DictConfig, recipe: Recipe, model: Any, data: Any) -> list[dict[str, Any]]:
+    """The rows of the paper's tables that this run reproduces."""
+    rates = set(getattr(model, "keep_rate", ()))
+    labelled = data["label_maps"] or isinstance(model, DynamicViT) or not isinstance(model, LVViT)
+    if data["name"] != IMAGENET["name"] or len(rates) != 1 or not labelled:
+        return []
+    (keep_rate,) = rates
+    return paper.runs(
+        cfg.model.model_name,
+        keep_rate=keep_rate,
+        fusion=None if keep_rate == 1 or isinstance(model, DynamicViT) else model.fusion,
+        img_size=cfg.img_size,
+        finetuned=recipe.finetune,
+        epochs=round(recipe.epochs - recipe.cooldown_epochs),
+    )
+
+
+def hours(
+    model: Any, keep_rates: list[Any], images: int, rows: list[Any], forwards: int
+) -> float | None:
+    """Estimated hours of training on 8 of the paper's GPUs; None for a run that it has not.
+
+    An image costs a forward pass, twice that for the backward pass, and a teacher's forward pass
+    where there is one, each at the paper's images/s; an epoch at a higher keep rate costs more by
+    its MACs. DynamicViT drops nothing in training, so that its images/s are the dense model's.
+    """
+    if not rows or not isinstance(model, EViT):
+        return None
+    if isinstance(model, DynamicViT):
+        throughput = paper.tables()["keep_rate_deit_s"]["baseline"]["throughput"]
+        return len(keep_rates) * images * forwards / (throughput * plans.GPUS) / 3600
+    macs = {}
+    for rates in {tuple(rates) for rates in keep_rates}:
+        model.set_keep_rate(rates)
+        macs[rates] = measure.count_macs(model)
+    equivalent = images * sum(macs[tuple(r)] for r in keep_rates) / macs[tuple(keep_rates[-1])]
+    return equivalent * forwards / (rows[0]["throughput"] * plans.GPUS) / 3600

@@ -1,0 +1,50 @@
+"""The moving average of the weights, and whose accuracy a run reports."""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import EMAWeightAveraging
+
+
+class EMA(EMAWeightAveraging):
+    """Lightning's exponential moving average, updated at every optimizer step.
+
+    Args:
+        evaluated: evaluations, and "state_dict" in checkpoints, are of the average, as LV-ViT's and
+            DynamicViT's authors report it. Otherwise they are of the trained weights, as DeiT's and
+            EViT's do, and checkpoints have the average under "ema_state_dict".
+    """
+
+    def __init__(self, decay: float, evaluated: bool = True):
+        super().__init__(decay=decay)
+        self.evaluated = evaluated
+
+    def on_validation_epoch_start(self, *args: Any) -> None:
+        if self.evaluated:
+            super().on_validation_epoch_start(*args)
+
+    def on_validation_epoch_end(self, *args: Any) -> None:
+        if self.evaluated:
+            super().on_validation_epoch_end(*args)
+
+    def on_train_end(self, *args: Any) -> None:
+        if self.evaluated:
+            super().on_train_end(*args)
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if not self.evaluated and "current_model_state" in checkpoint:
+            checkpoint["ema_state_dict"] = checkpoint["state_dict"]
+            checkpoint["state_dict"] = checkpoint.pop("current_model_state")
+
+    def on_load_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if "ema_state_dict" in checkpoint:
+            checkpoint = checkpoint | dict(
+                current_model_state=checkpoint["state_dict"],
+                state_dict=checkpoint["ema_state_dict"],
+            )
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
