@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,12 @@ def fashion_mnist(
         partial.mkdir(parents=True)
         for packed in DEBIAN_FASHION_MNIST.glob("*-ubyte.gz"):
             (partial / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
-        partial.rename(raw)
+        try:
+            partial.rename(raw)
+        except OSError:
+            if not raw.is_dir():
+                raise
+            shutil.rmtree(partial)  # another run was faster
     try:
         return torchvision.datasets.FashionMNIST(str(cache_dir), train, transform, download=True)
     except (OSError, RuntimeError) as error:

@@ -113,6 +113,7 @@ def quiet() -> None:
         ".*treespec, LeafSpec.*",
         ".*exists and is not empty.*",
         ".*logging interval.*",
+        ".*srun.*available.*not used.*",  # a machine of a cluster may train by itself
         ".*sync_dist=True.*",  # what is logged is of all processes already, or of the first
     ):
         warnings.filterwarnings("ignore", message=message)
