@@ -43,6 +43,7 @@ def finished(tmp_path_factory, shared_photos) -> Path:
     """A folder in which a run has finished: EMA, two epochs, fewer images than there are."""
     folder = tmp_path_factory.mktemp("finished")
     arguments = [*QUICK, f"data.root={shared_photos}", "recipe.epochs=2", "recipe.ema_decay=0.9"]
+    arguments += ["recipe.ema_evaluated=true"]
     arguments += ["keep_rate=0.6", "fusion=false", "recipe.crop_pct=0.7", "logger=none"]
     done = command("train.py", *arguments, "recipe.max_val_images=5", cwd=folder)
     assert done.returncode == 0, done.stderr

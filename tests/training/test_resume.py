@@ -85,7 +85,7 @@ def rows(folder: Path) -> list[dict]:
 
 def training_state(folder: Path) -> dict:
     found = torch.load(only(folder, "checkpoints/last.ckpt"), weights_only=True)
-    names = ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers")
+    names = ("state_dict", "ema_state_dict", "optimizer_states", "lr_schedulers")
     return {name: found[name] for name in names} | dict(step=found["global_step"])
 
 
