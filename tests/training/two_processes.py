@@ -15,8 +15,8 @@ COMMON = (
     "trainer=ddp trainer.accelerator=cpu trainer.log_every_n_steps=1 logger=none "
     "data.num_workers=1 recipe.batch_size=4 recipe.epochs=2 recipe.lr=1e-3 recipe.lr_batch_size=4 "
     "recipe.warmup_epochs=0 recipe.cooldown_epochs=0 recipe.mixup=0 recipe.cutmix=0 "
-    "recipe.drop_path=0 recipe.shrink_start_epoch=0 recipe.shrink_epochs=1 recipe.eval_every=1 "
-    "recipe.max_val_images=5"  # 3 in one process, 2 in the other
+    "recipe.random_erasing=0 recipe.drop_path=0 recipe.shrink_start_epoch=0 recipe.shrink_epochs=1 "
+    "recipe.eval_every=1 recipe.max_val_images=5"  # 3 in one process, 2 in the other
 ).split()
 EVIT = [*COMMON, "model=evit_deit_micro", "img_size=28", "recipe.ema_decay=0.9", "name=evit"]
 LVVIT = [  # it has BatchNorm
