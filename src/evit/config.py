@@ -148,6 +148,41 @@ class ExportConfig:
     model: Any = field(default_factory=dict)
 
 
+@dataclass
+class VisualizeConfig:
+    """The knobs of src/visualize.py. None: the run's whose checkpoint it is, else a default."""
+
+    checkpoint: str | None = None
+    pretrained: bool = MISSING
+    random: bool = MISSING
+    images: Any = None  # a folder, a file, or a list of them
+    num_images: int = MISSING
+    keep_rate: Any = None
+    fusion: bool | None = None
+    img_size: int | None = None
+    crop_pct: float | None = None
+    target: str | None = None
+    seed: int = MISSING
+    model: Any = field(default_factory=dict)
+    data: Any = MISSING
+
+
+@dataclass
+class DashboardConfig:
+    """The knobs of src/dashboard.py."""
+
+    project: str = MISSING
+    entity: str | None = None
+    paper: bool = MISSING
+
+
+@dataclass
+class SyncConfig:
+    """The knobs of src/sync.py."""
+
+    runs: str = MISSING
+
+
 def folder_name(overrides: str) -> str:
     """A folder name that says what was overridden: short, nothing in it needs quotes."""
     name = re.sub(r"[^\w.+-]+", "_", overrides) or "default"
@@ -177,6 +212,9 @@ def register() -> None:
     store.store(name="label_maps_schema", node=LabelMapsConfig)
     store.store(name="benchmark_schema", node=BenchmarkConfig)
     store.store(name="export_schema", node=ExportConfig)
+    store.store(name="visualize_schema", node=VisualizeConfig)
+    store.store(name="dashboard_schema", node=DashboardConfig)
+    store.store(name="sync_schema", node=SyncConfig)
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
     OmegaConf.register_new_resolver("by_data", by_data, replace=True)
 
