@@ -176,13 +176,6 @@ class DashboardConfig:
     paper: bool = MISSING
 
 
-@dataclass
-class SyncConfig:
-    """The knobs of src/sync.py."""
-
-    runs: str = MISSING
-
-
 def folder_name(overrides: str) -> str:
     """A folder name that says what was overridden: short, nothing in it needs quotes."""
     name = re.sub(r"[^\w.+-]+", "_", overrides) or "default"
@@ -214,7 +207,6 @@ def register() -> None:
     store.store(name="export_schema", node=ExportConfig)
     store.store(name="visualize_schema", node=VisualizeConfig)
     store.store(name="dashboard_schema", node=DashboardConfig)
-    store.store(name="sync_schema", node=SyncConfig)
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
     OmegaConf.register_new_resolver("by_data", by_data, replace=True)
 

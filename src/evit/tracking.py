@@ -113,3 +113,13 @@ def wandb_logger(
         rank_zero_warn(f"W&B cannot be reached ({error}): the run is tracked offline, `wandb sync`")
         run = start("offline")
     return WandbLogger(experiment=run)
+
+
+def log_summary(run: wandb.Run, summary: dict[str, Any]) -> None:
+    """The numbers that runs are compared by, as the W&B run's summary and as a table of one row.
+
+    W&B shows the tables of a group's runs as one.
+    """
+    run.summary.update(summary)
+    row = [str(value) if isinstance(value, list) else value for value in summary.values()]
+    run.log({"result": wandb.Table(columns=list(summary), data=[row])})

@@ -1,14 +1,16 @@
 """What happens beside the training loop."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import WandbLogger
-from torch import Tensor
+from torch import Tensor, nn
 
 from evit.data.batch import denormalize
+from evit.measure import speed
 from evit.models.vit import EViT
 from evit.report.pictures import draw_kept
 from evit.schedule import at_multiples, keep_rate_at
@@ -101,3 +103,29 @@ class KeptPatches(L.Callback):
             if isinstance(logger, WandbLogger):
                 step = trainer.global_step
                 logger.log_image("kept_patches", [picture], step, file_type=["jpg"])
+
+
+class InferenceSpeed(L.Callback):
+    """Images per second of inference, measured for a moment at the end of training.
+
+    Of one process, in the run's precision, not compiled, without reading images; in the batches of
+    src/benchmark.py: 128 images on an accelerator, 8 on a CPU.
+    """
+
+    images_per_s: float | None = None
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    @torch.no_grad()
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        device = pl_module.device
+        batch_size = 8 if device.type == "cpu" else 128
+        size = trainer.datamodule.img_size  # type: ignore[attr-defined]
+        images = torch.rand(batch_size, 3, size, size, device=device)
+        step = partial(self.model.eval().forward, images)
+        with trainer.precision_plugin.forward_context():
+            calls = speed.warm_up(step, 0.2, device)
+            self.images_per_s = calls * batch_size / speed.timed(step, calls, device)
