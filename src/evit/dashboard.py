@@ -37,6 +37,8 @@ def run(cfg: DictConfig) -> None:
         )
     try:
         entity = cfg.entity or wandb.Api().default_entity
+        if not entity:
+            raise ValueError("W&B names no default entity of yours: entity=USER_OR_TEAM")
         if cfg.paper:
             rows = paper_runs()
             log_paper(rows, project=cfg.project, entity=entity, mode="online")
@@ -134,7 +136,7 @@ def report(entity: str, project: str) -> Any:
     """The report of a project, not saved: our runs and the paper's, in two colours."""
     import wandb_workspaces.reports.v2 as wr
 
-    where = dict(entity=entity, project=project)
+    where: Any = dict(entity=entity, project=project)
     blocks: list[Any] = [wr.TableOfContents()]
     for name, panels in all_panels().items():
         runs = [wr.Runset(**where, name="runs", filters="JobType != 'paper'")]
@@ -158,7 +160,7 @@ def all_panels() -> dict[str, list[Any]]:
     import wandb_workspaces.reports.v2 as wr
 
     def scatter(x: str, title: str) -> Any:
-        metrics = dict(x=wr.SummaryMetric(x), y=wr.SummaryMetric("top1"))
+        metrics: Any = dict(x=wr.SummaryMetric(x), y=wr.SummaryMetric("top1"))
         return wr.ScatterPlot(title=title, layout=wr.Layout(w=12, h=9), **metrics)
 
     def line(metric: str) -> Any:

@@ -98,7 +98,7 @@ class KeptPatches(L.Callback):
         assert epochs
         if epoch < min(self.next_logged, epochs):
             return
-        self.next_logged = epoch + epochs / self.logged
+        self.next_logged = (epoch * self.logged // epochs + 1) * epochs / self.logged
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 step = trainer.global_step
