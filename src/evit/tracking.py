@@ -97,6 +97,7 @@ def wandb_logger(
             project=project,
             entity=entity,
             group=group,
+            job_type="train",
             name=name,
             tags=tags,
             config=config,
