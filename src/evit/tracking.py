@@ -111,7 +111,7 @@ def wandb_logger(
     try:
         run = start(mode)
     except (wandb.errors.Error, OSError) as error:
-        rank_zero_warn(f"W&B cannot be reached ({error}): the run is tracked offline, `wandb sync`")
+        rank_zero_warn(f"W&B cannot be reached ({error}): the run is tracked offline, make sync")
         run = start("offline")
     return WandbLogger(experiment=run)
 
