@@ -133,8 +133,8 @@ class BenchmarkConfig:
 
 
 @dataclass
-class ExportConfig:
-    """The knobs of src/export.py. None: the run's whose checkpoint it is, else a default."""
+class WeightsConfig:
+    """A model and its weights. None: the run's whose checkpoint it is, else a default."""
 
     checkpoint: str | None = None
     pretrained: bool = MISSING
@@ -142,28 +142,25 @@ class ExportConfig:
     keep_rate: Any = None
     fusion: bool | None = None
     img_size: int | None = None
-    format: str = MISSING
     target: str | None = None
     seed: int = MISSING
     model: Any = field(default_factory=dict)
 
 
 @dataclass
-class VisualizeConfig:
-    """The knobs of src/visualize.py. None: the run's whose checkpoint it is, else a default."""
+class ExportConfig(WeightsConfig):
+    """The knobs of src/export.py."""
 
-    checkpoint: str | None = None
-    pretrained: bool = MISSING
-    random: bool = MISSING
+    format: str = MISSING
+
+
+@dataclass
+class VisualizeConfig(WeightsConfig):
+    """The knobs of src/visualize.py."""
+
     images: Any = None  # a folder, a file, or a list of them
     num_images: int = MISSING
-    keep_rate: Any = None
-    fusion: bool | None = None
-    img_size: int | None = None
     crop_pct: float | None = None
-    target: str | None = None
-    seed: int = MISSING
-    model: Any = field(default_factory=dict)
     data: Any = MISSING
 
 
