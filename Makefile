@@ -1,7 +1,7 @@
 # EViT Lab
 PYTHON := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup train imagenet test test-all check benchmark
+.PHONY: help setup train imagenet test test-all check benchmark dashboard sync
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/%/NAME/' | expand -t 16
@@ -32,6 +32,13 @@ check: setup  ## linter, format and types
 
 benchmark: setup  ## images/s, memory and MACs beside the dense model's; ARGS="paper=deit_s" overrides
 	$(PYTHON) src/benchmark.py $(ARGS)
+
+dashboard: setup  ## a W&B workspace and report of your runs; ARGS="paper=true" adds the paper's rows
+	$(PYTHON) src/dashboard.py $(ARGS)
+
+sync: setup  ## upload the W&B runs under outputs/ that were tracked offline, each once
+	@find $(or $(RUNS),outputs) -type d -path '*/wandb/offline-run-*' -prune -print0 | \
+	  xargs -0r .venv/bin/wandb sync
 
 sweep-%: sweeps/%.yaml setup  ## run sweeps/NAME.yaml; ARGS="model=evit_deit_tiny" overrides
 	$(PYTHON) src/train.py --config-dir sweeps --config-name $* $(ARGS)

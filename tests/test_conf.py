@@ -90,6 +90,11 @@ def test_a_benchmark_and_an_export_compose():
     assert composed("keep_rate=0.5", config="export").model == {}
 
 
+def test_a_picture_and_a_dashboard_compose():
+    assert composed("keep_rate=0.5", config="visualize").images is None
+    assert composed(config="dashboard").project == composed().logger.project
+
+
 def test_label_maps_composes():
     cfg = composed("source=/photos", "target=/maps", "model_name=x", config="label_maps")
     assert OmegaConf.to_container(cfg, throw_on_missing=True)["crop_mode"] == "squash"

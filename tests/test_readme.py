@@ -69,6 +69,11 @@ COMMANDS = {
         "batch_sizes=[1] device=cpu repeats=1 min_seconds=0.01"
     ),
     ".venv/bin/python src/export.py checkpoint=CHECKPOINT keep_rate=0.5": "",
+    ".venv/bin/python src/visualize.py checkpoint=CHECKPOINT": "",
+    ".venv/bin/python src/visualize.py model=evit_deit checkpoint=CHECKPOINT images=DIR "
+    "keep_rate=0.5 img_size=304": "model=evit_deit_micro img_size=56",
+    "make dashboard": "--dry-run",
+    "make sync": "RUNS=RUN/none",
 }
 SLOW = [".venv/bin/python src/benchmark.py paper=deit_s"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]

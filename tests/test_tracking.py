@@ -42,7 +42,7 @@ def test_a_run_that_cannot_reach_wandb_goes_on_offline(tmp_path, monkeypatch):
     monkeypatch.setattr(wandb, "init", init)
     with pytest.warns(UserWarning, match="W&B cannot be reached .unreachable.*offline"):
         logger = wandb_logger(tmp_path, mode="online", **RUN)
-    assert logger.experiment.group == "g"
+    assert (logger.experiment.group, logger.experiment.job_type) == ("g", "train")
     assert logger.experiment.config["keep_rate"] == 0.5
     wandb.finish()
     assert list(tmp_path.glob("wandb/offline-run-*"))

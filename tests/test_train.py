@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import evit
+from evit.dashboard import KEYS
 from tests.conftest import QUICK, command
 
 
@@ -81,6 +82,16 @@ def test_checkpoints_hold_plain_data_and_load_into_the_model(finished, result):
 def test_wandb_has_the_run_offline(finished, result):
     path = only(finished, f"outputs/*/*/wandb/offline-run-*-{result['wandb_id']}/*.wandb")
     assert path.stat().st_size > 1000
+
+
+def test_wandb_has_the_pictures_of_each_evaluation_and_the_numbers_of_comparisons(finished, result):
+    media = only(finished, "outputs/*/*/wandb/offline-run-*/files/media")
+    assert len(list(media.glob("images/kept_patches_*.jpg"))) == 2
+    table = json.loads(only(media, "table/result_*.table.json").read_text())
+    row = dict(zip(table["columns"], table["data"][0], strict=True))
+    assert set(KEYS) <= set(row) and result["throughput"] > 0
+    assert (row["model"], row["top1"]) == ("evit_deit_micro", result["top1"])
+    assert (row["throughput"], row["img_size"]) == (result["throughput"], 28)
 
 
 def test_a_finished_run_is_shown_and_not_repeated(finished, shared_photos, result):

@@ -133,8 +133,8 @@ class BenchmarkConfig:
 
 
 @dataclass
-class ExportConfig:
-    """The knobs of src/export.py. None: the run's whose checkpoint it is, else a default."""
+class WeightsConfig:
+    """A model and its weights. None: the run's whose checkpoint it is, else a default."""
 
     checkpoint: str | None = None
     pretrained: bool = MISSING
@@ -142,10 +142,35 @@ class ExportConfig:
     keep_rate: Any = None
     fusion: bool | None = None
     img_size: int | None = None
-    format: str = MISSING
     target: str | None = None
     seed: int = MISSING
     model: Any = field(default_factory=dict)
+
+
+@dataclass
+class ExportConfig(WeightsConfig):
+    """The knobs of src/export.py."""
+
+    format: str = MISSING
+
+
+@dataclass
+class VisualizeConfig(WeightsConfig):
+    """The knobs of src/visualize.py."""
+
+    images: Any = None  # a folder, a file, or a list of them
+    num_images: int = MISSING
+    crop_pct: float | None = None
+    data: Any = MISSING
+
+
+@dataclass
+class DashboardConfig:
+    """The knobs of src/dashboard.py."""
+
+    project: str = MISSING
+    entity: str | None = None
+    paper: bool = MISSING
 
 
 def folder_name(overrides: str) -> str:
@@ -177,6 +202,8 @@ def register() -> None:
     store.store(name="label_maps_schema", node=LabelMapsConfig)
     store.store(name="benchmark_schema", node=BenchmarkConfig)
     store.store(name="export_schema", node=ExportConfig)
+    store.store(name="visualize_schema", node=VisualizeConfig)
+    store.store(name="dashboard_schema", node=DashboardConfig)
     OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
     OmegaConf.register_new_resolver("by_data", by_data, replace=True)
 

@@ -108,17 +108,10 @@ def complete(cfg: DictConfig, given: set[str], source: dict[str, Any]) -> dict[s
     """
     cfg = cfg.copy()
     complete_model(cfg, source)
-    if source and "data" not in given:
-        changed = {name: cfg.data[name] for name in cfg.data if f"data.{name}" in given}
-        cfg.data = OmegaConf.merge(source["data"], changed)
-    elif "data.backend" not in given:
-        root = Path(cfg.data.get("root") or "").expanduser()
-        cfg.data.backend = "ffcv" if (root / "val.beton").is_file() else "imagefolder"
+    complete_data(cfg, given, source)
     for knob in ("crop_pct", "max_val_images"):
         if cfg[knob] is None and not (knob == "max_val_images" and knob in given):  # null: all
             cfg[knob] = (DEFAULTS | source)[knob]
-    if "img_size" in cfg.data:  # that of a run is a value, not ${img_size}
-        cfg.data.img_size = cfg.img_size
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     for knob in ("batch_size", "repeats", "max_val_images"):
         if config[knob] is not None and config[knob] < 1:
@@ -126,6 +119,24 @@ def complete(cfg: DictConfig, given: set[str], source: dict[str, Any]) -> dict[s
     if not 0.01 <= config["crop_pct"] <= 1:
         raise ValueError(f"crop_pct must be from 0.01 to 1, got {config['crop_pct']}")
     return config
+
+
+def complete_data(cfg: DictConfig, given: set[str], source: dict[str, Any]) -> None:
+    """Fill in the data: what was not given from the run, where data=NAME was not.
+
+    Args:
+        cfg: with data, and a model that is complete; changed in place.
+        given: the names of what was given on the command line.
+        source: run_config of the checkpoint.
+    """
+    if source and "data" not in given:
+        changed = {name: cfg.data[name] for name in cfg.data if f"data.{name}" in given}
+        cfg.data = OmegaConf.merge(source["data"], changed)
+    elif "data.backend" not in given:
+        root = Path(cfg.data.get("root") or "").expanduser()
+        cfg.data.backend = "ffcv" if (root / "val.beton").is_file() else "imagefolder"
+    if "img_size" in cfg.data:  # that of a run is a value, not ${img_size}
+        cfg.data.img_size = cfg.img_size
 
 
 def complete_model(cfg: DictConfig, source: dict[str, Any]) -> None:

@@ -20,9 +20,9 @@ from evit.data import Images
 from evit.models import DynamicViT, EViT, LVViT
 from evit.models.weights import read_state_dict
 from evit.report import results
-from evit.tracking import JsonlLogger, wandb_logger, wandb_mode
+from evit.tracking import JsonlLogger, log_summary, wandb_logger, wandb_mode
 from evit.training import checkpoints
-from evit.training.callbacks import KeepRateSchedule, KeptPatches
+from evit.training.callbacks import InferenceSpeed, KeepRateSchedule, KeptPatches
 from evit.training.ema import EMA
 from evit.training.module import Classifier, mix_seed
 from evit.training.objectives import Classification, dense_teacher, make_objective
@@ -81,6 +81,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             KeepRateSchedule(model, start, epochs, multiple),
             KeptPatches(model, folder / "kept_patches.png"),
         ]
+    callbacks.append(inference := InferenceSpeed(model))
     trainer = build_trainer(
         cfg.trainer,
         folder,
@@ -124,6 +125,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             top5=metrics["val/top5"],
             loss=metrics["val/loss"],
             train_images_per_s=throughput.images_per_s,
+            throughput=inference.images_per_s,
             model=facts(model, data.img_size),
             data=dict(name=data.name, num_classes=data.num_classes),
             choices={group: HydraConfig.get().runtime.choices[group] for group in GROUPS},
@@ -137,7 +139,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         if trainer.is_global_zero:
             result = results.finish(result, folder)
             if tracker:
-                tracker.experiment.summary.update(results.summary(result))
+                log_summary(tracker.experiment, results.summary(result))
             results.show(result, folder)
     except BaseException as error:
         wandb.finish(exit_code=1)

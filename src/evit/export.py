@@ -73,6 +73,22 @@ def require(cfg: DictConfig) -> None:
     """Refuse what cannot be exported, before anything is built."""
     if cfg.format not in SUFFIXES:
         raise ValueError(f"format must be {' or '.join(SUFFIXES)}, got {cfg.format!r}")
+    require_weights(cfg)
+    packages = ("onnx", "onnxscript", "onnxruntime")
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if cfg.format == "onnx" and missing:
+        raise ValueError(
+            f"format=onnx needs {' and '.join(missing)}: pip install 'evit-lab[export]', or take "
+            f"format=torch_export"
+        )
+
+
+def require_weights(cfg: DictConfig) -> None:
+    """Refuse to guess what the weights or the model are.
+
+    Raises:
+        ValueError: not exactly one source of weights is given, or no model.
+    """
     sources = [name for name in ("checkpoint", "pretrained", "random") if cfg[name]]
     if len(sources) != 1:
         raise ValueError(
@@ -82,13 +98,6 @@ def require(cfg: DictConfig) -> None:
         )
     if not cfg.checkpoint and "_target_" not in cfg.model:
         raise ValueError("model=NAME is needed without a checkpoint, as in model=evit_deit")
-    packages = ("onnx", "onnxscript", "onnxruntime")
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if cfg.format == "onnx" and missing:
-        raise ValueError(
-            f"format=onnx needs {' and '.join(missing)}: pip install 'evit-lab[export]', or take "
-            f"format=torch_export"
-        )
 
 
 def build(cfg: DictConfig) -> tuple[nn.Module, dict[str, Any]]:

@@ -97,6 +97,7 @@ def wandb_logger(
             project=project,
             entity=entity,
             group=group,
+            job_type="train",
             name=name,
             tags=tags,
             config=config,
@@ -110,6 +111,16 @@ def wandb_logger(
     try:
         run = start(mode)
     except (wandb.errors.Error, OSError) as error:
-        rank_zero_warn(f"W&B cannot be reached ({error}): the run is tracked offline, `wandb sync`")
+        rank_zero_warn(f"W&B cannot be reached ({error}): the run is tracked offline, make sync")
         run = start("offline")
     return WandbLogger(experiment=run)
+
+
+def log_summary(run: wandb.Run, summary: dict[str, Any]) -> None:
+    """The numbers that runs are compared by, as the W&B run's summary and as a table of one row.
+
+    W&B shows the tables of a group's runs as one.
+    """
+    run.summary.update(summary)
+    row = [str(value) if isinstance(value, list) else value for value in summary.values()]
+    run.log({"result": wandb.Table(columns=list(summary), data=[row])})

@@ -112,6 +112,8 @@ class DynamicViT(EViT):
             predictor = self.score_predictor[self.drop_loc.index(i)]
             score_BN = predictor(x_BNC, torch.ones_like(x_BNC[:, :, 0]))[:, :, 0]
             index_BK = tokens.choose(score_BN, num_kept)
+            if self.observer:
+                self.observer(score_BN, index_BK)
             x_BTC = tokens.reorganize(x_BTC, score_BN, index_BK, False)
             ids = None if ids is None else tokens.follow(ids, index_BK, False)
         return self.blocks[i](x_BTC), ids

@@ -1,6 +1,6 @@
 """EViT over timm's VisionTransformer: the same parameters, fewer tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -61,12 +61,15 @@ class EViT(VisionTransformer):
     Attributes:
         selection: which tokens are kept: the "attentive" ones; or, to compare with, "random" or
             "inattentive" ones.
+        observer: where it is not None, called at each reorganization with the scores (B, N) of the
+            image tokens and the indices (B, K) of those that are kept.
 
     Raises:
         ValueError: keep_rate, drop_loc or img_size cannot be served.
     """
 
     selection = "attentive"
+    observer: Callable[[Tensor, Tensor], None] | None = None
 
     def __init__(
         self,
@@ -152,6 +155,8 @@ class EViT(VisionTransformer):
             (q,), (k, v) = project(attn, y_BTC[:, :1], 0, 1), project(attn, y_BTC, 1, 3)
         score_BN = tokens.class_attention(q, k, num_prefix, attn.scale)
         index_BK = tokens.choose(score_BN, num_kept, self.selection)
+        if self.observer:
+            self.observer(score_BN, index_BK)
         if self.fusion:
             out = attn.proj(tokens.reorganize(mix(attn, q, k, v), score_BN, index_BK, True))
             if attn.proj.bias is not None:  # counted once for each token that was fused

@@ -100,12 +100,13 @@ def write_json(content: dict[str, Any], path: Path) -> None:
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
-    """The numbers that runs are compared by."""
+    """What runs are compared by; throughput is images/s of inference, None where not measured."""
     config, model = result["config"], result["model"]
     rates = model.get("keep_rate") or [1.0]
     return dict(
         top1=result["top1"],
         top5=result["top5"],
+        throughput=result.get("throughput"),
         train_images_per_s=result["train_images_per_s"],
         params=model["params"],
         macs=model.get("macs", model["macs_executed"]),

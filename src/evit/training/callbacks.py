@@ -1,15 +1,16 @@
 """What happens beside the training loop."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.loggers import WandbLogger
-from torch import Tensor
-from torchvision.io import write_png
+from torch import Tensor, nn
 
 from evit.data.batch import denormalize
+from evit.measure import speed
 from evit.models.vit import EViT
 from evit.report.pictures import draw_kept
 from evit.schedule import at_multiples, keep_rate_at
@@ -54,14 +55,20 @@ class KeepRateSchedule(L.Callback):
 
 
 class KeptPatches(L.Callback):
-    """Draws, at the end of training, which patches of some validation images survive.
+    """Draws which patches of some validation images survive, at each evaluation, as evaluated.
 
-    The images are spread evenly over those of the first process.
+    The images are spread evenly over those of the first process. The file has the last picture,
+    W&B some `logged` of them, from the first to the last.
     """
 
-    def __init__(self, model: EViT, path: Path, num_images: int = 8):
-        self.model, self.path, self.num_images = model, path, num_images
+    def __init__(self, model: EViT, path: Path, num_images: int = 8, logged: int = 20):
+        self.model, self.path = model, path
+        self.num_images, self.logged = num_images, logged
         self.images: list[Tensor] = []
+        self.next_logged = 0.0  # epochs
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.images.clear()
 
     def on_validation_batch_end(
         self,
@@ -72,19 +79,53 @@ class KeptPatches(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
+        if not trainer.is_global_zero:
+            return
         batch_size = trainer.datamodule.local_batch_size  # type: ignore[attr-defined]
         step = max(1, int(trainer.num_val_batches[0]) * batch_size // self.num_images)
         first = -batch_idx * batch_size % step
         wanted = self.num_images - len(self.images)
         self.images += batch[0][first::step][:wanted].clone()
+        if batch_idx == trainer.num_val_batches[0] - 1:  # before an EMA gives its place back
+            self.draw(trainer)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.is_global_zero or not self.images:
-            return
+    def draw(self, trainer: L.Trainer) -> None:
         images = torch.stack(self.images)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         picture = draw_kept(self.model, images, denormalize(images, data.mean, data.std))
-        write_png(picture, str(self.path))
+        picture.save(self.path)
+        epoch, epochs = trainer.current_epoch + 1, trainer.max_epochs
+        assert epochs
+        if epoch < min(self.next_logged, epochs):
+            return
+        self.next_logged = (epoch * self.logged // epochs + 1) * epochs / self.logged
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                logger.log_image("kept_patches", [str(self.path)])
+                step = trainer.global_step
+                logger.log_image("kept_patches", [picture], step, file_type=["jpg"])
+
+
+class InferenceSpeed(L.Callback):
+    """Images per second of inference, measured for a moment at the end of training.
+
+    Of one process, in the run's precision, not compiled, without reading images; in the batches of
+    src/benchmark.py: 128 images on an accelerator, 8 on a CPU.
+    """
+
+    images_per_s: float | None = None
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    @torch.no_grad()
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        device = pl_module.device
+        batch_size = 8 if device.type == "cpu" else 128
+        size = trainer.datamodule.img_size  # type: ignore[attr-defined]
+        images = torch.rand(batch_size, 3, size, size, device=device)
+        step = partial(self.model.eval().forward, images)
+        with trainer.precision_plugin.forward_context():
+            calls = speed.warm_up(step, 0.2, device)
+            self.images_per_s = calls * batch_size / speed.timed(step, calls, device)

@@ -1,0 +1,14 @@
+"""A W&B workspace and report of a project's runs: python src/dashboard.py paper=true"""
+
+from evit.config import DashboardConfig, entry_point
+
+
+@entry_point("dashboard", DashboardConfig)
+def main(cfg):
+    from evit.dashboard import run
+
+    run(cfg)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""A project's runs on W&B beside each other and beside the paper: a workspace and a report."""
+
+import tempfile
+from typing import Any
+
+import wandb
+from omegaconf import DictConfig
+
+from evit.report import paper
+from evit.tracking import wandb_mode
+
+KEYS = ("model", "keep_rate", "fusion", "img_size", "macs", "throughput", "top1", "top5")
+MODELS = dict(
+    deit_s="deit",
+    evit_deit_s="evit_deit",
+    lvvit_s="lvvit",
+    evit_lvvit_s="evit_lvvit",
+    dynamicvit_deit_s="dynamicvit_deit",
+)  # the paper's names to those of conf/model
+
+
+def run(cfg: DictConfig) -> None:
+    """Save the workspace and the report; with cfg.paper the published rows too, as runs.
+
+    Raises:
+        ValueError: the user is not logged in, a package is missing, or W&B cannot be reached.
+    """
+    try:
+        import wandb_workspaces  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"{error}: pip install 'evit-lab[dashboard]'") from error
+    if wandb_mode("auto") != "online":
+        raise ValueError(
+            "you are not logged in to W&B: run wandb login (.venv/bin/wandb), then this again; "
+            "make sync uploads the runs that were tracked offline. Without W&B, src/report.py "
+            "compares runs"
+        )
+    try:
+        entity = cfg.entity or wandb.Api().default_entity
+        if not entity:
+            raise ValueError("W&B names no default entity of yours: entity=USER_OR_TEAM")
+        if cfg.paper:
+            rows = paper_runs()
+            log_paper(rows, project=cfg.project, entity=entity, mode="online")
+            print(f"{len(rows)} rows of the paper are in {entity}/{cfg.project}, group paper")
+        for made in workspace(entity, cfg.project), report(entity, cfg.project):
+            print(made.save().url)
+    except (wandb.errors.Error, OSError) as error:
+        raise ValueError(f"W&B refuses, or cannot be reached: {error}") from error
+
+
+def paper_runs() -> list[dict[str, Any]]:
+    """The published rows that say top-1, with the summary keys of runs, each once.
+
+    `name` says what the row is; params and epochs only where the paper's table has them.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for title, table in paper.tables().items():
+        if title == "off_the_shelf":
+            continue
+        base = [row | dict(fusion=False) for key, row in table.items() if "baseline" in key]
+        dropped = [row | dict(fusion=False) for row in table.get("drop", [])]
+        fused = [row | dict(fusion=True) for row in table.get("fuse", [])]
+        others = [row | dict(fusion="evit" in row["model"]) for row in table.get("rows", [])]
+        for row in base + dropped + fused + others:
+            dense = row["keep_rate"] == 1
+            name = row.get("model") or ("" if dense else "evit_") + table["model"]
+            summary = dict(
+                model=MODELS[name],
+                keep_rate=row["keep_rate"],
+                fusion=row["fusion"],
+                img_size=row.get("img_size", paper.BASE_SIZE),
+                macs=row["macs"] * 1e9,
+                throughput=row["throughput"],
+                top1=row["top1"],
+                top5=row.get("top5"),
+            )
+            if "params" in row:
+                summary["params"] = row["params"] * 1e6
+            words = [name, row["keep_rate"], f"{summary['img_size']} px"]
+            words += [] if dense else ["fused" if row["fusion"] else "dropped"]
+            if "epochs" in row:
+                start = "from DeiT" if row["pretrained"] else "from scratch"
+                words += [f"{row['epochs']} epochs {start}"]
+            label = " ".join(map(str, words))
+            found.setdefault(label, summary | dict(name=label))
+    return list(found.values())
+
+
+def log_paper(rows: list[dict[str, Any]], project: str, entity: str | None, mode: Any) -> None:
+    """Add rows to a project as runs of group and job type paper; a second time they are replaced.
+
+    They have the summary and, for filters, the configuration of a run.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for row in rows:
+            name = row["name"]
+            summary = {key: value for key, value in row.items() if key != "name"}
+            tracked = wandb.init(
+                project=project,
+                entity=entity,
+                id="paper-" + "-".join(name.replace(".", "").split()),
+                name=name,
+                group="paper",
+                job_type="paper",
+                config={key: summary[key] for key in ("keep_rate", "fusion", "img_size")},
+                dir=folder,
+                mode=mode,
+                resume="allow",
+                reinit="finish_previous",
+                settings=wandb.Settings(silent=True),
+            )
+            tracked.summary.update(summary)
+            tracked.finish()
+
+
+def workspace(entity: str, project: str) -> Any:
+    """The workspace of a project, not saved."""
+    import wandb_workspaces.workspaces as ws
+
+    columns = ["run:displayName", "run:group", *(f"summary:{key}" for key in KEYS)]
+    best_first = ws.Ordering(ws.Summary("top1"), ascending=False)
+    sections = [
+        ws.Section(name=name, panels=panels, is_open=True) for name, panels in all_panels().items()
+    ]
+    return ws.Workspace(
+        entity=entity,
+        project=project,
+        name="EViT Lab",
+        sections=sections,
+        runset_settings=ws.RunsetSettings(order=[best_first], pinned_columns=columns),
+    )
+
+
+def report(entity: str, project: str) -> Any:
+    """The report of a project, not saved: our runs and the paper's, in two colours."""
+    import wandb_workspaces.reports.v2 as wr
+
+    where: Any = dict(entity=entity, project=project)
+    blocks: list[Any] = [wr.TableOfContents()]
+    for name, panels in all_panels().items():
+        runs = [wr.Runset(**where, name="runs", filters="JobType != 'paper'")]
+        if name == ACCURACY:
+            runs.append(wr.Runset(**where, name="paper", filters="JobType = 'paper'"))
+        blocks += [wr.H1(name), wr.PanelGrid(runsets=runs, panels=panels)]
+    return wr.Report(
+        **where,
+        title="EViT Lab",
+        description="Accuracy and cost of every run, beside the rows of the paper.",
+        blocks=blocks,
+        width="fluid",
+    )
+
+
+ACCURACY = "Accuracy and cost"
+
+
+def all_panels() -> dict[str, list[Any]]:
+    """The panels of each section."""
+    import wandb_workspaces.reports.v2 as wr
+
+    def scatter(x: str, title: str) -> Any:
+        metrics: Any = dict(x=wr.SummaryMetric(x), y=wr.SummaryMetric("top1"))
+        return wr.ScatterPlot(title=title, layout=wr.Layout(w=12, h=9), **metrics)
+
+    def line(metric: str) -> Any:
+        return wr.LinePlot(title=metric, x="trainer/global_step", y=[metric])
+
+    columns = [wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(key)) for key in KEYS]
+    wide = wr.Layout(w=24, h=9)
+    return {
+        ACCURACY: [
+            scatter("macs", "top-1 by multiply-accumulates of an image"),
+            scatter("throughput", "top-1 by images/s"),
+            wr.ParallelCoordinatesPlot(columns=columns, layout=wide),
+        ],
+        "Training": [
+            line(name)
+            for name in ("val/top1", "val/loss", "train/loss", "keep_rate", "tokens_per_image")
+        ],
+        "Patches that survive": [
+            wr.MediaBrowser(media_keys=["kept_patches"], gallery_axis="step", layout=wide)
+        ],
+    }

@@ -1,0 +1,122 @@
+"""One picture: build a model, read some images, draw which of their patches survive."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import v2 as T
+
+from evit.config import listed, overridden
+from evit.data.batch import normalize
+from evit.evaluation import DEFAULTS, complete_data, complete_model
+from evit.export import build, require_weights
+from evit.models import EViT
+from evit.report import results
+from evit.report.evaluations import rate
+from evit.report.pictures import draw_kept
+
+
+def run(cfg: DictConfig) -> Path:
+    """Draw by a composed configuration; the file.
+
+    Raises:
+        ValueError: the configuration cannot be served; nothing has been written.
+    """
+    require(cfg)
+    source = results.run_config(Path(cfg.checkpoint)) if cfg.checkpoint else {}
+    cfg = cfg.copy()
+    complete_model(cfg, source)
+    if cfg.crop_pct is None:
+        cfg.crop_pct = (DEFAULTS | source)["crop_pct"]
+    if not 0.01 <= cfg.crop_pct <= 1:
+        raise ValueError(f"crop_pct must be from 0.01 to 1, got {cfg.crop_pct}")
+    model, about = build(cfg)
+    if not isinstance(model, EViT):
+        raise ValueError(
+            f"{type(model).__name__} reorganizes no tokens: take it as an EViT with "
+            f"model=timm_vit model.model_name=NAME"
+        )
+    if min(model.keep_rate, default=1.0) == 1:
+        raise ValueError("keep rate 1 keeps every patch: give another, as in keep_rate=0.7")
+    name = f"{about['model']}-{rate(about).replace(',', '_')}-{about['img_size']}.png"
+    target = Path(cfg.target) if cfg.target else Path("outputs/pictures") / name
+    pixels = read_files(cfg) if cfg.images else read_validation(cfg, source)
+    print(f"Drawing {len(pixels)} images at keep rate {rate(about)}", flush=True)
+    picture = draw_kept(model, normalize(pixels, about["mean"], about["std"]), pixels)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(target)
+    print(f"{target} ({picture.width} x {picture.height} pixels)")
+    return target
+
+
+def require(cfg: DictConfig) -> None:
+    """Refuse what cannot be drawn, before anything is built."""
+    require_weights(cfg)
+    if cfg.num_images < 1:
+        raise ValueError(f"num_images must be at least 1, got {cfg.num_images}")
+    Image.init()
+    if cfg.target and Image.EXTENSION.get(Path(cfg.target).suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"target={cfg.target}: name an image file, such as kept.png or kept.pdf")
+
+
+def read_files(cfg: DictConfig) -> Tensor:
+    """The images that are named, cropped as in evaluations: uint8 (B, 3, img_size, img_size).
+
+    Raises:
+        ValueError: there is none, or one that is none; it is named.
+    """
+    given: Any = OmegaConf.to_object(cfg.images) if OmegaConf.is_list(cfg.images) else cfg.images
+    paths: list[Path] = []
+    for path in (Path(name).expanduser() for name in listed(given)):
+        if path.is_dir():
+            inside = (p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
+            paths += spread(sorted(inside), cfg.num_images)
+        else:
+            paths.append(path)
+    if not paths:
+        raise ValueError(f"images={given}: there are no images ({', '.join(IMG_EXTENSIONS)})")
+    crop = T.Compose(
+        [
+            T.RGB(),
+            T.Resize(int(cfg.img_size / cfg.crop_pct), InterpolationMode.BICUBIC),
+            T.CenterCrop(cfg.img_size),
+            T.PILToTensor(),
+        ]
+    )
+    images = []
+    for path in paths:
+        try:
+            images.append(crop(Image.open(path)))
+        except (OSError, UnidentifiedImageError) as error:
+            raise ValueError(f"{path} is not an image that can be read ({error})") from error
+    return torch.stack(images)
+
+
+def spread(values: list[Any], count: int) -> list[Any]:
+    """At most so many of them, evenly spread."""
+    count = min(count, len(values))
+    return [values[i * len(values) // count] for i in range(count)]
+
+
+def read_validation(cfg: DictConfig, source: dict[str, Any]) -> Tensor:
+    """A fixed random choice of the validation images, uint8 (B, 3, img_size, img_size)."""
+    complete_data(cfg, overridden(HydraConfig.get().overrides.task), source)
+    options: Any = OmegaConf.to_container(cfg.data, resolve=True, throw_on_missing=True)
+    data = instantiate(
+        options,
+        batch_size=cfg.num_images,
+        max_val_images=cfg.num_images,
+        crop_pct=cfg.crop_pct,
+        splits=["val"],
+        _convert_="all",
+    )
+    data.prepare_data()
+    data.setup()
+    return next(iter(data.val_dataloader()))[0]

@@ -1,0 +1,14 @@
+"""Which patches survive: python src/visualize.py checkpoint=PATH images=DIR keep_rate=0.5"""
+
+from evit.config import VisualizeConfig, entry_point
+
+
+@entry_point("visualize", VisualizeConfig)
+def main(cfg):
+    from evit.visualize import run
+
+    run(cfg)
+
+
+if __name__ == "__main__":
+    main()

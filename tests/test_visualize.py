@@ -1,0 +1,132 @@
+"""src/visualize.py, run as a user runs it."""
+
+import json
+import sys
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evit.visualize
+from evit.config import VisualizeConfig
+from evit.data.batch import normalize
+from evit.models import create_model
+from evit.report.pictures import draw_kept
+
+SIZE = dict(img_size=32, embed_dim=48, depth=4, num_heads=3)
+RANDOM = "model=evit_deit_tiny random=true img_size=32 " + " ".join(
+    f"+model.{name}={value}" for name, value in SIZE.items() if name != "img_size"
+)
+
+
+@pytest.fixture
+def visualize(monkeypatch, tmp_path, capfd):
+    """Run src/visualize.py in this process; what was printed."""
+    import visualize
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["visualize.py", *arguments.split()])
+        visualize.main()
+        return capfd.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The (model, images, pixels) that are drawn."""
+    calls = []
+    monkeypatch.setattr(evit.visualize, "draw_kept", lambda *a: calls.append(a) or draw_kept(*a))
+    return calls
+
+
+def test_a_picture_of_any_images(visualize, drawn, photos, tmp_path):
+    printed = visualize(f"{RANDOM} images={photos} num_images=4 keep_rate=0.5")
+    path = tmp_path / "outputs/pictures/evit_deit_tiny-0.5-32.png"
+    assert "Drawing 4 images at keep rate 0.5" in printed and path.name in printed
+    ((model, images, pixels),) = drawn
+    assert pixels.shape == (4, 3, 32, 32) and model.keep_rate == (0.5,) * 3
+    torch.testing.assert_close(images, normalize(pixels))
+    with Image.open(path) as picture:
+        assert picture.size[0] > 4 * 128 and picture.size[1] > 4 * 128
+
+
+def test_the_images_of_a_folder_are_spread_over_it():
+    spread = evit.visualize.spread
+    assert spread(list(range(12)), 4) == [0, 3, 6, 9]
+    assert spread(list(range(3)), 8) == [0, 1, 2]
+
+
+def test_images_are_cropped_as_in_evaluations(visualize, drawn, photos):
+    one, two = photos / "val/cat/0.jpg", photos / "val/dog/1.jpg"
+    visualize(f"{RANDOM} images=[{one},{two}] num_images=1 target=kept.jpg crop_pct=0.8")
+    ((_, _, pixels),) = drawn
+    image = Image.open(two).convert("RGB").resize((48, 40), Image.Resampling.BICUBIC)
+    wanted = np.asarray(image.crop((8, 4, 40, 36))).transpose(2, 0, 1)
+    assert len(pixels) == 2  # those that are named are all drawn
+    np.testing.assert_allclose(pixels[1].int().numpy(), wanted, atol=2)
+
+
+def test_of_a_run_the_model_the_knobs_and_the_validation_images_are_the_run_s(
+    visualize, drawn, photos, tmp_path
+):
+    torch.manual_seed(1)
+    options = dict(SIZE, keep_rate=0.6, fusion=False, drop_loc=[1, 2])
+    model = create_model("evit_deit_tiny_patch16", num_classes=2, **options)
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    path = tmp_path / "run/checkpoints/best.ckpt"
+    torch.save({f"model.{name}": weight for name, weight in model.state_dict().items()}, path)
+    node = dict(_target_="evit.models.create_model", model_name="evit_deit_tiny_patch16")
+    config = dict(
+        model=node | options,
+        data=dict(
+            _target_="evit.data.datasets.Folder",
+            root=str(photos),
+            img_size=32,
+            backend="imagefolder",
+            num_workers=0,
+        ),
+        recipe=dict(crop_pct=0.9, max_val_images=2),
+        **dict(keep_rate=0.6, fusion=False, img_size=32),
+    )
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    visualize(f"checkpoint={path} num_images=5 target=a/kept.png")
+    visualize(f"checkpoint={path} num_images=5 keep_rate=0.3 img_size=48 target=a/more.png")
+    (drawn_model, _, pixels), (again, _, larger) = drawn
+    assert len({image.numpy().tobytes() for image in pixels}) == 5
+    assert drawn_model.drop_loc == (1, 2) and not drawn_model.fusion
+    assert (drawn_model.keep_rate, again.keep_rate) == ((0.6, 0.6), (0.3, 0.3))
+    assert (pixels.shape[-1], larger.shape[-1]) == (32, 48)
+    torch.testing.assert_close(drawn_model.head.weight, model.head.weight, check_device=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("model=evit_deit", "give the weights: checkpoint=PATH"),
+        ("random=true", "model=NAME is needed"),
+        (f"{RANDOM} num_images=0", "num_images must be at least 1"),
+        (f"{RANDOM} target=kept.txt", "name an image file, such as kept.png"),
+        (f"{RANDOM} keep_rate=1", "keep rate 1 keeps every patch: give another"),
+        (f"{RANDOM} crop_pct=2", "crop_pct must be from 0.01 to 1"),
+        (f"{RANDOM} images=absent.jpg", "absent.jpg is not an image that can be read"),
+        (f"{RANDOM} images=.", "images=.: there are no images"),
+        (f"{RANDOM} image=a.jpg", "did you mean images?"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said(visualize, tmp_path, capfd, arguments, message):
+    with pytest.raises(SystemExit) as ended:
+        visualize(arguments)
+    assert ended.value.code == 2 and message in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_knobs_are_these():
+    assert {field.name for field in fields(VisualizeConfig)} == {
+        *("checkpoint", "pretrained", "random", "images", "num_images", "keep_rate", "fusion"),
+        *("img_size", "crop_pct", "target", "seed", "model", "data"),
+    }
