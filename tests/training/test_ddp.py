@@ -79,9 +79,13 @@ def test_the_losses_and_the_weights_are_those_of_one_process(one, two, root):
     found = []
     for name in ("one", "two"):
         (path,) = root.glob(f"{name}/outputs/evit/*/checkpoints/last.ckpt")
-        found.append(torch.load(path, weights_only=True)["state_dict"])
-    # The bias of the keys has no gradient but rounding errors, which AdamW takes for one.
-    torch.testing.assert_close(*found, rtol=0, atol=1e-4)
+        weights = torch.load(path, weights_only=True)["state_dict"]
+        for key, value in weights.items():
+            if key.endswith("qkv.bias"):
+                # The keys' has no gradient but rounding errors, which AdamW takes for one.
+                value.chunk(3)[1].zero_()
+        found.append(weights)
+    torch.testing.assert_close(*found, rtol=0, atol=1e-5)
 
 
 def test_each_validation_image_counts_once(one, two, root):

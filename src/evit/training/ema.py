@@ -3,11 +3,12 @@
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from lightning.pytorch.callbacks import WeightAveraging
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
-class EMA(EMAWeightAveraging):
-    """Lightning's exponential moving average, updated at every optimizer step.
+class EMA(WeightAveraging):
+    """Exponential moving average of the weights, updated at every optimizer step.
 
     Args:
         evaluated: evaluations, and "state_dict" in checkpoints, are of the average, as LV-ViT's and
@@ -16,7 +17,8 @@ class EMA(EMAWeightAveraging):
     """
 
     def __init__(self, decay: float, evaluated: bool = True):
-        super().__init__(decay=decay)
+        # All weights at once, which Lightning's own EMAWeightAveraging does one by one.
+        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
         self.evaluated = evaluated
 
     def on_validation_epoch_start(self, *args: Any) -> None:
