@@ -1,7 +1,7 @@
 # EViT Lab
 PYTHON := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup train imagenet test test-all check benchmark dashboard sync
+.PHONY: help setup train imagenet test test-all check benchmark dashboard sync report
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/%/NAME/' | expand -t 16
@@ -39,6 +39,9 @@ dashboard: setup  ## a W&B workspace and report of your runs; ARGS="paper=true" 
 sync: setup  ## upload the W&B runs under outputs/ that were tracked offline, each once
 	@find $(or $(RUNS),outputs) -type d -path '*/wandb/offline-run-*' -prune -print0 | \
 	  xargs -0r .venv/bin/wandb sync
+
+report: setup  ## every finished run beside the paper: report/index.html; ARGS="runs=outputs/NAME" overrides
+	$(PYTHON) src/report.py target=report $(ARGS)
 
 sweep-%: sweeps/%.yaml setup  ## run sweeps/NAME.yaml; ARGS="model=evit_deit_tiny" overrides
 	$(PYTHON) src/train.py --config-dir sweeps --config-name $* $(ARGS)

@@ -1,4 +1,4 @@
-"""Tables of finished runs: python src/report.py runs=outputs/NAME"""
+"""Finished runs beside the paper: python src/report.py runs=outputs target=report"""
 
 from evit.config import ReportConfig, entry_point
 
@@ -7,9 +7,9 @@ from evit.config import ReportConfig, entry_point
 def main(cfg):
     from pathlib import Path
 
-    from evit.report import tables
+    from evit.report import files
 
-    tables.write(Path(cfg.runs), Path(cfg.target) if cfg.target else None)
+    files.write(Path(cfg.runs), Path(cfg.target) if cfg.target else None, cfg.page)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,12 @@ import sys
 from dataclasses import fields
 
 import pytest
+import timm
 import torch
 
+from evit.benchmark import choose
 from evit.config import CONF_DIR, BenchmarkConfig
-from evit.measure.contest import Entry, build, dense_entry
+from evit.measure.contest import Contestant, Entry, Group, build, dense_entry, facts
 from evit.models import EViT
 
 SMALL = "models=evit_deit_tiny_patch16 img_sizes=32 batch_sizes=2 "
@@ -125,6 +127,26 @@ def test_a_shortcut_chooses_the_rows_of_the_paper(monkeypatch):
 )
 def test_every_family_has_its_dense_model(model, dense):
     assert dense_entry(model, 32).model == dense
+
+
+def test_the_field_is_other_models_and_evit():
+    knobs: dict = dict.fromkeys(("models", "img_sizes", "keep_rates", "fusion"), [])
+    entries = choose(dict(paper="field") | knobs)
+    others = [entry for entry in entries if entry.dense]
+    assert len(others) == 30 and all(timm.is_model(entry.model) for entry in others)
+    rates = [entry.keep_rate for entry in entries if not entry.dense]
+    assert rates == [0.9, 0.8, 0.7, 0.6, 0.5, 0.7, 0.5]
+    bases = {str(base) for entry, base in entries.items() if "lvvit" in entry.model}
+    assert bases == {"lvvit_s dense img_size=224"}
+
+
+@pytest.mark.parametrize("model", ["cait_xxs24_224", "efficientnet_b0", "twins_svt_small"])
+def test_models_of_other_kinds_have_the_macs_that_are_done(model):
+    entry = Entry(model, img_size=64, dense=True)
+    contestant = Contestant(entry, Group("inference", 1, "fp32", False), torch.device("cpu"))
+    contestant.step()
+    assert contestant.macs_executed == facts(entry)["macs"] > 1e6
+    assert facts(entry)["keep_rate"] == []
 
 
 def test_any_timm_model_is_timed_as_its_evit_beside_timm_s_own():

@@ -82,7 +82,8 @@ def test_an_evaluation_composes_with_every_value_open_that_a_run_can_give():
 
 
 def test_report_composes():
-    assert composed(config="report").runs == "outputs"
+    cfg = composed(config="report")
+    assert (cfg.runs, cfg.target, cfg.page) == ("outputs", None, True)
 
 
 def test_a_benchmark_and_an_export_compose():

@@ -74,6 +74,7 @@ COMMANDS = {
     "keep_rate=0.5 img_size=304": "model=evit_deit_micro img_size=56",
     "make dashboard": "--dry-run",
     "make sync": "RUNS=RUN/none",
+    "make report": 'ARGS="runs=RUN target=RUN/report"',
 }
 SLOW = [".venv/bin/python src/benchmark.py paper=deit_s"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -174,6 +175,14 @@ def test_the_sweep_ran_the_product_one_run_for_each(folder):
     assert sorted(result["config"]["fusion"] for result in results) == [False, True]
     assert {result["config"]["keep_rate"] for result in results} == {0.5}
     assert len({result["wandb_id"] for result in results}) == 2
+
+
+def test_the_report_shows_the_sweep(folder):
+    report = folder / "run/report"
+    assert {path.name for path in report.iterdir()} == {
+        *("index.html", "tables.md", "runs.csv", "runs.json", "figures")
+    }
+    assert len(json.loads((report / "runs.json").read_text())) == 2
 
 
 def test_the_python_example_runs(folder):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from evit.report import benchmarks, tables
+from evit.report import benchmarks, found, tables
 from tests.conftest import ROOT
 
 RESULTS = ROOT / "results"
@@ -12,7 +12,7 @@ RESULTS = ROOT / "results"
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*/runs.json")), ids=lambda p: p.parent.name)
 def test_the_table_of_runs_is_made_from_the_runs(path):
-    assert path.with_name("table.md").read_text() == tables.markdown(tables.collect(path))
+    assert path.with_name("table.md").read_text() == tables.markdown(found.read(path).rows)
 
 
 @pytest.mark.parametrize(

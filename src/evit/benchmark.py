@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from evit.config import listed, overridden
 from evit.measure.contest import Entry, Group, contest, dense_entry, facts, is_own
 from evit.measure.steps import PRECISIONS
-from evit.report import benchmarks, paper, results
+from evit.report import benchmarks, field, paper, results
 
 WHAT = ("inference", "training", "loader")
 COMPILE = (False, True, "reduce-overhead")
@@ -133,7 +133,7 @@ def complete(config: dict[str, Any], device: torch.device, given: set[str]) -> N
     choices: dict[str, tuple[Any, ...]] = dict(
         what=WHAT, precisions=tuple(PRECISIONS), compile=COMPILE, fusion=(True, False)
     )
-    choices["paper"] = (False, True, *paper.MODELS)
+    choices["paper"] = (False, True, *paper.MODELS, "field")
     for knob, allowed in choices.items():
         for value in listed(config[knob]):
             if value not in allowed or type(value) not in {type(a) for a in allowed}:
@@ -165,7 +165,16 @@ def choose(config: dict[str, Any]) -> dict[Entry, Entry]:
     That has the same image size; beside the paper's numbers it has 224 px, as theirs.
     """
     chosen: list[Entry] = []
-    if isinstance(config["paper"], str):
+    if config["paper"] == "field":
+        chosen += [
+            Entry(row["timm"], img_size=row.get("img_size", paper.BASE_SIZE), dense=True)
+            for row in field.rows()
+            if "timm" in row
+        ]
+        for name, model in paper.MODELS.items():
+            rates = [row["keep_rate"] for row in paper.tables()[f"keep_rate_{name}"]["fuse"]]
+            chosen += [Entry(model, rate, True, paper.BASE_SIZE) for rate in rates]
+    elif isinstance(config["paper"], str):
         name = paper.MODELS[config["paper"]]
         for row in paper.costs(config["paper"]):
             size = row["img_size"]
@@ -181,7 +190,8 @@ def choose(config: dict[str, Any]) -> dict[Entry, Entry]:
                     chosen.append(Entry(model, rate, fusion if chooses else None, size))
     entries: dict[Entry, Entry] = {}
     for entry in chosen:
-        base = dense_entry(entry.model, paper.BASE_SIZE if config["paper"] else entry.img_size)
+        ours = not config["paper"] or config["paper"] == "field" and entry.model not in paper.NAMES
+        base = dense_entry(entry.model, entry.img_size if ours else paper.BASE_SIZE)
         entries |= {base: base}
         entries |= {entry: base}
     return entries
@@ -189,7 +199,7 @@ def choose(config: dict[str, Any]) -> dict[Entry, Entry]:
 
 def published(row: dict[str, Any]) -> dict[str, Any] | None:
     """The paper's speed and MACs of a row, where it has them."""
-    if row["what"] != "inference" or len(set(row["keep_rate"])) > 1:
+    if row["what"] != "inference" or len(set(row["keep_rate"])) != 1:
         return None
     return paper.cost(row["model"], row["keep_rate"][0], row["fusion"], row["img_size"])
 

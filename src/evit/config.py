@@ -84,6 +84,7 @@ class ReportConfig:
 
     runs: str = MISSING
     target: str | None = None
+    page: bool = MISSING
 
 
 @dataclass

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from evit.report import tables
+from evit.report import found, tables
 from tests.conftest import QUICK, command
 
 
@@ -81,13 +81,14 @@ def test_where_the_numbers_come_from_is_below_the_table():
 
 def test_a_folder_without_finished_runs_is_named(tmp_path):
     with pytest.raises(ValueError, match="no run has finished in .*no result.json"):
-        tables.collect(tmp_path)
+        found.read(tmp_path)
 
 
 def test_the_command_writes_the_table_of_runs_and_can_read_it_again(tmp_path, shared_photos):
     done = command("train.py", *QUICK, f"data.root={shared_photos}", "logger=none", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    done = command("report.py", "runs=outputs/dev", "target=table", cwd=tmp_path)
+    arguments = "runs=outputs/dev", "target=table", "page=false"
+    done = command("report.py", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "table/table.md").read_text()
     assert table in done.stdout and "| evit_deit_micro | 0.7 | fused |" in table

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from evit.measure import steps
@@ -80,7 +81,7 @@ def build(entry: Entry) -> nn.Module:
     size: dict[str, Any] = dict(img_size=entry.img_size)
     try:
         if entry.dense:
-            return create_model(entry.model, **size)
+            return dense_model(entry)
         if is_own(entry.model):
             fusion = entry.fusion is not False
             return create_model(entry.model, keep_rate=entry.keep_rate, fusion=fusion, **size)
@@ -97,14 +98,26 @@ def facts(entry: Entry) -> dict[str, Any]:
         ValueError: build's.
     """
     with torch.device("meta"):
-        as_evit = dataclasses.replace(entry, dense=False)
-        model = build(as_evit)
-        assert isinstance(model, EViT)
-        params, macs = count_params(model), count_macs(model)
+        model = build(entry)
+        if isinstance(model, VisionTransformer):
+            model = build(dataclasses.replace(entry, dense=False))
+        params = count_params(model)
+        if not isinstance(model, EViT):  # of another kind, which has no published count
+            macs = count_macs(model.requires_grad_(False), entry.img_size, executed=True)
+            return dataclasses.asdict(entry) | dict(keep_rate=[], params=params, macs=macs)
+        macs = count_macs(model)
     fusion = None if isinstance(model, DynamicViT) or entry.keep_rate == 1 else entry.fusion
     return dataclasses.asdict(entry) | dict(
         keep_rate=list(model.keep_rate), fusion=fusion, params=params, macs=macs
     )
+
+
+def dense_model(entry: Entry) -> nn.Module:
+    """timm's model; those that take images of any size are not told one."""
+    try:
+        return create_model(entry.model, img_size=entry.img_size)
+    except TypeError:
+        return create_model(entry.model)
 
 
 class Contestant:
@@ -118,13 +131,13 @@ class Contestant:
         self.entry, self.group, self.device = entry, group, device
         dtype = steps.PRECISIONS[group.precision]
         training = group.what != "inference"
-        self.model = build(entry).to(device).train(training)
+        self.model = build(entry).to(device).train(training).requires_grad_(training)
         size = (group.batch_size, 3, entry.img_size, entry.img_size)
         self.images = torch.randn(size, device=device)
         if not training:
             self.model.to(dtype)
             self.images = self.images.to(dtype)
-            self.macs_executed = count_macs(self.model, executed=True)
+            self.macs_executed = count_macs(self.model, entry.img_size, executed=True)
         forward: Any = self.model
         if group.compile:
             mode = group.compile if isinstance(group.compile, str) else None

@@ -154,6 +154,8 @@ def note(result: Row) -> str:
             "rest: the tokens that are not kept. IQR: between the quartiles of the rounds, %.",
             f"to dense: speed beside the dense model's{base}, within each round.",
             f"GMACs of one image: as the published tables count; done: by this code{backward}.",
+            *["Of models of other kinds: those done."]
+            * any(not r["keep_rate"] for r in result["rows"]),
             "peak: these in the time that the matrix product takes for as many.",
             "MB: weights, images, optimizer state, and other tensors at their most.",
         ]

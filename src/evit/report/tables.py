@@ -4,7 +4,6 @@ import hashlib
 import json
 import statistics
 from collections import defaultdict
-from pathlib import Path
 from typing import Any
 
 from evit.report import results
@@ -15,26 +14,16 @@ OWN = {"seed", "name", "logger", "checkpoint", "overwrite"}
 OWN_DATA = {"seed", "cache_dir", "num_workers", "batches_ahead"}
 
 
-def collect(runs: Path) -> list[Row]:
-    """What is to be compared of every result.json below a folder, or of a runs.json.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if runs.is_file():
-        return json.loads(runs.read_text())
-    rows = [row(json.loads(path.read_text())) for path in sorted(runs.rglob("result.json"))]
-    if not rows:
-        raise ValueError(f"no run has finished in {str(runs)!r}: no result.json is below it")
-    return sorted(rows, key=lambda r: (r["model"], str(r["keep_rate"]), r["fusion"], r["seed"]))
-
-
 def row(result: dict[str, Any]) -> Row:
     """The numbers of a run, and where they come from; nothing of the machine's folders."""
     config = result["config"]
+    recipe = config["recipe"]
     return results.summary(result) | dict(
+        timm_name=timm_name(config["model"]),
         data=result["data"]["name"],
-        epochs=config["recipe"]["epochs"],
+        num_classes=result["data"]["num_classes"],
+        whole=not (recipe["max_train_images"] or recipe["max_val_images"]),
+        epochs=recipe["epochs"],
         from_checkpoint=bool(config["checkpoint"] or config.get("pretrained")),
         setting=setting(config),
         seed=config["seed"],
@@ -49,8 +38,14 @@ def setting(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def markdown(rows: list[Row]) -> str:
-    """A Markdown table: a line for each setting, the mean and standard deviation over its seeds.
+def timm_name(model: dict[str, Any]) -> str | None:
+    """The model's name in timm's registry, if nothing of its architecture was changed."""
+    plain = {"_target_", "model_name", "pretrained", "keep_rate", "fusion", "img_size"}
+    return model.get("model_name") if model.keys() <= plain else None
+
+
+def settings(rows: list[Row]) -> list[list[Row]]:
+    """The runs of each setting, the settings with most MACs first.
 
     Raises:
         ValueError: two runs of one setting have the same seed.
@@ -64,20 +59,30 @@ def markdown(rows: list[Row]) -> str:
                 f"{len(group)} runs of {group[0]['model']} at keep rate {group[0]['keep_rate']} "
                 f"share a seed: give runs=FOLDER with each run once"
             )
+    return sorted(groups.values(), key=lambda group: -group[0]["macs"])
+
+
+def markdown(rows: list[Row]) -> str:
+    """A Markdown table: a line for each setting, the mean and standard deviation over its seeds.
+
+    Raises:
+        ValueError: two runs of one setting have the same seed.
+    """
+    groups = settings(rows)
     lines = [
         "| model | keep rate | the rest | top-1 | top-5 | GMACs | M parameters |",
         "|---|---|---|---|---|---|---|",
     ]
-    for group in sorted(groups.values(), key=lambda group: -group[0]["macs"]):
+    for group in groups:
         first = group[0]
         rest = "-" if first["keep_rate"] == 1 else "fused" if first["fusion"] else "dropped"
         start = ", fine-tuned" if first["from_checkpoint"] else ""
         lines.append(
-            f"| {first['model']}{start} | {first['keep_rate']} | {rest} | {_spread(group, 'top1')} "
-            f"| {_spread(group, 'top5')} | {first['macs'] / 1e9:.4f} "
+            f"| {first['model']}{start} | {first['keep_rate']} | {rest} | {spread(group, 'top1')} "
+            f"| {spread(group, 'top5')} | {first['macs'] / 1e9:.4f} "
             f"| {first['params'] / 1e6:.2f} |"
         )
-    runs = {len(group) for group in groups.values()}
+    runs = {len(group) for group in groups}
     seeds = "/".join(map(str, sorted(runs)))
     devices = ", ".join(sorted({r["device"] for r in rows}))
     commits = ", ".join(sorted({str(r["commit"]) for r in rows}))
@@ -92,19 +97,8 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join([*lines, "", note]) + "\n"
 
 
-def write(runs: Path, target: Path | None) -> None:
-    """Print the table of some runs; write it, and what it is made from, into a folder."""
-    rows = collect(runs)
-    table = markdown(rows)
-    print(table)
-    if target:
-        target.mkdir(parents=True, exist_ok=True)
-        (target / "runs.json").write_text(json.dumps(rows, indent=1) + "\n")
-        (target / "table.md").write_text(table)
-        print(f"{target}/runs.json  {target}/table.md")
-
-
-def _spread(group: list[Row], key: str) -> str:
+def spread(group: list[Row], key: str) -> str:
+    """The mean and, of several runs, the standard deviation."""
     values = [r[key] for r in group]
     deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{deviation}"

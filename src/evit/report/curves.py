@@ -1,0 +1,48 @@
+"""How training went: losses, accuracy and keep rate over the steps of each run."""
+
+import math
+from typing import Any
+
+from evit.report.charts import Chart, Series, View
+from evit.report.found import Run
+
+MAX_POINTS = 400  # of a curve
+CURVES = {
+    "top-1": ("val/top1", "top-1 accuracy, validation (%)"),
+    "training loss": ("train/loss", "training loss (nats)"),
+    "validation loss": ("val/loss", "validation loss (nats)"),
+    "keep rate": ("keep_rate", "keep rate (share of tokens)"),
+    "tokens": ("tokens_per_image", "image tokens of a block, mean (tokens)"),
+    "learning rate": ("lr", "learning rate (1 per step)"),
+}
+
+
+def curves(index: int, section: str, runs: list[Run], names: dict[str, str]) -> Chart | None:
+    """How runs went, over their steps; a colour for each setting.
+
+    Args:
+        names: of the settings, by their hash.
+    """
+    views = []
+    for name, (metric, title) in CURVES.items():
+        series = []
+        for run in runs:
+            rows = [row for row in run.curves if is_number(row.get(metric))]
+            rows = rows[:: 1 + len(rows) // MAX_POINTS] + rows[-1:] * (len(rows) > MAX_POINTS)
+            shown = names[run.row["setting"]]
+            color = f"#{list(names).index(run.row['setting'])}"
+            x, y = [row["step"] for row in rows], [row[metric] for row in rows]
+            text = f"{shown}, seed {run.row['seed']}"
+            lines = [f"{text}\nstep {a}\n{title}: {b:.4g}" for a, b in zip(x, y, strict=True)]
+            few = len(rows) <= 30
+            if rows:
+                series.append(Series(shown, color, x, y, [""] * len(x), lines, markers=few))
+        if any(len(line.x) > 1 for line in series):
+            views.append(View(name, "training step (optimizer updates)", title, series))
+    if not views:
+        return None
+    return Chart(f"curves-{index}", f"{section}: how training went", "A line for each run.", views)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -1,0 +1,290 @@
+"""The report: its numbers are those of the files, and what is broken is named."""
+
+import csv
+import html
+import json
+import re
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+
+from evit.report import compare, figures, files, page, paper, sheets
+from evit.report.found import read
+from tests.conftest import ROOT
+from tests.report import fake
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return fake.write_all(tmp_path_factory.mktemp("report") / "outputs")
+
+
+@pytest.fixture(scope="module")
+def report(root) -> Path:
+    files.write(root, root.parent / "report")
+    return root.parent / "report"
+
+
+def embedded(text: str, name: str):
+    return json.loads(
+        re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', text)[1]
+    )
+
+
+def build(root: Path) -> str:
+    content = read(root)
+    return page.html(content, *page.build(content))
+
+
+def test_the_page_has_the_numbers_of_every_result(root, report):
+    text = (report / "index.html").read_text()
+    rows = embedded(text, "runs")
+    results = [json.loads(path.read_text()) for path in root.rglob("result.json")]
+    assert len(rows) == len(results) == 9
+    for result in results:
+        (row,) = (
+            row
+            for row in rows
+            if row["data"] == result["data"]["name"]
+            and row["keep_rate"] == result["config"]["keep_rate"]
+            and row["seed"] == result["config"]["seed"]
+        )
+        assert (row["top1"], row["top5"]) == (result["top1"], result["top5"])
+        assert (row["macs"], row["params"]) == (result["model"]["macs"], result["model"]["params"])
+    assert json.loads((report / "runs.json").read_text()) == rows
+
+
+def test_the_csv_has_a_line_for_each_run(root, report):
+    with (report / "runs.csv").open() as file:
+        lines = {line["run"]: line for line in csv.DictReader(file)}
+    for path in root.rglob("result.json"):
+        line = lines.pop(str(path.parent.relative_to(root)).replace("_secret_place", "..."))
+        result = json.loads(path.read_text())
+        assert (
+            float(line["top1"]) == result["top1"] and int(line["macs"]) == result["model"]["macs"]
+        )
+        assert line["packages.torch"] == "2.15.0"
+    assert not lines
+
+
+def test_a_chart_has_our_points_beside_the_paper_s(report):
+    charts = {c["id"]: c for c in embedded((report / "index.html").read_text(), "charts")}
+    views = {view["name"]: view for view in charts["imagenet"]["views"]}
+    traces = {trace["name"]: trace for trace in views["speed-up"]["data"]}
+    theirs, ours = traces["DeiT-S, fused (paper)"], traces["DeiT-S, fused"]
+    assert dict(zip(ours["x"], ours["y"], strict=True)) == {1.0: 79.9, 1.52: 79.43, 1.9: 78.61}
+    assert dict(zip(theirs["x"], theirs["y"], strict=True))[4385 / 2923] == 79.5
+    assert theirs["marker"]["symbol"] == "circle-open" and ours["marker"]["symbol"] == "circle"
+    assert "DeiT-S, dropped" not in traces
+
+
+def test_every_axis_of_every_chart_says_its_unit(report):
+    for chart in embedded((report / "index.html").read_text(), "charts"):
+        for view in chart["views"]:
+            for axis in ("xaxis", "yaxis"):
+                title = html.unescape(view["layout"][axis]["title"]["text"])
+                assert re.search(r"\(.+\)|GMACs per image", title), title
+
+
+def test_beside_the_paper_stand_ours_and_the_difference(root):
+    sheet = sheets.paper_sheet(read(root), "keep_rate_deit_s")
+    line = next(r for r in sheet.rows if r[:2] == ["0.7", "fused"])
+    assert line[2:5] == ["79.5", "79.43", "-0.07"]
+    assert line[8:11] == ["1.50", "1.52", "+0.02"]
+    line = next(r for r in sheet.rows if r[:2] == ["0.7", "dropped"])
+    assert line[2:5] == ["79.4", "not run", ""]
+    line = next(r for r in sheets.paper_sheet(read(root), "off_the_shelf").rows if r[0] == "0.7")
+    assert line[1:] == ["fused", "78.5", "78.55", "+0.05"]
+
+
+def test_every_row_of_the_paper_has_one_in_a_table():
+    found = compare.published()
+    assert found.keys() == paper.tables().keys() == compare.TITLES.keys()
+    for name, rows in found.items():
+        numbers = re.findall(r"'top1': ([\d.]+)", str(paper.tables()[name]))
+        assert sorted(row.top1 for row in rows) == sorted(map(float, numbers))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(epochs=100),
+        dict(checkpoint="a.ckpt"),
+        dict(max_train_images=1000),
+        dict(num_classes=100),
+        dict(keep_rate=0.75),
+        dict(img_size=256),
+    ],
+    ids=str,
+)
+def test_a_run_of_another_kind_is_not_put_beside_the_paper(tmp_path, changes):
+    fake.write(tmp_path / "run", fake.result(**changes))
+    _, pairs = compare.pairs(read(tmp_path), "keep_rate_deit_s")
+    assert not any(own for _, own in pairs)
+
+
+def test_a_run_is_put_beside_the_row_of_its_resolution(tmp_path):
+    fake.write(tmp_path / "run", fake.result(keep_rate=0.5, img_size=304, top1=80.9))
+    _, pairs = compare.pairs(read(tmp_path), "resolution_deit_s")
+    ((row, own),) = ((row, own) for row, own in pairs if own)
+    assert (row.top1, own.top1) == (81.0, 80.9)
+
+
+def test_speeds_of_a_table_are_of_one_device_and_batch(tmp_path):
+    few = fake.benchmark(dict(batch_size=1, images_per_s=9.0, ratio=9.0))
+    rates = [dict(keep_rate=[r] * 3, images_per_s=40.0, ratio=1.5) for r in (0.7, 0.5)]
+    for name, content in dict(a=few, b=fake.benchmark(*rates)).items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "benchmark.json").write_text(json.dumps(content))
+    way, pairs = compare.pairs(read(tmp_path), "keep_rate_deit_s")
+    assert way == "CPU (x86_64, 2 threads), batch 8, fp32"
+    assert [own.speed for _, own in pairs if own] == [1.5, 1.5]
+
+
+def test_speeds_are_never_compared_across_devices(tmp_path):
+    fake.write(tmp_path / "dense", fake.result(keep_rate=1.0, top1=79.9))
+    fake.write(tmp_path / "evit", fake.result(top1=79.4))
+    dense = dict(model="deit_small_patch16_224", keep_rate=[1.0] * 3, fusion=None, dense=True)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "benchmark.json").write_text(
+        json.dumps(fake.benchmark(dense | dict(images_per_s=27.5, ratio=1.0)))
+    )
+    other = fake.benchmark(dict(images_per_s=4000.0, ratio=1.5)) | dict(device="a GPU")
+    (tmp_path / "a/benchmark.json").write_text(json.dumps(other))
+    points = compare.ours(read(tmp_path))["ImageNet"]
+    assert sum(point.images_per_s is not None for point in points) == 1
+
+
+def test_without_a_benchmark_speeds_are_the_runs_own_if_of_one_device(tmp_path):
+    for name, rate, speed in (("dense", 1.0, 200.0), ("evit", 0.7, 300.0)):
+        fake.write(tmp_path / name, fake.fashion(rate, 84.0, throughput=speed))
+    ((title, points),) = compare.ours(read(tmp_path)).items()
+    assert [row[-1] for row in sheets.runs(title, points).rows] == ["1.00", "1.50"]
+    other = fake.fashion(0.5, 83.0, throughput=9000.0, device="a GPU")
+    fake.write(tmp_path / "other", other)
+    ((title, points),) = compare.ours(read(tmp_path)).items()
+    assert not any(point.images_per_s for point in points)
+
+
+def test_an_evaluation_is_compared_with_its_own_dense_model(tmp_path):
+    for i, sha in enumerate("ab"):
+        content = fake.evaluation() | dict(checkpoint_sha256=sha)
+        content["settings"] = [row | dict(top1=row["top1"] - i) for row in content["settings"]]
+        (tmp_path / sha).mkdir()
+        (tmp_path / sha / "evaluation.json").write_text(json.dumps(content))
+    points = compare.ours(read(tmp_path))["ImageNet"]
+    changes = [round(p.top1 - compare.dense_of(p, points).top1, 2) for p in points]
+    assert changes == 2 * [0, -1.26, -6.01]
+
+
+def test_an_evaluation_without_the_dense_model_is_not_off_the_shelf(tmp_path):
+    content = fake.evaluation()
+    content["settings"] = content["settings"][1:]
+    (tmp_path / "evaluation.json").write_text(json.dumps(content))
+    assert compare.ours(read(tmp_path)) == {}
+
+
+def broken(folder: Path) -> None:
+    (folder / "result.json").write_text('{"top1": 7')
+
+
+def no_number(folder: Path) -> None:
+    (folder / "result.json").write_text(json.dumps(fake.fashion(0.7, float("nan"))))
+
+
+def no_metrics(folder: Path) -> None:
+    (folder / "metrics.jsonl").unlink()
+
+
+def half_a_line(folder: Path) -> None:
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4')
+
+
+def no_picture(folder: Path) -> None:
+    (folder / "kept_patches.png").write_bytes(b"no picture")
+
+
+def unfinished(folder: Path) -> None:
+    (folder / "result.json").unlink()
+
+
+def other_kind(folder: Path) -> None:
+    (folder / "result.json").write_text('["a list"]')
+
+
+@pytest.mark.parametrize(
+    ("spoil", "runs", "curves", "name"),
+    [
+        (broken, 1, 1, "bad/result.json"),
+        (no_number, 1, 1, "bad/result.json"),
+        (other_kind, 1, 1, "bad/result.json"),
+        (no_metrics, 2, 1, "bad/metrics.jsonl"),
+        (half_a_line, 2, 2, "bad/metrics.jsonl"),
+        (no_picture, 2, 2, "bad/kept_patches.png"),
+        (unfinished, 1, 1, "bad has not finished"),
+    ],
+)
+def test_what_cannot_be_read_is_named_and_the_rest_is_shown(tmp_path, spoil, runs, curves, name):
+    fake.write(tmp_path / "good", fake.fashion(1.0, 84.5))
+    spoil(fake.write(tmp_path / "bad", fake.fashion(0.7, 83.9)))
+    content = read(tmp_path)
+    assert len(content.runs) == runs and sum(bool(run.curves) for run in content.runs) == curves
+    (problem,) = content.problems
+    assert name in problem and str(tmp_path) not in problem
+    text = page.html(content, *page.build(content))
+    assert html.escape(name) in text.split('id="problems"')[1]
+
+
+def test_two_runs_of_one_setting_and_seed_are_named_and_counted_once(tmp_path):
+    fake.write(tmp_path / "a/run", fake.fashion(0.7, 83.0))
+    fake.write(tmp_path / "b/run", fake.fashion(0.7, 84.0))
+    content = read(tmp_path)
+    assert [run.row["top1"] for run in content.runs] == [83.0]
+    assert content.problems == ["b/run has the setting and the seed of a/run, and is left out"]
+
+
+def test_a_run_that_is_in_a_runs_json_too_is_one_run(tmp_path):
+    fake.write(tmp_path / "outputs/run", fake.fashion(0.7, 83.0))
+    files.write(tmp_path / "outputs", tmp_path / "outputs/report", page=False)
+    content = read(tmp_path / "outputs")
+    assert len(content.runs) == 1 and content.runs[0].curves and not content.problems
+
+
+def test_names_from_the_data_are_text_and_nothing_else(tmp_path):
+    name = "</script><script>alert(1)</script><img src=x onerror=alert(1)>"
+    fake.write(tmp_path / "<b>run", fake.fashion(0.7, 84.0, data=name))
+    fake.write(tmp_path / "dense", fake.fashion(1.0, 84.0, data=name))
+    (tmp_path / "<b>run/kept_patches.png").write_text("no picture")
+    text = build(tmp_path)
+    assert "<script>alert" not in text and "<img src=x" not in text and "<b>" not in text
+    assert html.escape(name) in text and html.escape("<b>run") in text
+    assert "<script>" not in sheets.markdown(read(tmp_path), [])
+
+
+def test_no_path_of_the_machine_is_in_the_report(root, report):
+    for path in report.rglob("*.*"):
+        content = path.read_bytes()
+        assert b"secret" not in content and str(root).encode() not in content, path
+    problem = "fashion/data.root-...+keep_rate-0.5+seed-1/metrics.jsonl cannot be read"
+    assert problem in (report / "index.html").read_text()
+
+
+def test_figures_are_a_column_wide_with_letters_and_the_same_each_time(report, root, tmp_path):
+    svg = (report / "figures/imagenet-speed-up.svg").read_text()
+    assert "<text" in svg and "images/s (times the dense model" in svg
+    width = float(re.search(r'<svg [^>]*?width="([\d.]+)pt"', svg)[1]) / 72
+    assert width == pytest.approx(3.3, abs=0.01)
+    assert matplotlib.image.imread(report / "figures/field-published.png").shape[1] > 900
+    content = read(root)
+    charts, _ = page.build(content)
+    charts[0].views = [view for view in charts[0].views if view.name == "speed-up"]
+    figures.save(charts[0], tmp_path)
+    assert (tmp_path / "imagenet-speed-up.svg").read_text() == svg
+
+
+def test_the_committed_results_make_a_page_without_problems():
+    content = read(ROOT / "results")
+    assert content.problems == []
+    assert "fashion-mnist, 28 px" in page.html(content, *page.build(content))
