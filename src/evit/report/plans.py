@@ -47,8 +47,8 @@ def show(found: dict[str, Any], title: str) -> None:
     schedule = found["schedule"]
     names = [name for name in RATES if name in schedule]
     chosen = turning_points(schedule, names)
-    narrow = len(names) == 2 and len(set(schedule["keep_rate"][-1])) < 2
-    rows = -(-len(chosen) // (3 if narrow else 2))
+    width = sum(max(len(RATES[name]), len(at(schedule, 0, [name])[0])) + 2 for name in names) + 7
+    rows = -(-len(chosen) // max(1, min(3, (console.width - 2) // width)))
     blocks = [chosen[i : i + rows] for i in range(0, len(chosen), rows)]
     rates = Table(box=box.SIMPLE_HEAD, title="at the beginning of an epoch", title_justify="left")
     for _ in blocks:
