@@ -9,7 +9,8 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from evit.config import CONF_DIR, EvaluateConfig, RunConfig, SweepConfig, folder_name, register
+from evit.config import CONF_DIR, EvaluateConfig, RunConfig, folder_name, register
+from evit.sweeps.command import SweepConfig
 from evit.training.recipe import Recipe
 
 GROUP_FILES = sorted(CONF_DIR.glob("*/[a-z]*.yaml"))

@@ -22,8 +22,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from evit.training.recipe import Recipe
 
 CONF_DIR = Path(__file__).parents[2] / "conf"
-# The knobs of a run that change nothing of what is trained.
-HOW = ("overwrite", "resume", "checkpoint_every_n_steps", "dry_run")
+HOW = ("overwrite", "resume", "checkpoint_every_n_steps", "dry_run")  # not what is trained
 
 
 @dataclass
@@ -174,20 +173,6 @@ class DashboardConfig:
     project: str = MISSING
     entity: str | None = None
     paper: bool = MISSING
-
-
-@dataclass
-class SweepConfig:
-    """The knobs of src/sweep.py."""
-
-    job: Any = None  # a number, or a list
-    slots: Any = MISSING  # a number, or a list of GPUs
-    retries: int = MISSING
-    timeout: float | None = None
-    dry_run: bool = MISSING
-    wandb: str | None = None
-    launcher: str = MISSING
-    slurm: dict[str, Any] = MISSING
 
 
 def folder_name(overrides: str) -> str:

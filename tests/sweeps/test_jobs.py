@@ -206,3 +206,9 @@ def test_a_dry_run_lists_runs_states_hours_and_the_paper(capsys, monkeypatch):
     assert [row[-2] for row in rows] == ["83.3", "83.0", "82.5"]
     assert all(float(row[-1]) > 50 for row in rows)
     assert "GPU hours" in shown and "0 finished" in shown
+
+
+def test_a_list_is_shown_as_it_is(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert command.run(["offtheshelf", "--dry-run"]) == 0
+    assert "keep_rates=[1,0.9,0.8,0.7,0.6,0.5] fusion=[true,false]" in capsys.readouterr().out

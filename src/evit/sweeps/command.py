@@ -1,19 +1,18 @@
 """What src/sweep.py does."""
 
 import sys
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from evit.config import (
     CONF_DIR,
     EvaluateConfig,
     RunConfig,
-    SweepConfig,
     check_spelling,
     listed,
     overridden,
@@ -23,6 +22,20 @@ from evit.sweeps.jobs import Job, check_needs, make_jobs, names, read
 
 KNOBS = CONF_DIR / "sweep.yaml"
 SCHEMAS = {"train": RunConfig, "evaluate": EvaluateConfig}
+
+
+@dataclass
+class SweepConfig:
+    """The knobs of src/sweep.py."""
+
+    job: Any = None  # a number, or a list
+    slots: Any = MISSING  # a number, or a list of GPUs
+    retries: int = MISSING
+    timeout: float | None = None
+    dry_run: bool = MISSING
+    wandb: str | None = None
+    launcher: str = MISSING
+    slurm: dict[str, Any] = MISSING
 
 
 def run(arguments: list[str]) -> int:

@@ -110,7 +110,9 @@ def expand(line: str, more: list[str]) -> list[list[str]]:
     """The runs of a Hydra multirun, "keep_rate=0.5 img_size=256,288". What comes later wins."""
     parsed = OverridesParser.create().parse_overrides([*shlex.split(line), *more])
     (runs,) = BasicSweeper.split_arguments(parsed, None)
-    return [[re.sub("=(True|False)$", lower, text) for text in run] for run in runs]
+    return [
+        [re.sub(r"(?<=[=[,])(True|False)(?=[],]|$)", lower, text) for text in run] for run in runs
+    ]
 
 
 def lower(found: re.Match) -> str:

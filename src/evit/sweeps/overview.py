@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 from rich import box
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from evit.sweeps.jobs import Job
@@ -62,7 +63,7 @@ def show(name: str, jobs: list[Job], costs: list[dict[str, Any]] | None = None) 
         table.add_column(column, justify="right")
     for i, job in enumerate(jobs):
         result = job.result() if job.program == "train" else None
-        cells = [str(job.number), job.name, colored(states[i])]
+        cells = [str(job.number), escape(job.name), colored(states[i])]
         cells.append(f"{result['top1']:.2f}" if result else "")
         if costs:
             cells += [f"{costs[i]['paper'] or ''}", amount(costs[i]["hours"])]
@@ -119,5 +120,5 @@ class Progress:
             table.add_column(name, no_wrap=True, overflow="ellipsis")
         for job in self.jobs:
             state, text = self.states[job.number]
-            table.add_row(str(job.number), job.name, colored(state), text)
+            table.add_row(str(job.number), escape(job.name), colored(state), escape(text))
         return table
