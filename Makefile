@@ -1,7 +1,7 @@
 # EViT Lab
 PYTHON := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup train imagenet test test-all check benchmark dashboard sync report
+.PHONY: help setup train imagenet test test-all test-slurm check benchmark dashboard sync report
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/%/NAME/' | expand -t 16
@@ -20,10 +20,10 @@ imagenet: setup  ## ROOT=DIR, ImageNet as downloaded or in class folders -> FFCV
 	$(PYTHON) src/prepare.py "source='$(ROOT)'" $(if $(TARGET),"target='$(TARGET)'") imagenet=true $(ARGS)
 
 test: setup  ## the tests, under 10 minutes
-	$(PYTHON) -m pytest -m "not slow" $(ARGS)
+	$(PYTHON) -m pytest -m "not slow and not slurm" $(ARGS)
 
 test-all: setup  ## the slow tests too
-	$(PYTHON) -m pytest $(ARGS)
+	$(PYTHON) -m pytest -m "not slurm" $(ARGS)
 
 check: setup  ## linter, format and types
 	$(PYTHON) -m ruff check .
@@ -43,5 +43,8 @@ sync: setup  ## upload the W&B runs under outputs/ that were tracked offline, ea
 report: setup  ## every finished run beside the paper: report/index.html; ARGS="runs=outputs/NAME" overrides
 	$(PYTHON) src/report.py target=report $(ARGS)
 
-sweep-%: sweeps/%.yaml setup  ## run sweeps/NAME.yaml; ARGS="model=evit_deit_tiny" overrides
-	$(PYTHON) src/train.py --config-dir sweeps --config-name $* $(ARGS)
+sweep-%: sweeps/%.yaml setup  ## run sweeps/NAME.yaml, what is missing; DRY=1 lists runs and GPU hours
+	$(PYTHON) src/sweep.py $* $(if $(DRY),--dry-run) $(ARGS)
+
+test-slurm: setup  ## sweeps and two processes on a SLURM of this machine's own
+	@PYTHON=$(PYTHON) tests/slurm/run.sh $(ARGS)

@@ -10,12 +10,11 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from evit.config import CONF_DIR, EvaluateConfig, RunConfig, folder_name, register
+from evit.sweeps.command import SweepConfig
 from evit.training.recipe import Recipe
 
-ROOT = CONF_DIR.parent
 GROUP_FILES = sorted(CONF_DIR.glob("*/[a-z]*.yaml"))
 EXPERIMENTS = sorted(path.stem for path in CONF_DIR.glob("experiment/*.yaml"))
-SWEEPS = sorted(path.stem for path in ROOT.glob("sweeps/*.yaml"))
 
 
 @pytest.fixture(autouse=True)
@@ -47,18 +46,14 @@ def test_every_group_file_composes(path):
     assert config["keep_rate"] == 0.7
 
 
-@pytest.mark.parametrize("name", SWEEPS)
-def test_every_sweep_composes_on_top_of_the_knobs(name):
-    search = f"hydra.searchpath=[{CONF_DIR}]"
-    cfg = composed(search, config=name, folder=ROOT / "sweeps", return_hydra_config=True)
-    assert cfg.name == name
-    assert cfg.hydra.sweeper.params
-    OmegaConf.to_object(cfg.recipe)
-
-
-def test_the_paper_s_main_table_is_the_keeprate_sweep():
-    params = yaml.safe_load((ROOT / "sweeps/keeprate.yaml").read_text())["hydra"]["sweeper"]
-    assert params["params"] == {"keep_rate": "0.9,0.8,0.7,0.6,0.5", "fusion": "true,false"}
+def test_the_knobs_of_a_sweep_are_these():
+    """None of them is one of a run: what is not a knob of the sweep is for its runs."""
+    knobs = {field.name for field in fields(SweepConfig)}
+    assert knobs == {
+        *("job", "slots", "retries", "timeout", "dry_run", "wandb", "launcher", "slurm"),
+    }
+    assert knobs & {field.name for field in fields(RunConfig)} == {"dry_run"}
+    assert set(OmegaConf.load(CONF_DIR / "sweep.yaml")) == knobs
 
 
 def test_prepare_composes():

@@ -22,6 +22,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from evit.training.recipe import Recipe
 
 CONF_DIR = Path(__file__).parents[2] / "conf"
+HOW = ("overwrite", "resume", "checkpoint_every_n_steps", "dry_run")  # not what is trained
 
 
 @dataclass

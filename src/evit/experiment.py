@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from evit import load_checkpoint, measure
+from evit.config import HOW
 from evit.data import Images
 from evit.models import DynamicViT, EViT, LVViT
 from evit.models.weights import read_state_dict
@@ -31,7 +32,6 @@ from evit.training.recipe import Recipe
 from evit.training.trainer import accumulate, build_trainer, quiet, say
 
 GROUPS = ("model", "data", "recipe", "experiment")
-HOW = ("overwrite", "resume", "checkpoint_every_n_steps", "dry_run")  # not what is trained
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:

@@ -1,0 +1,116 @@
+"""A sweep on SLURM: a job array, through submitit, whose jobs are requeued and go on."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from evit.config import CONF_DIR
+from evit.sweeps import local
+from evit.sweeps.jobs import Job
+
+JOB_ID = "slurm_job"  # in the folder of a run: where it was submitted as
+
+
+class Task:
+    """What each of SLURM's tasks does: the run's command. Together they are its processes."""
+
+    def __init__(self, job: Job, tasks: int):
+        self.command, self.tasks = job.command, tasks
+        self.popen: subprocess.Popen | None = None
+
+    def __call__(self) -> None:
+        """Run, and go on with the run where SLURM has requeued the job.
+
+        Raises:
+            RuntimeError: SLURM has started another number of tasks, or the run has failed.
+        """
+        started = int(os.environ["SLURM_NTASKS"])
+        if started != self.tasks:
+            raise RuntimeError(f"SLURM has started {started} tasks instead of {self.tasks}")
+        if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+            self.command = [part for part in self.command if part != "overwrite=true"]
+        print(" ".join(self.command), flush=True)
+        # In a session of its own, or the signal that asks for a checkpoint would end it.
+        self.popen = subprocess.Popen(self.command, start_new_session=True)
+        status = self.popen.wait()
+        if status == 128 + signal.SIGTERM:
+            time.sleep(local.GRACE)  # SLURM preempts or requeues this job, and is about to end it
+        if status:
+            raise RuntimeError(f"exit status {status}: {' '.join(self.command)}")
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """Stop, before the end of time or preemption; submitit requeues the job."""
+        if self.popen:
+            local.stop([self.popen])
+        self.popen = None
+        return submitit.helpers.DelayedSubmission(self)
+
+
+def queued() -> set[str]:
+    """The ids of this user's jobs that wait or run."""
+    command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
+    try:
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ValueError(f"launcher=slurm needs a working SLURM: {error}") from error
+    return set(shown.split())
+
+
+def job_id(folder: Path | None) -> str | None:
+    """As what the run of a folder was last submitted."""
+    path = folder / JOB_ID if folder else None
+    return path.read_text().strip() if path and path.is_file() else None
+
+
+def submit(name: str, jobs: list[Job], options: dict[str, Any]) -> list[Job]:
+    """Submit the jobs that are not in the queue, and return those.
+
+    Args:
+        name: the array's.
+        options: of each job, as submitit's AutoExecutor names them.
+
+    Raises:
+        ValueError: there is no SLURM, or no such option.
+    """
+    there = queued()
+    todo = [job for job in jobs if job_id(job.folder) not in there]
+    logs = Path("outputs", "slurm", name, "%j")
+    executor = submitit.AutoExecutor(logs, cluster="slurm", slurm_max_num_timeout=1000)
+    more = dict(requeue=True) | options.get("slurm_additional_parameters", {})
+    paths = f'export PYTHONPATH="{CONF_DIR.parent / "src"}:$PYTHONPATH"'
+    own = dict(name=name, slurm_setup=[paths]) | {k: v for k, v in options.items() if v is not None}
+    tasks = options["nodes"] * options["tasks_per_node"]
+    folders = {job.folder for job in todo}
+    later = [job for job in todo if job.source in folders or job_id(job.source) in there]
+    first = [job for job in todo if job not in later]
+    try:
+        set_options(executor, own | dict(slurm_additional_parameters=more))
+        if first:
+            with executor.batch():  # one job array
+                sent = [executor.submit(Task(job, tasks)) for job in first]
+            note(first, sent)
+        for job in later:
+            after = more | dict(dependency=f"afterok:{job_id(job.source)}")
+            executor.update_parameters(slurm_additional_parameters=after)
+            note([job], [executor.submit(Task(job, tasks))])
+    except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
+        raise ValueError(f"SLURM refuses: {error}") from error
+    return todo
+
+
+def note(jobs: list[Job], submitted: list[Any]) -> None:
+    for job, sent in zip(jobs, submitted, strict=True):
+        job.folder.mkdir(parents=True, exist_ok=True)
+        (job.folder / JOB_ID).write_text(f"{sent.job_id}\n")
+
+
+def set_options(executor: Any, options: dict[str, Any]) -> None:
+    try:
+        executor.update_parameters(**options)
+    except (NameError, TypeError) as error:
+        raise ValueError(f"slurm: {error}") from error

@@ -1,0 +1,20 @@
+"""Run a sweep: python src/sweep.py keeprate slots=2 data.root=DIR --dry-run"""
+
+import sys
+
+from hydra.errors import HydraException
+
+from evit.config import fail
+
+
+def main():
+    from evit.sweeps.command import run
+
+    try:
+        sys.exit(run(sys.argv[1:]))
+    except (ValueError, HydraException) as error:
+        fail(error)
+
+
+if __name__ == "__main__":
+    main()

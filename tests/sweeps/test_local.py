@@ -1,0 +1,199 @@
+"""Runs as processes: here small scripts, which leave what a run leaves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from evit.sweeps import local, overview
+from evit.sweeps.jobs import Job
+from tests.conftest import ROOT
+
+DONE = "open('result.json', 'w').write('{}')"
+BEGIN = "import os, time; open('config.json', 'w').write('{}'); open('begun', 'a').write('.'); "
+
+
+@dataclass
+class Script(Job):
+    """A job that runs Python code in its folder."""
+
+    code: str = ""
+
+    @property
+    def command(self):
+        return [
+            sys.executable,
+            "-S",
+            "-c",
+            f"import os; os.chdir({str(self.folder)!r}); {self.code}",
+        ]
+
+
+def script(folder: Path, code: str, **more) -> Script:
+    overrides = [f"name={folder.name}"]
+    return Script("train", overrides, cfg=None, config={}, folder=folder, code=BEGIN + code, **more)
+
+
+def run(jobs, slots=1, retries=0, timeout=None, tell=lambda *_: None):
+    return local.run_all(jobs, slots, retries, timeout, tell)
+
+
+def begun(job: Job) -> int:
+    path = job.folder / "begun"
+    return len(path.read_text()) if path.exists() else 0
+
+
+def test_a_failing_job_does_not_stop_the_others_and_is_named_with_its_last_line(tmp_path):
+    bad = script(tmp_path / "bad", "print('it broke\\n'); os._exit(3)")
+    good = script(tmp_path / "good", DONE)
+    ((failed, reason),) = run([bad, good])
+    assert failed is bad and reason == "exit status 3: it broke"
+    assert good.state() == "finished"
+
+
+def test_a_job_that_ends_well_without_a_result_has_failed(tmp_path):
+    ((_, reason),) = run([script(tmp_path / "none", "print('bye')")])
+    assert reason == "exit status 0: bye"
+
+
+def test_what_failed_is_tried_again_as_often_as_asked(tmp_path):
+    job = script(tmp_path / "third", f"len(open('begun').read()) < 3 and os._exit(1); {DONE}")
+    assert run([job], retries=1)
+    assert begun(job) == 2
+    assert not run([job])
+    assert begun(job) == 3
+
+
+def test_a_job_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path):
+    child = "import subprocess; p = subprocess.Popen(['sleep', '600']); "
+    job = script(tmp_path / "long", f"{child}open('pid', 'w').write(str(p.pid)); time.sleep(600)")
+    ((_, reason),) = run([job], timeout=1.5 / 3600)
+    assert "stopped after" in reason
+    status = Path(f"/proc/{(job.folder / 'pid').read_text()}/status")
+    deadline = time.monotonic() + 10
+    while status.exists() and "State:\tZ" not in status.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_as_many_jobs_run_at_once_as_there_are_slots(tmp_path):
+    running, most = set(), []
+
+    def tell(job, state, _):
+        if state:
+            (running.add if state == "running" else running.discard)(job.number)
+            most.append(len(running))
+
+    jobs = [script(tmp_path / str(i), f"time.sleep(0.3); {DONE}", number=i) for i in range(5)]
+    assert not run(jobs, slots=2, tell=tell)
+    assert max(most) == 2
+
+
+def test_each_slot_has_its_gpus(tmp_path, monkeypatch):
+    assert local.make_slots([0, [1, 2]]) == [
+        {"CUDA_VISIBLE_DEVICES": "0"},
+        {"CUDA_VISIBLE_DEVICES": "1,2"},
+    ]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in local.make_slots(2)] == ["0,2", "1,3"]
+    assert local.make_slots(1) == [{}]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in local.make_slots(2)] == ["5", "5"]
+    with pytest.raises(ValueError, match="slots must be"):
+        local.make_slots(0)
+
+
+def test_a_run_does_not_see_the_launcher_of_the_sweep(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "x")
+    env = local.environment({"CUDA_VISIBLE_DEVICES": "3"})
+    assert not {"RANK", "WORLD_SIZE", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID"} & set(env)
+    assert env["WANDB_SWEEP_ID"] == "x" and env["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+def test_a_job_waits_for_the_one_that_it_starts_from(tmp_path):
+    first = script(tmp_path / "first", f"time.sleep(0.3); {DONE}")
+    code = f"assert os.path.exists('../first/result.json'); {DONE}"
+    assert not run([script(tmp_path / "second", code, source=first.folder), first], slots=2)
+
+
+def test_a_job_is_not_begun_where_the_one_that_it_starts_from_has_failed(tmp_path):
+    first = script(tmp_path / "first", "os._exit(1)")
+    second = script(tmp_path / "second", DONE, source=first.folder)
+    failed = run([first, second], slots=2)
+    assert [job for job, _ in failed] == [first, second] and not begun(second)
+
+
+def test_a_signal_stops_the_jobs_and_leaves_them_to_be_taken_up_again(tmp_path):
+    good = script(tmp_path / "good", DONE)
+    long = script(tmp_path / "long", f"os.path.exists('../go') or time.sleep(600); {DONE}")
+
+    def stop_it():
+        while not begun(long):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_it).start()
+    with pytest.raises(local.Stopped):
+        run([good, long])
+    assert good.state() == "finished" and long.state() == "unfinished"
+    (tmp_path / "go").touch()
+    assert not run([job for job in (good, long) if job.state() != "finished"])
+    assert (begun(good), begun(long)) == (1, 2)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_job_that_outlives_its_sweep_is_not_begun_twice(tmp_path):
+    job = script(tmp_path / "alive", "time.sleep(600)")
+    process = local.start(job, {})
+    try:
+        ((_, reason),) = run([job])
+        assert "runs already" in reason
+    finally:
+        local.stop([process.popen])
+
+
+def test_without_a_terminal_there_is_a_line_for_each_event(tmp_path, capsys):
+    jobs = [script(tmp_path / "a", DONE, number=4)]
+    with overview.Progress(jobs) as tell:
+        run(jobs, tell=tell)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("job 4 running: name=a") and second.startswith("job 4 finished: name=a")
+
+
+@pytest.mark.slow
+def test_quick_keeprate_goes_on_where_it_was_killed_and_then_runs_nothing(tmp_path):
+    small = (
+        "recipe.max_train_images=256 recipe.max_val_images=64 recipe.epochs=1 "
+        "recipe.shrink_epochs=0 trainer=cpu logger=none seed=0 keep_rate=0.5,1 job=[0,1]"
+    )
+    words = [*small.split(), f"data.cache_dir={tmp_path}/data"]
+    command = [sys.executable, str(ROOT / "src/sweep.py"), "quick_keeprate", *words]
+
+    def sweep() -> subprocess.CompletedProcess:
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
+
+    first = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    while not list(tmp_path.glob("outputs/*/*/result.json")):
+        assert first.poll() is None
+        time.sleep(0.2)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait(90) == 128 + signal.SIGTERM
+    before = {path: path.stat().st_mtime for path in tmp_path.glob("outputs/*/*/result.json")}
+    assert len(before) == 1
+    done = sweep()
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = list(tmp_path.glob("outputs/quick_keeprate/*/result.json"))
+    assert {json.loads(path.read_text())["config"]["keep_rate"] for path in found} == {0.5, 1}
+    assert all(path.stat().st_mtime == time for path, time in before.items())
+    assert "have finished before" in (again := sweep()).stdout
+    assert not [line for line in again.stdout.splitlines() if line.startswith("job ")]
