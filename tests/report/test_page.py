@@ -288,3 +288,15 @@ def test_the_committed_results_make_a_page_without_problems():
     content = read(ROOT / "results")
     assert content.problems == []
     assert "fashion-mnist, 28 px" in page.html(content, *page.build(content))
+
+
+def test_a_run_from_scratch_is_compared_with_a_dense_one_of_as_many_epochs(tmp_path):
+    for name, rate, top1, epochs in (
+        ("dense", 1.0, 80.0, 2),
+        ("a", 0.7, 79.0, 2),
+        ("b", 0.7, 85.0, 9),
+    ):
+        fake.write(tmp_path / name, fake.fashion(rate, top1, epochs=epochs))
+    ((_, points),) = compare.ours(read(tmp_path)).items()
+    found = {p.epochs: compare.dense_of(p, points) for p in points if not p.dense}
+    assert found[2].top1 == 80.0 and found[9] is None

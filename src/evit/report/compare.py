@@ -256,9 +256,12 @@ def same(row: Point, own: Point) -> bool:
 def dense_of(point: Point, points: Sequence[Point]) -> Point | None:
     """The dense model that a setting is compared with, of those at hand.
 
-    The one evaluated with it, or trained for as many epochs, else for most; the smallest images.
+    The one evaluated with it, or trained for as many epochs; of a fine-tuned one that which was
+    trained for most; the smallest images.
     """
     found = [p for p in points if p.dense and p.top1 is not None and base(p) == base(point)]
+    if point.start == SCRATCH and point.epochs:
+        found = [p for p in found if p.epochs in (None, point.epochs)]
     if point.start == SHELF:
         found = [p for p in found if (p.start, p.origin) == (SHELF, point.origin)]
     found.sort(key=lambda p: (p.epochs != point.epochs, p.img_size, -(p.epochs or 0)))
