@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from evit.data.resumable import Resumable
 from evit.report import results
 from evit.training import checkpoints
 from evit.training.module import Classifier
@@ -70,6 +71,41 @@ def whole(train, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("whole")
     train(folder)
     return folder
+
+
+def test_the_best_checkpoint_is_of_an_epoch_at_the_final_keep_rate(whole):
+    (path,) = whole.glob("outputs/dev/*/checkpoints/best.ckpt")
+    assert torch.load(path, weights_only=True)["epoch"] == 2
+
+
+def test_the_last_checkpoint_knows_the_best_of_its_epoch(whole):
+    (path,) = whole.glob("outputs/dev/*/checkpoints/last.ckpt")
+    states = torch.load(path, weights_only=True)["callbacks"]
+    (best,) = (state for name, state in states.items() if name.startswith("BestCheckpoint"))
+    assert Path(best["best_model_path"]).name == "best.ckpt"
+
+
+class Batches(Resumable):
+    def __init__(self, length: int):
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def batches(self, start: int):
+        yield from range(start, self.length)
+
+
+@pytest.mark.parametrize(("seen", "left"), [(0, 2), (3, None), (4, 2)])
+def test_an_epoch_is_not_gone_on_with_in_batches_of_another_size(seen, left):
+    before, after = Batches(4), Batches(2)
+    before.position = seen
+    if left is None:
+        with pytest.raises(ValueError, match="within an epoch of 4 batches.*as many processes"):
+            after.load_state_dict(before.state_dict())
+    else:
+        after.load_state_dict(before.state_dict())
+        assert len(list(after)) == left
 
 
 def only(folder: Path, pattern: str) -> Path:

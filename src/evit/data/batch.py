@@ -1,5 +1,7 @@
 """What happens to a whole batch, on the device that trains: normalisation, erasing, mixup."""
 
+import functools
+
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
 from timm.data import IMAGENET_DEFAULT_STD as STD
@@ -10,15 +12,21 @@ from torch import Tensor
 Colour = tuple[float, float, float]
 
 
+@functools.cache
+def per_channel(colour: Colour, device: torch.device) -> Tensor:
+    """A colour as (3, 1, 1); kept on the device, as every copy to a GPU waits for it."""
+    return torch.tensor(colour, device=device).view(3, 1, 1)
+
+
 def normalize(images: Tensor, mean: Colour = MEAN, std: Colour = STD) -> Tensor:
     """uint8 images (B, 3, H, W) to float32, with the mean and standard deviation of each colour."""
-    shift, scale = (images.new_tensor(v, dtype=torch.float32).view(3, 1, 1) for v in (mean, std))
+    shift, scale = (per_channel(tuple(v), images.device) for v in (mean, std))
     return images.to(torch.float32, copy=True).sub_(255 * shift).div_(255 * scale)
 
 
 def denormalize(images: Tensor, mean: Colour = MEAN, std: Colour = STD) -> Tensor:
     """The uint8 images that normalize() was given."""
-    shift, scale = (images.new_tensor(v).view(3, 1, 1) for v in (mean, std))
+    shift, scale = (per_channel(tuple(v), images.device) for v in (mean, std))
     return (255 * (images * scale + shift)).round().clamp(0, 255).to(torch.uint8)
 
 

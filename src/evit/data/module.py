@@ -204,7 +204,9 @@ class Images(L.LightningDataModule):
     def _loader(self, split: str) -> Any:
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        local = world // trainer.num_nodes if trainer else 1
+        # srun gives each process cores of its own; others share the machine's.
+        sharing = "SLURM_CPUS_PER_TASK" not in os.environ
+        local = world // trainer.num_nodes if trainer and sharing else 1
         common: dict[str, Any] = dict(
             img_size=self.img_size,
             batch_size=self.local_batch_size,

@@ -38,8 +38,19 @@ class Resumable:
             batches.close()
 
     def state_dict(self) -> dict[str, int]:
-        return dict(position=self.position)
+        return dict(position=self.position, length=len(self))  # type: ignore[arg-type]
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Begin the next iteration, and no later one, at the batch after the last one seen."""
-        self._start = state["position"] % len(self)  # type: ignore[arg-type]
+        """Begin the next iteration, and no later one, at the batch after the last one seen.
+
+        Raises:
+            ValueError: within an epoch, batches are now of another number of images.
+        """
+        length: int = len(self)  # type: ignore[arg-type]
+        self._start = state["position"] % state["length"]
+        if self._start and length != state["length"]:
+            raise ValueError(
+                f"the checkpoint is from within an epoch of {state['length']} batches for each "
+                f"process, which has {length} now: go on with as many processes as before, or from "
+                f"the end of an epoch (checkpoints/previous.ckpt may be one), or overwrite=true"
+            )

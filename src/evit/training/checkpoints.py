@@ -81,7 +81,13 @@ class BestCheckpoint(ModelCheckpoint):
 
     def __init__(self, folder: Path, first_epoch: int):
         super().__init__(
-            folder, "best", monitor="val/top1", mode="max", enable_version_counter=False
+            folder,
+            "best",
+            monitor="val/top1",
+            mode="max",
+            enable_version_counter=False,
+            # After the evaluation, so that last.ckpt, which follows, knows of it.
+            save_on_train_epoch_end=False,
         )
         self.first_epoch = first_epoch
 

@@ -21,6 +21,11 @@ class EMA(WeightAveraging):
         super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
         self.evaluated = evaluated
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Lightning makes the average before it moves the model to its device.
+        assert self._average_model is not None
+        self._average_model.to(pl_module.device)
+
     def on_validation_epoch_start(self, *args: Any) -> None:
         if self.evaluated:
             super().on_validation_epoch_start(*args)

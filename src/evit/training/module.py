@@ -67,10 +67,10 @@ class Classifier(L.LightningModule):
         if self.recipe.random_erasing:
             batch = erase(batch[0], self.recipe.random_erasing), *batch[1:]
         losses = self.objective(*batch)
-        trainer = self.trainer
-        is_logged = (self.global_step + 1) % trainer.log_every_n_steps == 0  # type: ignore
+        trainer: Any = self.trainer
+        every = trainer.log_every_n_steps if trainer.world_size > 1 else 0
         for name, value in losses.items():
-            if trainer.world_size > 1 and is_logged:
+            if every and (self.global_step + 1) % every == 0:
                 value = trainer.strategy.reduce(value.detach().clone())  # the mean of all processes
             self.log(f"train/{name}", value)
         return losses["loss"]

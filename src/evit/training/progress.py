@@ -76,7 +76,8 @@ class Progress(L.Callback):
             values = numbers(trainer)
             names = ("train/loss", "val/loss", "val/top1", "val/top5")
             line = "  ".join(f"{name} {values[name]:.3f}" for name in names if name in values)
-            self.print(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {line}")
+            epoch = min(trainer.current_epoch + 1, trainer.max_epochs or 0)
+            self.print(f"epoch {epoch}/{trainer.max_epochs}  {line}")
 
     def speed(self, trainer: L.Trainer, batches: int) -> list[str]:
         """Images per second, the wait for data, and when training will be over."""
