@@ -18,7 +18,8 @@ from evit.dry_run import plan
 from evit.report import paper
 from evit.training.optimizer import lr_at
 from evit.training.recipe import Recipe
-from tests.test_conf import CONF_DIR, EXPERIMENTS, ROOT, composed
+from tests.conftest import ROOT
+from tests.test_conf import CONF_DIR, EXPERIMENTS, composed
 
 register()
 TABLE = yaml.safe_load((ROOT / "tests/recipes.yaml").read_text())
