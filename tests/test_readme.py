@@ -185,12 +185,15 @@ def test_the_list_of_a_sweep_has_every_run_with_its_hours():
     assert all(20 < int(hours) < 200 for _, hours in rows)
 
 
-def test_the_report_shows_the_sweep(folder):
+def test_the_report_shows_the_demonstration_and_the_sweep(folder):
     report = folder / "run/report"
     assert {path.name for path in report.iterdir()} == {
         *("index.html", "tables.md", "runs.csv", "runs.json", "figures")
     }
-    assert len(json.loads((report / "runs.json").read_text())) == 1
+    rows = json.loads((report / "runs.json").read_text())
+    results = [json.loads(path.read_text()) for path in (folder / "run").rglob("result.json")]
+    assert len(results) == 2
+    assert {row["top1"] for row in rows} == {result["top1"] for result in results}
 
 
 def test_the_python_example_runs(folder):
