@@ -1,6 +1,5 @@
 """ImageNet-1k as it is found: class folders, the devkit's flat val/, the archives as downloaded."""
 
-import io
 import re
 import tarfile
 import zlib
@@ -12,6 +11,7 @@ from timm.data import ImageNetInfo
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from evit.data.archives import TarMember, tar_members
+from evit.data.matlab import read_matlab
 from evit.data.sources import SPLITS, ClassFolders, class_names, tree_classes
 
 ARCHIVES = dict(train="ILSVRC2012_img_train.tar", val="ILSVRC2012_img_val.tar")
@@ -133,14 +133,12 @@ def _labelled(images: Iterable[Image], wnids: Sequence[str], classes: Sequence[s
 def _validation_wnids(root: Path, images: Iterable[Image]) -> list[str]:
     """The class of each image by the number in its name, ILSVRC2012_val_00000001.JPEG."""
     files = _devkit(root)
-    from scipy.io import loadmat
-
     try:
-        synsets = loadmat(io.BytesIO(files[META]), squeeze_me=True)["synsets"]
+        synsets = read_matlab(files[META])["synsets"]
         # The devkit numbers its synsets in an order of its own, not the sorted one.
-        wnids = dict(zip(synsets["ILSVRC2012_ID"].tolist(), synsets["WNID"].tolist(), strict=True))
+        wnids = {synset["ILSVRC2012_ID"].item(): synset["WNID"] for synset in synsets}
         truth = [wnids[int(line)] for line in files[GROUND_TRUTH].split()]
-    except Exception as error:  # scipy raises nearly anything on a bad file
+    except Exception as error:  # a bad file gives nearly any
         raise ValueError(
             f"{root}: the devkit's {META} and {GROUND_TRUTH} cannot be understood "
             f"({type(error).__name__}: {error}): put {DEVKIT}.tar.gz there as downloaded"
