@@ -1,5 +1,6 @@
 """A W&B workspace and report of a project's runs: python src/dashboard.py paper=true"""
 
+import startup  # noqa: F401
 from evit.config import DashboardConfig, entry_point
 
 

@@ -1,5 +1,6 @@
 """Evaluate a checkpoint: python src/evaluate.py checkpoint=PATH keep_rates=[1,0.7,0.5]"""
 
+import startup  # noqa: F401
 from evit.config import EvaluateConfig, entry_point
 
 

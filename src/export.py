@@ -1,5 +1,6 @@
 """Models as files: python src/export.py checkpoint=PATH keep_rate=0.7 format=onnx"""
 
+import startup  # noqa: F401
 from evit.config import ExportConfig, entry_point
 
 

@@ -1,5 +1,6 @@
 """Make token labels: python src/label_maps.py source=DIR target=LABELS model_name=NAME"""
 
+import startup  # noqa: F401
 from evit.config import LabelMapsConfig, entry_point
 
 

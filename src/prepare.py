@@ -1,5 +1,6 @@
 """Write class folders as FFCV files: python src/prepare.py source=DIR"""
 
+import startup  # noqa: F401
 from evit.config import PrepareConfig, entry_point
 
 

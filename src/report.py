@@ -1,5 +1,6 @@
 """Finished runs beside the paper: python src/report.py runs=outputs target=report"""
 
+import startup  # noqa: F401
 from evit.config import ReportConfig, entry_point
 
 

@@ -1,15 +1,18 @@
 """Run a sweep: python src/sweep.py keeprate slots=2 data.root=DIR --dry-run"""
 
+import gc
 import sys
 
 from hydra.errors import HydraException
 
+import startup  # noqa: F401
 from evit.config import fail
 
 
 def main():
     from evit.sweeps.command import run
 
+    gc.enable()
     try:
         sys.exit(run(sys.argv[1:]))
     except (ValueError, HydraException) as error:

@@ -1,5 +1,6 @@
 """Which patches survive: python src/visualize.py checkpoint=PATH images=DIR keep_rate=0.5"""
 
+import startup  # noqa: F401
 from evit.config import VisualizeConfig, entry_point
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import gc
 import hashlib
 import os
 import re
@@ -212,8 +213,7 @@ def register() -> None:
 
 def overridden(overrides: list[str]) -> set[str]:
     """The names of what was given on the command line: {"keep_rate", "data.root", "model"}."""
-    found = (re.match(r"[+~]*([\w./-]+)", override) for override in overrides)
-    return {name[1] for name in found if name}
+    return {name[1] for text in overrides if (name := re.match(r"[+~]*([\w./-]+)", text))}
 
 
 def listed(value: Any) -> list[Any]:
@@ -271,6 +271,9 @@ def entry_point(
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], Any]:
         @functools.wraps(task)
         def run(cfg: DictConfig) -> Any:
+            if not gc.isenabled():  # src/startup.py
+                gc.freeze()
+                gc.enable()
             try:
                 return task(cfg)
             except (InstantiationException, ValueError) as error:

@@ -21,7 +21,7 @@ from evit.data import Images
 from evit.models import DynamicViT, EViT, LVViT
 from evit.models.weights import read_state_dict
 from evit.report import results
-from evit.tracking import JsonlLogger, log_summary, wandb_logger, wandb_mode
+from evit.tracking import JsonlLogger, log_summary, start_service, wandb_logger, wandb_mode
 from evit.training import checkpoints
 from evit.training.callbacks import InferenceSpeed, KeepRateSchedule, KeptPatches
 from evit.training.ema import EMA
@@ -60,6 +60,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     recipe: Any = OmegaConf.to_object(cfg.recipe)
     mode = wandb_mode(config["logger"]["mode"])
+    start_service(mode)
     data, model = build(cfg, recipe)
     teacher = build_teacher(cfg, model)
     announce(cfg, data, model, teacher is not None)

@@ -1,7 +1,9 @@
 """The run's records: metrics.jsonl, which is the truth, and W&B, which mirrors it."""
 
+import contextlib
 import json
 import secrets
+import threading
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -63,6 +65,18 @@ def wandb_mode(mode: str) -> str:
     if mode != "auto":
         return mode
     return "online" if wandb.login(prompt=False, verify=False) else "offline"
+
+
+@rank_zero_only
+def start_service(mode: str) -> None:
+    """Let W&B start its process while there is other work; wandb_logger would wait for it."""
+    if mode != "disabled":
+        threading.Thread(target=_setup).start()
+
+
+def _setup() -> None:
+    with contextlib.suppress(wandb.errors.Error, OSError):  # wandb_logger will meet it, and say so
+        wandb.setup()
 
 
 @rank_zero_only

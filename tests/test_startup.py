@@ -1,0 +1,73 @@
+"""How soon a training begins: what is imported until then, in which order, and under which garbage
+collector. Nothing here is timed; docs/loader.md says what it comes to."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import QUICK, ROOT, command
+
+BEGIN = """
+import gc, json, sys
+import train
+import evit.experiment
+facts = lambda cfg: print(json.dumps([gc.isenabled(), gc.get_freeze_count(), list(sys.modules)]))
+evit.experiment.run = facts
+train.main()
+"""
+
+
+@pytest.fixture(scope="module")
+def begin(tmp_path_factory):
+    """At the beginning of a run: the collector's state, and the modules in the order of import."""
+    folder = tmp_path_factory.mktemp("begin")
+    done = subprocess.run(
+        [sys.executable, "-c", BEGIN, f"hydra.run.dir={folder}"],
+        cwd=ROOT / "src",
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    return json.loads(done.stdout)
+
+
+# Only FFCV needs numba; the others are for reports, exports, sweeps and data frames.
+UNUSED = (
+    "numba ffcv cv2 plotly wandb_workspaces onnx onnxruntime onnxscript submitit pandas sklearn "
+    "IPython tensorboard evit.report.figures evit.export evit.sweeps torch._inductor.compile_fx"
+)
+
+
+@pytest.mark.parametrize("name", UNUSED.split())
+def test_a_run_begins_without(begin, name):
+    assert name not in begin[2]
+
+
+def test_what_wandb_imports_is_there_before_what_slows_it_down(begin):
+    assert begin[2].index("wandb.apis.public") < begin[2].index("torch")
+
+
+def test_garbage_is_searched_for_again_but_not_among_what_was_imported(begin):
+    enabled, frozen, _ = begin
+    assert enabled and frozen > 100_000
+
+
+def test_every_command_puts_the_search_for_garbage_off_before_it_imports_evit():
+    for path in (ROOT / "src").glob("*.py"):
+        imports = re.findall(r"^(?:import|from) (\w+)", path.read_text(), re.MULTILINE)
+        if "evit" in imports:
+            assert "startup" in imports[: imports.index("evit")], path
+
+
+def test_scipy_is_not_required_as_torchmetrics_would_import_it_every_time():
+    assert "scipy" not in re.split(r"==.*\n", (ROOT / "requirements.txt").read_text())
+
+
+def test_the_documented_timing_ends_at_the_first_batch(shared_photos, tmp_path):
+    knobs = [*QUICK, f"data.root={shared_photos}", "logger=none"]
+    done = command("../tests/first_batch.py", *knobs, cwd=tmp_path)
+    assert done.returncode == 0 and "Training on photos" in done.stdout, done.stderr
+    assert not list(tmp_path.rglob("result.json"))
