@@ -1,11 +1,13 @@
 """metrics.jsonl and W&B."""
 
 import json
+import queue
+import threading
 
 import pytest
 import wandb
 
-from evit.tracking import JsonlLogger, wandb_logger, wandb_mode
+from evit.tracking import JsonlLogger, start_service, wandb_logger, wandb_mode
 
 RUN = dict(name="r", project="p", entity=None, group="g", tags=["t"], config={"keep_rate": 0.5})
 
@@ -29,6 +31,14 @@ def test_a_mode_that_is_asked_for_is_taken():
     assert [wandb_mode(mode) for mode in ("online", "offline", "disabled")] == [
         *("online", "offline", "disabled")
     ]
+
+
+def test_wandb_is_started_beside_other_work_unless_disabled(monkeypatch):
+    started = queue.SimpleQueue()
+    monkeypatch.setattr(wandb, "setup", lambda: started.put(threading.current_thread()))
+    for mode in "disabled", "offline":
+        start_service(mode)
+    assert started.get(timeout=60) is not threading.main_thread() and started.empty()
 
 
 def test_a_run_that_cannot_reach_wandb_goes_on_offline(tmp_path, monkeypatch):

@@ -69,14 +69,14 @@ def wandb_mode(mode: str) -> str:
 
 @rank_zero_only
 def start_service(mode: str) -> None:
-    """Let W&B start its process while there is other work; wandb_logger would wait for it."""
+    """Let W&B start its process while there is other work: wandb_logger would wait for it."""
+
+    def start() -> None:
+        with contextlib.suppress(Exception):  # wandb_logger meets it again, and says so
+            wandb.setup()
+
     if mode != "disabled":
-        threading.Thread(target=_setup).start()
-
-
-def _setup() -> None:
-    with contextlib.suppress(wandb.errors.Error, OSError):  # wandb_logger will meet it, and say so
-        wandb.setup()
+        threading.Thread(target=start).start()
 
 
 @rank_zero_only

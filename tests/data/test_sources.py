@@ -23,3 +23,18 @@ def test_two_runs_may_unpack_the_embedded_data_at_once(tmp_path, monkeypatch):
     images = sources.fashion_mnist(tmp_path, train=False)
     assert (images.data == unpacked[1].data).all()
     assert [path.name for path in (tmp_path / "FashionMNIST").iterdir()] == ["raw"]
+
+
+def test_a_fingerprint_is_of_names_below_the_root_sizes_and_labels(tmp_path):
+    def fingerprint(root, size=3, label=0):
+        path, beside = root / "train" / "cat" / "1.jpg", root.parent / "maps" / "1.npz"
+        for file in path, beside:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(bytes(size))
+        return sources.fingerprint([(str(path), label), (str(beside), 0)], root)
+
+    found = fingerprint(tmp_path / "here" / "photos")
+    assert fingerprint(tmp_path / "there" / "photos") == found
+    assert fingerprint(tmp_path / "there" / "photos", size=4) != found
+    assert fingerprint(tmp_path / "there" / "photos", label=1) != found
+    assert found.startswith("74debc903d5b")  # another would write every data set anew
