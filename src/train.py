@@ -1,8 +1,10 @@
 """Train a model: python src/train.py model=evit_deit keep_rate=0.5 img_size=304"""
 
+import startup  # noqa: F401
+
+# isort: split
 import wandb.apis.public  # noqa: F401  wandb.init() does it, for 0.5 s once PyTorch is there
 
-import startup  # noqa: F401
 from evit.config import RunConfig, entry_point
 
 
