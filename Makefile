@@ -1,7 +1,7 @@
 # EViT Lab
 PYTHON := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup train imagenet test test-all test-slurm check benchmark dashboard sync report
+.PHONY: help setup train imagenet test test-all test-slurm check audit benchmark dashboard sync report
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/%/NAME/' | expand -t 16
@@ -15,9 +15,12 @@ setup: .venv/.ready  ## system libraries and .venv, with pinned versions
 train: setup  ## train EViT on Fashion-MNIST, in minutes; ARGS="keep_rate=0.5" overrides
 	$(PYTHON) src/train.py experiment=fashion_mnist $(ARGS)
 
+# Names of folders are text: neither make nor the shell looks into them.
+imagenet: override export ROOT := $(value ROOT)
+imagenet: override export TARGET := $(value TARGET)
 imagenet: setup  ## ROOT=DIR, ImageNet as downloaded or in class folders -> FFCV files in TARGET (ROOT-ffcv)
 	@$(if $(ROOT),,$(error give the folder that holds ImageNet: make imagenet ROOT=DIR))
-	$(PYTHON) src/prepare.py "source='$(ROOT)'" $(if $(TARGET),"target='$(TARGET)'") imagenet=true $(ARGS)
+	$(PYTHON) src/prepare.py "source='$$ROOT'" $(if $(TARGET),"target='$$TARGET'") imagenet=true $(ARGS)
 
 test: setup  ## the tests, under 10 minutes
 	$(PYTHON) -m pytest -m "not slow and not slurm" $(ARGS)
@@ -30,21 +33,27 @@ check: setup  ## linter, format and types
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
+audit: setup  ## known vulnerabilities of the pinned packages, as PyPI itself knows them
+	@$(PYTHON) -m pip_audit --strict --no-deps --disable-pip --progress-spinner off \
+	  -r requirements.txt || { echo "audit: failed. A package that is not found could not be looked \
+	up: that takes PyPI itself, and no mirror of it" >&2; exit 1; }
+
 benchmark: setup  ## images/s, memory and MACs beside the dense model's; ARGS="paper=deit_s" overrides
 	$(PYTHON) src/benchmark.py $(ARGS)
 
 dashboard: setup  ## a W&B workspace and report of your runs; ARGS="paper=true" adds the paper's rows
 	$(PYTHON) src/dashboard.py $(ARGS)
 
+sync: override export RUNS := $(or $(value RUNS),outputs)
 sync: setup  ## upload the W&B runs under outputs/ that were tracked offline, each once
-	@find $(or $(RUNS),outputs) -type d -path '*/wandb/offline-run-*' -prune -print0 | \
+	@find "$$RUNS" -type d -path '*/wandb/offline-run-*' -prune -print0 | \
 	  xargs -0r .venv/bin/wandb sync
 
 report: setup  ## every finished run beside the paper: report/index.html; ARGS="runs=outputs/NAME" overrides
 	$(PYTHON) src/report.py target=report $(ARGS)
 
 sweep-%: sweeps/%.yaml setup  ## run sweeps/NAME.yaml, what is missing; DRY=1 lists runs and GPU hours
-	$(PYTHON) src/sweep.py $* $(if $(DRY),--dry-run) $(ARGS)
+	$(PYTHON) src/sweep.py '$*' $(if $(DRY),--dry-run) $(ARGS)
 
 test-slurm: setup  ## sweeps and two processes on a SLURM of this machine's own
 	@PYTHON=$(PYTHON) tests/slurm/run.sh $(ARGS)

@@ -84,7 +84,7 @@ def test_of_a_run_the_model_the_knobs_and_the_validation_images_are_the_run_s(
     config = dict(
         model=node | options,
         data=dict(
-            _target_="evit.data.datasets.Folder",
+            _target_="evit.data.Folder",
             root=str(photos),
             img_size=32,
             backend="imagefolder",

@@ -241,8 +241,7 @@ def check_spelling(overrides: list[str], schema: type) -> None:
     Raises:
         ValueError: names the knob and the nearest one.
     """
-    types: dict[str, Any] = {entry.name: entry.type for entry in fields(schema)}
-    types |= dict(experiment=Any, hydra=Any)
+    types: Any = dict(experiment=Any, hydra=Any) | {e.name: e.type for e in fields(schema)}
     for override in overrides:
         if not (knob := re.match(r"[+~]*(([\w-]+)[\w.-]*)=", override)):
             continue
@@ -258,7 +257,8 @@ def check_spelling(overrides: list[str], schema: type) -> None:
 
 def fail(error: Exception) -> NoReturn:
     """End the program with a user's mistake."""
-    print(f"error: {error}", file=sys.stderr)
+    shown = "".join(c if c.isprintable() or c == "\n" else "?" for c in str(error))
+    print(f"error: {shown}", file=sys.stderr)
     sys.exit(2)
 
 

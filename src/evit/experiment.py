@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from evit import load_checkpoint, measure
+from evit.compiling import private_cache
 from evit.config import HOW
 from evit.data import Images
 from evit.models import DynamicViT, EViT, LVViT
@@ -179,6 +180,7 @@ def build(cfg: DictConfig, recipe: Recipe) -> tuple[Images, torch.nn.Module]:
 
 def compile_all(model: torch.nn.Module, objective: Classification) -> None:
     """torch.compile, in place: one graph for each combination of token counts."""
+    private_cache()
     limits: Any = torch._dynamo.config  # type: ignore[attr-defined]
     limits.recompile_limit = limits.accumulated_recompile_limit = 4096
     model.compile(fullgraph=True, dynamic=False)

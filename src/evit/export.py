@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from evit import load_checkpoint
+from evit.config import folder_name
 from evit.data.batch import MEAN, STD
 from evit.evaluation import complete_model, model_name
 from evit.models import DynamicViT, EViT
@@ -39,7 +40,7 @@ def run(cfg: DictConfig) -> Path:
     require(cfg)
     model, about = build(cfg)
     rates = rate(about)
-    name = f"{about['model']}-{rates.replace(',', '_')}-{about['img_size']}{SUFFIXES[cfg.format]}"
+    name = folder_name(f"{about['model']}-{rates}-{about['img_size']}") + SUFFIXES[cfg.format]
     target = Path(cfg.target) if cfg.target else Path("outputs/export") / name
     if target.suffix != SUFFIXES[cfg.format]:
         raise ValueError(f"target={target}: a {cfg.format} file ends in {SUFFIXES[cfg.format]}")

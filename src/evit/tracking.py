@@ -2,10 +2,13 @@
 
 import contextlib
 import json
+import os
 import secrets
 import threading
 import time
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,18 @@ class JsonlLogger(Logger):
             file.write(json.dumps(row) + "\n")
 
 
+@contextmanager
+def slurm_token_hidden() -> Iterator[None]:
+    """W&B records every SLURM_* that its process inherits, and one of them is a password."""
+    token = os.environ.pop("SLURM_JWT", None)
+    try:
+        yield
+    finally:
+        if token is not None:
+            os.environ["SLURM_JWT"] = token
+
+
+@slurm_token_hidden()
 def wandb_mode(mode: str) -> str:
     """auto is online where the user is logged in to W&B and offline elsewhere.
 
@@ -104,6 +119,7 @@ def wandb_logger(
         run_id.parent.mkdir(parents=True, exist_ok=True)
         run_id.write_text(secrets.token_hex(4))
 
+    @slurm_token_hidden()
     def start(mode: Any) -> wandb.Run:
         return wandb.init(
             id=run_id.read_text(),

@@ -13,7 +13,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
 
-from evit.config import listed, overridden
+from evit.config import folder_name, listed, overridden
 from evit.data.batch import normalize
 from evit.evaluation import DEFAULTS, complete_data, complete_model
 from evit.export import build, require_weights
@@ -45,7 +45,7 @@ def run(cfg: DictConfig) -> Path:
         )
     if min(model.keep_rate, default=1.0) == 1:
         raise ValueError("keep rate 1 keeps every patch: give another, as in keep_rate=0.7")
-    name = f"{about['model']}-{rate(about).replace(',', '_')}-{about['img_size']}.png"
+    name = folder_name(f"{about['model']}-{rate(about)}-{about['img_size']}") + ".png"
     target = Path(cfg.target) if cfg.target else Path("outputs/pictures") / name
     pixels = read_files(cfg) if cfg.images else read_validation(cfg, source)
     print(f"Drawing {len(pixels)} images at keep rate {rate(about)}", flush=True)

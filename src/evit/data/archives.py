@@ -3,7 +3,7 @@
 import os
 import tarfile
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 
@@ -30,7 +30,7 @@ def tar_members(path: Path) -> Iterator[TarMember]:
     """The files of an archive; those of a tar in it, CLASS.tar, are named CLASS/FILE.
 
     Raises:
-        ValueError: it is no uncompressed tar, or cut off; it is named.
+        ValueError: it is no uncompressed tar, or cut off, or names a file outside of itself.
     """
     try:
         with tarfile.open(path, "r:") as archive:
@@ -38,15 +38,26 @@ def tar_members(path: Path) -> Iterator[TarMember]:
                 if not member.isfile():
                     continue
                 if not member.name.endswith(".tar"):
-                    yield TarMember(str(path), member.name, member.offset_data, member.size)
+                    yield _inside(
+                        TarMember(str(path), member.name, member.offset_data, member.size)
+                    )
                     continue
                 folder = member.name.removesuffix(".tar")
                 with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as inner:
                     for file in inner:
                         if file.isfile():
                             start = member.offset_data + file.offset_data
-                            yield TarMember(str(path), f"{folder}/{file.name}", start, file.size)
+                            name = f"{folder}/{file.name}"
+                            yield _inside(TarMember(str(path), name, start, file.size))
     except tarfile.TarError as error:
         raise ValueError(
             f"{path} is not a whole, uncompressed tar archive ({error}): download it again"
         ) from error
+
+
+def _inside(member: TarMember) -> TarMember:
+    """A member whose name, where it becomes a path, leads nowhere else."""
+    name = PurePosixPath(member.name)
+    if name.is_absolute() or ".." in name.parts:
+        raise ValueError(f"{member.archive} holds {member.name!r}, outside of it: do not trust it")
+    return member

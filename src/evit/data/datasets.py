@@ -31,7 +31,7 @@ class Folder(Images):
         if not root:
             raise ValueError("no images are configured: data.root=DIR, or IMAGENET_DIR=DIR")
         self.root = Path(root).expanduser().resolve()
-        self.name = self.root.name
+        self.name = "".join(c if c.isprintable() else "?" for c in self.root.name)
         self.prepared = all((self.root / f"{split}.beton").is_file() for split in self.splits)
         if self.prepared:
             from evit.data.beton import check_beton

@@ -67,14 +67,18 @@ def prepare(
             f"classes, {info['bytes'] / 1e6:.1f} MB, {info['kept_original']} as they were, "
             f"{len(info['skipped'])} left out"
         )
-    plain = re.fullmatch(r"[\w/.+-]+", str(folder))
-    train = "python src/train.py"
-    if imagenet:
-        print(f"Train on them: IMAGENET_DIR={shlex.quote(str(folder))} {train}")
-    else:
-        root = f"data.root={folder}" if plain else f"\"data.root='{folder}'\""
-        print(f"Train on them: {train} {root}")
+    print(f"Train on them: {train_command(folder, imagenet)}")
     return folder
+
+
+def train_command(folder: Path, imagenet: bool) -> str:
+    """What trains on the files in a folder, to be copied into a shell."""
+    if imagenet:
+        return f"IMAGENET_DIR={shlex.quote(str(folder))} python src/train.py"
+    root = f"data.root={folder}"
+    if not re.fullmatch(r"[\w/.+-]+", str(folder)):  # Hydra's quotes, and the shell's around them
+        root = shlex.quote("data.root='{}'".format(str(folder).replace("'", "\\'")))
+    return f"python src/train.py {root}"
 
 
 def _names(samples: Labelled, root: Path) -> list[str]:

@@ -13,6 +13,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from evit.compiling import private_cache
 from evit.measure import steps
 from evit.measure.macs import count_macs, count_params
 from evit.measure.speed import (
@@ -236,6 +237,7 @@ def many_compiled(count: int) -> Any:
     """torch.compile keeps so many forms of one class, rather than fall back on eager silently."""
     from torch._dynamo import config
 
+    private_cache()
     torch.compiler.reset()
     limits: dict[str, Any] = dict(
         recompile_limit=8 * count + 8, accumulated_recompile_limit=64 * count + 256

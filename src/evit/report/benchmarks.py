@@ -20,7 +20,7 @@ FUSION = {True: "fuse", False: "drop", None: ""}
 
 def show(result: Row, path: Path) -> None:
     """Print the tables, and where path, their benchmark.json, lies."""
-    console = Console(width=99)
+    console = Console(width=99, markup=False)
 
     def line(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)

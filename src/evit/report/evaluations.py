@@ -17,7 +17,7 @@ def show(result: dict[str, Any], path: Path) -> None:
     Args:
         result: what path, its evaluation.json, holds.
     """
-    console, model = Console(), result["model"]
+    console, model = Console(markup=False), result["model"]
     lines = [f"{model['name']} on {result['data']['name']}, {model['img_size']} px"]
     lines[0] += f", {result['images']} images"
     selections = {row["selection"] for row in result["settings"]} - {None}

@@ -57,5 +57,12 @@ def as_csv(content: Found) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)))
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: no_formula(value) for key, value in row.items()} for row in rows)
     return text.getvalue()
+
+
+def no_formula(value: Any) -> Any:
+    """Text that a spreadsheet does not take for something to compute."""
+    return (
+        f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
+    )

@@ -14,7 +14,10 @@ from PIL import Image
 from evit.report import tables
 
 Row = dict[str, Any]
-BROKEN = (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError)
+BROKEN = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, IndexError),
+    *(RecursionError, Image.DecompressionBombError),
+)
 # Values of overrides that are absolute paths, as folder names have them.
 PATHS = re.compile(r"((?:root|dir|checkpoint|teacher|label_maps|source|target)-)_[^+/]*")
 
@@ -84,13 +87,24 @@ def attempt(
         step(*arguments)
     except BROKEN as error:
         said = f"{type(error).__name__}: {error}".replace(str(path), path.name)
-        found.problems.append(f"{shown(path, source)} cannot be read ({said})")
+        found.problems.append(f"{shown(path, source)} cannot be read ({printable(said)})")
 
 
 def shown(path: Path, source: Path) -> str:
     """A path below the source, without those of the machine that names of run folders repeat."""
     name = path.name if path == source else str(path.relative_to(source))
-    return PATHS.sub(r"\1...", name)
+    return printable(PATHS.sub(r"\1...", name))
+
+
+def printable(value: Any) -> Any:
+    """JSON without what a terminal, a table or an SVG would take for more than letters."""
+    if isinstance(value, str):
+        return "".join(c if c.isprintable() else "?" for c in value)
+    if isinstance(value, list):
+        return [printable(entry) for entry in value]
+    if isinstance(value, dict):
+        return {printable(key): printable(entry) for key, entry in value.items()}
+    return value
 
 
 def one_run(found: Found, path: Path, source: Path) -> None:
@@ -166,7 +180,7 @@ def need(
 
 
 def load(path: Path) -> Any:
-    return json.loads(path.read_text())
+    return printable(json.loads(path.read_text()))
 
 
 def read_curves(run: Run, path: Path) -> None:

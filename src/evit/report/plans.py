@@ -37,7 +37,7 @@ LOSSES = dict(
 
 def show(found: dict[str, Any], title: str) -> None:
     """Print a plan."""
-    console = Console()
+    console = Console(markup=False)
     table = Table(box=box.ROUNDED, show_header=False, title=title, title_justify="left")
     table.add_column(style="bold")
     table.add_column()

@@ -1,8 +1,10 @@
 """result.json: what a finished run leaves, and the table of it."""
 
+import functools
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +15,8 @@ import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from evit.config import CONF_DIR
 
 PACKAGES = "torch torchvision timm lightning hydra-core torchmetrics wandb ffcv".split()
 
@@ -51,26 +55,43 @@ def finished(folder: Path) -> dict[str, Any] | None:
 def run_config(checkpoint: Path) -> dict[str, Any]:
     """The configuration of the run whose checkpoint this is; {} where it is not a run's.
 
+    The run may be a stranger's, and what is in it is given to Hydra.
+
     Raises:
-        ValueError: it is there and cannot be read.
+        ValueError: it is there and cannot be read, or asks for what no configuration of ours does.
     """
     path = checkpoint.absolute().parent.parent / "config.json"
     if checkpoint.absolute().parent.name != "checkpoints" or not path.is_file():
         return {}
     try:
-        config = json.loads(path.read_text(), object_pairs_hook=_our_calls_alone)
+        config = json.loads(path.read_text(), object_pairs_hook=_harmless)
         return config | config["recipe"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not the configuration of a run ({error})") from error
 
 
-def _our_calls_alone(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, if it does not make Hydra call what no run of ours does."""
-    found = dict(pairs)
-    target = str(found.get("_target_", "evit."))
-    if not target.startswith("evit.") and target != "timm.create_model":
-        raise ValueError(f"it asks to call {target}")
-    return found
+def _harmless(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, if Hydra calls for it what conf/ names and nothing else, and resolves nothing.
+
+    A prefix would not do: evit.report.results.os.system is os.system. And ${oc.env:NAME} would put
+    a secret of the environment into the result.
+    """
+    for key, value in pairs:
+        if key == "_target_" and value not in _callable():
+            raise ValueError(f"it asks to call {value}, which conf/ does not")
+        if key == "checkpoint_path":
+            raise ValueError(f"it asks timm to load {value}")
+        if "${" in f"{key}{value}":
+            raise ValueError(f"{key} is to be looked up: {value}")
+    return dict(pairs)
+
+
+@functools.cache
+def _callable() -> set[str]:
+    """Every _target_ of conf/."""
+    texts = (path.read_text() for path in CONF_DIR.rglob("*.yaml"))
+    found = (re.findall(r"^_target_: *(\S+)", text, re.MULTILINE) for text in texts)
+    return {"timm.create_model"}.union(*found)
 
 
 def finish(result: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -136,7 +157,7 @@ def show(result: dict[str, Any], folder: Path) -> None:
     speed = row["train_images_per_s"]
     table.add_row("training", f"{f'{speed:.0f}' if speed else '-'} images/s on {result['device']}")
     table.add_row("time", f"{result['seconds'] / 60:.1f} min")
-    console = Console()
+    console = Console(markup=False)  # [x] is of the name of a folder, and no colour
     console.print(table)
     files = sorted(path.name for path in folder.iterdir())
     console.print(

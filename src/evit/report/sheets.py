@@ -7,6 +7,7 @@ from evit.report import compare, tables
 from evit.report.charts import NAMES, group, label
 from evit.report.compare import SCRATCH, TITLES, Point
 from evit.report.found import Found
+from evit.report.tables import plain
 
 NOT_RUN, UNPUBLISHED = "not run", "-"
 METRICS = (  # of a table of the paper: title, attribute, decimals
@@ -37,11 +38,6 @@ class Sheet:
         lines = [head, ["---"] * len(head), *self.rows]
         text = "\n".join("| " + " | ".join(map(plain, cells)) + " |" for cells in lines)
         return f"**{plain(self.title)}**\n\n{text}\n\n{plain(self.note)}\n"
-
-
-def plain(text: str) -> str:
-    """What neither Markdown nor HTML in it takes for its own."""
-    return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 def paper_sheet(content: Found, name: str) -> Sheet:
@@ -119,7 +115,7 @@ def markdown(content: Found, sections: Sequence[Sheet]) -> str:
     """Every table; the first is that of the runs, with where they come from."""
     parts = ["# Results", *(sheet.markdown() for sheet in sections)]
     if content.runs:
-        parts.append(plain(tables.markdown(content.rows).split("\n\n")[-1]))
+        parts.append(tables.markdown(content.rows).split("\n\n")[-1])
     parts += ["# Beside the paper", *(sheet.markdown() for sheet in papers(content))]
     if content.problems:
         parts += ["# Problems", "\n".join(f"- {plain(problem)}" for problem in content.problems)]

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import statistics
 from collections import defaultdict
 from typing import Any
@@ -78,7 +79,8 @@ def markdown(rows: list[Row]) -> str:
         rest = "-" if first["keep_rate"] == 1 else "fused" if first["fusion"] else "dropped"
         start = ", fine-tuned" if first["from_checkpoint"] else ""
         lines.append(
-            f"| {first['model']}{start} | {first['keep_rate']} | {rest} | {spread(group, 'top1')} "
+            f"| {plain(first['model'])}{start} | {first['keep_rate']} | {rest} "
+            f"| {spread(group, 'top1')} "
             f"| {spread(group, 'top5')} | {first['macs'] / 1e9:.4f} "
             f"| {first['params'] / 1e6:.2f} |"
         )
@@ -94,7 +96,12 @@ def markdown(rows: list[Row]) -> str:
         f"{data}. Mean and standard deviation of {seeds} runs with seeds of their own. "
         f"{devices}; commit {commits}; torch {torch}."
     )
-    return "\n".join([*lines, "", note]) + "\n"
+    return "\n".join([*lines, "", plain(note)]) + "\n"
+
+
+def plain(text: str) -> str:
+    """What neither Markdown nor HTML in it takes for its own."""
+    return re.sub(r"([|\[])", r"\\\1", text).replace("<", "&lt;")
 
 
 def spread(group: list[Row], key: str) -> str:

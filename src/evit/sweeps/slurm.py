@@ -1,6 +1,7 @@
 """A sweep on SLURM: a job array, through submitit, whose jobs are requeued and go on."""
 
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -82,7 +83,7 @@ def submit(name: str, jobs: list[Job], options: dict[str, Any]) -> list[Job]:
     logs = Path("outputs", "slurm", name, "%j")
     executor = submitit.AutoExecutor(logs, cluster="slurm", slurm_max_num_timeout=1000)
     more = dict(requeue=True) | options.get("slurm_additional_parameters", {})
-    paths = f'export PYTHONPATH="{CONF_DIR.parent / "src"}:$PYTHONPATH"'
+    paths = search_path(CONF_DIR.parent / "src")
     own = dict(name=name, slurm_setup=[paths]) | {k: v for k, v in options.items() if v is not None}
     tasks = options["nodes"] * options["tasks_per_node"]
     folders = {job.folder for job in todo}
@@ -101,6 +102,11 @@ def submit(name: str, jobs: list[Job], options: dict[str, Any]) -> list[Job]:
     except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
         raise ValueError(f"SLURM refuses: {error}") from error
     return todo
+
+
+def search_path(source: Path) -> str:
+    """The line of a job's script that lets Python find the code."""
+    return f'export PYTHONPATH={shlex.quote(str(source))}:"$PYTHONPATH"'
 
 
 def note(jobs: list[Job], submitted: list[Any]) -> None:

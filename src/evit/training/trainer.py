@@ -2,13 +2,21 @@
 
 import logging
 import os
+import socket
+import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments import (
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -36,7 +44,7 @@ def build_trainer(
     ddp = options.pop("ddp")
     options["accumulate_grad_batches"] = options["accumulate_grad_batches"] or 1
     check_static_graph(ddp, options["accumulate_grad_batches"])
-    StrategyRegistry.register("ddp", DDPStrategy, override=True, start_method="popen", **ddp)
+    StrategyRegistry.register("ddp", DDP, override=True, start_method="popen", **ddp)
     more = dict(enable_progress_bar=False) | more
     try:
         return L.Trainer(
@@ -52,6 +60,46 @@ def build_trainer(
         )
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise ValueError(f"trainer: {error}") from error
+
+
+class DDP(DDPStrategy):
+    """Processes that, where all of them are on one machine, can be reached from it alone.
+
+    PyTorch's would listen on every address of the machine; with nothing to tell who may connect.
+    """
+
+    def setup_distributed(self) -> None:
+        environment = self.cluster_environment
+        known = LightningEnvironment | SLURMEnvironment | TorchElasticEnvironment
+        if self.num_nodes > 1 or not isinstance(environment, known) or sys.platform != "linux":
+            return super().setup_distributed()
+        for backend in ("GLOO", "NCCL"):
+            os.environ.setdefault(f"{backend}_SOCKET_IFNAME", "lo")
+        if isinstance(environment, TorchElasticEnvironment):  # the meeting point is torchrun's
+            return super().setup_distributed()
+        self.set_world_ranks()
+        store = local_store(environment.main_port, self.global_rank, self.world_size, self._timeout)
+        device = self.root_device if self.root_device.type != "cpu" else None
+        self._process_group_backend = self._get_process_group_backend()
+        _init_dist_connection(
+            environment,
+            self._process_group_backend,
+            timeout=self._timeout,
+            device_id=device,
+            store=store,
+        )
+
+
+def local_store(
+    port: int, rank: int, world_size: int, timeout: timedelta | None
+) -> torch.distributed.TCPStore:
+    """The processes' meeting point, on the loopback address."""
+    options: dict[str, Any] = dict(timeout=timeout) if timeout else {}
+    if rank == 0:
+        options |= dict(master_listen_fd=socket.create_server(("127.0.0.1", port)).detach())
+    return torch.distributed.TCPStore(
+        "127.0.0.1", port, world_size, is_master=rank == 0, multi_tenant=True, **options
+    )
 
 
 def check_static_graph(ddp: Any, accumulated: int) -> None:

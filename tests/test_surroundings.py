@@ -1,0 +1,115 @@
+"""What stands around the code cannot be turned against it: shells, caches, dependencies."""
+
+import os
+import re
+import stat
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from evit import compiling
+from evit.data.prepare import train_command
+from tests.conftest import ROOT
+
+ODD = "it's $(touch owned) `touch owned` \"; touch owned; $$(shell touch owned)"
+
+
+def makefile(folder: Path, status: int = 0) -> Path:
+    """A folder with our Makefile and, instead of Python, what shows its arguments."""
+    (folder / ".venv").mkdir()
+    for name in ("Makefile", "setup.sh", "requirements.txt", ".venv/.ready"):
+        (folder / name).write_text((ROOT / "Makefile").read_text() if name == "Makefile" else "")
+    shown = folder / "show"
+    shown.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@"\nexit {status}\n')
+    shown.chmod(0o755)
+    return folder
+
+
+def test_a_folder_s_name_is_not_run_by_make(tmp_path):
+    options = dict(cwd=makefile(tmp_path), capture_output=True, text=True)
+    arguments = [f"ROOT={ODD}", f"TARGET={ODD}", "PYTHON=./show", "-o", "setup", "-s"]
+    done = subprocess.run(["make", "imagenet", *arguments], **options)
+    assert done.stdout.splitlines()[1:3] == [f"source='{ODD}'", f"target='{ODD}'"], done.stderr
+    done = subprocess.run(["make", "sync", f"RUNS={ODD}", "-o", "setup"], **options)
+    assert "No such file" in done.stderr
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_folder_s_name_is_not_run_by_slurm_nor_by_who_copies_a_command(tmp_path):
+    from evit.sweeps import slurm
+
+    script = slurm.search_path(tmp_path / ODD) + '\nprintf %s "$PYTHONPATH"'
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=tmp_path,
+        env={"PYTHONPATH": "b"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == f"{tmp_path / ODD}:b"
+    printed = train_command(tmp_path / ODD, False).replace("python src/train.py", "printf %s")
+    done = subprocess.run(["bash", "-c", printed], cwd=tmp_path, capture_output=True, text=True)
+    escaped = str(tmp_path / ODD).replace("'", "\\'")
+    assert done.stdout == f"data.root='{escaped}'"
+    assert not (tmp_path / "owned").exists()
+
+
+def test_the_cache_of_torch_compile_is_ours_alone(tmp_path, monkeypatch):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setattr(compiling, "default_cache_dir", lambda: str(tmp_path / "cache"))
+    compiling.private_cache()
+    assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
+    (tmp_path / "cache").chmod(0o777)
+    with pytest.raises(ValueError, match="cache, where torch.compile keeps code, is not yours al"):
+        compiling.private_cache()
+    if os.getuid() == 0:  # somebody else has made it
+        (tmp_path / "cache").chmod(0o755)
+        os.chown(tmp_path / "cache", 12345, 12345)
+        with pytest.raises(ValueError, match="is not yours alone: remove it, or set TORCHINDUCT"):
+            compiling.private_cache()
+
+
+def test_what_is_compiled_of_ours_is_loaded_from_no_folder_of_all_users():
+    from evit.data import _jpeg, operations
+
+    library = re.search(r"'(\S+\.so)'", str(_jpeg._load()))[1]
+    for path in (Path(library), Path(operations.augment_batch._cache.cache_path)):
+        for folder in (path, *path.parents):
+            mode = folder.stat().st_mode
+            assert not mode & 0o002 or mode & stat.S_ISVTX, folder  # /tmp has that bit
+
+
+LIGHTNING = ["2.6.2", "2.6.3"]  # with malware: GHSA-w37p-236h-pfx3
+
+
+def test_dependencies_are_pinned_and_the_malicious_ones_excluded():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    needed = [Requirement(text) for group in groups for text in group]
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    pinned = [Requirement(line) for line in lines if not line.startswith("#")]
+    assert all(re.fullmatch(r"==[\w.]+", str(pin.specifier)) for pin in pinned)
+    for pin in pinned:
+        version = str(pin.specifier).removeprefix("==")
+        assert not (pin.name in ("lightning", "pytorch-lightning") and version in LIGHTNING)
+        for need in needed:
+            if canonicalize_name(need.name) == canonicalize_name(pin.name):
+                assert version in need.specifier, pin
+    (lightning,) = (need for need in needed if need.name == "lightning")
+    assert not any(version in lightning.specifier for version in LIGHTNING)
+    assert {"!=2.6.2", "!=2.6.3"} <= set(map(str, lightning.specifier))
+    assert {canonicalize_name(n.name) for n in needed} <= {
+        canonicalize_name(p.name) for p in pinned
+    }
+
+
+def test_an_audit_is_of_all_that_is_pinned_and_fails_where_one_cannot_be_looked_up(tmp_path):
+    command = ["make", "audit", "PYTHON=./show", "-o", "setup", "-s"]
+    options = dict(cwd=makefile(tmp_path, status=1), capture_output=True, text=True)
+    done = subprocess.run(command, **options)
+    assert {"pip_audit", "--strict", "requirements.txt"} <= set(done.stdout.split())
+    assert done.returncode and "could not be looked up" in done.stderr
