@@ -86,6 +86,7 @@ def wandb_mode(mode: str) -> str:
 def start_service(mode: str) -> None:
     """Let W&B start its process while there is other work: wandb_logger would wait for it."""
 
+    @slurm_token_hidden()
     def start() -> None:
         with contextlib.suppress(Exception):  # wandb_logger meets it again, and says so
             wandb.setup()
