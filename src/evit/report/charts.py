@@ -4,8 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from evit.report import compare
-from evit.report.compare import SCRATCH, SHELF, TITLES, Point, base
+from evit.report.compare import TITLES
 from evit.report.found import Found
+from evit.report.points import SCRATCH, SHELF, Point, base, dense_of
 
 NAMES = dict(deit_s="DeiT-S", lvvit_s="LV-ViT-S", dynamicvit_deit_s="DynamicViT-DeiT-S")
 TOP1 = "top-1 accuracy (%)"
@@ -26,6 +27,8 @@ class Series:
     y: list[float] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     hover: list[str] = field(default_factory=list)
+    spread: list[float] = field(default_factory=list)  # of y; 0: of one run
+    template: str = ""  # instead of hover: of every point, as plotly fills it in
     ours: bool = True
     square: bool = False
     line: bool = True
@@ -66,7 +69,7 @@ def group(point: Point) -> str:
         parts.append(point.start)
     if point.epochs and point.epochs < 300:
         parts.append(f"{point.epochs} epoch" + "s" * (point.epochs > 1))
-    return ", ".join(filter(None, parts))
+    return ", ".join(filter(None, [*parts, point.recipe_name]))
 
 
 def label(point: Point, size: int = 224) -> str:
@@ -79,8 +82,8 @@ def hover(point: Point, name: str) -> str:
     """All numbers of a point, a line each."""
     lines = [name, f"keep rate {label(point)}, {point.img_size} px"]
     if point.top1 is not None:
-        runs = f", {point.runs} runs" if point.runs > 1 else ""
-        lines.append(f"top-1 {point.note or f'{point.top1:.2f}'} %{runs}")
+        runs = f" (mean and standard deviation of {point.runs} runs)" if point.runs > 1 else ""
+        lines.append(f"top-1 {point.top1_text} %{runs}")
     if point.top5 is not None:
         lines.append(f"top-5 {point.top5:.2f} %")
     if point.macs is not None:
@@ -117,6 +120,7 @@ def _series(name: str, own: bool, members: list[tuple[float, float, Point]], siz
         ys,
         [label(point, 224 if sizes else point.img_size) for point in points],
         [hover(point, shown) for point in points],
+        [point.spread or 0 for point in points],
         ours=own,
         square=style.rest == "dropped",
         line="resolution" not in name,  # those are points here and there
@@ -179,14 +183,13 @@ def references() -> list[Point]:
 
 def changes(points: list[Point], own: bool, cost: str) -> list[Entry]:
     """Each point beside its dense model: cost in percent of it, top-1 in points from it."""
-    groups: dict[str, list[Point]] = {}
+    groups: dict[tuple[str, Point], list[Point]] = {}
     for point in points:
-        if not point.dense and compare.dense_of(point, points):
-            groups.setdefault(group(point), []).append(point)
+        if not point.dense and (dense := dense_of(point, points)):
+            groups.setdefault((group(point), dense), []).append(point)
     entries: list[Entry] = []
-    for name, members in groups.items():
-        dense = compare.dense_of(members[0], points)
-        assert dense and dense.top1 is not None
+    for (name, dense), members in groups.items():
+        assert dense.top1 is not None
         costs = getattr(dense, cost)
         for point in [dense, *members]:
             value = getattr(point, cost)

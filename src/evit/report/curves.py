@@ -31,12 +31,11 @@ def curves(index: int, section: str, runs: list[Run], names: dict[str, str]) -> 
             rows = rows[:: 1 + len(rows) // MAX_POINTS] + rows[-1:] * (len(rows) > MAX_POINTS)
             shown = names[run.row["setting"]]
             color = f"#{list(names).index(run.row['setting'])}"
-            x, y = [row["step"] for row in rows], [row[metric] for row in rows]
-            text = f"{shown}, seed {run.row['seed']}"
-            lines = [f"{text}\nstep {a}\n{title}: {b:.4g}" for a, b in zip(x, y, strict=True)]
+            x, y = [row["step"] for row in rows], [float(f"{row[metric]:.6g}") for row in rows]
+            text = f"{shown}, seed {run.row['seed']}\nstep %{{x}}\n{title}: %{{y:.4g}}"
             few = len(rows) <= 30
             if rows:
-                series.append(Series(shown, color, x, y, [""] * len(x), lines, markers=few))
+                series.append(Series(shown, color, x, y, markers=few, template=text))
         if any(len(line.x) > 1 for line in series):
             views.append(View(name, "training step (optimizer updates)", title, series))
     if not views:

@@ -7,8 +7,9 @@ import yaml
 
 from evit.report import compare
 from evit.report.charts import NAMES, TOP1, Chart, Series, View, family, label
-from evit.report.compare import TIMM, Point
+from evit.report.compare import TIMM
 from evit.report.found import Found
+from evit.report.points import Point
 
 OTHERS = "other models", "others"  # name and colour
 FAMILIES = {"DeiT": ("DeiT", "deit"), "LV-ViT": ("LV-ViT", "lvvit")}

@@ -16,7 +16,9 @@ from evit.report.charts import Chart, Series, View
 # Readable on white and on black.
 COLORS = dict(deit="#2f86e0", lvvit="#e8743b", dynamicvit="#17a07a", shelf="#9a63d6")
 COLORS |= dict(other="#d6498f", others="#7f8b97")
-PALETTE = "#2f86e0 #e8743b #17a07a #9a63d6 #d6498f #b08d1c #6b8794 #c2483d #4fa3a5 #8c6d4f".split()
+PALETTE = "#2f86e0 #e8743b #17a07a #d6498f #b08d1c #6b8794 #9a63d6 #c2483d #4fa3a5 #8c6d4f".split()
+# As plotly and as matplotlib name them: not by colour alone are families told apart.
+MARKERS = dict(lvvit=("triangle-up", "^"), dynamicvit=("diamond", "D"), others=("circle", "o"))
 TICKS = [step * 10**power for power in range(6) for step in (1, 2, 5)]  # of logarithmic axes
 LOG = dict(
     type="log", tickvals=TICKS, ticktext=[f"{t // 1000}k" if t > 999 else str(t) for t in TICKS]
@@ -44,6 +46,10 @@ def color(series: Series) -> str:
     return PALETTE[int(series.family.removeprefix("#")) % len(PALETTE)]
 
 
+def marker(series: Series) -> tuple[str, str]:
+    return ("square", "s") if series.square else MARKERS.get(series.family, ("circle", "o"))
+
+
 def interactive(chart: Chart) -> dict[str, Any]:
     """The chart for page.js: of each view plotly's traces and layout."""
     views = [dict(name=view.name, **_plotly(view)) for view in chart.views]
@@ -67,7 +73,7 @@ def _plotly(view: View) -> dict[str, Any]:
 
 
 def _trace(series: Series) -> go.Scatter:
-    symbol = "square" if series.square else "circle"
+    symbol, _ = marker(series)
     mode = "+".join(
         part
         for part, wanted in dict(
@@ -79,13 +85,25 @@ def _trace(series: Series) -> go.Scatter:
         name=series.name,
         x=series.x,
         y=series.y,
-        text=[escape(text) for text in series.labels],
-        hovertext=[escape(text).replace("\n", "<br>") for text in series.hover],
+        text=[escape(text) for text in series.labels] or None,
+        hovertext=[lines(text) for text in series.hover] or None,
         hoverinfo="text",
+        hovertemplate=lines(series.template) + "<extra></extra>" if series.template else None,
         mode=mode,
         textposition="top center" if series.ours else "bottom center",
         textfont=dict(size=10, color=color(series)),
-        line=dict(color=color(series), width=2, dash="solid" if series.ours else "dot"),
+        line=dict(
+            color=color(series),
+            width=2 if series.markers else 1.2,
+            dash="solid" if series.ours else "dot",
+        ),
+        error_y=dict(
+            array=series.spread,
+            visible=any(series.spread),
+            color=color(series),
+            thickness=1.2,
+            width=4,
+        ),
         marker=dict(
             symbol=symbol if series.ours else f"{symbol}-open",
             size=9 if series.line else 8,
@@ -94,6 +112,10 @@ def _trace(series: Series) -> go.Scatter:
         ),
         cliponaxis=False,
     )
+
+
+def lines(text: str) -> str:
+    return escape(text).replace("\n", "<br>")
 
 
 def save(chart: Chart, folder: Path) -> None:
@@ -117,12 +139,16 @@ def _matplotlib(view: View) -> Figure:
     figure = Figure(figsize=(COLUMN, height), layout="constrained")
     axes = figure.add_subplot()
     for series in view.series:
-        axes.plot(
+        axes.errorbar(
             series.x,
             series.y,
+            yerr=series.spread if any(series.spread) else None,
+            elinewidth=0.7,
+            capsize=1.5,
             color=color(series),
             linestyle="none" if not series.line else "-" if series.ours else ":",
-            marker="" if not series.markers else "s" if series.square else "o",
+            linewidth=1 if series.markers else 0.6,
+            marker=marker(series)[1] if series.markers else "",
             markerfacecolor=color(series) if series.ours else "white",
             label=series.name.replace("$", r"\$") if named[series.name] is series else None,
         )
@@ -148,8 +174,8 @@ def _label(figure: Figure, view: View) -> None:
     taken = [Bbox.from_extents(x - 2, y - 2, x + 2, y + 2) for x, y in points]
     for series in own:
         place: Any = dict(xytext=(0, 3 if series.ours else -3), textcoords="offset points")
-        place |= dict(ha="center", va="bottom" if series.ours else "top", fontsize=4.5)
-        for x, y, text in zip(series.x, series.y, series.labels, strict=True):
+        place |= dict(ha="center", va="bottom" if series.ours else "top", fontsize=5.5)
+        for x, y, text in zip(series.x, series.y, series.labels, strict=False):
             note = axes.annotate(text.replace("$", r"\$"), (x, y), color=color(series), **place)
             box = note.get_window_extent(renderer)
             inside = axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 and axes.bbox.y0 <= box.y0

@@ -41,19 +41,23 @@ def build(content: Found) -> tuple[list[Chart], list[Section]]:
 
 
 def setting_names(runs: list[Run]) -> dict[str, str]:
-    """A name for each setting's hash, with the hash where another has the same."""
-    names: dict[str, str] = {}
-    for run in runs:
-        row = run.row
+    """A name for each setting's hash; where others have the same, with the folder, or the hash."""
+    plain: dict[str, list[str]] = {}
+    for row in {run.row["setting"]: run.row for run in runs}.values():
         rate = compare.rate(row["keep_rate"])
         parts = [row["model"], "dense" if rate == 1 else f"keep rate {row['keep_rate']}"]
         parts += ["fused" if row["fusion"] else "dropped"] * (rate != 1)
         parts += ["fine-tuned"] * row["from_checkpoint"] + [
             f"{row['epochs']} epoch" + "s" * (row["epochs"] > 1)
         ]
-        name = ", ".join(parts)
-        taken = [key for key, other in names.items() if other == name and key != row["setting"]]
-        names[row["setting"]] = f"{name} ({row['setting']})" if taken else name
+        plain.setdefault(", ".join(parts), []).append(row["setting"])
+    folders = {run.row["setting"]: run.folder for run in runs}
+    names = {}
+    for name, keys in plain.items():
+        places = [folders[key] for key in keys]
+        for key, place in zip(keys, places, strict=True):
+            unique = place if places.count(place) == 1 else key
+            names[key] = f"{name}, {unique}" if len(keys) > 1 else name
     return names
 
 

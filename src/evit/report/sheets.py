@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from evit.report import compare, tables
 from evit.report.charts import NAMES, group, label
-from evit.report.compare import SCRATCH, TITLES, Point
+from evit.report.compare import TITLES
 from evit.report.found import Found
+from evit.report.points import SCRATCH, Point, dense_of
 
 NOT_RUN, UNPUBLISHED = "not run", "-"
 METRICS = (  # of a table of the paper: title, attribute, decimals
@@ -88,16 +89,18 @@ def papers(content: Found) -> list[Sheet]:
 def runs(title: str, points: Sequence[Point]) -> Sheet:
     """Our settings on one data set, beside their dense models; those with most MACs first."""
     sizes = len({point.img_size for point in points}) > 1
+    recipes = any(point.recipe_name for point in points)
     columns = ["model", "keep rate", "the rest"] + ["px"] * sizes + ["weights", "epochs"]
+    columns += ["recipe"] * recipes
     labels = len(columns)
     columns += ["runs", "top-1 (%)", "to dense", "top-5 (%)", "GMACs", "% of dense", "speed-up"]
     rows = []
     for point in sorted(points, key=lambda p: (p.start, -(p.macs or 0))):
-        dense = compare.dense_of(point, points)
+        dense = dense_of(point, points)
         assert point.top1 is not None and point.top5 is not None and point.macs is not None
         cells = [point.model, label(point, point.img_size), point.rest]
         cells += [str(point.img_size)] * sizes + [point.start, str(point.epochs or "")]
-        cells += [str(point.runs), point.note or f"{point.top1:.2f}"]
+        cells += [point.recipe_name] * recipes + [str(point.runs), point.top1_text]
         if dense and dense.macs and dense.top1 is not None:
             beside = [f"{point.top1 - dense.top1:+.2f}", f"{100 * point.macs / dense.macs:.0f}"]
         else:
@@ -109,7 +112,8 @@ def runs(title: str, points: Sequence[Point]) -> Sheet:
         cells.append("" if speed is None else f"{speed:.2f}")
         rows.append(cells)
     note = (
-        "The mean over the seeds of a setting, with the standard deviation. To dense: points. "
+        "The mean over the seeds of a setting, with the standard deviation. To dense: points from "
+        "the mean of the dense runs by the same recipe; or from what was fine-tuned or evaluated. "
         "Speed-up: images/s beside the dense model's, by src/benchmark.py, else by the runs."
     )
     return Sheet(title, note, [("", len(columns))], columns, rows, labels)
@@ -131,7 +135,7 @@ def cards(content: Found) -> list[tuple[str, str]]:
     found = []
     for title, points in compare.ours(content).items():
         for point in sorted(points, key=lambda p: -p.runs):
-            dense = compare.dense_of(point, points)
+            dense = dense_of(point, points)
             if (point.rate, point.fusion) != (0.7, True) or not dense or point.start != SCRATCH:
                 continue
             assert point.top1 is not None and dense.top1 is not None and point.macs and dense.macs

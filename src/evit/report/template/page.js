@@ -1,6 +1,10 @@
 "use strict";
 const root = document.documentElement;
 const charts = JSON.parse(document.getElementById("charts").textContent);
+const MARKS = {
+  circle: "●", square: "■", "triangle-up": "▲", diamond: "◆",
+  "circle-open": "○", "square-open": "□", "triangle-up-open": "△", "diamond-open": "◇",
+};
 const isDark = () =>
   (root.style.colorScheme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
 
@@ -77,10 +81,8 @@ function drawLegend(chart, view) {
   box.replaceChildren(...[...first.values()].reverse().map((trace) => {
     const key = document.createElement("button");
     const mark = key.appendChild(document.createElement("i"));
-    const symbol = trace.marker.symbol;
-    mark.style.borderColor = trace.line.color;
-    mark.style.background = symbol.endsWith("-open") ? "none" : trace.line.color;
-    mark.classList.toggle("square", symbol.startsWith("square"));
+    mark.textContent = MARKS[trace.marker.symbol];
+    mark.style.color = trace.line.color;
     key.append(trace.name);
     key.setAttribute("aria-pressed", !chart.hidden.has(trace.name));
     key.onclick = () => {
