@@ -56,6 +56,8 @@ def training(config: dict[str, Any], experiment: str | None) -> str:
     if experiment == "deit_s" and recipe["batch_size"] == 1024:
         recipe["batch_size"] = 2048  # as published, with lr in proportion: EViT's is twice DeiT's
     name = re.sub("^(evit|dynamicvit)_|_224$", "", config["model"].get("model_name", ""))
+    if model.keys() >= {"embed_dim", "depth", "num_heads"}:
+        name = ""  # which only says the size
     fine_tuned = bool(config["checkpoint"] or config.get("pretrained"))
     content = name, config["img_size"], fine_tuned, model, data, recipe
     return digest(content)
