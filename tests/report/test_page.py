@@ -226,6 +226,12 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_shown(tmp_path, spoil, run
     assert html.escape(name) in text.split('id="problems"')[1]
 
 
+def test_the_dense_model_has_no_picture_of_surviving_patches(report):
+    text = (report / "index.html").read_text()
+    captions = re.findall("<figcaption>(.*?)</figcaption>", text)
+    assert len(captions) == 4 and not any("dense" in caption for caption in captions)
+
+
 def test_two_runs_of_one_setting_and_seed_are_named_and_counted_once(tmp_path):
     fake.write(tmp_path / "a/run", fake.fashion(0.7, 83.0))
     fake.write(tmp_path / "b/run", fake.fashion(0.7, 84.0))

@@ -7,6 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from evit.report import charts, compare, results, sheets, tables
+from evit.report.curves import curves
 from evit.report.found import read
 from evit.report.points import Point, dense_of
 from tests.report import fake
@@ -68,10 +69,42 @@ def test_the_spread_over_seeds_is_a_bar_and_in_the_hover_text(tmp_path):
         for rate in (1.0, 0.5)
         for seed in range(3)
     }
-    chart = charts.relative(0, "fashion", points(tmp_path, **runs))
+    chart = charts.relative(0, points(tmp_path, **runs))
     (own,) = (series for series in chart.views[0].series if series.ours)
     assert own.spread == [1.0, 1.0] and own.y == [-0.5, 0.0]
     assert "81.50 ± 1.00 % (mean and standard deviation of 3 runs)" in own.hover[0]
+
+
+def test_several_seeds_of_a_row_of_the_paper_have_mean_spread_and_number_in_its_table(tmp_path):
+    for seed in range(3):
+        fake.write(tmp_path / f"{seed}", fake.result(top1=79.0 + 0.5 * seed, seed=seed))
+    sheet = sheets.paper_sheet(read(tmp_path), "keep_rate_deit_s")
+    line = next(row for row in sheet.rows if row[:2] == ["0.7", "fused"])
+    assert line[2:5] == ["79.5", "79.50 ± 0.50, 3 runs", "+0.00"]
+
+
+def test_the_curve_of_a_setting_is_the_mean_and_its_runs_are_faint(tmp_path):
+    for seed, top1 in enumerate((80.0, 84.0)):
+        fake.write(tmp_path / f"{seed}", fake.fashion(0.7, top1, seed=seed))
+    runs = read(tmp_path).runs
+    chart = curves(0, runs, {runs[0].row["setting"]: "EViT"})
+    *single, mean = next(view for view in chart.views if view.name == "top-1").series
+    assert [line.faint for line in single] == [True, True] and not mean.faint
+    assert mean.y[0] == sum(line.y[0] for line in single) / 2
+    assert "mean of 2 runs" in mean.template
+
+
+def test_no_two_lines_of_a_chart_look_the_same(tmp_path):
+    for rate in (1.0, 0.7):
+        for epochs in (1, 2, 3):
+            run = fake.fashion(rate, 80.0 + rate, epochs=epochs)
+            fake.write(tmp_path / f"{rate}-{epochs}", run)
+    content = read(tmp_path)
+    found = compare.ours(content)
+    for chart in charts.imagenet(content), charts.relative(0, *found.values()):
+        for view in chart.views:
+            looks = [(one.family, one.ours, one.marker) for one in view.series]
+            assert len(set(looks)) == len(looks) > 5
 
 
 def training(*overrides: str) -> str:
@@ -108,7 +141,7 @@ def test_two_recipes_are_two_lines_with_names(tmp_path):
     }
     found = points(tmp_path, **runs)
     assert {charts.group(p).split(", ")[-1] for p in found} == {"outputs/low", "outputs/high"}
-    view = charts.relative(0, "fashion", found).views[0]
+    view = charts.relative(0, found).views[0]
     assert sum(series.ours for series in view.series) == 2
     sheet = sheets.runs("", found)
     assert {row[sheet.columns.index("recipe")] for row in sheet.rows} == {

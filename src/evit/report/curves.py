@@ -18,7 +18,7 @@ CURVES = {
 }
 
 
-def curves(index: int, section: str, runs: list[Run], names: dict[str, str]) -> Chart | None:
+def curves(index: int, runs: list[Run], names: dict[str, str]) -> Chart | None:
     """How runs went, over their steps; a colour for each setting.
 
     Args:
@@ -46,7 +46,7 @@ def curves(index: int, section: str, runs: list[Run], names: dict[str, str]) -> 
         return None
     return Chart(
         f"curves-{index}",
-        f"{section}: how training went",
+        "How training went",
         "A line for each setting; faint: its runs.",
         views,
     )

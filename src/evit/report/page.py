@@ -32,8 +32,9 @@ def build(content: Found) -> tuple[list[Chart], list[Section]]:
     points = compare.ours(content)
     for index, (title, own) in enumerate(points.items()):
         runs = [run for run in content.runs if compare.section(run.row, run.row) == title]
-        both = relative(index, title, own), curves(index, title, runs, names)
-        firsts = {run.row["setting"]: run for run in reversed(runs) if run.picture}
+        both = relative(index, own), curves(index, runs, names)
+        sparse = [run for run in runs if run.picture and compare.rate(run.row["keep_rate"]) != 1]
+        firsts = {run.row["setting"]: run for run in reversed(sparse)}
         pictures = [(names[key], data_uri(run.picture)) for key, run in firsts.items()]
         sheet = sheets.runs(title, own)
         sections.append(Section(title, [c for c in both if c], sheet, pictures[::-1]))

@@ -82,7 +82,7 @@ function declutter(box) {
     const point = label.closest(".trace").querySelectorAll(".points path")[texts.indexOf(label)].getBoundingClientRect();
     const [x, y] = [(point.left + point.right) / 2, (point.top + point.bottom) / 2];
     const places = PLACES.map(([right, down]) => {
-      const left = x - a.width / 2 + right * (a.width / 2 + (down ? 0 : 7));
+      const left = x - a.width / 2 + right * (a.width / 2 + (down ? 3 : 7));
       const top = y - a.height / 2 + down * (a.height / 2 + 6);
       return { left, top, right: left + a.width, bottom: top + a.height };
     });
@@ -115,7 +115,7 @@ function drawLegend(chart, view) {
   box.replaceChildren(...[...first.values()].reverse().map((trace) => {
     const key = document.createElement("button");
     const mark = key.appendChild(document.createElement("i"));
-    mark.textContent = MARKS[trace.marker.symbol];
+    mark.dataset.mark = MARKS[trace.marker.symbol];
     mark.style.color = trace.line.color;
     key.append(trace.name);
     key.setAttribute("aria-pressed", !chart.hidden.has(trace.name));
