@@ -119,7 +119,8 @@ def runs(title: str, points: Sequence[Point]) -> Sheet:
         cells.append("" if speed is None else f"{speed:.2f}")
         rows.append(cells)
     same = {name: {row[i] for row in rows} for i, name in enumerate(columns)}
-    same = {name: same[name] for name in ("weights", "epochs", "runs") if len(same[name]) == 1}
+    names = ("model", "weights", "epochs", "runs") if len(rows) > 1 else ()
+    same = {name: same[name] for name in names if len(same[name]) == 1}
     said = "; ".join(f"{name}: {value}" for name, (value,) in same.items() if value)
     shown = [i for i, name in enumerate(columns) if name not in same]
     rows, columns = [[row[i] for i in shown] for row in rows], [columns[i] for i in shown]
@@ -129,7 +130,7 @@ def runs(title: str, points: Sequence[Point]) -> Sheet:
         "the mean of the dense runs by the same recipe; or from what was fine-tuned or evaluated. "
         "Speed-up: images/s beside the dense model's, by src/benchmark.py, else by the runs."
     )
-    note = f"{said.capitalize()}. {note}" if said else note
+    note = f"{said[0].upper()}{said[1:]}. {note}" if said else note
     return Sheet(title, note, [("", len(columns))], columns, rows, labels)
 
 

@@ -128,13 +128,15 @@ def markdown(rows: list[Row]) -> str:
     devices = ", ".join(sorted({r["device"] for r in rows}))
     commits = ", ".join(sorted({str(r["commit"]) for r in rows}))
     torch = ", ".join(sorted({str(r["packages"]["torch"]) for r in rows}))
-    data = ", ".join(
-        sorted({f"{r['data']}, {r['img_size']} px, {r['epochs']} epochs" for r in rows})
+    data = "; ".join(
+        sorted(
+            f"{name}, {size} px, {epochs} epoch" + "s" * (epochs > 1)
+            for name, size, epochs in {(r["data"], r["img_size"], r["epochs"]) for r in rows}
+        )
     )
-    note = (
-        f"{data}. Mean and standard deviation of {seeds} runs with seeds of their own. "
-        f"{devices}; commit {commits}; torch {torch}."
-    )
+    means = f"Mean and standard deviation of {seeds} runs with seeds of their own."
+    note = f"{data}. {means if runs != {1} else 'One run each.'} "
+    note += f"{devices}; commit {commits}; torch {torch}."
     return "\n".join([*lines, "", note]) + "\n"
 
 
