@@ -21,9 +21,9 @@ PALETTE = "#2f86e0 #e8743b #17a07a #d6498f #b08d1c #6b8794 #9a63d6 #c2483d #4fa3
 # As matplotlib names plotly's.
 MARKERS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "triangle-down": "v"}
 MARKERS |= {"star": "*", "triangle-left": "<", "triangle-right": ">"}
-TICKS = [step * 10**power for power in range(6) for step in (1, 2, 5)]  # of logarithmic axes
+TICKS = [step * 10**power for power in range(-2, 6) for step in (1, 2, 5)]  # of logarithmic axes
 LOG = dict(
-    type="log", tickvals=TICKS, ticktext=[f"{t // 1000}k" if t > 999 else str(t) for t in TICKS]
+    type="log", tickvals=TICKS, ticktext=[f"{t // 1000}k" if t > 999 else f"{t:g}" for t in TICKS]
 )
 FAINT = 0.35  # opacity of single runs, of which the mean is shown too
 COLUMN = 3.3  # inches: the width of a paper's column
