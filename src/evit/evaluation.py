@@ -1,6 +1,5 @@
 """One evaluation: read a checkpoint, build what it needs, measure, write evaluation.json."""
 
-import hashlib
 import statistics
 import sys
 import time
@@ -63,7 +62,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     ]
     result: dict[str, Any] = dict(
         checkpoint=str(cfg.checkpoint),
-        checkpoint_sha256=sha256(Path(cfg.checkpoint)),
+        checkpoint_sha256=results.sha256(Path(cfg.checkpoint)),
         settings=rows,
         images=rows[0]["images"],
         model=dict(
@@ -287,8 +286,3 @@ def verify(trainer: L.Trainer, shared: Evaluator, data: Images, repeats: int) ->
         separate_seconds=[round(apart, 3) for _, apart in times],
         ratio=round(statistics.median(together / apart for together, apart in times), 4),
     )
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

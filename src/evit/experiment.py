@@ -21,7 +21,7 @@ from evit.config import HOW
 from evit.data import Images
 from evit.models import DynamicViT, EViT, LVViT
 from evit.models.weights import read_state_dict
-from evit.report import results
+from evit.report import results, tables
 from evit.tracking import JsonlLogger, log_summary, start_service, wandb_logger, wandb_mode
 from evit.training import checkpoints
 from evit.training.callbacks import InferenceSpeed, KeepRateSchedule, KeptPatches
@@ -65,6 +65,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     data, model = build(cfg, recipe)
     teacher = build_teacher(cfg, model)
     announce(cfg, data, model, teacher is not None)
+    started_from = tables.started_from(cfg.checkpoint)
     throughput = Throughput(recipe.batch_size)
     callbacks: list[L.Callback] = [
         throughput,
@@ -132,6 +133,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             data=dict(name=data.name, num_classes=data.num_classes),
             choices={group: HydraConfig.get().runtime.choices[group] for group in GROUPS},
             config=config,
+            started_from=started_from,
             processes=trainer.world_size,
             precision=str(trainer.precision),
             device=results.device_name(trainer.strategy.root_device),

@@ -28,11 +28,13 @@ def result(
     epochs: int = 300,
     checkpoint: str | None = None,
     max_train_images: int | None = None,
+    recipe: dict[str, Any] | None = None,
+    architecture: dict[str, Any] | None = None,
     **more: Any,
 ) -> dict[str, Any]:
     """What result.json holds."""
     knobs = dict(keep_rate=keep_rate, fusion=fusion, img_size=img_size)
-    architecture: dict[str, Any] = dict(embed_dim=96) if model.endswith("micro") else {}
+    size: dict[str, Any] = dict(embed_dim=96) if model.endswith("micro") else {}
     config = knobs | dict(
         name="sweep",
         seed=seed,
@@ -40,9 +42,12 @@ def result(
         pretrained=False,
         model=dict(_target_="evit.models.create_model", model_name=TIMM[model], pretrained=False)
         | knobs
-        | architecture,
+        | size
+        | (architecture or {}),
         data=dict(root="/secret/place", seed=seed, img_size=img_size),
-        recipe=dict(epochs=epochs, max_train_images=max_train_images, max_val_images=None),
+        recipe=dict(epochs=epochs, max_train_images=max_train_images, max_val_images=None)
+        | dict(lr=1e-3, batch_size=64, shrink_epochs=epochs * (keep_rate < 1))
+        | (recipe or {}),
     )
     facts = dict(img_size=img_size, params=22050664, macs_executed=macs, macs=macs)
     return dict(

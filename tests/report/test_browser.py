@@ -67,6 +67,13 @@ def test_a_legend_entry_hides_its_line_and_shows_it_again(opened):
         assert opened.run(key + '.getAttribute("aria-pressed")') == shown
 
 
+def test_every_legend_entry_has_a_mark(opened):
+    marks = opened.run(
+        "[...document.querySelectorAll('.legend i')].map((mark) => mark.dataset.mark)"
+    )
+    assert len(marks) > 10 and all(len(mark or "") == 1 for mark in marks)
+
+
 def test_a_tab_shows_its_table_alone(opened):
     shown = (
         "[...document.querySelectorAll('#papers .sheet')].filter((s) => s.offsetHeight)"

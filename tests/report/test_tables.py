@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from evit.report import found, tables
+from evit.report import figures, files, found, page, results, sheets, tables
 from tests.conftest import QUICK, command
+from tests.report import fake
 
 
 def row(**changes) -> dict:
@@ -79,9 +80,38 @@ def test_where_the_numbers_come_from_is_below_the_table():
     assert "CPU; commit abc, def; torch 2.15.0" in note
 
 
+def test_the_table_of_a_run_has_both_speeds(tmp_path, capsys):
+    result = fake.fashion(0.7, 83.14, throughput=1234.4, train_images_per_s=None)
+    results.show(result, tmp_path)
+    lines = [line.strip("│ ").split("│") for line in capsys.readouterr().out.splitlines()]
+    shown = {line[0].strip(): line[1].strip() for line in lines if len(line) == 2}
+    assert shown["inference"] == "1234 images/s on CPU (x86_64, 2 threads)"
+    assert shown["training"] == "- images/s on CPU (x86_64, 2 threads)"
+
+
 def test_a_folder_without_finished_runs_is_named(tmp_path):
     with pytest.raises(ValueError, match="no run has finished in .*no result.json"):
         found.read(tmp_path)
+
+
+def test_tables_and_charts_can_be_made_again_from_runs_json_alone(tmp_path):
+    for rate, seed in ((1.0, 0), (1.0, 1), (0.7, 0), (0.7, 1)):
+        run = fake.fashion(rate, 83.0 + rate + seed, seed=seed)
+        fake.write(tmp_path / f"outputs/fashion/{rate}-{seed}", run)
+    files.write(tmp_path / "outputs", tmp_path / "results", page=False)
+    before, again = found.read(tmp_path / "outputs"), found.read(tmp_path / "results")
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
+        "runs.json",
+        "table.md",
+    ]
+    sections = [page.build(content)[1] for content in (before, again)]
+    texts = [
+        sheets.markdown(c, [s.sheet for s in own])
+        for c, own in zip((before, again), sections, strict=True)
+    ]
+    assert texts[0] == texts[1]
+    drawn = [figures.interactive(own[0].charts[0]) for own in sections]
+    assert drawn[0] == drawn[1]
 
 
 def test_the_command_writes_the_table_of_runs_and_can_read_it_again(tmp_path, shared_photos):

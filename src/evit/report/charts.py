@@ -4,11 +4,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from evit.report import compare
-from evit.report.compare import SCRATCH, SHELF, TITLES, Point, base
+from evit.report.compare import TITLES
 from evit.report.found import Found
+from evit.report.points import SCRATCH, SHELF, Point, base, dense_of
 
 NAMES = dict(deit_s="DeiT-S", lvvit_s="LV-ViT-S", dynamicvit_deit_s="DynamicViT-DeiT-S")
 TOP1 = "top-1 accuracy (%)"
+MARKERS = dict(lvvit="triangle-up", dynamicvit="diamond")  # so that colour does not matter
+SPARE = "triangle-down", "star", "triangle-left", "triangle-right", "diamond", "circle"
 # A point of a series: the series' name, the point, whether it is ours, where it stands.
 Entry = tuple[str, Point, bool, float | None, float | None]
 
@@ -17,7 +20,7 @@ Entry = tuple[str, Point, bool, float | None, float | None]
 class Series:
     """Points of one kind, or a line through them.
 
-    family chooses the colour; ours are solid and the paper's hollow; dropped ones are square.
+    family chooses the colour; ours are solid and the paper's hollow; marker is as plotly names it.
     """
 
     name: str
@@ -26,8 +29,11 @@ class Series:
     y: list[float] = field(default_factory=list)
     labels: list[str] = field(default_factory=list)
     hover: list[str] = field(default_factory=list)
+    spread: list[float] = field(default_factory=list)  # of y; 0: of one run
+    template: str = ""  # instead of hover: of every point, as plotly fills it in
     ours: bool = True
-    square: bool = False
+    marker: str = "circle"
+    faint: bool = False
     line: bool = True
     markers: bool = True
 
@@ -66,7 +72,7 @@ def group(point: Point) -> str:
         parts.append(point.start)
     if point.epochs and point.epochs < 300:
         parts.append(f"{point.epochs} epoch" + "s" * (point.epochs > 1))
-    return ", ".join(filter(None, parts))
+    return ", ".join(filter(None, [*parts, point.recipe_name]))
 
 
 def label(point: Point, size: int = 224) -> str:
@@ -79,8 +85,8 @@ def hover(point: Point, name: str) -> str:
     """All numbers of a point, a line each."""
     lines = [name, f"keep rate {label(point)}, {point.img_size} px"]
     if point.top1 is not None:
-        runs = f", {point.runs} runs" if point.runs > 1 else ""
-        lines.append(f"top-1 {point.note or f'{point.top1:.2f}'} %{runs}")
+        runs = f" (mean and standard deviation of {point.runs} runs)" if point.runs > 1 else ""
+        lines.append(f"top-1 {point.top1_text} %{runs}")
     if point.top5 is not None:
         lines.append(f"top-5 {point.top5:.2f} %")
     if point.macs is not None:
@@ -105,6 +111,22 @@ def plot(entries: Iterable[Entry], sizes: bool = True) -> list[Series]:
     return [_series(*key, members, sizes) for key, members in found.items()]
 
 
+def marked(series: list[Series]) -> list[Series]:
+    """Give each line a marker that no other of its colour has; ours has that of its paper's line.
+
+    The first of a family has the family's own, and of those that drop tokens a square.
+    """
+    taken: dict[tuple[str, bool], dict[str, str]] = {}
+    for one in series:
+        name = one.name.removesuffix(" (paper)")
+        mine = taken.setdefault((one.family, one.ours), {})
+        twin = taken.get((one.family, not one.ours), {}).get(name)
+        wanted = [twin, one.marker, *SPARE]
+        one.marker = next((m for m in wanted if m and m not in mine.values()), one.marker)
+        mine[name] = one.marker
+    return series
+
+
 def _series(name: str, own: bool, members: list[tuple[float, float, Point]], sizes: bool) -> Series:
     members.sort(key=lambda member: member[0])
     xs, ys, points = (list(column) for column in zip(*members, strict=True))
@@ -117,8 +139,9 @@ def _series(name: str, own: bool, members: list[tuple[float, float, Point]], siz
         ys,
         [label(point, 224 if sizes else point.img_size) for point in points],
         [hover(point, shown) for point in points],
+        [point.spread or 0 for point in points],
         ours=own,
-        square=style.rest == "dropped",
+        marker="square" if style.rest == "dropped" else MARKERS.get(family(style), "circle"),
         line="resolution" not in name,  # those are points here and there
     )
 
@@ -155,14 +178,14 @@ def imagenet(found: Found) -> Chart:
             name,
             titles[cost],
             TOP1,
-            plot((*line, getattr(line[1], cost), line[1].top1) for line in lines),
+            marked(plot((*line, getattr(line[1], cost), line[1].top1) for line in lines)),
             log_x=cost != "speed",
         )
         for cost, name in dict(macs="GMACs", speed="speed-up", images_per_s="images/s").items()
     ]
     note = (
         "Hollow: published. Filled: ours, where runs on the whole of ImageNet have finished. "
-        "Circles: the other tokens fused; squares: dropped. Labels: keep rate."
+        "Squares: the other tokens dropped; else fused. Labels: keep rate."
     )
     return Chart("imagenet", "ImageNet: accuracy against cost", note, views)
 
@@ -179,14 +202,13 @@ def references() -> list[Point]:
 
 def changes(points: list[Point], own: bool, cost: str) -> list[Entry]:
     """Each point beside its dense model: cost in percent of it, top-1 in points from it."""
-    groups: dict[str, list[Point]] = {}
+    groups: dict[tuple[str, Point], list[Point]] = {}
     for point in points:
-        if not point.dense and compare.dense_of(point, points):
-            groups.setdefault(group(point), []).append(point)
+        if not point.dense and (dense := dense_of(point, points)):
+            groups.setdefault((group(point), dense), []).append(point)
     entries: list[Entry] = []
-    for name, members in groups.items():
-        dense = compare.dense_of(members[0], points)
-        assert dense and dense.top1 is not None
+    for (name, dense), members in groups.items():
+        assert dense.top1 is not None
         costs = getattr(dense, cost)
         for point in [dense, *members]:
             value = getattr(point, cost)
@@ -196,7 +218,7 @@ def changes(points: list[Point], own: bool, cost: str) -> list[Entry]:
     return entries
 
 
-def relative(index: int, section: str, points: list[Point]) -> Chart | None:
+def relative(index: int, points: list[Point]) -> Chart | None:
     """Change of top-1 against change of cost, each beside its own dense model; the paper's too."""
     y_title = "top-1, change to the dense model (points)"
     views = []
@@ -208,18 +230,21 @@ def relative(index: int, section: str, points: list[Point]) -> Chart | None:
             ]
             if any(len(series.x) > 1 for series in both[1]):
                 title = f"{name} (% of the dense model's)"
-                views.append(View(name + kind, title, y_title, both[0] + both[1]))
+                views.append(View(name + kind, title, y_title, marked(both[0] + both[1])))
     if not views:
         return None
     note = (
         "Every model beside its own dense model, so that runs on other data can stand beside the "
-        "paper's on ImageNet (hollow). Labels: keep rate."
+        "paper's on ImageNet (hollow). Labels: keep rate. Bars: standard deviation over seeds."
     )
     if not any("images/s" in view.name for view in views):
         note += " Images/s have not been measured for these models (src/benchmark.py)."
+    elif any(point.images_per_s and point.speed is None for point in points):
+        note += " Images/s are what the runs measured for a moment at their end, the median over "
+        note += "seeds; src/benchmark.py lets models take turns."
     return Chart(
         f"relative-{index}",
-        f"{section}: accuracy against cost, beside the dense model",
+        "Accuracy against cost, beside the dense model",
         note,
         views,
     )

@@ -3,14 +3,14 @@
 import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from evit.report import paper, tables
 from evit.report.found import Found
+from evit.report.points import SCRATCH, SHELF, TUNED, Point, told_apart
 
 Row = dict[str, Any]
-SCRATCH, TUNED, SHELF = "from scratch", "fine-tuned", "off the shelf"
 # conf/model's names of the models in the paper's tables.
 SYSTEMS = dict(evit_deit="deit_s", deit="deit_s", evit_lvvit="lvvit_s", lvvit="lvvit_s")
 SYSTEMS |= dict(dynamicvit_deit="dynamicvit_deit_s")
@@ -24,41 +24,6 @@ TITLES = dict(
     resolution_lvvit_s="LV-ViT-S at higher resolutions",
     dynamicvit_deit_s="EViT and DynamicViT on DeiT-S",
 )
-
-
-@dataclass(frozen=True)
-class Point:
-    """The numbers of one setting: a published row, or the mean over our runs of it.
-
-    top1 and top5 are percent, macs 1e9 of an image, speed that of the dense model at the base size
-    times. None: not published, not measured.
-    """
-
-    model: str  # a key of TIMM, or conf/model's
-    rate: float | tuple[float, ...]
-    fusion: bool | None
-    img_size: int
-    start: str = SCRATCH
-    epochs: int | None = None
-    top1: float | None = None
-    top5: float | None = None
-    macs: float | None = None
-    images_per_s: float | None = None
-    speed: float | None = None
-    note: str = ""  # top-1 with its spread
-    runs: int = 1
-    origin: str = ""  # of an evaluation: its checkpoint
-
-    @property
-    def dense(self) -> bool:
-        return self.rate == 1
-
-    @property
-    def rest(self) -> str:
-        """What becomes of the tokens that are not kept."""
-        if self.dense or self.model.startswith("dynamicvit"):
-            return ""
-        return {True: "fused", False: "dropped", None: ""}[self.fusion]
 
 
 def published() -> dict[str, list[Point]]:
@@ -84,6 +49,8 @@ def published() -> dict[str, list[Point]]:
             row["macs"],
             row["throughput"],
             row["throughput"] / base["throughput"],
+            setting=row["model"],
+            origin=re.sub("^dynamicvit_", "", row["model"]) if row["finetuned"] else "",
         )
         found.setdefault(row["table"], []).append(point)
     return found
@@ -96,6 +63,7 @@ def ours(found: Found) -> dict[str, list[Point]]:
     """
     named: dict[str, list[tuple[str, Point]]] = {}
     devices: dict[str, set[Any]] = {}
+    folders = {run.row["setting"]: run.folder for run in reversed(found.runs)}
     for group in tables.settings(found.rows):
         row = group[0]
         point = Point(
@@ -108,9 +76,13 @@ def ours(found: Found) -> dict[str, list[Point]]:
             statistics.mean(r["top1"] for r in group),
             statistics.mean(r["top5"] for r in group),
             row["macs"] / 1e9,
-            images_per_s=group[0].get("throughput"),
-            note=tables.spread(group, "top1"),
+            images_per_s=typical([r.get("throughput") for r in group]),
+            spread=statistics.stdev(r["top1"] for r in group) if len(group) > 1 else None,
             runs=len(group),
+            setting=row["setting"],
+            # Of older files, which do not tell: those of one folder, trained for as many epochs.
+            recipe=row.get("recipe") or f"{folders[row['setting']]}, {row['epochs']} epochs",
+            origin=row.get("started_from") or "",
         )
         devices.setdefault(section(row, row), set()).add((row["device"], row.get("precision")))
         name = canonical(row.get("timm_name") or "")
@@ -122,10 +94,16 @@ def ours(found: Found) -> dict[str, list[Point]]:
         shelf = named.setdefault(section(data, dict(img_size=img_size, whole=whole)), [])
         shelf += [("", point) for point in off_the_shelf(result) if ("", point) not in shelf]
     return {
-        key: with_speeds(found, points, alike=len(devices.get(key, [])) == 1)
+        key: told_apart(with_speeds(found, points, alike=len(devices.get(key, [])) == 1), folders)
         for key, points in named.items()
         if points
     }
+
+
+def typical(values: list[float | None]) -> float | None:
+    """The median of what was measured, which a busy machine moves less than the mean."""
+    known = [value for value in values if value]
+    return statistics.median(known) if known else None
 
 
 def off_the_shelf(result: Row) -> list[Point]:
@@ -141,6 +119,7 @@ def off_the_shelf(result: Row) -> list[Point]:
             row["top1"],
             row["top5"],
             row["macs"] / 1e9,
+            recipe=result.get("checkpoint_sha256", ""),
             origin=result.get("checkpoint_sha256", ""),
         )
         for row in result["settings"]
@@ -237,7 +216,7 @@ def pairs(found: Found, name: str) -> tuple[str, list[tuple[Point, Point | None]
     for row, speed in zip(rows, speeds, strict=True):
         own = next((point for point in candidates if same(row, point)), None)
         if speed:
-            own = own or replace(row, top1=None, top5=None, note="")
+            own = own or replace(row, top1=None, top5=None)
             own = replace(own, **speed)
         matched.append((row, own))
     return way if any(speeds) else "", matched
@@ -251,22 +230,3 @@ def same(row: Point, own: Point) -> bool:
         return False  # LV-ViT's 300 epochs are 310 with those of its last learning rate
     fusion = row.dense or row.model.startswith("dynamicvit") or own.fusion == row.fusion
     return fusion and (own.rate, own.img_size) == (row.rate, row.img_size)
-
-
-def dense_of(point: Point, points: Sequence[Point]) -> Point | None:
-    """The dense model that a setting is compared with, of those at hand.
-
-    The one evaluated with it, or trained for as many epochs; of a fine-tuned one that which was
-    trained for most; the smallest images.
-    """
-    found = [p for p in points if p.dense and p.top1 is not None and base(p) == base(point)]
-    if point.start == SCRATCH and point.epochs:
-        found = [p for p in found if p.epochs in (None, point.epochs)]
-    if point.start == SHELF:
-        found = [p for p in found if (p.start, p.origin) == (SHELF, point.origin)]
-    found.sort(key=lambda p: (p.epochs != point.epochs, p.img_size, -(p.epochs or 0)))
-    return found[0] if found else None
-
-
-def base(point: Point) -> str:
-    return re.sub("^(evit|dynamicvit)_", "", point.model)

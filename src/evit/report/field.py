@@ -6,9 +6,10 @@ from typing import Any
 import yaml
 
 from evit.report import compare
-from evit.report.charts import NAMES, TOP1, Chart, Series, View, family, label
-from evit.report.compare import TIMM, Point
+from evit.report.charts import MARKERS, NAMES, TOP1, Chart, Series, View, family, label
+from evit.report.compare import TIMM
 from evit.report.found import Found
+from evit.report.points import Point
 
 OTHERS = "other models", "others"  # name and colour
 FAMILIES = {"DeiT": ("DeiT", "deit"), "LV-ViT": ("LV-ViT", "lvvit")}
@@ -60,7 +61,8 @@ def field_view(
         else:
             key, color = FAMILIES.get(facts[i]["family"], OTHERS)
             text = point.model if point.img_size == 224 else f"{point.model} at {point.img_size}"
-        series = found.setdefault(key, Series(key, color, ours=evit, line=evit))
+        marker = MARKERS.get(color, "circle")
+        series = found.setdefault(key, Series(key, color, ours=evit, line=evit, marker=marker))
         series.x.append(x)
         series.y.append(point.top1)
         series.labels.append(text)

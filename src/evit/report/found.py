@@ -31,6 +31,11 @@ class Run:
     curves: list[Row] = field(default_factory=list)
     picture: bytes | None = None
 
+    @property
+    def folder(self) -> str:
+        """Where it lies with others."""
+        return str(Path(self.name).parent)
+
 
 @dataclass
 class Found:

@@ -32,8 +32,9 @@ def build(content: Found) -> tuple[list[Chart], list[Section]]:
     points = compare.ours(content)
     for index, (title, own) in enumerate(points.items()):
         runs = [run for run in content.runs if compare.section(run.row, run.row) == title]
-        both = relative(index, title, own), curves(index, title, runs, names)
-        firsts = {run.row["setting"]: run for run in reversed(runs) if run.picture}
+        both = relative(index, own), curves(index, runs, names)
+        sparse = [run for run in runs if run.picture and compare.rate(run.row["keep_rate"]) != 1]
+        firsts = {run.row["setting"]: run for run in reversed(sparse)}
         pictures = [(names[key], data_uri(run.picture)) for key, run in firsts.items()]
         sheet = sheets.runs(title, own)
         sections.append(Section(title, [c for c in both if c], sheet, pictures[::-1]))
@@ -41,19 +42,23 @@ def build(content: Found) -> tuple[list[Chart], list[Section]]:
 
 
 def setting_names(runs: list[Run]) -> dict[str, str]:
-    """A name for each setting's hash, with the hash where another has the same."""
-    names: dict[str, str] = {}
-    for run in runs:
-        row = run.row
+    """A name for each setting's hash; where others have the same, with the folder, or the hash."""
+    plain: dict[str, list[str]] = {}
+    for row in {run.row["setting"]: run.row for run in runs}.values():
         rate = compare.rate(row["keep_rate"])
         parts = [row["model"], "dense" if rate == 1 else f"keep rate {row['keep_rate']}"]
         parts += ["fused" if row["fusion"] else "dropped"] * (rate != 1)
         parts += ["fine-tuned"] * row["from_checkpoint"] + [
             f"{row['epochs']} epoch" + "s" * (row["epochs"] > 1)
         ]
-        name = ", ".join(parts)
-        taken = [key for key, other in names.items() if other == name and key != row["setting"]]
-        names[row["setting"]] = f"{name} ({row['setting']})" if taken else name
+        plain.setdefault(", ".join(parts), []).append(row["setting"])
+    folders = {run.row["setting"]: run.folder for run in runs}
+    names = {}
+    for name, keys in plain.items():
+        places = [folders[key] for key in keys]
+        for key, place in zip(keys, places, strict=True):
+            unique = place if places.count(place) == 1 else key
+            names[key] = f"{name}, {unique}" if len(keys) > 1 else name
     return names
 
 

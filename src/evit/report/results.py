@@ -1,6 +1,7 @@
 """result.json: what a finished run leaves, and the table of it."""
 
 import functools
+import hashlib
 import json
 import os
 import platform
@@ -154,8 +155,9 @@ def show(result: dict[str, Any], folder: Path) -> None:
     )
     table.add_row("MACs", f"{row['macs'] / 1e9:.3f} G per image")
     table.add_row("parameters", f"{row['params'] / 1e6:.2f} M")
-    speed = row["train_images_per_s"]
-    table.add_row("training", f"{f'{speed:.0f}' if speed else '-'} images/s on {result['device']}")
+    for name, key in dict(training="train_images_per_s", inference="throughput").items():
+        speed = f"{row[key]:.0f}" if row[key] else "-"
+        table.add_row(name, f"{speed} images/s on {result['device']}")
     table.add_row("time", f"{result['seconds'] / 60:.1f} min")
     console = Console(markup=False)  # [x] is of the name of a folder, and no colour
     console.print(table)
@@ -177,6 +179,11 @@ def package_version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def git_commit() -> str | None:

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from evit.report import compare, tables
 from evit.report.charts import NAMES, group, label
-from evit.report.compare import SCRATCH, TITLES, Point
+from evit.report.compare import TITLES
 from evit.report.found import Found
+from evit.report.points import SCRATCH, Point, dense_of
 from evit.report.tables import plain
 
 NOT_RUN, UNPUBLISHED = "not run", "-"
@@ -59,6 +60,8 @@ def paper_sheet(content: Found, name: str) -> Sheet:
         cells += [label(row, row.img_size)] + [row.rest] * rests + [str(row.img_size)] * sizes
         for _, key, digits in metrics:
             cells += numbers(getattr(row, key), getattr(own, key, None), digits)
+            if key == "top1" and own and own.spread is not None:
+                cells[-2] = f"{own.top1_text}, {own.runs} runs"
         rows.append(cells)
     note = "Speed is relative to the dense model of the same table at 224 px"
     note += f", ours on {way}." if way else "; ours has not been measured (src/benchmark.py)."
@@ -74,7 +77,11 @@ def numbers(theirs: float | None, own: float | None, digits: int) -> list[str]:
     shown = f"{own:.{max(digits, 2)}f}"
     if theirs is None:
         return [UNPUBLISHED, shown, ""]
-    return [f"{theirs:.{digits}f}", shown, f"{own - theirs:+.2f}"]
+    return [f"{theirs:.{digits}f}", shown, signed(own - theirs)]
+
+
+def signed(difference: float) -> str:
+    return f"{round(difference, 2) + 0.0:+.2f}"  # no -0.00
 
 
 def papers(content: Found) -> list[Sheet]:
@@ -84,18 +91,21 @@ def papers(content: Found) -> list[Sheet]:
 def runs(title: str, points: Sequence[Point]) -> Sheet:
     """Our settings on one data set, beside their dense models; those with most MACs first."""
     sizes = len({point.img_size for point in points}) > 1
+    recipes = any(point.recipe_name for point in points)
     columns = ["model", "keep rate", "the rest"] + ["px"] * sizes + ["weights", "epochs"]
+    columns += ["recipe"] * recipes
+    columns += ["runs"]
     labels = len(columns)
-    columns += ["runs", "top-1 (%)", "to dense", "top-5 (%)", "GMACs", "% of dense", "speed-up"]
+    columns += ["top-1 (%)", "to dense", "top-5 (%)", "GMACs", "% of dense", "speed-up"]
     rows = []
     for point in sorted(points, key=lambda p: (p.start, -(p.macs or 0))):
-        dense = compare.dense_of(point, points)
+        dense = dense_of(point, points)
         assert point.top1 is not None and point.top5 is not None and point.macs is not None
         cells = [point.model, label(point, point.img_size), point.rest]
         cells += [str(point.img_size)] * sizes + [point.start, str(point.epochs or "")]
-        cells += [str(point.runs), point.note or f"{point.top1:.2f}"]
+        cells += [point.recipe_name] * recipes + [str(point.runs), point.top1_text]
         if dense and dense.macs and dense.top1 is not None:
-            beside = [f"{point.top1 - dense.top1:+.2f}", f"{100 * point.macs / dense.macs:.0f}"]
+            beside = [signed(point.top1 - dense.top1), f"{100 * point.macs / dense.macs:.0f}"]
         else:
             beside = ["", ""]
         cells += [beside[0], f"{point.top5:.2f}", f"{point.macs:.4g}", beside[1]]
@@ -104,10 +114,19 @@ def runs(title: str, points: Sequence[Point]) -> Sheet:
             speed = point.images_per_s / dense.images_per_s
         cells.append("" if speed is None else f"{speed:.2f}")
         rows.append(cells)
+    same = {name: {row[i] for row in rows} for i, name in enumerate(columns)}
+    names = ("model", "weights", "epochs", "runs") if len(rows) > 1 else ()
+    same = {name: same[name] for name in names if len(same[name]) == 1}
+    said = "; ".join(f"{name}: {value}" for name, (value,) in same.items() if value)
+    shown = [i for i, name in enumerate(columns) if name not in same]
+    rows, columns = [[row[i] for i in shown] for row in rows], [columns[i] for i in shown]
+    labels -= len(same)
     note = (
-        "The mean over the seeds of a setting, with the standard deviation. To dense: points. "
+        "The mean over the seeds of a setting, with the standard deviation. To dense: points from "
+        "the mean of the dense runs by the same recipe; or from what was fine-tuned or evaluated. "
         "Speed-up: images/s beside the dense model's, by src/benchmark.py, else by the runs."
     )
+    note = f"{said[0].upper()}{said[1:]}. {note}" if said else note
     return Sheet(title, note, [("", len(columns))], columns, rows, labels)
 
 
@@ -127,13 +146,14 @@ def cards(content: Found) -> list[tuple[str, str]]:
     found = []
     for title, points in compare.ours(content).items():
         for point in sorted(points, key=lambda p: -p.runs):
-            dense = compare.dense_of(point, points)
+            dense = dense_of(point, points)
             if (point.rate, point.fusion) != (0.7, True) or not dense or point.start != SCRATCH:
                 continue
             assert point.top1 is not None and dense.top1 is not None and point.macs and dense.macs
             text = f"top-1 for {1 - point.macs / dense.macs:.0%} fewer MACs: {group(point)}, "
             text += f"keep rate 0.7, {title}"
-            found.append((f"{point.top1 - dense.top1:+.2f} points", text))
+            text += f"; mean of {point.runs} runs" * (point.runs > 1)
+            found.append((f"{signed(point.top1 - dense.top1)} points", text))
             break
     for name, model in dict(keep_rate_deit_s="DeiT-S", keep_rate_lvvit_s="LV-ViT-S").items():
         way, pairs = compare.pairs(content, name)

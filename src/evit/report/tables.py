@@ -5,6 +5,7 @@ import json
 import re
 import statistics
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 from evit.report import results
@@ -13,6 +14,10 @@ Row = dict[str, Any]
 # What runs of one setting may differ in.
 OWN = {"seed", "name", "logger", "checkpoint", "overwrite"}
 OWN_DATA = {"seed", "cache_dir", "num_workers", "batches_ahead"}
+# What an EViT or a DynamicViT may differ in from the dense run that it is compared with.
+OWN_MODEL = {"_target_", "model_name", "pretrained", "keep_rate", "drop_loc", "fusion", "img_size"}
+OWN_RECIPE = {"shrink_start_epoch", "shrink_epochs", "token_multiple", "ratio_weight"}
+OWN_RECIPE |= {"distill_weight", "teacher", "max_batch_per_process", "eval_every"}
 
 
 def row(result: dict[str, Any]) -> Row:
@@ -27,6 +32,8 @@ def row(result: dict[str, Any]) -> Row:
         epochs=recipe["epochs"],
         from_checkpoint=bool(config["checkpoint"] or config.get("pretrained")),
         setting=setting(config),
+        recipe=training(config, result["choices"].get("experiment")),
+        started_from=result.get("started_from"),
         seed=config["seed"],
         **{key: result[key] for key in ("seconds", "device", "precision", "commit", "packages")},
     )
@@ -36,7 +43,40 @@ def setting(config: dict[str, Any]) -> str:
     """A hash of a run's configuration, the same for runs that differ by chance alone."""
     same = {key: value for key, value in config.items() if key not in OWN}
     same["data"] = {key: value for key, value in same["data"].items() if key not in OWN_DATA}
-    return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:8]
+    return digest(same)
+
+
+def training(config: dict[str, Any], experiment: str | None) -> str:
+    """A hash of how a run was trained, the same for a dense model and for its EViT: all that
+    chance and keeping fewer tokens do not change.
+    """
+    model = {key: value for key, value in config["model"].items() if key not in OWN_MODEL}
+    data = {key: value for key, value in config["data"].items() if key not in OWN_DATA}
+    recipe = {key: value for key, value in config["recipe"].items() if key not in OWN_RECIPE}
+    if experiment == "deit_s" and recipe["batch_size"] == 1024:
+        recipe["batch_size"] = 2048  # as published, with lr in proportion: EViT's is twice DeiT's
+    name = re.sub("^(evit|dynamicvit)_|_224$", "", config["model"].get("model_name", ""))
+    if model.keys() >= {"embed_dim", "depth", "num_heads"}:
+        name = ""  # which only says the size
+    fine_tuned = bool(config["checkpoint"] or config.get("pretrained"))
+    content = name, config["img_size"], fine_tuned, model, data, recipe
+    return digest(content)
+
+
+def started_from(checkpoint: str | None) -> str | None:
+    """What a run began with: the setting of the run that left the checkpoint, else its SHA-256."""
+    if not checkpoint:
+        return None
+    path = Path(checkpoint).absolute()
+    try:
+        assert path.parent.name == "checkpoints"
+        return setting(json.loads((path.parent.parent / "config.json").read_text()))
+    except (AssertionError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return results.sha256(path)
+
+
+def digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def timm_name(model: dict[str, Any]) -> str | None:
@@ -89,13 +129,15 @@ def markdown(rows: list[Row]) -> str:
     devices = ", ".join(sorted({r["device"] for r in rows}))
     commits = ", ".join(sorted({str(r["commit"]) for r in rows}))
     torch = ", ".join(sorted({str(r["packages"]["torch"]) for r in rows}))
-    data = ", ".join(
-        sorted({f"{r['data']}, {r['img_size']} px, {r['epochs']} epochs" for r in rows})
+    data = "; ".join(
+        sorted(
+            f"{name}, {size} px, {epochs} epoch" + "s" * (epochs > 1)
+            for name, size, epochs in {(r["data"], r["img_size"], r["epochs"]) for r in rows}
+        )
     )
-    note = (
-        f"{data}. Mean and standard deviation of {seeds} runs with seeds of their own. "
-        f"{devices}; commit {commits}; torch {torch}."
-    )
+    means = f"Mean and standard deviation of {seeds} runs with seeds of their own."
+    note = f"{data}. {means if runs != {1} else 'One run each.'} "
+    note += f"{devices}; commit {commits}; torch {torch}."
     return "\n".join([*lines, "", plain(note)]) + "\n"
 
 

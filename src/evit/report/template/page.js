@@ -1,6 +1,14 @@
 "use strict";
 const root = document.documentElement;
 const charts = JSON.parse(document.getElementById("charts").textContent);
+const MARKS = {
+  circle: "●", square: "■", diamond: "◆", star: "★",
+  "triangle-up": "▲", "triangle-down": "▼", "triangle-left": "◀", "triangle-right": "▶",
+  "circle-open": "○", "square-open": "□", "diamond-open": "◇", "star-open": "☆",
+  "triangle-up-open": "△", "triangle-down-open": "▽", "triangle-left-open": "◁", "triangle-right-open": "▷",
+};
+// Of a label: how far to the right of its point and below it.
+const PLACES = [[0, -1], [0, 1], [1, 0], [-1, 0], [1, -1], [-1, -1], [1, 1], [-1, 1]];
 const isDark = () =>
   (root.style.colorScheme || (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
 
@@ -57,18 +65,48 @@ function draw(chart) {
   drawLegend(chart, view);
 }
 
-// Labels that would lie on one another, on a point or over the edge are left out: hovering shows them.
+// Each label goes where it lies on no other, on no point and over no edge, with least of lines and bars behind it.
+// Those that find no place are left out: hovering shows them.
 function declutter(box) {
+  const labels = [...box.querySelectorAll(".textpoint text")].reverse();
+  if (!labels.length) return;
   const edge = box.querySelector(".nsewdrag").getBoundingClientRect();
   const points = [...box.querySelectorAll(".points path")].map((point) => point.getBoundingClientRect());
   const kept = points.map((p) => ({ left: p.left + 3, right: p.right - 3, top: p.top + 3, bottom: p.bottom - 3 }));
-  for (const label of [...box.querySelectorAll(".textpoint text")].reverse()) {
+  const behind = [...box.querySelectorAll("path.js-line, .errorbar path")].flatMap(along);
+  const written = [];
+  for (const label of labels) {
+    label.style.translate = "";
     const a = label.getBoundingClientRect();
-    const apart = (b) => a.right < b.left || b.right < a.left || a.bottom < b.top || b.bottom < a.top;
-    const free = a.left >= edge.left && a.right <= edge.right && kept.every(apart);
-    if (free) kept.push(a);
-    label.style.visibility = free ? "" : "hidden";
+    const texts = [...label.closest(".trace").querySelectorAll(".textpoint text")];
+    const point = label.closest(".trace").querySelectorAll(".points path")[texts.indexOf(label)].getBoundingClientRect();
+    const [x, y] = [(point.left + point.right) / 2, (point.top + point.bottom) / 2];
+    const places = PLACES.map(([right, down]) => {
+      const left = x - a.width / 2 + right * (a.width / 2 + (down ? 3 : 7));
+      const top = y - a.height / 2 + down * (a.height / 2 + 6);
+      return { left, top, right: left + a.width, bottom: top + a.height };
+    });
+    const free = places.filter((p) => p.left >= edge.left && p.right <= edge.right && p.bottom <= edge.bottom && kept.every(
+      (k) => p.right < k.left || k.right < p.left || p.bottom < k.top || k.bottom < p.top));
+    const hits = (p) => behind.filter(([u, v]) => u > p.left && u < p.right && v > p.top && v < p.bottom).length;
+    const best = free.map((p) => [hits(p), p]).sort((p, q) => p[0] - q[0])[0]?.[1];
+    const twice = written.some(([text, u, v]) => text === label.textContent && Math.hypot(u - x, v - y) < 6);
+    label.style.visibility = best && !twice ? "" : "hidden";
+    if (!best || twice) continue;
+    label.style.translate = `${best.left - a.left}px ${best.top - a.top}px`;
+    kept.push(best);
+    written.push([label.textContent, x, y]);
   }
+}
+
+// Points of the screen along a line.
+function along(path) {
+  const matrix = path.getScreenCTM();
+  const count = Math.ceil(path.getTotalLength() / 5);
+  return Array.from({ length: count }, (_, i) => {
+    const point = path.getPointAtLength(5 * i).matrixTransform(matrix);
+    return [point.x, point.y];
+  });
 }
 
 function drawLegend(chart, view) {
@@ -77,10 +115,8 @@ function drawLegend(chart, view) {
   box.replaceChildren(...[...first.values()].reverse().map((trace) => {
     const key = document.createElement("button");
     const mark = key.appendChild(document.createElement("i"));
-    const symbol = trace.marker.symbol;
-    mark.style.borderColor = trace.line.color;
-    mark.style.background = symbol.endsWith("-open") ? "none" : trace.line.color;
-    mark.classList.toggle("square", symbol.startsWith("square"));
+    mark.dataset.mark = MARKS[trace.marker.symbol];
+    mark.style.color = trace.line.color;
     key.append(trace.name);
     key.setAttribute("aria-pressed", !chart.hidden.has(trace.name));
     key.onclick = () => {
