@@ -14,6 +14,7 @@ import timm
 import torch
 
 from evit.config import RunConfig
+from evit.sweeps import jobs, overview
 from tests.conftest import QUICK, ROOT, write_photos
 from tests.conftest import command as run
 
@@ -183,6 +184,18 @@ def test_the_list_of_a_sweep_has_every_run_with_its_hours():
     rows = re.findall(rf"^ +(\d+) .* {states} .* (\d+) *$", shown, re.M)
     assert [int(job) for job, _ in rows] == list(range(11))
     assert all(20 < int(hours) < 200 for _, hours in rows)
+
+
+def test_the_hours_that_wait_are_those_of_the_sweeps():
+    row = r"^\| `make sweep-(\w+)` \|.*\| (\d+) \| (\d*) ?\| ([\d.]*) ?\|$"
+    rows = re.findall(row, README, re.M)
+    assert {name for name, *_ in rows} == set(jobs.names()) - {"quick_keeprate"}
+    for name, runs, hours, days in rows:
+        sweep = jobs.read(name)
+        listed = jobs.make_jobs(sweep, [])
+        total = sum(cost["hours"] or 0 for cost in overview.costs(listed, sweep.needs))
+        assert (int(runs), int(hours or 0)) == (len(listed), round(total))
+        assert not hours or days == f"{total / 8 / 24:.1f}"
 
 
 def test_the_report_shows_the_demonstration_and_the_sweep(folder):

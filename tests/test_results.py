@@ -1,6 +1,8 @@
 """What is committed under results/ is what the commands make of the committed numbers."""
 
 import json
+import re
+from statistics import mean
 
 import pytest
 
@@ -8,6 +10,7 @@ from evit.report import benchmarks, found, tables
 from tests.conftest import ROOT
 
 RESULTS = ROOT / "results"
+RATES = (1, 0.7, 0.5, 0.3)
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*/runs.json")), ids=lambda p: p.parent.name)
@@ -33,6 +36,29 @@ def test_the_table_of_a_benchmark_is_made_from_its_numbers(path):
     result = json.loads(path.read_text())
     assert path.with_name("table.md").read_text() == benchmarks.markdown(result)
     assert not result["commit"].endswith("-dirty")
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/index.html")), ids=lambda p: p.parent.name)
+def test_a_page_has_the_accuracies_of_the_runs_beside_it(path):
+    page, table = path.read_text(), path.with_name("table.md").read_text()
+    accuracies = re.findall(r"[\d.]+ ± [\d.]+", table)
+    assert accuracies and all(cell in page for cell in accuracies[::2])
+
+
+def test_the_readme_quotes_the_sweep():
+    rows = json.loads((RESULTS / "quick_keeprate" / "runs.json").read_text())
+    top1, macs = (
+        {
+            rate: mean(r[key] for r in rows if r["keep_rate"] == rate and r["fusion"] is not False)
+            for rate in RATES
+        }
+        for key in ("top1", "macs")
+    )
+    shares = "{:.0f} %, {:.0f} % and {:.0f} %".format(*(100 * macs[r] / macs[1] for r in RATES[1:]))
+    lost = "{:.1f}, {:.1f} and {:.1f}".format(*(top1[1] - top1[r] for r in RATES[1:]))
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    assert f"{shares} of the dense model's MACs" in readme
+    assert f"top-1 is {lost} points below its {top1[1]:.1f}" in readme
 
 
 def test_the_page_leads_to_every_result():
