@@ -46,8 +46,8 @@ dashboard: setup  ## a W&B workspace and report of your runs; ARGS="paper=true" 
 
 sync: override export RUNS := $(or $(value RUNS),outputs)
 sync: setup  ## upload the W&B runs under outputs/ that were tracked offline, each once
-	@find "$$RUNS" -type d -path '*/wandb/offline-run-*' -prune -print0 | \
-	  xargs -0r .venv/bin/wandb sync
+	@find "$$RUNS" -path '*/wandb/offline-run-*/run-*.wandb' -size +7c -print0 | \
+	  sort -z | xargs -0r -n1 sh -c '.venv/bin/wandb sync "$$0" || exit 255'
 
 report: setup  ## every finished run beside the paper: report/index.html; ARGS="runs=outputs/NAME" overrides
 	$(PYTHON) src/report.py target=report $(ARGS)

@@ -142,17 +142,18 @@ def test_without_wandb_it_is_said_what_to_do(monkeypatch, capsys, reason):
 
 
 def test_sync_takes_what_was_not_uploaded_and_says_how_to_log_in(tmp_path):
-    for name in ("aaaaaaaa", "bbbbbbbb"):
+    for name, content in (("aaaaaaaa", b"records"), ("bbbbbbbb", b"records"), ("cccccccc", b"")):
         folder = tmp_path / f"runs/x/wandb/offline-run-20260101_000000-{name}"
         folder.mkdir(parents=True)
-        (folder / f"run-{name}.wandb").write_bytes(b"")
-    (folder / "run-bbbbbbbb.wandb.synced").touch()
+        (folder / f"run-{name}.wandb").write_bytes(b":W&B\xe1\xbe\x00" + content)
+    next(tmp_path.rglob("run-bbbbbbbb.wandb")).with_suffix(".wandb.synced").touch()
     env = {k: v for k, v in os.environ.items() if k != "WANDB_API_KEY" and k != "MAKEFLAGS"}
     env |= dict(HOME=str(tmp_path), WANDB_CONFIG_DIR=str(tmp_path))
     command = ["make", "--old-file=setup", "sync", f"RUNS={tmp_path}/runs"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert "Syncing 1 run(s)" in done.stderr and "run-aaaaaaaa" in done.stderr
     assert "run-bbbbbbbb" not in done.stderr and "wandb login" in done.stderr
+    assert "run-cccccccc" not in done.stderr  # killed before W&B wrote any record
     assert done.returncode
 
 

@@ -1,11 +1,19 @@
 """metrics.jsonl and W&B."""
 
 import json
+import os
 import queue
+import signal
+import subprocess
 import threading
+import time
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import wandb
+from PIL import Image
 
 from evit.tracking import JsonlLogger, start_service, wandb_logger, wandb_mode
 
@@ -41,21 +49,100 @@ def test_wandb_is_started_beside_other_work_unless_disabled(monkeypatch):
     assert started.get(timeout=60) is not threading.main_thread() and started.empty()
 
 
-def test_a_run_that_cannot_reach_wandb_goes_on_offline(tmp_path, monkeypatch):
-    real = wandb.init
+class Refusal(BaseHTTPRequestHandler):
+    """What a server answers to a wrong key."""
 
-    def init(mode, **kwargs):
-        if mode == "online":
-            raise wandb.errors.CommError("unreachable")
-        return real(mode=mode, **kwargs)
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_error(401)
 
-    monkeypatch.setattr(wandb, "init", init)
-    with pytest.warns(UserWarning, match="W&B cannot be reached .unreachable.*offline"):
-        logger = wandb_logger(tmp_path, mode="online", **RUN)
-    assert (logger.experiment.group, logger.experiment.job_type) == ("g", "train")
-    assert logger.experiment.config["keep_rate"] == 0.5
-    wandb.finish()
-    assert list(tmp_path.glob("wandb/offline-run-*"))
+    def log_message(self, *_):
+        pass
+
+
+ABSENT = pytest.param("nobody there", marks=pytest.mark.slow)  # W&B tries for 13 s
+
+
+@pytest.fixture(params=["wrong key", "malformed key", ABSENT])
+def no_wandb(request, monkeypatch):
+    """W&B, as it fails at the start: the reason that it gives."""
+    monkeypatch.setenv("WANDB_API_KEY", "short" if request.param == "malformed key" else 40 * "0")
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")
+    monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "1")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Refusal) as server:
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_port}")
+        if request.param == "nobody there":
+            server.server_close()
+        else:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield {"wrong key": "401", "malformed key": "40. characters"}.get(request.param, "refused|")
+        if request.param != "nobody there":
+            server.shutdown()
+
+
+def test_a_run_that_cannot_reach_wandb_goes_on_offline(tmp_path, no_wandb):
+    with pytest.warns(UserWarning, match=f"W&B has failed .*({no_wandb}).*offline.*make sync"):
+        tracker = wandb_logger(tmp_path, mode=wandb_mode("auto"), **RUN)
+    assert (tracker.run.group, tracker.run.job_type) == ("g", "train")
+    assert tracker.run.config["keep_rate"] == 0.5
+    tracker.log_metrics({"val/top1": 50.0}, 7)
+    tracker.end()
+    (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    assert b"val/top1" in path.read_bytes()
+
+
+def service() -> int:
+    """The process of W&B that this one has started."""
+    for path in Path("/proc").glob("[0-9]*/status"):
+        with suppress(OSError):
+            text = path.read_text()
+            if f"PPid:\t{os.getpid()}\n" in text and "Name:\twandb-core" in text:
+                return int(path.parent.name)
+    raise LookupError
+
+
+def test_a_run_whose_wandb_process_is_killed_goes_on_with_another_and_says_so_once(tmp_path):
+    tracker = wandb_logger(tmp_path, mode="offline", **RUN)
+    tracker.log_metrics({"train/loss": 1.0}, 0)
+    os.kill(service(), signal.SIGKILL)
+    time.sleep(1.1)  # the folders of W&B's runs have names to the second
+    with pytest.warns(UserWarning, match="W&B has failed .ConnectionResetError.*make sync") as said:
+        for step in range(1, 4):
+            tracker.log_metrics({"train/loss": 0.5}, step)
+        tracker.log_image("kept_patches", Image.new("RGB", (8, 8)), 4)
+        tracker.log_summary({"top1": 50.0, "keep_rate": [0.5, 0.7]})
+        tracker.end()
+    assert len(said) == 1
+    first, second = sorted(tmp_path.glob("wandb/offline-run-*"))
+    content = (second / f"run-{tracker.version}.wandb").read_bytes()
+    assert content.count(b"train/loss") >= 3 and b"top1" in content
+    assert list(second.glob("files/media/images/*.jpg"))
+
+
+def test_a_run_that_cannot_be_tracked_at_all_goes_on_and_says_so_once(tmp_path):
+    (tmp_path / "wandb").write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match="W&B has failed .*not tracked, but metrics.jsonl") as said:
+        tracker = wandb_logger(tmp_path, mode="offline", **RUN)
+        tracker.log_metrics({"train/loss": 1.0}, 0)
+        tracker.end()
+    assert len(said) == 1
+
+
+def test_a_full_disk_for_wandb_does_not_stop_a_run(tmp_path):
+    folder = tmp_path / "wandb"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder]).returncode:
+        pytest.skip("only root mounts a small disk")
+    try:
+        tracker = wandb_logger(tmp_path, mode="offline", **RUN)
+        noise = Image.frombytes("RGB", (512, 512), os.urandom(3 * 512 * 512))
+        with pytest.warns(UserWarning, match="No space left on device.*not tracked") as said:
+            tracker.log_image("kept_patches", noise, 1)
+            tracker.log_metrics({"train/loss": 1.0}, 2)
+            tracker.end()
+        assert len(said) == 1
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 
 def test_the_rows_of_steps_that_are_trained_again_are_taken_away(tmp_path):
@@ -71,8 +158,9 @@ def test_the_rows_of_steps_that_are_trained_again_are_taken_away(tmp_path):
 def test_a_run_that_goes_on_is_the_same_run_in_wandb_and_another_is_not(tmp_path):
     ids = []
     for folder in ("a", "a", "b"):
-        ids.append(wandb_logger(tmp_path / folder, mode="offline", **RUN).version)
-        wandb.finish()
+        tracker = wandb_logger(tmp_path / folder, mode="offline", **RUN)
+        ids.append(tracker.version)
+        tracker.end()
     assert ids[0] == ids[1] != ids[2]
     assert len(list(tmp_path.glob(f"a/wandb/offline-run-*-{ids[0]}/*.wandb"))) in (1, 2)
 

@@ -45,7 +45,9 @@ def run(cfg: DictConfig) -> None:
             print(f"{len(rows)} rows of the paper are in {entity}/{cfg.project}, group paper")
         for made in workspace(entity, cfg.project), report(entity, cfg.project):
             print(made.save().url)
-    except (wandb.errors.Error, OSError) as error:
+    except ValueError:
+        raise
+    except Exception as error:  # of many types, in W&B
         raise ValueError(f"W&B refuses, or cannot be reached: {error}") from error
 
 

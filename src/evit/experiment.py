@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import wandb
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
@@ -22,7 +21,7 @@ from evit.data import Images
 from evit.models import DynamicViT, EViT, LVViT
 from evit.models.weights import read_state_dict
 from evit.report import results, tables
-from evit.tracking import JsonlLogger, log_summary, start_service, wandb_logger, wandb_mode
+from evit.tracking import JsonlLogger, start_service, wandb_logger, wandb_mode
 from evit.training import checkpoints
 from evit.training.callbacks import InferenceSpeed, KeepRateSchedule, KeptPatches
 from evit.training.ema import EMA
@@ -143,14 +142,16 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         if trainer.is_global_zero:
             result = results.finish(result, folder)
             if tracker:
-                log_summary(tracker.experiment, results.summary(result))
+                tracker.log_summary(results.summary(result))
             results.show(result, folder)
     except BaseException as error:
-        wandb.finish(exit_code=1)
+        if tracker:
+            tracker.end(1)
         if isinstance(error, SIGTERMException):
             sys.exit(128 + signal.SIGTERM)  # Lightning would end as if all were done
         raise
-    wandb.finish()
+    if tracker:
+        tracker.end()
     return result
 
 

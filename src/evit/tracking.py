@@ -1,21 +1,24 @@
 """The run's records: metrics.jsonl, which is the truth, and W&B, which mirrors it."""
 
-import contextlib
 import json
+import logging
 import os
 import secrets
 import threading
 import time
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import wandb
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from PIL import Image
+
+STEP = "trainer/global_step"  # as Lightning's own logger names it
+WAITS = dict(init_timeout=30, finish_timeout=30)  # seconds; WANDB_FINISH_TIMEOUT=300 for others
 
 
 class JsonlLogger(Logger):
@@ -79,7 +82,96 @@ def wandb_mode(mode: str) -> str:
         raise ValueError(f"logger.mode must be auto, online, offline or disabled, got {mode!r}")
     if mode != "auto":
         return mode
-    return "online" if wandb.login(prompt=False, verify=False) else "offline"
+    try:
+        return "online" if wandb.login(prompt=False, verify=False) else "offline"
+    except wandb.errors.Error:  # of the key: said where the run is to be tracked
+        return "online"
+
+
+class Tracker(Logger):
+    """Mirrors a run in W&B, whose failures are not the run's: it goes on offline, or untracked.
+
+    Args:
+        start: begins W&B's run in a mode.
+        run_id: of that run.
+        mode: the first that is tried.
+    """
+
+    def __init__(self, start: Callable[[str], wandb.Run], run_id: str, mode: str):
+        super().__init__()
+        self.start, self.run_id = start, run_id
+        self.modes = [mode, "offline", "offline"]  # those left
+        self.run: wandb.Run | None = None
+        self.attempt(lambda _: None)
+
+    def attempt(self, step: Callable[[wandb.Run], Any]) -> None:
+        """Do a step with W&B's run; where that fails, with one in the next mode, and say so."""
+        failure = None
+        while self.run or self.modes:
+            try:
+                self.run = self.run or self.start(self.modes.pop(0))
+                step(self.run)
+                break
+            except Exception as error:  # of many types, in W&B
+                failure = failure or error
+                self.end(1)
+        if failure:
+            where = "the run is tracked offline from here, make sync uploads it"
+            if not self.run:
+                where = "the run is not tracked, but metrics.jsonl and result.json have all of it"
+            what = f"{type(failure).__name__}: {failure}".partition("\n")[0]
+            text = f"W&B has failed ({what}): {where}"
+            rank_zero_warn(text)
+
+    def end(self, exit_code: int = 0) -> None:
+        """End W&B's run and its process; what is not taken in finish_timeout is for make sync."""
+        run, self.run = self.run, None
+        late = False
+        try:
+            if run:
+                run.finish(exit_code)
+        except TimeoutError:
+            late = True
+        except Exception:  # the process has ended
+            pass
+        with suppress(Exception, SystemExit):
+            wandb.teardown()
+        if run and late:
+            directory = Path(run.settings.sync_dir)
+            directory.rename(directory.with_name(f"offline-{directory.name}"))
+            rank_zero_warn("W&B has not taken all of the run: make sync uploads it")
+
+    @property
+    def name(self) -> str:
+        return "wandb"
+
+    @property
+    def version(self) -> str:
+        return self.run_id
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
+        """The configuration is given at the start."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        self.attempt(lambda run: run.log({**metrics, STEP: step}))
+
+    def log_image(self, key: str, image: Image.Image, step: int) -> None:
+        self.attempt(lambda run: run.log({key: [wandb.Image(image, file_type="jpg")], STEP: step}))
+
+    def log_summary(self, summary: dict[str, Any]) -> None:
+        """The numbers that runs are compared by, as the run's summary and as a table of one row.
+
+        W&B shows the tables of a group's runs as one.
+        """
+        row = [str(value) if isinstance(value, list) else value for value in summary.values()]
+
+        def log(run: wandb.Run) -> None:
+            run.summary.update(summary)
+            run.log({"result": wandb.Table(columns=list(summary), data=[row])})
+
+        self.attempt(log)
 
 
 @rank_zero_only
@@ -88,7 +180,7 @@ def start_service(mode: str) -> None:
 
     @slurm_token_hidden()
     def start() -> None:
-        with contextlib.suppress(Exception):  # wandb_logger meets it again, and says so
+        with suppress(Exception):  # wandb_logger meets it again, and says so
             wandb.setup()
 
     if mode != "disabled":
@@ -106,24 +198,27 @@ def wandb_logger(
     group: str,
     tags: list[str],
     config: dict[str, Any],
-) -> WandbLogger | None:
-    """Lightning's logger of a folder's W&B run; None where disabled, or not this process's.
+) -> Tracker | None:
+    """Of a folder's W&B run; None where disabled, or not this process's.
 
-    The run is that of the id in wandb/run_id, so one that goes on stays the same. A failure to
-    reach W&B is not the run's: it is said, and the run goes on offline.
+    The run is that of the id in wandb/run_id, so one that goes on stays the same.
     """
     if mode == "disabled":
         return None
 
-    run_id = directory / "wandb" / "run_id"
-    if not run_id.is_file():
-        run_id.parent.mkdir(parents=True, exist_ok=True)
-        run_id.write_text(secrets.token_hex(4))
+    logging.raiseExceptions = False  # or W&B's own log prints tracebacks where a disk is full
+    path = directory / "wandb" / "run_id"
+    known = path.read_text() if path.is_file() else ""
+    run_id = known or secrets.token_hex(4)
+    waits: Any = {k: v for k, v in WAITS.items() if f"WANDB_{k.upper()}" not in os.environ}
 
     @slurm_token_hidden()
     def start(mode: Any) -> wandb.Run:
-        return wandb.init(
-            id=run_id.read_text(),
+        if not known:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(run_id)
+        run = wandb.init(
+            id=run_id,
             resume="allow",
             project=project,
             entity=entity,
@@ -135,23 +230,14 @@ def wandb_logger(
             dir=str(directory),
             mode=mode,
             reinit="finish_previous",
-            # Online it prints the address of the run.
-            settings=wandb.Settings(silent=mode == "offline"),
+            settings=wandb.Settings(
+                silent=mode == "offline",  # online it prints the address of the run
+                finish_timeout_raises=True,
+                **waits,
+            ),
         )
+        run.define_metric(STEP)
+        run.define_metric("*", step_metric=STEP, step_sync=True)
+        return run
 
-    try:
-        run = start(mode)
-    except (wandb.errors.Error, OSError) as error:
-        rank_zero_warn(f"W&B cannot be reached ({error}): the run is tracked offline, make sync")
-        run = start("offline")
-    return WandbLogger(experiment=run)
-
-
-def log_summary(run: wandb.Run, summary: dict[str, Any]) -> None:
-    """The numbers that runs are compared by, as the W&B run's summary and as a table of one row.
-
-    W&B shows the tables of a group's runs as one.
-    """
-    run.summary.update(summary)
-    row = [str(value) if isinstance(value, list) else value for value in summary.values()]
-    run.log({"result": wandb.Table(columns=list(summary), data=[row])})
+    return Tracker(start, run_id, mode)

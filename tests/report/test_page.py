@@ -199,6 +199,12 @@ def unfinished(folder: Path) -> None:
     (folder / "result.json").unlink()
 
 
+def killed(folder: Path) -> None:
+    unfinished(folder)
+    reason = "killed by signal 9 (SIGKILL): out of memory?"
+    (folder / "failed.json").write_text(json.dumps(dict(job="keep_rate=0.7", reason=reason)))
+
+
 def other_kind(folder: Path) -> None:
     (folder / "result.json").write_text('["a list"]')
 
@@ -212,7 +218,8 @@ def other_kind(folder: Path) -> None:
         (no_metrics, 2, 1, "bad/metrics.jsonl"),
         (half_a_line, 2, 2, "bad/metrics.jsonl"),
         (no_picture, 2, 2, "bad/kept_patches.png"),
-        (unfinished, 1, 1, "bad has not finished"),
+        (unfinished, 1, 1, "bad has not finished: no result.json"),
+        (killed, 1, 1, "bad has not finished: killed by signal 9 (SIGKILL): out of memory?"),
     ],
 )
 def test_what_cannot_be_read_is_named_and_the_rest_is_shown(tmp_path, spoil, runs, curves, name):

@@ -6,9 +6,9 @@ import json
 import pytest
 import yaml
 
-from evit.report import paper
+from evit.report import paper, results
 from evit.sweeps import command
-from evit.sweeps.jobs import SWEEPS, expand, make_jobs, names, read
+from evit.sweeps.jobs import SWEEPS, Sweep, expand, make_jobs, names, read
 
 # Which sweep is which tables of paper.yaml.
 TABLES = dict(
@@ -27,7 +27,7 @@ TABLES = dict(
 def sweeps():
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("IMAGENET_DIR", raising=False)
-        return {name: make_jobs(read(name), []) for name in names()}
+        return {name: make_jobs(name, read(name), []) for name in names()}
 
 
 def published(job) -> list[dict]:
@@ -108,7 +108,7 @@ def test_quick_keeprate_has_three_seeds_of_each_point(sweeps):
 def test_fusion_is_not_multiplied_into_keep_rate_1():
     sweep = read("keeprate")
     sweep.runs = sweep.runs[1:]
-    found = [job.name for job in make_jobs(sweep, ["keep_rate=1,0.5"])]
+    found = [job.name for job in make_jobs("x", sweep, ["keep_rate=1,0.5"])]
     assert sorted(found) == [
         "experiment=evit_deit_s keep_rate=0.5 fusion=false",
         "experiment=evit_deit_s keep_rate=0.5 fusion=true",
@@ -129,21 +129,21 @@ def test_fine_tuning_starts_from_the_best_of_a_run_of_the_sweep(sweeps):
 def test_with_overrides_for_all_runs_fine_tuning_starts_from_those_runs():
     sweep = read("resolution_lvvit")
     sweep.runs = [sweep.runs[0], sweep.runs[-2]]
-    dense, tuned = make_jobs(sweep, ["recipe.drop_path=0.2"])
+    dense, tuned = make_jobs("x", sweep, ["recipe.drop_path=0.2"])
     assert tuned.source == dense.folder and "drop_path" in dense.folder.name
-    assert make_jobs(sweep, ["checkpoint=a.ckpt"])[1].source is None
+    assert make_jobs("x", sweep, ["checkpoint=a.ckpt"])[1].source is None
 
 
 def test_a_run_goes_where_the_same_command_alone_would_go(sweeps):
     for job in sum(sweeps.values(), []):
         assert job.command[2:] == job.overrides
     assert str(sweeps["keeprate"][0].folder) == "outputs/deit_s/experiment-deit_s"
-    moved = make_jobs(read("keeprate_lvvit"), ["hydra.sweep.dir=/elsewhere"])[0]
+    moved = make_jobs("keeprate_lvvit", read("keeprate_lvvit"), ["hydra.sweep.dir=/elsewhere"])[0]
     assert moved.command[-1] == "hydra.run.dir='/elsewhere/experiment-lvvit_s'"
 
 
 def test_a_run_is_finished_by_its_result_and_changed_by_another_configuration(tmp_path):
-    job = make_jobs(read("keeprate_lvvit"), [f"hydra.sweep.dir={tmp_path}"])[0]
+    job = make_jobs("keeprate_lvvit", read("keeprate_lvvit"), [f"hydra.sweep.dir={tmp_path}"])[0]
     assert job.state() == "missing"
     job.folder.mkdir()
     (job.folder / "config.json").write_text(json.dumps(job.config))
@@ -156,13 +156,41 @@ def test_a_run_is_finished_by_its_result_and_changed_by_another_configuration(tm
 
 def test_an_evaluation_is_finished_with_what_it_was_asked_for(tmp_path):
     more = [f"hydra.sweep.dir={tmp_path}", "checkpoint=a.ckpt"]
-    (job,) = make_jobs(read("offtheshelf"), more)
+    (job,) = make_jobs("offtheshelf", read("offtheshelf"), more)
     job.folder.mkdir()
     config = job.config | dict(crop_pct=0.875)
     (job.folder / "evaluation.json").write_text(json.dumps(dict(config=config)))
     assert job.state() == "finished"
     (job.folder / "evaluation.json").write_text(json.dumps(dict(config=config | dict(seed=3))))
     assert job.state() == "changed"
+
+
+def test_a_run_that_does_not_compose_is_a_job_with_the_reason():
+    runs = ["keep_rate=0.5,0.7", "keeprate=0.5", "model=deit,typo", "recipe.epochs=[", "seed=x"]
+    found = make_jobs("mine", Sweep([*runs, dict(run="seed=1", starts_from="model=typo")]), [])
+    errors = [job.error for job in found]
+    assert [bool(error) for error in errors] == [False, False, True, False, True, True, True, True]
+    assert "did you mean keep_rate" in errors[2] and "Could not find 'model/typo'" in errors[4]
+    assert [job.number for job in found] == list(range(8)) and found[2].state() == "broken"
+    assert str(found[2].folder) == "outputs/mine/keeprate-0.5"
+    with pytest.raises(ValueError, match="did you mean keep_rate"):
+        make_jobs("mine", Sweep(["keeprate=0.5"]), [])
+
+
+def test_a_run_is_changed_by_another_result_of_the_run_that_it_starts_from(tmp_path):
+    more = ["data.root=/x", "data.label_maps=/x", f"hydra.sweep.dir={tmp_path}"]
+    first, *_, tuned, _ = make_jobs("resolution_lvvit", read("resolution_lvvit"), more)
+    assert tuned.source == first.folder
+    for top1 in (80.0, 81.0):
+        results.start(first.folder, first.config)
+        (first.folder / "result.json").write_text(json.dumps(dict(top1=top1, seconds=top1)))
+        if top1 == 80:
+            results.start(tuned.folder, tuned.config)
+            (tuned.folder / "result.json").write_text("{}")
+            assert tuned.state() == "finished"
+    assert tuned.state() == "changed" and tuned.command[-1] == "overwrite=true"
+    (first.folder / "result.json").unlink()
+    assert tuned.state() == "finished"  # and is not lost with the files of the other
 
 
 def test_a_wandb_sweep_takes_the_jobs_by_number(tmp_path, capsys):

@@ -58,6 +58,33 @@ def test_a_failing_job_does_not_stop_the_others_and_is_named_with_its_last_line(
     assert good.state() == "finished"
 
 
+def test_a_killed_job_is_named_in_words_and_not_with_an_error_of_before(tmp_path):
+    code = "print('ValueError: ignored', flush=True); os.kill(os.getpid(), 9)"
+    jobs = [script(tmp_path / "killed", code), script(tmp_path / "good", DONE)]
+    ((_, reason),) = run(jobs)
+    assert reason == "killed by signal 9 (SIGKILL): out of memory?"
+    assert json.loads((jobs[0].folder / "failed.json").read_text())["reason"] == reason
+    crashed = script(tmp_path / "crashed", "print('last', flush=True); os.kill(os.getpid(), 11)")
+    ((_, reason),) = run([crashed])
+    assert reason == "killed by signal 11 (SIGSEGV): last"
+
+
+def test_a_job_without_enough_memory_is_named_with_its_error(tmp_path):
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (1 << 28, 1 << 28)); "
+    catch = "import atexit; atexit.register(print, 'the last line'); "
+    job = script(tmp_path / "large", f"{limit}{catch}bytearray(1 << 30)")
+    ((_, reason),) = run([job, script(tmp_path / "good", DONE)])
+    assert reason == "exit status 1: MemoryError"
+
+
+def test_the_reason_is_of_the_last_try_and_goes_away_with_the_next(tmp_path):
+    code = f"n = len(open('begun').read()); n == 1 and 1 / 0; n == 2 and os._exit(3); {DONE}"
+    job = script(tmp_path / "job", code)
+    ((_, reason),) = run([job], retries=1)
+    assert reason == "exit status 3"
+    assert not run([job]) and not (job.folder / "failed.json").exists()
+
+
 def test_a_job_that_ends_well_without_a_result_has_failed(tmp_path):
     ((_, reason),) = run([script(tmp_path / "none", "print('bye')")])
     assert reason == "exit status 0: bye"

@@ -63,8 +63,8 @@ def read(source: Path) -> Found:
     found = Found()
     paths = [source] if source.is_file() else sorted(source.rglob("*.json"))
     for path in paths:
-        if path.name == "config.json" and not (path.parent / "result.json").is_file():
-            found.problems.append(f"{shown(path.parent, source)} has not finished: no result.json")
+        if path.name in ("config.json", "failed.json") and unfinished(path):
+            attempt(found, path, source, failure, found, path, source)
         if path.name == "result.json":
             attempt(found, path, source, one_run, found, path, source)
     for path in paths:
@@ -110,6 +110,21 @@ def printable(value: Any) -> Any:
     if isinstance(value, dict):
         return {printable(key): printable(entry) for key, entry in value.items()}
     return value
+
+
+def unfinished(path: Path) -> bool:
+    """Whether the run of a config.json, or the job of a failed.json, has left no result."""
+    left = ["result.json", "evaluation.json"]
+    if path.name == "config.json":
+        left = ["result.json", "failed.json"]  # which says more
+    return not any(path.with_name(name).is_file() for name in left)
+
+
+def failure(found: Found, path: Path, source: Path) -> None:
+    """Name a run that has not finished, and the reason that a sweep has noted."""
+    reason = "no result.json" if path.name == "config.json" else load(path)["reason"]
+    reason = re.sub(r"(?<!\S)/\S*/", ".../", reason)  # paths of the machine
+    found.problems.append(f"{shown(path.parent, source)} has not finished: {reason}")
 
 
 def one_run(found: Found, path: Path, source: Path) -> None:

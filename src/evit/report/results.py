@@ -22,15 +22,27 @@ from evit.config import CONF_DIR
 PACKAGES = "torch torchvision timm lightning hydra-core torchmetrics wandb ffcv".split()
 
 
+START = "start.json"  # of the run that a run's first weights are from: its outcome
+
+
 def start(folder: Path, config: dict[str, Any]) -> None:
     """Clear a run's folder of what is not to be resumed, and put the configuration there."""
-    for name in ("result.json", "metrics.jsonl", "kept_patches.png", "wandb/run_id"):
+    for name in ("result.json", "metrics.jsonl", "kept_patches.png", "wandb/run_id", START):
         (folder / name).unlink(missing_ok=True)
     for path in folder.glob("hpc_ckpt_*"):  # Lightning's under SLURM, which it would go on from
         path.unlink()
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(config, folder / "config.json")
+    first = config.get("checkpoint")
+    if first and (source := outcome(Path(first).absolute().parents[1])):
+        write_json(source, folder / START)
+
+
+def outcome(folder: Path) -> dict[str, Any] | None:
+    """What a run's result has that another of the same run has not, if one has finished there."""
+    result = finished(folder)
+    return result and {name: result.get(name) for name in ("top1", "top5", "loss")}
 
 
 def check_config(folder: Path, config: dict[str, Any]) -> None:

@@ -9,19 +9,11 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from evit.config import (
-    CONF_DIR,
-    EvaluateConfig,
-    RunConfig,
-    check_spelling,
-    listed,
-    overridden,
-)
+from evit.config import CONF_DIR, check_spelling, listed, overridden
 from evit.sweeps import local, overview
-from evit.sweeps.jobs import Job, check_needs, make_jobs, names, read
+from evit.sweeps.jobs import SCHEMAS, Job, check_needs, make_jobs, names, read
 
 KNOBS = CONF_DIR / "sweep.yaml"
-SCHEMAS = {"train": RunConfig, "evaluate": EvaluateConfig}
 
 
 @dataclass
@@ -51,7 +43,7 @@ def run(arguments: list[str]) -> int:
     cfg, more = split(rest)
     sweep = read(name)
     check_spelling(more, SCHEMAS[sweep.program])
-    jobs = make_jobs(sweep, more)
+    jobs = make_jobs(name, sweep, more)
     if cfg.wandb:
         Path(cfg.wandb).write_text(yaml.safe_dump(wandb_sweep(name, more, jobs), sort_keys=False))
         print(f"wandb sweep {cfg.wandb}")
@@ -60,14 +52,16 @@ def run(arguments: list[str]) -> int:
         if not set(listed(cfg.job)) <= {job.number for job in jobs}:
             raise ValueError(f"job must be from 0 to {len(jobs) - 1}, got {cfg.job}")
         jobs = [job for job in jobs if job.number in listed(cfg.job)]
+    broken = [(job, f"it does not compose: {job.error}") for job in jobs if job.error]
     if cfg.dry_run:
         overview.show(name, jobs, overview.costs(jobs, sweep.needs))
-        return 0
+        return tell_failed(broken)
     check_needs(name, sweep, jobs)
-    todo = [job for job in jobs if job.state() != "finished"]
+    status = tell_failed(broken)
+    todo = [job for job in jobs if job.state() not in ("finished", "broken")]
     if cfg.launcher == "slurm":
-        return on_slurm(name, todo, cfg)
-    return here(name, jobs, todo, cfg)
+        return on_slurm(name, todo, cfg) or status
+    return here(name, jobs, todo, broken, cfg)
 
 
 def split(arguments: list[str]) -> tuple[SweepConfig, list[str]]:
@@ -89,9 +83,17 @@ def split(arguments: list[str]) -> tuple[SweepConfig, list[str]]:
     return cfg, [a for a in arguments if a not in own]
 
 
-def here(name: str, jobs: list[Job], todo: list[Job], cfg: SweepConfig) -> int:
-    """Run jobs on this machine."""
-    print(f"{len(jobs)} runs, of which {len(jobs) - len(todo)} have finished before", flush=True)
+def here(
+    name: str, jobs: list[Job], todo: list[Job], broken: list[tuple[Job, str]], cfg: SweepConfig
+) -> int:
+    """Run jobs on this machine, and after them those that start from them."""
+    folders = {job.folder for job in todo}
+    todo = [job for job in jobs if job in todo or job.source in folders]
+    before = len(jobs) - len(todo) - len(broken)
+    print(f"{len(jobs)} runs, of which {before} have finished before", flush=True)
+    local.forget_failures(Path("outputs", name))
+    for job, reason in broken:
+        local.note_failure(job, reason)
     failed: list[tuple[Job, str]] = []
     if todo:
         try:
@@ -101,11 +103,15 @@ def here(name: str, jobs: list[Job], todo: list[Job], cfg: SweepConfig) -> int:
             print("Stopped: the same command goes on.", flush=True)
             return 128 + stopped.number
     overview.show(name, jobs)
+    return tell_failed(broken + failed)
+
+
+def tell_failed(failed: list[tuple[Job, str]]) -> int:
+    """Name the jobs that failed, and why; return the exit status."""
     for job, reason in failed:
-        print(
-            f"failed: job {job.number}, {job.name}: {reason}\n  {job.folder / local.LOG}",
-            file=sys.stderr,
-        )
+        print(f"failed: job {job.number}, {job.name}: {reason}", file=sys.stderr)
+        if (log := job.folder / local.LOG).is_file():
+            print(f"  {log}", file=sys.stderr)
     return 1 if failed else 0
 
 

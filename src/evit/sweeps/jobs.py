@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,29 @@ from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from evit.config import CONF_DIR, HOW, listed, overridden, register
+from evit.config import (
+    CONF_DIR,
+    HOW,
+    EvaluateConfig,
+    RunConfig,
+    check_spelling,
+    folder_name,
+    listed,
+    overridden,
+    register,
+)
+from evit.report import results
 
 SWEEPS = CONF_DIR.parent / "sweeps"
-# Of each program: its configuration, and what a run of it leaves.
+# Of each program: its knobs, its configuration, and what a run of it leaves.
+SCHEMAS = {"train": RunConfig, "evaluate": EvaluateConfig}
 CONFIGS = {"train": "config", "evaluate": "evaluate"}
 RESULTS = {"train": "result.json", "evaluate": "evaluation.json"}
+NOT_COMPOSED = (HydraException, OmegaConfBaseException, ValueError)
 
 
 @dataclass
@@ -45,6 +60,7 @@ class Job:
     source: Path | None = None  # folder of the run whose best checkpoint this one starts from
     moved: bool = False  # from where the same command alone would leave it
     number: int = 0
+    error: str = ""  # why it does not compose
 
     @property
     def name(self) -> str:
@@ -62,7 +78,12 @@ class Job:
         return command
 
     def state(self) -> str:
-        """missing, unfinished (and can go on), finished, or changed: of another configuration."""
+        """missing, unfinished (and can go on), finished, or broken: it does not compose.
+
+        Or changed: of another configuration, or begun with another result of its source.
+        """
+        if self.error:
+            return "broken"
         result, config = self.folder / RESULTS[self.program], self.folder / "config.json"
         if self.program == "evaluate":
             if not result.is_file():
@@ -72,9 +93,16 @@ class Job:
             return "finished" if given.items() <= before.items() else "changed"
         if not config.is_file():
             return "missing"
-        if json.loads(config.read_text()) != self.config:
+        if json.loads(config.read_text()) != self.config or self.is_stale():
             return "changed"
         return "finished" if result.is_file() else "unfinished"
+
+    def is_stale(self) -> bool:
+        """Whether the run that this one has started from has another result by now."""
+        noted = self.folder / results.START
+        if not self.source or not noted.is_file():
+            return False
+        return results.outcome(self.source) not in (None, json.loads(noted.read_text()))
 
     def result(self) -> dict[str, Any] | None:
         """What the run has left, if it has finished."""
@@ -120,28 +148,50 @@ def lower(found: re.Match) -> str:
     return found[0].lower()
 
 
-def make_jobs(sweep: Sweep, more: list[str]) -> list[Job]:
+def make_jobs(name: str, sweep: Sweep, more: list[str]) -> list[Job]:
     """The runs of a sweep, each once, with more overrides for all of them.
 
     Raises:
-        HydraException: a run does not compose.
+        ValueError: none of them composes.
     """
     register()
     found: dict[Path, Job] = {}
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         for entry in sweep.runs:
-            run, first = (entry, None) if isinstance(entry, str) else with_source(entry)
-            own, source = more, None
-            if first and "checkpoint" not in overridden(more):
-                (overrides,) = expand(f"{sweep.overrides} {first}", more)
-                source = make_job("train", overrides).folder
-                own = [f"checkpoint={source}/checkpoints/best.ckpt", *more]
-            for overrides in expand(f"{sweep.overrides} {run}", own):
-                job = make_job(sweep.program, overrides, source)
+            for job in jobs_of(entry, name, sweep, more):
                 found.setdefault(job.folder, job)
-    for number, job in enumerate(found.values()):
+    jobs = list(found.values())
+    for number, job in enumerate(jobs):
         job.number = number
-    return list(found.values())
+    if all(job.error for job in jobs):
+        raise ValueError(jobs[0].error if jobs else f"sweeps/{name}.yaml has no runs")
+    return jobs
+
+
+def jobs_of(entry: Any, name: str, sweep: Sweep, more: list[str]) -> Iterator[Job]:
+    """The runs of an entry of a sweep; one that does not compose is a job with an error."""
+
+    def broken(overrides: list[str], error: Exception) -> Job:
+        folder = Path("outputs", name, folder_name("+".join(overrides).replace("=", "-")))
+        text = " ".join(str(error).split())
+        return Job(sweep.program, overrides, OmegaConf.create(), {}, folder, error=text)
+
+    run, first = (entry, None) if isinstance(entry, str) else with_source(entry)
+    own, source = more, None
+    try:
+        if first and "checkpoint" not in overridden(more):
+            (overrides,) = expand(f"{sweep.overrides} {first}", more)
+            source = make_job("train", overrides).folder
+            own = [f"checkpoint={source}/checkpoints/best.ckpt", *more]
+        runs = expand(f"{sweep.overrides} {run}", own)
+    except NOT_COMPOSED as error:
+        yield broken([run], error)
+        return
+    for overrides in runs:
+        try:
+            yield make_job(sweep.program, overrides, source)
+        except NOT_COMPOSED as error:
+            yield broken(overrides, error)
 
 
 def with_source(entry: dict[str, str]) -> tuple[str, str]:
@@ -151,6 +201,7 @@ def with_source(entry: dict[str, str]) -> tuple[str, str]:
 
 
 def make_job(program: str, overrides: list[str], source: Path | None = None) -> Job:
+    check_spelling(overrides, SCHEMAS[program])
     cfg = compose(CONFIGS[program], overrides, return_hydra_config=True)
     HydraConfig.instance().set_config(cfg)
     knobs = [str(knob) for knob in cfg if knob != "hydra"]
@@ -174,6 +225,6 @@ def check_needs(name: str, sweep: Sweep, jobs: list[Job]) -> None:
         ValueError: names the knob.
     """
     for knob in sweep.needs:
-        if any(OmegaConf.select(job.cfg, knob) is None for job in jobs):
+        if any(OmegaConf.select(job.cfg, knob) is None for job in jobs if not job.error):
             hint = ", or IMAGENET_DIR=DIR in the environment" if knob == "data.root" else ""
             raise ValueError(f"sweeps/{name}.yaml needs {knob}=PATH{hint}")

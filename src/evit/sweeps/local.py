@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import signal
 import subprocess
 import time
@@ -13,12 +14,14 @@ from typing import Any
 import torch
 
 from evit.config import listed
+from evit.report.results import write_json
 from evit.sweeps.jobs import Job
 
 # What torchrun, SLURM and MPI tell the processes that they start: a run is to start its own.
 LAUNCHERS = ("SLURM_", "TORCHELASTIC_", "PMI_", "PMIX_", "OMPI_", "GROUP_", "ROLE_")
 RANKS = "RANK LOCAL_RANK NODE_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
 LOG = "run.log"
+FAILED = "failed.json"  # in the folder of a job that failed: why, for the report
 GRACE = 60  # seconds to end by itself, after SIGTERM
 
 
@@ -38,6 +41,7 @@ class Process:
     popen: subprocess.Popen
     tries: int
     started: float
+    offset: int  # in the log
 
 
 def make_slots(slots: Any) -> list[dict[str, str]]:
@@ -81,6 +85,8 @@ def start(job: Job, slot: dict[str, str], tries: int = 0) -> Process | None:
             fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             return None
+        (job.folder / FAILED).unlink(missing_ok=True)
+        offset = log.seek(0, os.SEEK_END)
         popen = subprocess.Popen(
             command,
             env=environment(slot),
@@ -89,7 +95,7 @@ def start(job: Job, slot: dict[str, str], tries: int = 0) -> Process | None:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    return Process(job, slot, popen, tries, time.monotonic())
+    return Process(job, slot, popen, tries, time.monotonic(), offset)
 
 
 def stop(popens: list[subprocess.Popen]) -> None:
@@ -105,14 +111,42 @@ def stop(popens: list[subprocess.Popen]) -> None:
             time.sleep(0.1)
 
 
-def last_line(path: Path) -> str:
-    """The last line of a log that is not empty."""
+def last_lines(path: Path, offset: int = 0) -> list[str]:
+    """The last lines of a log, from an offset on, that are not empty."""
     if not path.is_file():
-        return ""
+        return []
     with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 4096))
+        file.seek(max(offset, path.stat().st_size - 8192))
         lines = file.read().decode(errors="replace").replace("\r", "\n").split("\n")
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return [line.strip() for line in lines if line.strip()]
+
+
+def why(process: Process) -> str:
+    """How a process has ended, in words, with the last error or line in its log."""
+    status, lines = process.popen.returncode, last_lines(process.job.folder / LOG, process.offset)
+    number = -status if status < 0 else status - 128  # a shell's
+    names = {int(known): known.name for known in signal.Signals}
+    ended = f"exit status {status}"
+    if number in names:
+        ended = f"killed by signal {number} ({names[number]})"
+    if number == signal.SIGKILL:
+        return f"{ended}: out of memory?"
+    errors = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception)\b", line)]
+    return ": ".join([ended, *(errors or lines)[-1:]])
+
+
+def note_failure(job: Job, reason: str) -> None:
+    """Leave the reason in the folder of a job, until it is begun again."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    write_json(dict(job=job.name, reason=reason), job.folder / FAILED)
+
+
+def forget_failures(folder: Path) -> None:
+    """Remove from a sweep's folder the notes of jobs that have left nothing else."""
+    for path in folder.glob(f"*/{FAILED}"):
+        if len(list(path.parent.iterdir())) == 1:
+            path.unlink()
+            path.parent.rmdir()
 
 
 def run_all(
@@ -144,6 +178,10 @@ def run_all(
             failed.append((job, text))
         tell(job, state, text)
 
+    def fail(job: Job, reason: str) -> None:
+        note_failure(job, reason)
+        end(job, "failed", reason)
+
     def on_signal(number: int, _: Any) -> None:
         raise Stopped(number)
 
@@ -156,7 +194,10 @@ def run_all(
             for job in list(waiting):
                 if job.source in failures:
                     waiting.remove(job)
-                    end(job, "failed", f"not begun: it starts from {job.source}, which failed")
+                    fail(job, f"not begun: it starts from {job.source}, which failed")
+                elif job.source and job.source not in unfinished and job.state() == "finished":
+                    waiting.remove(job)
+                    end(job, "finished", f"with the same result of {job.source}")
                 elif free and job.source not in unfinished:
                     waiting.remove(job)
                     slot = free.pop(0)
@@ -172,10 +213,10 @@ def run_all(
                     stop([process.popen])
                     reason = f"stopped after {timeout:g} h"
                 elif process.popen.poll() is None:
-                    tell(job, "", last_line(job.folder / LOG))
+                    tell(job, "", "".join(last_lines(job.folder / LOG)[-1:]))
                     continue
                 else:
-                    reason = f"exit status {process.popen.returncode}"
+                    reason = why(process)
                 running.remove(process)
                 stop([process.popen])  # what it may have left behind
                 if process.popen.returncode == 0 and job.state() == "finished":
@@ -187,7 +228,7 @@ def run_all(
                     tell(job, "running", f"again, after {reason}")
                     continue
                 else:
-                    end(job, "failed", f"{reason}: {last_line(job.folder / LOG)}")
+                    fail(job, reason)
                 free.append(process.slot)
             time.sleep(0.2)
     finally:

@@ -11,8 +11,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from evit.sweeps.jobs import Job
+from evit.sweeps.local import FAILED
 
-COLORS = dict(finished="green", failed="red", running="cyan", changed="yellow")
+COLORS = dict(finished="green", failed="red", broken="red", running="cyan", changed="yellow")
 
 
 def costs(jobs: list[Job], needs: list[str]) -> list[dict[str, Any]]:
@@ -30,7 +31,7 @@ def costs(jobs: list[Job], needs: list[str]) -> list[dict[str, Any]]:
 
     found: list[dict[str, Any]] = []
     for job in jobs:
-        if job.program != "train":
+        if job.program != "train" or job.error:
             found.append(dict(hours=None, paper=None))
             continue
         cfg = job.cfg.copy()
@@ -63,7 +64,9 @@ def show(name: str, jobs: list[Job], costs: list[dict[str, Any]] | None = None) 
         table.add_column(column, justify="right")
     for i, job in enumerate(jobs):
         result = job.result() if job.program == "train" else None
-        cells = [str(job.number), escape(job.name), colored(states[i])]
+        failed = states[i] in ("missing", "unfinished") and (job.folder / FAILED).is_file()
+        state = "failed" if failed else states[i]
+        cells = [str(job.number), escape(job.name), colored(state)]
         cells.append(f"{result['top1']:.2f}" if result else "")
         if costs:
             cells += [f"{costs[i]['paper'] or ''}", amount(costs[i]["hours"])]

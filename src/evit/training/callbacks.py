@@ -6,7 +6,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor, nn
 
 from evit.data.batch import denormalize
@@ -14,6 +13,7 @@ from evit.measure import speed
 from evit.models.vit import EViT
 from evit.report.pictures import draw_kept
 from evit.schedule import at_multiples, keep_rate_at
+from evit.tracking import Tracker
 
 
 class KeepRateSchedule(L.Callback):
@@ -100,9 +100,8 @@ class KeptPatches(L.Callback):
             return
         self.next_logged = (epoch * self.logged // epochs + 1) * epochs / self.logged
         for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                step = trainer.global_step
-                logger.log_image("kept_patches", [picture], step, file_type=["jpg"])
+            if isinstance(logger, Tracker):
+                logger.log_image("kept_patches", picture, trainer.global_step)
 
 
 class InferenceSpeed(L.Callback):
