@@ -128,7 +128,8 @@ def table(path):
 
 def change_sidecar(path, **values):
     sidecar = sidecar_path(path)
-    sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), **values}))
+    content = {**json.loads(sidecar.read_text()), **values}
+    sidecar.write_text(json.dumps(content | {"crc32": beton.sidecar_crc32(content)}))
 
 
 START = beton.Layout(SHAPE).metadata_start
