@@ -149,7 +149,10 @@ DAMAGES = {
         lambda p: change_sidecar(p, num_samples=70),
         "another file: num_samples 70",
     ),
-    "sidecar of other classes": (lambda p: change_sidecar(p, num_classes=4), "num_classes 4, not 3"),
+    "sidecar of other classes": (
+        lambda p: change_sidecar(p, num_classes=4),
+        "num_classes 4, not 3",
+    ),
     "sidecar with a changed name": (
         lambda p: sidecar_path(p).write_text(sidecar_path(p).read_text().replace('"b"', '"d"')),
         "copy.beton.json is damaged",
