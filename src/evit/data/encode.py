@@ -155,15 +155,18 @@ def _identify(picture: Picture) -> tuple[bytes, int]:
     return b"%r" % (picture.shape,) + content, picture.nbytes
 
 
+def _read(picture: str | Path | TarMember) -> bytes:
+    if isinstance(picture, TarMember):
+        return picture.read()
+    with open_image(picture) as file:
+        return file.read()
+
+
 def _load(picture: Picture) -> tuple[Image.Image, bytes | None]:
     """The decoded image and, if it has any, the bytes of its file."""
     data = None
-    if isinstance(picture, TarMember):
-        data = picture.read()
-    elif isinstance(picture, str | Path):
-        with open_image(picture) as file:
-            data = file.read()
-    if data is not None:
+    if isinstance(picture, str | Path | TarMember):
+        data = _read(picture)
         picture = Image.open(io.BytesIO(data))
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     image.load()

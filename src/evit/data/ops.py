@@ -225,7 +225,7 @@ class LabelMapDecoder(NDArrayDecoder):
             table = len(file) - len(ptrs) * ALLOCATION.itemsize
             crcs = file[table - len(ptrs) * CRC.itemsize : table].view(CRC)
             for sample, piece in zip(samples.tolist(), pieces, strict=True):
-                if zlib.crc32(piece) != crcs[2 * sample + 1]:
+                if zlib.crc32(piece.data) != crcs[2 * sample + 1]:
                     raise DamagedSample(f"the label map of sample {sample} is damaged")
             return output
 
