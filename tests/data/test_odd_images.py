@@ -2,6 +2,7 @@
 in both backends alike."""
 
 import ctypes
+import gc
 import os
 import shutil
 import signal
@@ -35,6 +36,7 @@ def nothing_hangs():
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
+    gc.collect()  # loaders, and so their workers, that an error refers to
 
 
 def gif(image, path):
