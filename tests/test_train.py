@@ -5,6 +5,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -208,6 +209,30 @@ def test_a_beton_cut_in_half_is_named(photos, tmp_path, in_process):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     shown = in_process(*QUICK, f"data.root={folder}")
     assert "betons/train.beton" in shown and "prepare" in shown
+
+
+@pytest.mark.parametrize("backend", ["ffcv", "imagefolder"])
+def test_a_damaged_image_ends_an_epoch_with_its_name_and_no_traceback(backend, photos, tmp_path):
+    if backend == "ffcv":
+        from evit.data.beton import ALLOCATION, HEADER
+        from evit.data.prepare import prepare
+
+        root = prepare(photos, tmp_path / "betons", mode="jpg", max_resolution=None)
+        content = bytearray((root / "train.beton").read_bytes())
+        table = int(np.frombuffer(content, HEADER, 1)["alloc_table_ptr"][0])
+        start = int(np.frombuffer(content, ALLOCATION, offset=table)["ptr"][3])
+        content[start : start + 40] = bytes(40)
+        (root / "train.beton").write_bytes(content)
+        message = f"error: {root}/train.beton: the JPEG of sample 3 is damaged; delete it"
+    else:
+        root = photos
+        broken_jpeg(root)
+        message = f"error: {root}/train/dog/3.jpg is not a readable image"
+    options = [f"data.root={root}", f"data.backend={backend}", "logger.mode=disabled"]
+    done = command("train.py", *QUICK, *options, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("outputs/**/result.json"))
 
 
 def test_a_checkpoint_of_another_architecture_is_named(photos, tmp_path, in_process):

@@ -113,7 +113,7 @@ def test_of_a_run_the_model_the_knobs_and_the_validation_images_are_the_run_s(
         (f"{RANDOM} target=kept.txt", "name an image file, such as kept.png"),
         (f"{RANDOM} keep_rate=1", "keep rate 1 keeps every patch: give another"),
         (f"{RANDOM} crop_pct=2", "crop_pct must be from 0.01 to 1"),
-        (f"{RANDOM} images=absent.jpg", "absent.jpg is not an image that can be read"),
+        (f"{RANDOM} images=absent.jpg", "absent.jpg is not a readable image"),
         (f"{RANDOM} images=.", "images=.: there are no images"),
         (f"{RANDOM} image=a.jpg", "did you mean images?"),
     ],

@@ -7,7 +7,7 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode
@@ -15,6 +15,7 @@ from torchvision.transforms import v2 as T
 
 from evit.config import folder_name, listed, overridden
 from evit.data.batch import normalize
+from evit.data.sources import image_files, load_image
 from evit.evaluation import DEFAULTS, complete_data, complete_model
 from evit.export import build, require_weights
 from evit.models import EViT
@@ -76,8 +77,8 @@ def read_files(cfg: DictConfig) -> Tensor:
     paths: list[Path] = []
     for path in (Path(name).expanduser() for name in listed(given)):
         if path.is_dir():
-            inside = (p for p in path.rglob("*") if p.suffix.lower() in IMG_EXTENSIONS)
-            paths += spread(sorted(inside), cfg.num_images)
+            inside = [Path(name) for name in image_files(str(path))]
+            paths += spread(inside, cfg.num_images)
         else:
             paths.append(path)
     if not paths:
@@ -90,13 +91,7 @@ def read_files(cfg: DictConfig) -> Tensor:
             T.PILToTensor(),
         ]
     )
-    images = []
-    for path in paths:
-        try:
-            images.append(crop(Image.open(path)))
-        except (OSError, UnidentifiedImageError) as error:
-            raise ValueError(f"{path} is not an image that can be read ({error})") from error
-    return torch.stack(images)
+    return torch.stack([crop(load_image(path)) for path in paths])
 
 
 def spread(values: list[Any], count: int) -> list[Any]:

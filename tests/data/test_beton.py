@@ -22,7 +22,8 @@ def change_header(path, **values):
 
 def change_sidecar(path, **values):
     sidecar = sidecar_path(path)
-    sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), **values}))
+    content = {**json.loads(sidecar.read_text()), **values}
+    sidecar.write_text(json.dumps(content | {"crc32": beton.sidecar_crc32(content)}))
 
 
 def keep(path, fraction):
@@ -141,12 +142,20 @@ DAMAGES = {
     "sidecar of another format": (lambda p: change_sidecar(p, format="x"), "not in format"),
     "sidecar without a key": (
         lambda p: sidecar_path(p).write_text(json.dumps({"format": beton.SIDECAR_FORMAT})),
-        "lacks bytes, index_crc32, num_classes, num_samples",
+        "lacks bytes, classes, crc32, index_crc32, num_classes, num_samples",
     ),
     "sidecar of another size": (lambda p: change_sidecar(p, bytes=1), "another file: bytes 1"),
     "sidecar of fewer samples": (
         lambda p: change_sidecar(p, num_samples=70),
         "another file: num_samples 70",
+    ),
+    "sidecar of other classes": (
+        lambda p: change_sidecar(p, num_classes=4),
+        "num_classes 4, not 3",
+    ),
+    "sidecar with a changed name": (
+        lambda p: sidecar_path(p).write_text(sidecar_path(p).read_text().replace('"b"', '"d"')),
+        "copy.beton.json is damaged",
     ),
     "sidecar of another file": (lambda p: change_sidecar(p, index_crc32=1), "CRC32s differ"),
 }

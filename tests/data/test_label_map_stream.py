@@ -128,7 +128,8 @@ def table(path):
 
 def change_sidecar(path, **values):
     sidecar = sidecar_path(path)
-    sidecar.write_text(json.dumps({**json.loads(sidecar.read_text()), **values}))
+    content = {**json.loads(sidecar.read_text()), **values}
+    sidecar.write_text(json.dumps(content | {"crc32": beton.sidecar_crc32(content)}))
 
 
 START = beton.Layout(SHAPE).metadata_start
@@ -177,6 +178,16 @@ def test_a_changed_byte_of_a_map_is_found_by_the_deep_check(copied):
     check_beton(copied)
     with pytest.raises(BetonError, match=r"1 damaged samples \(17\)"):
         check_beton(copied, deep=True)
+
+
+def test_a_changed_byte_of_a_map_is_named_when_it_is_read(copied):
+    content = bytearray(copied.read_bytes())
+    ptr = np.frombuffer(content, beton.ALLOCATION, offset=table(copied))["ptr"][2 * 17 + 1]
+    content[int(ptr)] ^= 1
+    copied.write_bytes(content)
+    with pytest.raises(BetonError, match="copy.beton: the label map of sample 17 is damaged"):
+        list(stream(copied, batch_size=71))
+    assert len(list(stream(copied, train=False))) == 9  # which needs no maps
 
 
 def test_a_map_of_another_shape_is_named_and_nothing_is_left_behind(samples, maps, tmp_path):

@@ -1,6 +1,7 @@
 """The data modules: what they refuse, and the two backends side by side."""
 
 import random
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,8 +12,11 @@ from PIL import Image
 
 from evit.data import Folder, auto
 from evit.data.batch import denormalize, erase, make_mixup, normalize
+from evit.data.beton import METADATA, METADATA_START, BetonError
 from evit.data.folder_loader import folder_loader
+from evit.data.prepare import prepare
 from evit.data.sources import ClassFolders, choose_samples, repeated_order, tree_classes
+from tests.conftest import ROOT
 
 OPTIONS = dict(img_size=28, batch_size=4, crop_pct=1.0)
 
@@ -33,6 +37,26 @@ def test_both_backends_evaluate_the_same_images_to_resampling_error(photos, tmp_
     assert ffcv[0].dtype == pil[0].dtype == torch.uint8
     assert ffcv[0].shape == pil[0].shape == (6, 3, 28, 28)
     assert (ffcv[0].float() - pil[0].float()).abs().mean() < 25  # the photos are noise
+
+
+@pytest.mark.parametrize("backend", ["ffcv", "imagefolder"])
+@pytest.mark.parametrize("splits", [("train", "val"), ("val",)])
+def test_prepared_files_are_checked_before_anything_else(photos, tmp_path, backend, splits):
+    root = prepare(photos, tmp_path / "betons", mode="raw", max_resolution=None)
+    content = bytearray((root / "val.beton").read_bytes())
+    content[METADATA_START + METADATA.fields["label"][1]] ^= 1  # of the first image
+    (root / "val.beton").write_bytes(content)
+    with pytest.raises(BetonError, match="betons/val.beton: damaged, or not the file of its side"):
+        Folder(root, **OPTIONS, backend=backend, splits=splits)
+
+
+def test_betons_are_opened_in_one_place_which_checks_them():
+    """FFCV is imported by evit.data._ffcv alone, and its loader used by the stream alone."""
+    found = {path: path.read_text() for path in (ROOT / "src").rglob("*.py")}
+    from_ffcv = [path.name for path, text in found.items() if re.search("(from|import) ffcv", text)]
+    assert from_ffcv == ["_ffcv.py"]
+    loaders = [path.name for path, text in found.items() if re.search(r"(?<!\w)Loader\(", text)]
+    assert loaders == ["stream.py"]
 
 
 def test_files_are_written_once(photos, tmp_path):

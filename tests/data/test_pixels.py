@@ -195,6 +195,51 @@ def test_a_jpeg_of_another_size_than_the_file_says_is_damaged(size):
     assert crop(jpeg(photo(3, 200, 200)), size, (0, 0, 10, 10), (8, 8)) is None
 
 
+def mutated(data, rng):
+    """One to eight bytes changed, the end cut off, or another size in the header."""
+    content = bytearray(data)
+    kind = rng.integers(4)
+    if kind == 0:
+        del content[rng.integers(1, len(content)) :]
+    elif kind == 1:
+        place = max(content.find(b"\xff\xc0"), content.find(b"\xff\xc2")) + 5
+        content[place : place + 4] = rng.bytes(4)
+    else:
+        for place in rng.integers(0, 700 if kind == 2 else len(content), rng.integers(1, 9)):
+            content[place % len(content)] ^= rng.integers(1, 256)
+    return bytes(content)
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_no_damaged_jpeg_is_written_beyond_its_buffer(count):
+    """What is before and behind the pixels stays, whatever libjpeg reads and whatever is asked."""
+    function, rng = _jpeg._load().evit_jpeg_crop, np.random.default_rng(0)
+    function.argtypes = [ctypes.c_char_p, ctypes.c_ulong, *[ctypes.c_uint32] * 7]
+    function.argtypes += [ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p]
+    whole = [
+        (jpeg(photo(3, 40, 56), name, progressive), 56, 40)
+        for name in SUBSAMPLINGS
+        for progressive in (False, True)
+    ]
+    guard, found, failures = 4096, np.zeros(3, np.uint32), 0
+    for _ in range(count):
+        data, width, height = whole[rng.integers(len(whole))]
+        shrink = 2 ** int(rng.integers(4))
+        top, bottom = sorted(rng.integers(0, -(-height // shrink) + 1, 2).tolist())
+        left, right = sorted(rng.integers(0, -(-width // shrink) + 1, 2).tolist())
+        stride = 3 * (right - left + 36)  # as evit.data.pixels has it
+        memory = np.full(2 * guard + stride * (bottom - top), 0xA5, np.uint8)
+        data = mutated(data, rng)
+        status = function(
+            *(data, len(data), width, height, shrink, top, bottom, left, right),
+            *(memory.ctypes.data + guard, stride, found[1:].ctypes.data),
+        )
+        failures += status != 0
+        assert (memory[:guard] == 0xA5).all() and (memory[-guard:] == 0xA5).all()
+        assert found[0] == found[2] == 0
+    assert 0.3 * count < failures < count
+
+
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
     """A copy of the C source that nothing has been made of yet."""

@@ -129,7 +129,7 @@ def test_a_jpeg_damaged_after_writing_is_an_error_not_black_pixels(copied):
     ptr = int(np.frombuffer(content, beton.ALLOCATION, offset=table)["ptr"][17])
     content[ptr : ptr + 40] = bytes(40)
     copied.write_bytes(content)
-    with pytest.raises(RuntimeError, match="the JPEG of sample 17 is damaged"):
+    with pytest.raises(beton.BetonError, match="copy.beton: the JPEG of sample 17 is damaged; del"):
         list(stream(copied, train=False))
 
 

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 BETON_VERSION = 2
-SIDECAR_FORMAT = "evit-beton-1"
+SIDECAR_FORMAT = "evit-beton-2"
+OLD_FORMAT = "evit-beton-1"  # the sidecar had no CRC32 of its own
 MIN_PAGE_SIZE = 2**21
 JPEG, RAW = 0, 1
 
@@ -92,14 +93,24 @@ class BetonError(ValueError):
     """A .beton file, or its sidecar, that must not be read."""
 
     def __init__(
-        self, path: Path, reason: str, way_out: str = "delete it and prepare the data again"
+        self, path: str | Path, reason: str, way_out: str = "delete it and prepare the data again"
     ) -> None:
         super().__init__(f"{path}: {reason}; {way_out}")
+
+
+class DamagedSample(ValueError):
+    """What is wrong with a sample, for whoever knows the file."""
 
 
 def sidecar_path(path: str | Path) -> Path:
     """train.beton -> train.beton.json"""
     return Path(f"{path}.json")
+
+
+def sidecar_crc32(content: dict[str, Any]) -> int:
+    """CRC32 of a sidecar's content, but for the place where it is kept."""
+    rest = {key: value for key, value in content.items() if key != "crc32"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
 def index_crc32(*parts: np.ndarray) -> int:
@@ -115,8 +126,8 @@ def check_beton(path: str | Path, deep: bool = False) -> dict[str, Any]:
 
     The sidecar says `label_map_shape`, [H, W], where the file has label maps. Costs
     milliseconds, a tenth of a second for ImageNet. `deep` reads the whole file and compares the
-    CRC32 of every sample; without it, a damaged JPEG shows when it is read, damaged raw pixels and
-    label maps never. Raises BetonError, which says what is wrong and what to do.
+    CRC32 of every sample; without it, a damaged JPEG or label map shows when it is read, damaged
+    raw pixels never. Raises BetonError, which says what is wrong and what to do.
     """
     path = Path(path)
     if not path.exists():
@@ -127,7 +138,10 @@ def check_beton(path: str | Path, deep: bool = False) -> dict[str, Any]:
     size = path.stat().st_size
     if size < METADATA_START:
         raise BetonError(path, f"{size} bytes, too short for a .beton header")
-    content = np.memmap(path, np.uint8, "r")
+    try:
+        content = np.memmap(path, np.uint8, "r")
+    except OSError as error:
+        raise BetonError(path, f"cannot be read ({error.strerror})", "make it readable") from error
     header = content[: HEADER.itemsize].view(HEADER)
     num_samples, table, layout = _check_header(path, content, header[0])
 
@@ -146,6 +160,7 @@ def check_beton(path: str | Path, deep: bool = False) -> dict[str, Any]:
         ("bytes", size),
         ("num_samples", num_samples),
         ("label_map_shape", shape),
+        ("num_classes", len(sidecar["classes"])),
     ):
         if sidecar.get(key) != found:
             wrong = f"{key} {sidecar.get(key)}, not {found}"
@@ -245,9 +260,17 @@ def _read_sidecar(path: Path) -> dict[str, Any]:
         content = json.loads(sidecar.read_bytes())
     except ValueError as error:
         raise BetonError(path, f"its description {sidecar} is not JSON ({error})") from error
-    if not isinstance(content, dict) or content.get("format") != SIDECAR_FORMAT:
+    except OSError as error:
+        reason = f"its description {sidecar} cannot be read ({error.strerror})"
+        raise BetonError(path, reason, "make it readable") from error
+    formats = OLD_FORMAT, SIDECAR_FORMAT
+    if not isinstance(content, dict) or content.get("format") not in formats:
         raise BetonError(path, f"its description {sidecar} is not in format {SIDECAR_FORMAT}")
-    missing = {"bytes", "num_samples", "num_classes", "index_crc32"} - content.keys()
-    if missing:
+    expected = {"bytes", "num_samples", "classes", "num_classes", "index_crc32"}
+    if content["format"] == SIDECAR_FORMAT:
+        expected |= {"crc32"}
+    if missing := expected - content.keys():
         raise BetonError(path, f"its description {sidecar} lacks {', '.join(sorted(missing))}")
+    if content.get("crc32", sidecar_crc32(content)) != sidecar_crc32(content):
+        raise BetonError(path, f"its description {sidecar} is damaged (its CRC32 differs)")
     return content

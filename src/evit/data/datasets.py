@@ -32,7 +32,8 @@ class Folder(Images):
             raise ValueError("no images are configured: data.root=DIR, or IMAGENET_DIR=DIR")
         self.root = Path(root).expanduser().resolve()
         self.name = "".join(c if c.isprintable() else "?" for c in self.root.name)
-        self.prepared = all((self.root / f"{split}.beton").is_file() for split in self.splits)
+        with sources.readable():
+            self.prepared = all((self.root / f"{split}.beton").is_file() for split in self.splits)
         if self.prepared:
             from evit.data.beton import check_beton
 

@@ -16,6 +16,7 @@ from PIL import Image
 from evit.data import beton
 from evit.data.archives import TarMember
 from evit.data.label_maps import Shape, read_label_map
+from evit.data.sources import WAY_OUT, open_image
 
 Picture = str | Path | TarMember | Image.Image | np.ndarray
 Samples = Sequence[tuple[Picture, int]]
@@ -83,10 +84,7 @@ class Encoder:
             reason = f"{type(error).__name__}: {error}"
             if self.skip_bad:
                 return Skipped(name, reason)
-            raise ValueError(
-                f"{name} is not a readable image ({reason}): "
-                "remove or replace it, or pass skip_bad=true"
-            ) from None
+            raise ValueError(f"{name} is not a readable image ({reason}): {WAY_OUT}") from None
         if label not in range(self.num_classes):
             raise ValueError(f"{name}: label {label!r} is outside 0 to {self.num_classes - 1}")
         encoded = encoded._replace(label=int(label))
@@ -148,20 +146,27 @@ def _identify(picture: Picture) -> tuple[bytes, int]:
         try:
             found = os.stat(file)
         except OSError:
-            return f"{picture}\0".encode(), 0
+            return os.fsencode(f"{picture}\0"), 0
         size = picture.size if isinstance(picture, TarMember) else found.st_size
-        return f"{picture}\0{size}\0{found.st_mtime_ns}\0".encode(), size
+        return os.fsencode(f"{picture}\0{size}\0{found.st_mtime_ns}\0"), size
     if isinstance(picture, Image.Image):
         picture = np.asarray(picture.convert("RGB"))
     content = hashlib.blake2b(picture.tobytes(), digest_size=16).digest()
     return b"%r" % (picture.shape,) + content, picture.nbytes
 
 
+def _read(picture: str | Path | TarMember) -> bytes:
+    if isinstance(picture, TarMember):
+        return picture.read()
+    with open_image(picture) as file:
+        return file.read()
+
+
 def _load(picture: Picture) -> tuple[Image.Image, bytes | None]:
     """The decoded image and, if it has any, the bytes of its file."""
     data = None
     if isinstance(picture, str | Path | TarMember):
-        data = picture.read() if isinstance(picture, TarMember) else Path(picture).read_bytes()
+        data = _read(picture)
         picture = Image.open(io.BytesIO(data))
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     image.load()

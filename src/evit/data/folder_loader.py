@@ -138,7 +138,10 @@ class FolderLoader(Resumable, DataLoader):  # type: ignore[misc]
         if isinstance(self.sampler, EpochSampler):
             assert self.batch_size
             self.sampler.start = start * self.batch_size
-        yield from DataLoader.__iter__(self)
+        try:
+            yield from DataLoader.__iter__(self)
+        except ValueError as error:  # PyTorch puts a worker's traceback before the message
+            raise ValueError(str(error).rpartition("\nValueError: ")[2].rstrip()) from error
 
 
 def folder_loader(

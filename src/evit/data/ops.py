@@ -10,6 +10,7 @@ on a machine waits for the compiler.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -26,6 +27,7 @@ from evit.data._ffcv import (
     get_random_crop,
 )
 from evit.data.augment import Augmentation
+from evit.data.beton import ALLOCATION, CRC, DamagedSample
 from evit.data.pixels import crop_batch
 
 _get_random_crop = numba.njit(get_random_crop)  # torchvision's RandomResizedCrop.get_params
@@ -109,10 +111,7 @@ class _CropDecoder(SimpleRGBImageDecoder):
             _, boxes, flips = self.crops_of(entries, metadata)
             status = crop_batch(*(samples, boxes, flips, self.shrinks, output, metadata, *storage))
             if status.any():
-                raise ValueError(
-                    f"the JPEG of sample {samples[status.argmin()]} is damaged; "
-                    "delete the file and prepare the data again"
-                )
+                raise DamagedSample(f"the JPEG of sample {samples[status.argmin()]} is damaged")
             if self.augmentation:
                 self.augmentation(output, entries >> SAMPLE_BITS)
             return output
@@ -220,8 +219,14 @@ class LabelMapDecoder(NDArrayDecoder):
         def decode(
             entries: np.ndarray, output: np.ndarray, metadata: np.ndarray, storage: Any
         ) -> np.ndarray:
-            starts = metadata[entries & SAMPLE_MASK]
-            _read_pieces(storage[0], starts, output.view(np.uint8).reshape(len(output), -1))
+            samples, (file, ptrs, _) = entries & SAMPLE_MASK, storage
+            pieces = output.view(np.uint8).reshape(len(output), -1)
+            _read_pieces(file, metadata[samples], pieces)
+            table = len(file) - len(ptrs) * ALLOCATION.itemsize
+            crcs = file[table - len(ptrs) * CRC.itemsize : table].view(CRC)
+            for sample, piece in zip(samples.tolist(), pieces, strict=True):
+                if zlib.crc32(piece.data) != crcs[2 * sample + 1]:
+                    raise DamagedSample(f"the label map of sample {sample} is damaged")
             return output
 
         return decode

@@ -4,22 +4,39 @@ import gzip
 import hashlib
 import os
 import shutil
-from collections.abc import Sequence
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 import torchvision
 from PIL import Image
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import default_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 SPLITS = ("train", "val")
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
 FASHION_MNIST_CLASSES = torchvision.datasets.FashionMNIST.classes
+WAY_OUT = (
+    "remove or replace it, or leave such images out: python src/prepare.py source=DIR skip_bad=true"
+)
 
 
+@contextmanager
+def readable() -> Iterator[None]:
+    """What the system refuses becomes a ValueError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"{error.filename} cannot be read ({error.strerror}): make it readable, or remove it"
+        ) from error
+
+
+@readable()
 def class_names(folder: Path) -> list[str]:
     """Names of the class folders in a folder, sorted, hidden ones left out."""
     return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not e.name.startswith("."))
@@ -30,6 +47,7 @@ def splits_there(root: Path, needed: Sequence[str]) -> list[str]:
     return [s for s in SPLITS if s in needed or (root / s).is_dir() and class_names(root / s)]
 
 
+@readable()
 def tree_classes(root: str | Path, needed: Sequence[str] = SPLITS) -> list[str]:
     """The classes of ROOT/train, once ROOT is seen to be a tree of train/CLASS and val/CLASS.
 
@@ -61,22 +79,56 @@ def tree_classes(root: str | Path, needed: Sequence[str] = SPLITS) -> list[str]:
     return classes
 
 
-def load_image(path: str) -> Image.Image:
-    """An image file as RGB, as torchvision's ImageFolder reads it.
+@readable()
+def image_files(folder: str, above: tuple[str, ...] = ()) -> list[str]:
+    """Image files in a folder and its subfolders, in the order of torchvision's ImageFolder.
+
+    Hidden ones are left out: what macOS and editors leave behind is no image, or a second one.
+
+    Raises:
+        ValueError: a folder cannot be read, or links to one that it is in.
+    """
+    real = os.path.realpath(folder)
+    if real in above:
+        raise ValueError(f"{folder} is a link to a folder that it is in: remove it")
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                found += image_files(entry.path, (*above, real))
+            elif entry.name.lower().endswith(IMG_EXTENSIONS):
+                found.append(entry.path)
+    return sorted(found, key=os.path.split)
+
+
+def open_image(path: str | Path) -> BinaryIO:
+    """A file, open for reading. One that is no regular file is refused: a pipe could block."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError("not a regular file")
+    return file
+
+
+def load_image(path: str | Path) -> Image.Image:
+    """An image file as RGB, as torchvision's ImageFolder reads it: EXIF orientation is left aside.
 
     Raises:
         ValueError: the file is damaged or no image; it is named.
     """
     try:
-        return default_loader(path)
-    except (OSError, SyntaxError) as error:
-        raise ValueError(
-            f"{path} is not a readable image ({error}): remove or replace it"
-        ) from error
+        with open_image(path) as file:
+            return Image.open(file).convert("RGB")
+    except Exception as error:  # Pillow raises nearly anything on a bad file
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is not a readable image ({reason}): {WAY_OUT}") from error
 
 
 class ClassFolders(ImageFolder):
-    """torchvision's ImageFolder with the labels of given classes, whichever of them it holds."""
+    """torchvision's ImageFolder with the labels of given classes, whichever of them it holds, and
+    the images of image_files."""
 
     def __init__(self, root: Path, classes: list[str], **kwargs):
         self._given = classes
@@ -88,6 +140,15 @@ class ClassFolders(ImageFolder):
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         return self._given, {name: label for label, name in enumerate(self._given)}
+
+    @staticmethod
+    def make_dataset(directory: Any, class_to_idx: Any, *_: Any, **__: Any) -> Any:
+        there = sorted(class_to_idx.keys() & set(class_names(Path(directory))))
+        return [
+            (path, class_to_idx[name])
+            for name in there
+            for path in image_files(os.path.join(directory, name))
+        ]
 
 
 def choose_samples(num_samples: int, max_samples: int | None) -> np.ndarray:
@@ -114,13 +175,14 @@ def repeated_order(num_samples: int, repeats: int, seed: int) -> np.ndarray:
     return order.repeat(repeats)[: epoch_length(num_samples, repeats)]
 
 
+@readable()
 def fingerprint(samples: Sequence[tuple[str, int]], root: Path) -> str:
     """A hash of the names, sizes and labels of image files: it tells whether a tree has changed."""
     digest, inside = hashlib.sha256(), f"{root}/"
     for path, label in samples:
         # relpath would be most of the wait for a folder of a million images.
         name = path[len(inside) :] if path.startswith(inside) else os.path.relpath(path, root)
-        digest.update(f"{name}\0{os.path.getsize(path)}\0{label}\n".encode())
+        digest.update(os.fsencode(f"{name}\0{os.path.getsize(path)}\0{label}\n"))
     return digest.hexdigest()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import queue
+import sys
 from collections.abc import Generator
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -25,7 +27,7 @@ from evit.data._ffcv import (
     config,
 )
 from evit.data.augment import Augmentation
-from evit.data.beton import check_beton
+from evit.data.beton import BetonError, DamagedSample, check_beton
 from evit.data.ops import (
     SAMPLE_BITS,
     SAMPLE_MASK,
@@ -62,8 +64,8 @@ class FFCVStream(Resumable):
     geometric operation leaves nothing) and `repeats` are for training. The file is opened at the
     first batch.
 
-    Raises what check_beton raises, and ValueError for numbers that do not fit together. A failure
-    while reading is a RuntimeError at the next batch.
+    Raises what check_beton raises, and ValueError for numbers that do not fit together. A damaged
+    sample is a BetonError at the next batch, any other failure while reading a RuntimeError.
     """
 
     def __init__(
@@ -173,6 +175,11 @@ class FFCVStream(Resumable):
             epoch.close()
 
     def _open(self) -> Loader:
+        if check_beton(self.path) != self.info:
+            raise BetonError(self.path, "written anew since this run began", "start it again")
+        if not faulthandler.is_enabled() and sys.__stderr__:
+            # Cutting a file short while it is read ends the process: it then says where.
+            faulthandler.enable(sys.__stderr__)
         to_device = [ToDevice(self.device)] if self.device.type == "cuda" else []
         pipelines: dict[str, Any] = {
             "image": [self.decoder, ToTensor(), *to_device, ToTorchImage()],
@@ -225,6 +232,8 @@ class _Epoch(EpochIterator):
     def __next__(self) -> Batch:
         item = self.output_queue.get()
         if item is None:
+            if isinstance(self.error, DamagedSample):
+                raise BetonError(self.loader.fname, str(self.error)) from self.error
             if self.error is not None:
                 message = f"reading {self.loader.fname} failed: {self.error}"
                 raise RuntimeError(message) from self.error

@@ -92,7 +92,7 @@ def write_beton(
 
     head = {
         **(extra or {}),
-        "format": beton.SIDECAR_FORMAT,
+        "format": beton.OLD_FORMAT,  # that of the data, which has not changed
         "source": source,
         "classes": list(classes),
         "num_classes": len(classes),
@@ -122,10 +122,12 @@ def write_beton(
             if index.count == 0:
                 raise ValueError(f"{path}: nothing to write, none of {source} is a readable image")
             sidecar = head | {
+                "format": beton.SIDECAR_FORMAT,
                 "created": datetime.now(UTC).isoformat(timespec="seconds"),
                 "identity": identity,
                 **index.write(partial.data),
             }
+            sidecar["crc32"] = beton.sidecar_crc32(sidecar)
             partial.finish(json.dumps(sidecar, indent=1).encode())
         except OSError as error:
             if error.errno != errno.ENOSPC:

@@ -1,0 +1,392 @@
+"""Real damage to whole .beton files: each is refused, or shows its images under their own labels.
+
+Files are read in another process, as one that crashes or hangs is the worst that can be found.
+"""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import zlib
+from multiprocessing.connection import Connection
+
+import numpy as np
+import pytest
+import torch
+from ffcv import fields as ffcv_fields
+from ffcv.writer import DatasetWriter
+
+from evit.data import beton
+from evit.data.beton import BetonError, sidecar_path
+from evit.data.stream import FFCVStream
+from evit.data.writer import write_beton
+from tests.conftest import FORKS
+
+CLASSES = ["a", "b", "c"]
+COUNT = 24
+TIMEOUT = 120  # seconds for one file, the first of which waits for the compiler
+
+
+def labels_of(k):
+    return k % len(CLASSES)
+
+
+def flip(content, start, end, rng):
+    """Change one to eight bytes from start to end."""
+    for place in rng.integers(start, end, rng.integers(1, 9)):
+        content[place] ^= rng.integers(1, 256)
+
+
+class Parts:
+    """Where the parts of a file lie."""
+
+    def __init__(self, content):
+        header = np.frombuffer(content, beton.HEADER, 1)[0]
+        self.table = int(header["alloc_table_ptr"])
+        self.allocations = np.frombuffer(content, beton.ALLOCATION, offset=self.table)
+        self.metadata = beton.HEADER.itemsize + int(header["num_fields"]) * beton.FIELD.itemsize
+        layout = beton.Layout((1, 1) if header["num_fields"] == 3 else None)
+        self.records = np.frombuffer(content, layout.metadata, COUNT, self.metadata)
+        self.images = self.allocations[:: layout.pieces]
+        self.label_maps = self.allocations[1::2] if layout.pieces == 2 else None
+        self.crcs = self.table - len(self.allocations) * beton.CRC.itemsize
+        self.data = int(self.allocations["ptr"].min())
+
+
+def header(content, rng):
+    flip(content, 0, beton.HEADER.itemsize, rng)
+
+
+def fields(content, rng):
+    flip(content, beton.HEADER.itemsize, Parts(content).metadata, rng)
+
+
+def metadata(content, rng):
+    parts = Parts(content)
+    flip(content, parts.metadata, parts.data, rng)
+
+
+def crcs(content, rng):
+    parts = Parts(content)
+    flip(content, parts.crcs, parts.table, rng)
+
+
+def table(content, rng):
+    flip(content, Parts(content).table, len(content), rng)
+
+
+def cut(content, rng):
+    del content[rng.integers(1, len(content)) :]
+
+
+def cut_entries(content, rng):
+    del content[-beton.ALLOCATION.itemsize * rng.integers(1, COUNT) :]
+
+
+def append(content, rng):
+    content += rng.bytes(rng.integers(1, 5000))
+
+
+def append_entries(content, rng):
+    entry = beton.ALLOCATION.itemsize
+    content += content[-entry * rng.integers(1, 3) :]
+
+
+def insert(content, rng):
+    place = rng.integers(0, len(content))
+    content[place:place] = rng.bytes(rng.integers(1, 100))
+
+
+def remove(content, rng):
+    place = rng.integers(0, len(content) - 100)
+    del content[place : place + rng.integers(1, 100)]
+
+
+def swap_labels(content, rng):
+    """The labels of two samples of different classes change places."""
+    labels, k = Parts(content).records["label"], rng.integers(COUNT - 1)
+    labels[[k, k + 1]] = labels[[k + 1, k]]
+
+
+def swap_images(content, rng):
+    """The places of two images, and their sizes, change places."""
+    parts = Parts(content)
+    k = rng.integers(COUNT - 1)
+    for array in parts.records["image"], parts.images["ptr"], parts.images["size"]:
+        array[[k, k + 1]] = array[[k + 1, k]]
+
+
+def blank(content, rng):
+    """A block of the disk reads as zeros: of the index, as it is long enough to reach into it."""
+    start = rng.integers(0, Parts(content).metadata)
+    content[start : start + 4096] = bytes(len(content[start : start + 4096]))
+
+
+def other_header(content, rng):
+    """The header of a file with other numbers of samples, pages and bytes."""
+    numbers = beton.BETON_VERSION, 2, 2**21, rng.integers(1, 2**40), rng.integers(1, 2**40)
+    content[: beton.HEADER.itemsize] = np.array([numbers], beton.HEADER).tobytes()
+
+
+def images(content, rng):
+    """Any bytes of one image."""
+    ptr, size = Parts(content).images[["ptr", "size"]][rng.integers(COUNT)].tolist()
+    flip(content, ptr, ptr + size, rng)
+
+
+def image_headers(content, rng):
+    ptr, size = Parts(content).images[["ptr", "size"]][rng.integers(COUNT)].tolist()
+    flip(content, ptr, ptr + min(size, 600), rng)
+
+
+def image_tail(content, rng):
+    """What a JPEG loses when the disk does: the end of its data."""
+    ptr, size = Parts(content).images[["ptr", "size"]][rng.integers(COUNT)].tolist()
+    lost = int(rng.integers(1, size))
+    content[ptr + size - lost : ptr + size] = bytes(lost)
+
+
+def image_size(content, rng):
+    """A JPEG that says another size than the file's metadata."""
+    ptr = int(Parts(content).images["ptr"][rng.integers(COUNT)])
+    place = content.index(b"\xff\xc0", ptr) + 5
+    content[place : place + 4] = rng.integers(1, 2**16, 2, np.uint16).byteswap().tobytes()
+
+
+def label_maps(content, rng):
+    maps = Parts(content).label_maps
+    if maps is not None:
+        ptr, size = maps[["ptr", "size"]][rng.integers(COUNT)].tolist()
+        flip(content, ptr, ptr + size, rng)
+
+
+def sidecar(text, rng):
+    flip(text, 0, len(text), rng)
+
+
+def cut_sidecar(text, rng):
+    del text[rng.integers(0, len(text)) :]
+
+
+REFUSED = (
+    *(header, fields, metadata, crcs, table, cut, cut_entries, append, append_entries),
+    *(insert, remove, swap_labels, swap_images, blank, other_header, image_size, label_maps),
+)
+OF_IMAGES = images, image_headers, image_tail
+OF_SIDECARS = sidecar, cut_sidecar
+KINDS = REFUSED + OF_IMAGES + OF_SIDECARS
+
+
+def read_all(connection: Connection) -> None:
+    """Of each path that comes: a message, or the labels and pictures that are shown of each sample,
+    in training and then in evaluation."""
+    options = dict(img_size=16, batch_size=8, num_workers=2)
+    while path := connection.recv():
+        try:
+            shown = []
+            for train in True, False:
+                stream = FFCVStream(path, train=train, **options)
+                batches = [batch[:2] for batch in stream]
+                pictures = [zlib.crc32(image.numpy().tobytes()) for x, _ in batches for image in x]
+                labels = torch.cat([y for _, y in batches]).tolist()
+                samples = stream.samples().tolist()
+                said = zip(labels, pictures, strict=True)
+                shown.append(dict(zip(samples, said, strict=True)))
+            connection.send(shown)
+        except ValueError as error:
+            connection.send(str(error))
+
+
+@pytest.fixture(scope="module")
+def read():
+    """What read_all says of a path; an assertion where that process dies or hangs."""
+    ours, theirs = FORKS.Pipe()
+    child = FORKS.Process(target=read_all, args=(theirs,), daemon=True)
+    child.start()
+    theirs.close()
+
+    def ask(path):
+        ours.send(str(path))
+        assert ours.poll(TIMEOUT), f"{path}: reading it hangs"
+        try:
+            return ours.recv()
+        except EOFError:
+            child.join()
+            pytest.fail(f"{path}: reading it ended the process ({child.exitcode})")
+
+    yield ask
+    ours.send(None)
+    child.join()
+
+
+@pytest.fixture(scope="module", params=["images", "images and label maps"])
+def whole(request, picture, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("whole")
+    samples, maps = [], []
+    for k in range(COUNT):
+        rng = np.random.default_rng(k)
+        picture(k, *rng.integers(20, 60, 2).tolist()).save(folder / f"{k}.jpg", quality=95)
+        samples.append((folder / f"{k}.jpg", labels_of(k)))
+        label_map = [rng.normal(0, 4, (5, 3, 4)), rng.integers(0, 3, (5, 3, 4))]
+        torch.save(torch.tensor(np.stack(label_map)).half(), folder / f"{k}.pt")
+        maps.append(folder / f"{k}.pt")
+    options = dict(label_maps=maps) if "maps" in request.param else {}
+    path = folder / "x.beton"
+    write_beton(path, samples, classes=CLASSES, source="test", num_workers=1, **options)
+    return path
+
+
+@pytest.fixture(scope="module")
+def truth(read, whole):
+    found = read(whole)
+    assert not isinstance(found, str), found
+    train, val = found
+    assert {k: label for k, (label, _) in val.items()} == {k: labels_of(k) for k in range(COUNT)}
+    assert train.keys() == val.keys()
+    return train, val
+
+
+def damaged(whole, folder, kind, seed):
+    """A copy of the file, and whether its bytes differ."""
+    folder.mkdir()
+    for path in whole, sidecar_path(whole):
+        shutil.copy(path, folder)
+    path = folder / whole.name
+    target = sidecar_path(path) if kind in OF_SIDECARS else path
+    content = bytearray(target.read_bytes())
+    before = bytes(content)
+    kind(content, np.random.default_rng((seed, KINDS.index(kind))))
+    target.write_bytes(content)
+    return path, content != before
+
+
+def is_refused(path, read, truth, at_most):
+    """Whether it is, once what is said, or shown, is right; `at_most` pictures may differ."""
+    found = read(path)
+    if isinstance(found, str):
+        assert found.startswith(f"{path}: "), found
+        assert found.endswith("; delete it and prepare the data again"), found
+        return True
+    for shown, right in zip(found, truth, strict=True):
+        assert {k: s[0] for k, s in shown.items()} == {k: s[0] for k, s in right.items()}, path
+        assert sum(shown[k] != right[k] for k in right) <= at_most, path
+    return False
+
+
+def try_kinds(kinds, seeds, whole, read, truth, folder):
+    for kind in kinds:
+        for seed in seeds:
+            path, changed = damaged(whole, folder / f"{kind.__name__}-{seed}", kind, seed)
+            refused = is_refused(path, read, truth, at_most=1 if kind in OF_IMAGES else 0)
+            assert refused or not (changed and kind in REFUSED), path
+
+
+def test_a_damaged_beton_is_refused_or_shows_its_images_with_their_labels(
+    whole, read, truth, tmp_path
+):
+    try_kinds(KINDS, range(5), whole, read, truth, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_each_kind_of_damage_a_hundred_times(kind, whole, read, truth, tmp_path):
+    try_kinds([kind], range(5, 105), whole, read, truth, tmp_path)
+
+
+RGB, INT = ffcv_fields.RGBImageField, ffcv_fields.IntField
+FFCV_LAYOUTS = {
+    "image and label": dict(image=RGB(), label=INT()),
+    "raw image and label": dict(image=RGB("raw"), label=INT()),
+    "label and image": dict(label=INT(), image=RGB()),
+    "other names": dict(picture=RGB(), target=INT()),
+    "a label that is no whole number": dict(image=RGB(), label=ffcv_fields.FloatField()),
+    "a label of bytes": dict(image=RGB(), label=ffcv_fields.BytesField()),
+    "a text": dict(image=RGB(), label=INT(), text=ffcv_fields.JSONField()),
+    "an image alone": dict(image=RGB()),
+    "an array": dict(image=RGB(), label=INT(), map=ffcv_fields.NDArrayField(np.dtype("f2"), (5,))),
+}
+
+
+class Rows(list):
+    """A sample for each field of a layout."""
+
+    def __init__(self, layout, picture):
+        values = {
+            RGB: lambda k: np.asarray(picture(k, 20, 20)),
+            INT: lambda k: k % 3,
+            ffcv_fields.FloatField: float,
+            ffcv_fields.BytesField: lambda k: np.full(3, k, np.uint8),
+            ffcv_fields.JSONField: lambda k: dict(number=k),
+            ffcv_fields.NDArrayField: lambda k: np.full(5, k, np.float16),
+        }
+        super().__init__(tuple(values[type(f)](k) for f in layout.values()) for k in range(6))
+
+
+@pytest.mark.parametrize("name", FFCV_LAYOUTS)
+def test_a_file_of_ffcvs_own_writer_is_refused(name, written, picture, tmp_path):
+    path, layout = tmp_path / "x.beton", FFCV_LAYOUTS[name]
+    writer = DatasetWriter(str(path), layout, num_workers=1)
+    writer.from_indexed_dataset(Rows(layout, picture))
+    for _ in "alone", "with another's sidecar":
+        with pytest.raises(BetonError, match="x.beton: .*; delete it and prepare the data again"):
+            FFCVStream(path, train=False, img_size=16, batch_size=2)
+        shutil.copy(sidecar_path(written), sidecar_path(path))
+
+
+def test_sidecars_that_were_swapped_are_refused(whole, copied):
+    ours = sidecar_path(whole).read_bytes()
+    for path, theirs in (copied, ours), (whole, sidecar_path(copied).read_bytes()):
+        before = sidecar_path(path).read_bytes()
+        sidecar_path(path).write_bytes(theirs)
+        with pytest.raises(BetonError, match="its sidecar was written for another file"):
+            FFCVStream(path, train=False, img_size=16, batch_size=2)
+        sidecar_path(path).write_bytes(before)
+
+
+def test_a_sidecar_of_before_it_had_a_crc32_serves(copied):
+    content = beton.check_beton(copied) | {"format": beton.OLD_FORMAT}
+    del content["crc32"]
+    sidecar_path(copied).write_text(json.dumps(content))
+    assert len(list(FFCVStream(copied, train=False, img_size=16, batch_size=71))) == 1
+
+
+def test_a_file_that_is_written_anew_before_its_first_batch_is_told(copied, samples):
+    stream = FFCVStream(copied, train=False, img_size=16, batch_size=8)
+    write_beton(copied, samples[:40], classes=CLASSES, source="test", num_workers=1)
+    with pytest.raises(BetonError, match="written anew since this run began; start it again"):
+        list(stream)
+
+
+def test_a_file_that_is_written_anew_later_is_not_seen(copied, samples):
+    stream = FFCVStream(copied, train=False, img_size=16, batch_size=8)
+    before = [labels.tolist() for _, labels in stream]
+    write_beton(copied, samples[:40], classes=CLASSES, source="test", num_workers=1)
+    assert [labels.tolist() for _, labels in stream] == before
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_damaged_image_ends_each_epoch_at_once_and_leaves_no_thread(whole, tmp_path, train):
+    path, _ = damaged(whole, tmp_path / "x", image_size, 0)
+    stream = FFCVStream(path, train=train, img_size=16, batch_size=4, num_workers=2)
+    threads = threading.active_count()
+    for _ in range(3):
+        with pytest.raises(BetonError, match=r"the JPEG of sample \d+ is damaged"):
+            list(stream)
+        assert threading.active_count() == threads
+
+
+def cut_while_reading(path, errors):
+    os.dup2(os.open(errors, os.O_WRONLY | os.O_CREAT), 2)
+    for batch, _ in enumerate(FFCVStream(path, train=False, img_size=16, batch_size=4)):
+        if batch == 0:
+            os.truncate(path, 4096)
+
+
+def test_a_file_that_is_cut_while_it_is_read_ends_the_process_which_says_where(copied, tmp_path):
+    child = FORKS.Process(target=cut_while_reading, args=(copied, tmp_path / "errors"))
+    child.start()
+    child.join(TIMEOUT)
+    assert child.exitcode == -signal.SIGBUS
+    errors = (tmp_path / "errors").read_text()
+    assert "Fatal Python error: Bus error" in errors and "evit/data/ops.py" in errors

@@ -1,0 +1,304 @@
+"""Folders as people have them: odd images are read as Pillow reads them, what is no image is named,
+in both backends alike."""
+
+import ctypes
+import gc
+import os
+import shutil
+import signal
+import socket
+import struct
+import zlib
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from evit.data import Folder
+from evit.data.beton import BetonError, check_beton, sidecar_path
+from evit.data.prepare import prepare
+from evit.data.sources import image_files, tree_classes
+from tests.conftest import write_photos
+
+SIZE = 28
+OPTIONS = dict(img_size=SIZE, batch_size=4, crop_pct=1.0, num_workers=1)
+BACKENDS = ["ffcv", "imagefolder"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_hangs():
+    def stop(*_):
+        raise TimeoutError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(120)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+    gc.collect()  # loaders, and so their workers, that an error refers to
+
+
+def gif(image, path):
+    """Two pictures in a file, of which the first counts."""
+    image.quantize(16).save(path, "GIF", save_all=True, append_images=[image.rotate(180)])
+
+
+def wide(image, path):
+    image.resize((20_000, 200), Image.Resampling.BICUBIC).save(path)
+
+
+def rotated(image, path):
+    exif = Image.Exif()
+    exif[274] = 6  # Orientation: to be turned by 90 degrees
+    image.save(path, exif=exif, quality=95)
+
+
+def transparent(image, path):
+    image.quantize(16).save(path, transparency=bytes(range(16)))
+
+
+def deep(image, path):
+    gray = np.asarray(image.convert("L")).astype(np.uint16)
+    Image.fromarray(gray * 2).save(path)  # in 16 bits, of which Pillow keeps what is below 256
+
+
+def link(image, path):
+    image.save(f"{path}.bin", "PNG")
+    os.symlink(f"{path}.bin", path)
+
+
+READABLE = {
+    "cmyk.jpg": lambda image, path: image.convert("CMYK").save(path, quality=95),
+    "gray.jpg": lambda image, path: image.convert("L").save(path, quality=95),
+    "progressive.JPEG": lambda image, path: image.save(path, progressive=True),
+    "rotated.jpg": rotated,
+    "palette.png": lambda image, path: image.quantize(16).save(path),
+    "transparent palette.png": transparent,
+    "rgba.png": lambda image, path: image.convert("RGBA").save(path),
+    "gray and alpha.png": lambda image, path: image.convert("LA").save(path),
+    "bits.png": lambda image, path: image.convert("1").save(path),
+    "16 bits.png": deep,
+    "animated.png": lambda image, path: image.save(
+        path, save_all=True, append_images=[image.rotate(180)]
+    ),
+    "animated.webp": lambda image, path: image.save(
+        path, save_all=True, append_images=[image.rotate(180)], lossless=True
+    ),
+    "pages.tiff": lambda image, path: image.save(
+        path, save_all=True, append_images=[image.rotate(180)]
+    ),
+    "a gif.png": gif,
+    "a jpeg.png": lambda image, path: image.save(path, "JPEG", quality=95),
+    "a png.jpg": lambda image, path: image.save(path, "PNG"),
+    "pixel.png": lambda image, path: image.resize((1, 1)).save(path),
+    "wide.png": wide,
+    "new\nline.png": lambda image, path: image.save(path),
+    "'quotes\" & <b>.png": lambda image, path: image.save(path),
+    b"not utf-8 \xff.png".decode(errors="surrogateescape"): lambda image, path: image.save(path),
+    "folder.jpg/x.png": lambda image, path: image.save(path),
+    "link.png": link,
+}  # fmt: skip
+LEFT_OUT = (".DS_Store", "._x.jpg", ".ipynb_checkpoints/x.jpg", "notes.txt", "film.gif", "x.jpg~")
+
+
+@pytest.fixture(scope="module")
+def odd(picture, tmp_path_factory):
+    """A tree whose val/ has every readable kind, in turn in its two classes, and no image besides
+    but what is to be left out."""
+    root = write_photos(tmp_path_factory.mktemp("odd") / "odd")
+    shutil.rmtree(root / "val")
+    for k, (name, write) in enumerate(READABLE.items()):
+        path = f"{root}/val/{['cat', 'dog'][k % 2]}/{name}"
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        write(picture(k, SIZE, SIZE), path)
+    for name in LEFT_OUT:
+        path = root / "val" / "cat" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"no image")
+    return root
+
+
+def shown(data):
+    """Images (N, H, W, 3) and labels (N,) of val/."""
+    batches = list(data.val_dataloader())
+    images = np.concatenate([images.permute(0, 2, 3, 1).numpy() for images, _ in batches])
+    return images.astype(int), np.concatenate([labels.numpy() for _, labels in batches])
+
+
+def ready(root, tmp_path, **options):
+    data = Folder(root, **OPTIONS | dict(cache_dir=tmp_path / "cache") | options)
+    data.prepare_data()
+    data.setup()
+    return data
+
+
+@pytest.mark.parametrize("way", ["imagefolder", "ffcv, raw", "ffcv, jpg", "prepared"])
+def test_odd_images_look_as_pillow_reads_them_under_their_labels(odd, tmp_path, way):
+    options = dict(backend=way[:4] if "ffcv" in way else "imagefolder", mode=way[-3:])
+    root = odd
+    if way == "prepared":
+        options = dict(backend="ffcv")
+        root = prepare(odd, tmp_path / "betons", mode="jpg", max_resolution=500, jpeg_quality=95)
+    images, labels = shown(ready(root, tmp_path, **options))
+    exact = way in ("imagefolder", "ffcv, raw")
+    paths = [path for name in ("cat", "dog") for path in image_files(f"{odd}/val/{name}")]
+    assert len(paths) == len(images) == len(labels) == len(READABLE)
+    for path, image, label in zip(paths, images, labels, strict=True):
+        assert label == ("/dog/" in path), path
+        with Image.open(path) as opened:
+            right = opened.convert("RGB")
+        if "wide" in path:
+            right = right.crop((9900, 0, 10100, 200))
+        right = np.asarray(right.resize((SIZE, SIZE), Image.Resampling.BICUBIC)).astype(int)
+        difference = np.abs(image - right)
+        if exact:
+            assert "wide" in path or difference.max() == 0, path
+        elif "wide" not in path:  # of which max_resolution leaves 6 rows
+            assert difference.mean() < 16, path  # another picture differs by 60
+
+
+def truncated(root, path):
+    whole = (root / "train/cat/0.jpg").read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+
+
+def truncated_png(root, path):
+    Image.open(root / "train/cat/0.jpg").save(path)
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def bad_chunk(root, path):
+    """A PNG in whose header a bit has changed."""
+    truncated_png(root, path)
+    content = bytearray(path.read_bytes())
+    content[20] ^= 1
+    path.write_bytes(content)
+
+
+def bomb(root, path):
+    """A PNG that says it is of 60,000 x 60,000 pixels."""
+    size = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + size + struct.pack(">I", zlib.crc32(size))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk)
+
+
+def listen(root, path):
+    before = os.getcwd()
+    os.chdir(path.parent)  # as the name of a socket may not be long
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(path.name)
+    os.chdir(before)
+
+
+REFUSED = {
+    "truncated.jpg": truncated,
+    "truncated.png": truncated_png,
+    "bad chunk.png": bad_chunk,
+    "empty.jpg": lambda root, path: path.touch(),
+    "text.jpg": lambda root, path: path.write_text("not an image\n" * 99),
+    "bomb.png": bomb,
+    "no width.ppm": lambda root, path: path.write_bytes(b"P6 0 5 255\n"),
+    "dangling.jpg": lambda root, path: path.symlink_to("nowhere"),
+    "pipe.jpg": lambda root, path: os.mkfifo(path),
+    "socket.jpg": listen,
+    "device.jpg": lambda root, path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_image_is_named_with_the_way_out(name, backend, photos, tmp_path):
+    path = photos / "train/dog" / name
+    REFUSED[name](photos, path)
+    with pytest.raises(ValueError) as refusal:
+        list(ready(photos, tmp_path, backend=backend).train_dataloader())
+    message = str(refusal.value)
+    assert message.startswith(f"{path} "), message
+    assert "remove" in message and "Traceback" not in message, message
+
+
+def test_all_of_it_can_be_left_out_and_the_rest_keeps_its_labels(photos, tmp_path):
+    for name, make in REFUSED.items():
+        make(photos, photos / "val/cat" / name)
+    options = dict(mode="raw", max_resolution=None, jpeg_quality=95, skip_bad=True)
+    folder = prepare(photos, tmp_path / "betons", **options)
+    skipped = check_beton(folder / "val.beton")["skipped"]
+    assert [os.path.basename(entry["name"]) for entry in skipped] == sorted(REFUSED)
+    images, labels = shown(ready(folder, tmp_path))
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+    for image, label in zip(images, labels, strict=True):
+        assert abs(image.mean() - [60, 190][label]) < 20  # as write_photos draws them
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_link_to_a_folder_around_it_is_named(backend, photos, tmp_path):
+    (photos / "val/cat/inner").mkdir()
+    (photos / "val/cat/inner/loop").symlink_to("..")
+    (photos / "val/cat/inner/again").symlink_to("..")  # two make 2^40 paths
+    with pytest.raises(ValueError, match="val/cat/inner/.*is a link to a folder that it is in"):
+        ready(photos, tmp_path, backend=backend)
+
+
+def test_linked_folders_are_read(photos, tmp_path):
+    (photos / "val/cat").rename(tmp_path / "elsewhere")
+    (photos / "val/cat").symlink_to(tmp_path / "elsewhere")
+    _, labels = shown(ready(photos, tmp_path, backend="imagefolder"))
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+
+
+def test_files_come_in_the_order_of_torchvision(photos):
+    from torchvision.datasets import ImageFolder
+
+    for inner in "a", "a-b", "a/c", "B":
+        shutil.copytree(photos / "val/dog", photos / "train/cat" / inner)
+    theirs = [path for path, label in ImageFolder(photos / "train").samples if label == 0]
+    assert image_files(f"{photos}/train/cat") == theirs
+
+
+@contextmanager
+def unprivileged():
+    """Without root's right to read everything, so that a file's mode counts."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    before = (ctypes.c_uint32 * 6)()
+    assert libc.capget(header, before) == 0
+    after = (ctypes.c_uint32 * 6)(*before)
+    after[0] = after[3] = 0  # what is effective; what is permitted stays
+    assert libc.capset(header, after) == 0
+    try:
+        yield
+    finally:
+        assert libc.capset(header, before) == 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("part", ["", "train", "train/dog", "train/dog/3.jpg"])
+@pytest.mark.parametrize("mode", [0o000, 0o444])
+def test_what_may_not_be_read_is_named(part, mode, backend, photos, tmp_path):
+    if mode and part.endswith(".jpg"):
+        return
+    (photos / part).chmod(mode)
+    try:
+        with unprivileged(), pytest.raises(ValueError) as refusal:
+            list(ready(photos, tmp_path, backend=backend).train_dataloader())
+    finally:
+        (photos / part).chmod(0o755)
+    message = str(refusal.value)
+    assert message.startswith(str(photos / part)) and "Permission denied" in message, message
+    assert "remove" in message
+
+
+@pytest.mark.parametrize("name", ["copy.beton", "copy.beton.json"])
+def test_a_beton_that_may_not_be_read_is_named(name, copied):
+    copied.with_name(name).chmod(0)
+    with unprivileged(), pytest.raises(BetonError, match=f"{name}.* cannot be read .Permission"):
+        check_beton(copied)
+    assert sidecar_path(copied).is_file()
+
+
+def test_a_class_of_images_that_are_all_left_out_has_none(photos):
+    for path in (photos / "val/cat").iterdir():
+        path.rename(path.with_name(f".{path.name}"))
+    assert image_files(f"{photos}/val/cat") == []
+    assert tree_classes(photos) == ["cat", "dog"]
