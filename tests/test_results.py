@@ -7,6 +7,7 @@ from statistics import mean
 import pytest
 
 from evit.report import benchmarks, found, tables
+from tests import soak
 from tests.conftest import ROOT
 
 RESULTS = ROOT / "results"
@@ -43,6 +44,12 @@ def test_a_page_has_the_accuracies_of_the_runs_beside_it(path):
     page, table = path.read_text(), path.with_name("table.md").read_text()
     accuracies = re.findall(r"[\d.]+ ± [\d.]+", table)
     assert accuracies and all(cell in page for cell in accuracies[::2])
+
+
+def test_the_soak_run_levelled_off_and_its_table_has_its_numbers():
+    samples = json.loads((RESULTS / "soak" / "soak.json").read_text())["samples"]
+    assert samples[-1]["minute"] > 59 and not soak.growing(samples)
+    assert (RESULTS / "soak" / "table.md").read_text() == soak.markdown(samples)
 
 
 def test_the_readme_quotes_the_sweep():
