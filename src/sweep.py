@@ -6,7 +6,7 @@ import sys
 from hydra.errors import HydraException
 
 import startup  # noqa: F401
-from evit.config import fail
+from evit.ending import fail, program
 
 
 def main():
@@ -20,4 +20,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    program(main)

@@ -33,6 +33,7 @@ def test_the_knobs_are_these():
     assert {field.name for field in fields(RunConfig)} == {
         *("name", "keep_rate", "fusion", "img_size", "seed", "checkpoint", "pretrained"),
         *("compile", "overwrite", "resume", "checkpoint_every_n_steps", "dry_run"),
+        "keep_checkpoint_every_n_epochs",
         *("model", "data", "recipe", "trainer", "logger"),
     }
 

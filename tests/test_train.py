@@ -155,6 +155,7 @@ MISTAKES = {
     "resume=lost.ckpt": "resume=lost.ckpt is neither auto nor a checkpoint",
     "trainer.ddp.static_graph=true trainer.accumulate_grad_batches=2": "does not go with",
     "checkpoint_every_n_steps=0": "checkpoint_every_n_steps must be at least 1, got 0",
+    "keep_checkpoint_every_n_epochs=0": "keep_checkpoint_every_n_epochs must be at least 1",
 }
 
 

@@ -11,19 +11,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf
 
+from evit import ending
 from evit.training.recipe import Recipe
 
 CONF_DIR = Path(__file__).parents[2] / "conf"
-HOW = ("overwrite", "resume", "checkpoint_every_n_steps", "dry_run")  # not what is trained
+HOW = (  # and not what is trained
+    *("overwrite", "resume", "checkpoint_every_n_steps", "keep_checkpoint_every_n_epochs"),
+    "dry_run",
+)
 
 
 @dataclass
@@ -41,6 +44,7 @@ class RunConfig:
     overwrite: bool = False
     resume: str = "auto"
     checkpoint_every_n_steps: int | None = None
+    keep_checkpoint_every_n_epochs: int | None = None
     dry_run: bool = False
     model: Any = MISSING
     data: Any = MISSING
@@ -220,21 +224,6 @@ def listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def user_error(error: BaseException | None) -> ValueError | TypeError | None:
-    """The user's mistake behind an exception, if it is one: Hydra wraps what constructors raise."""
-    while isinstance(error, InstantiationException):
-        error = error.__cause__
-    return error if isinstance(error, ValueError | TypeError) else None
-
-
-def remove_empty(folder: Path) -> None:
-    """Remove the run folder that Hydra made in this one, and its parents, as far as empty."""
-    for path in (folder, *folder.parents):
-        if Path.cwd() not in path.parents or any(path.iterdir()):
-            return
-        path.rmdir()
-
-
 def check_spelling(overrides: list[str], schema: type) -> None:
     """Refuse a knob that is not there: Hydra would advise to add it, and it would do nothing.
 
@@ -255,18 +244,12 @@ def check_spelling(overrides: list[str], schema: type) -> None:
             raise ValueError(f"unknown knob {wrong!r} in {override!r}: {hint}")
 
 
-def fail(error: Exception) -> NoReturn:
-    """End the program with a user's mistake."""
-    shown = "".join(c if c.isprintable() or c == "\n" else "?" for c in str(error))
-    print(f"error: {shown}", file=sys.stderr)
-    sys.exit(2)
-
-
 def entry_point(
     config_name: str, schema: type
 ) -> Callable[[Callable[[DictConfig], Any]], Callable[[], Any]]:
-    """hydra.main over conf/, where a user's mistake ends a single run with one plain message."""
+    """hydra.main over conf/, which a mistake, the disk or a signal ends with one plain message."""
     register()
+    names = {entry.name for entry in fields(schema)}
 
     def decorate(task: Callable[[DictConfig], Any]) -> Callable[[], Any]:
         @functools.wraps(task)
@@ -276,28 +259,27 @@ def entry_point(
                 gc.enable()
             try:
                 return task(cfg)
-            except (InstantiationException, ValueError) as error:
-                mistake = user_error(error)
-                if mistake is None or HydraConfig.get().mode == RunMode.MULTIRUN:
-                    raise
-                remove_empty(Path(HydraConfig.get().runtime.output_dir))
-                fail(mistake)
+            except BaseException as error:
+                hydra_cfg = HydraConfig.get()
+                one = hydra_cfg.mode != RunMode.MULTIRUN
+                ending.end_run(error, Path(hydra_cfg.runtime.output_dir), "resume" in names, one)
+                raise
 
         main = hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config_name)
 
         def checked() -> Any:
-            if "dry_run" in {entry.name for entry in fields(schema)}:
+            if "dry_run" in names:
                 sys.argv = ["dry_run=true" if a == "--dry-run" else a for a in sys.argv]
             try:
                 check_spelling(sys.argv[1:], schema)
             except ValueError as error:
-                fail(error)
+                ending.fail(error)
             if "dry_run=true" not in sys.argv:
                 return main(run)()
             with TemporaryDirectory() as folder:  # Hydra makes one, whatever the task does
                 sys.argv += [f"hydra.run.dir={folder}", f"hydra.sweep.dir={folder}"]
                 return main(run)()
 
-        return checked
+        return functools.partial(ending.program, checked)
 
     return decorate

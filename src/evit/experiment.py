@@ -1,7 +1,6 @@
 """One run: build, fit, evaluate, write result.json."""
 
-import signal
-import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
 from evit import load_checkpoint, measure
@@ -23,7 +21,7 @@ from evit.models.weights import read_state_dict
 from evit.report import results, tables
 from evit.tracking import JsonlLogger, start_service, wandb_logger, wandb_mode
 from evit.training import checkpoints
-from evit.training.callbacks import InferenceSpeed, KeepRateSchedule, KeptPatches
+from evit.training.callbacks import InferenceSpeed, KeepRateSchedule, KeptPatches, Signals
 from evit.training.ema import EMA
 from evit.training.module import Classifier, mix_seed
 from evit.training.objectives import Classification, dense_teacher, make_objective
@@ -47,7 +45,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     started = time.monotonic()
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     folder = Path(HydraConfig.get().runtime.output_dir)
-    overwrite, resume, every, _ = (config.pop(knob) for knob in HOW)
+    overwrite, resume, every, keep_every, _ = (config.pop(knob) for knob in HOW)
     first = checkpoints.given(resume, folder)
     last = None
     if not overwrite:
@@ -57,6 +55,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             rank_zero_only(results.show)(before, folder)
             return before
         last = checkpoints.unfinished(folder)
+    tempfile.TemporaryFile(dir=folder).close()  # is an OSError now, not after hours
 
     recipe: Any = OmegaConf.to_object(cfg.recipe)
     mode = wandb_mode(config["logger"]["mode"])
@@ -69,7 +68,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     callbacks: list[L.Callback] = [
         throughput,
         progress(throughput),
-        checkpoints.LastCheckpoint(folder / "checkpoints", every),
+        Signals(),
+        checkpoints.LastCheckpoint(folder / "checkpoints", every, keep_every),
         checkpoints.BestCheckpoint(folder / "checkpoints", recipe.full_rate_epoch),
     ]
     if recipe.ema_decay is not None:
@@ -144,11 +144,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             if tracker:
                 tracker.log_summary(results.summary(result))
             results.show(result, folder)
-    except BaseException as error:
+    except BaseException:
         if tracker:
             tracker.end(1)
-        if isinstance(error, SIGTERMException):
-            sys.exit(128 + signal.SIGTERM)  # Lightning would end as if all were done
         raise
     if tracker:
         tracker.end()

@@ -20,6 +20,8 @@ from PIL import Image
 STEP = "trainer/global_step"  # as Lightning's own logger names it
 WAITS = dict(init_timeout=30, finish_timeout=30)  # seconds; WANDB_FINISH_TIMEOUT=300 for others
 
+from evit.disk import whole_file
+
 
 class JsonlLogger(Logger):
     """Appends each logged row to a file as one line of JSON, flushed at once.
@@ -37,9 +39,8 @@ class JsonlLogger(Logger):
     def _cut(self, steps: int) -> None:
         lines = self.path.read_text().splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < steps]
-        partial = self.path.with_suffix(".tmp")
-        partial.write_text("".join(kept))
-        partial.replace(self.path)
+        with whole_file(self.path) as file:
+            file.write("".join(kept).encode())
 
     @property
     def name(self) -> str:

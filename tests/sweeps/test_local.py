@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from evit.signals import Stopped
 from evit.sweeps import local, overview
 from evit.sweeps.jobs import Job
 from tests.conftest import ROOT
@@ -170,7 +171,7 @@ def test_a_signal_stops_the_jobs_and_leaves_them_to_be_taken_up_again(tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop_it).start()
-    with pytest.raises(local.Stopped):
+    with pytest.raises(Stopped):
         run([good, long])
     assert good.state() == "finished" and long.state() == "unfinished"
     (tmp_path / "go").touch()

@@ -1,11 +1,6 @@
 """An interrupted run goes on as if nothing had happened: from within an epoch, too."""
 
-import contextlib
-import io
-import json
-import os
 import signal
-import sys
 import time
 from pathlib import Path
 
@@ -15,62 +10,8 @@ import torch
 from evit.data.resumable import Resumable
 from evit.report import results
 from evit.training import checkpoints
-from evit.training.module import Classifier
 from tests.conftest import FORKS, ROOT, run_script
-
-# Mixup, drop path, EMA, a moving keep rate, and 3 steps of 2 batches in each of 3 epochs.
-ARGUMENTS = (
-    "model=evit_deit_micro img_size=28 trainer=cpu trainer.accumulate_grad_batches=2 "
-    "trainer.log_every_n_steps=1 recipe.epochs=3 recipe.batch_size=4 recipe.warmup_epochs=1 "
-    "recipe.ema_decay=0.9 recipe.shrink_start_epoch=0 recipe.shrink_epochs=2 recipe.eval_every=1 "
-    "logger=none checkpoint_every_n_steps=2"
-).split()
-TIMED = {"seconds", "train/images_per_s", "train/data_wait"}
-
-
-class Killed(Exception):
-    pass
-
-
-def kill() -> None:
-    raise Killed
-
-
-@pytest.fixture(scope="module")
-def train(shared_photos):
-    """Run src/train.py in this process and in a folder; kill it at a batch of an epoch."""
-    import train
-
-    step = Classifier.training_step
-
-    def run(folder: Path, *more: str, kill_at: tuple[int, int] | None = None, kill=kill) -> str:
-        def training_step(self, batch, batch_idx):
-            if (self.current_epoch, batch_idx) == kill_at:
-                kill()
-            return step(self, batch, batch_idx)
-
-        folder.mkdir(exist_ok=True)
-        arguments = ["train.py", *ARGUMENTS, f"data.root={shared_photos}", *more]
-        printed = io.StringIO()
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-            patch.delenv("IMAGENET_DIR", raising=False)
-            patch.setenv("HYDRA_FULL_ERROR", "1")  # or Hydra ends the process
-            patch.chdir(folder)
-            patch.setattr(Classifier, "training_step", training_step)
-            patch.setattr(sys, "argv", arguments)
-            with contextlib.suppress(Killed):
-                train.main()
-        return printed.getvalue()
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def whole(train, tmp_path_factory) -> Path:
-    """The folder of a run that nothing has interrupted."""
-    folder = tmp_path_factory.mktemp("whole")
-    train(folder)
-    return folder
+from tests.training.conftest import ARGUMENTS, assert_equal, only, rows, training_state
 
 
 def test_the_best_checkpoint_is_of_an_epoch_at_the_final_keep_rate(whole):
@@ -108,30 +49,6 @@ def test_an_epoch_is_not_gone_on_with_in_batches_of_another_size(seen, left):
         assert len(list(after)) == left
 
 
-def only(folder: Path, pattern: str) -> Path:
-    (path,) = folder.glob(f"outputs/*/*/{pattern}")
-    return path
-
-
-def rows(folder: Path) -> list[dict]:
-    lines = only(folder, "metrics.jsonl").read_text().splitlines()
-    found = [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
-    return [row for row in found if set(row) - {"step", "epoch"}]
-
-
-def training_state(folder: Path) -> dict:
-    found = torch.load(only(folder, "checkpoints/last.ckpt"), weights_only=True)
-    names = ("state_dict", "ema_state_dict", "optimizer_states", "lr_schedulers")
-    return {name: found[name] for name in names} | dict(step=found["global_step"])
-
-
-def assert_equal(found: Path, expected: Path) -> None:
-    """The same metrics, weights, averages and optimizer, to the bit."""
-    assert rows(found) == rows(expected)
-    states = [training_state(folder) for folder in (found, expected)]
-    torch.testing.assert_close(*states, rtol=0, atol=0)
-
-
 def test_a_run_killed_within_and_between_epochs_equals_an_uninterrupted_one(train, whole, tmp_path):
     train(tmp_path, kill_at=(1, 4))  # after step 4, the first of epoch 1, was saved
     assert training_state(tmp_path)["step"] == 4
@@ -149,21 +66,30 @@ def test_so_does_one_whose_images_are_read_by_other_processes(train, tmp_path):
     assert_equal(tmp_path / "killed", tmp_path / "whole")
 
 
-def test_a_run_that_is_told_to_terminate_does_not_end_as_if_it_had_finished(train, tmp_path):
-    def terminate():
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(SystemExit) as ended:
-        train(tmp_path, kill_at=(1, 4), kill=terminate)
-    assert ended.value.code == 143
-    assert training_state(tmp_path)["step"] == 4
+def test_of_every_second_epoch_the_checkpoint_is_kept(whole):
+    folder = only(whole, "checkpoints")
+    names = {path.name for path in folder.iterdir()}
+    assert names == {"last.ckpt", "previous.ckpt", "best.ckpt", "epoch_002.ckpt"}
+    checkpoints.check(folder / "epoch_002.ckpt")
+    assert checkpoints.optimizer_steps(folder / "epoch_002.ckpt") == 6
 
 
-def test_a_truncated_checkpoint_is_left_out_for_the_one_before(train, tmp_path):
+def truncated(content: bytes) -> bytes:
+    return content[:-1000]
+
+
+def flipped(content: bytes) -> bytes:
+    """Of a weight: torch.load would not notice."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+
+
+@pytest.mark.parametrize("damaged", [truncated, flipped])
+def test_a_damaged_checkpoint_is_left_out_for_the_one_before(damaged, train, tmp_path):
     train(tmp_path, kill_at=(1, 4))
     folder = only(tmp_path, "checkpoints")
     last = folder / "last.ckpt"
-    last.write_bytes(last.read_bytes()[:-1000])
+    last.write_bytes(damaged(last.read_bytes()))
     with pytest.warns(UserWarning, match="last.ckpt cannot be read .*: it is left out"):
         found = checkpoints.unfinished(folder.parent)
     assert found == folder / "previous.ckpt"

@@ -21,6 +21,7 @@ import numpy as np
 
 from evit.data.beton import sidecar_path
 from evit.data.encode import Skipped, Stored
+from evit.disk import sync_folder
 
 COMMIT_BYTES = 2**28  # data that may have to be written again
 
@@ -101,6 +102,7 @@ class Partial:
             _sync(file)
         os.replace(file.name, path)
         os.replace(self.data_path, self.path)
+        sync_folder(self.path.parent)
 
     def remove(self) -> None:
         for path in self.data_path, _beside(sidecar_path(self.path), "partial"):

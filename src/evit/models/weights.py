@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evit.disk import check_zip
+
 # Where published and Lightning checkpoints keep the weights, and what they prepend to each name.
 CONTAINERS = ("model", "state_dict")
 PREFIXES = ("module.", "model.")
@@ -24,6 +26,7 @@ def read_state_dict(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]
         if not path.is_file():
             raise ValueError(f"checkpoint {str(path)!r} does not exist: give the path of a file")
         try:
+            check_zip(path)
             with torch.serialization.safe_globals([argparse.Namespace]):
                 source = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:

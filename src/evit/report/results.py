@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from evit.config import CONF_DIR
+from evit.disk import whole_file
 
 PACKAGES = "torch torchvision timm lightning hydra-core torchmetrics wandb ffcv".split()
 
@@ -125,12 +126,8 @@ def provenance() -> dict[str, Any]:
 
 def write_json(content: dict[str, Any], path: Path) -> None:
     """Write a file whole or not at all. Not-a-number is a ValueError."""
-    partial = path.with_suffix(".tmp")
-    with partial.open("w") as file:
-        file.write(json.dumps(content, indent=1, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with whole_file(path) as file:
+        file.write(json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from evit.config import CONF_DIR, check_spelling, listed, overridden
+from evit.signals import Stopped
 from evit.sweeps import local, overview
 from evit.sweeps.jobs import SCHEMAS, Job, check_needs, make_jobs, names, read
 
@@ -99,7 +100,7 @@ def here(
         try:
             with overview.Progress(todo) as tell:
                 failed = local.run_all(todo, cfg.slots, cfg.retries, cfg.timeout, tell)
-        except local.Stopped as stopped:
+        except Stopped as stopped:
             print("Stopped: the same command goes on.", flush=True)
             return 128 + stopped.number
     overview.show(name, jobs)

@@ -15,6 +15,7 @@ import torch
 
 from evit.config import listed
 from evit.report.results import write_json
+from evit.signals import ENDING, stopping
 from evit.sweeps.jobs import Job
 
 # What torchrun, SLURM and MPI tell the processes that they start: a run is to start its own.
@@ -23,13 +24,6 @@ RANKS = "RANK LOCAL_RANK NODE_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTE
 LOG = "run.log"
 FAILED = "failed.json"  # in the folder of a job that failed: why, for the report
 GRACE = 60  # seconds to end by itself, after SIGTERM
-
-
-class Stopped(BaseException):
-    """A signal asks the sweep to stop."""
-
-    def __init__(self, number: int):
-        self.number = number
 
 
 @dataclass
@@ -149,6 +143,7 @@ def forget_failures(folder: Path) -> None:
             path.parent.rmdir()
 
 
+@stopping(*ENDING)
 def run_all(
     jobs: list[Job],
     slots: Any,
@@ -167,7 +162,7 @@ def run_all(
             it runs.
 
     Raises:
-        Stopped: by SIGINT, SIGTERM or SIGHUP; the jobs have been stopped.
+        Stopped: by a signal; the jobs have been stopped.
     """
     free, waiting = make_slots(slots), list(jobs)
     running: list[Process] = []
@@ -182,11 +177,6 @@ def run_all(
         note_failure(job, reason)
         end(job, "failed", reason)
 
-    def on_signal(number: int, _: Any) -> None:
-        raise Stopped(number)
-
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(number, on_signal) for number in signals]
     try:
         while waiting or running:
             failures = {job.folder for job, _ in failed}
@@ -232,9 +222,5 @@ def run_all(
                 free.append(process.slot)
             time.sleep(0.2)
     finally:
-        for number in signals:
-            signal.signal(number, signal.SIG_IGN)
         stop([process.popen for process in running])
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
     return failed

@@ -1,5 +1,6 @@
 """What happens beside the training loop."""
 
+import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,36 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from evit import signals
 from evit.data.batch import denormalize
+from evit.disk import whole_file
 from evit.measure import speed
 from evit.models.vit import EViT
 from evit.report.pictures import draw_kept
 from evit.schedule import at_multiples, keep_rate_at
 from evit.tracking import Tracker
+
+
+class Signals(L.Callback):
+    """Ends training where a signal arrives, and the processes that this one has started.
+
+    Lightning's own handler of SIGTERM would wait for the batch to end, and with several processes
+    for all of them, who may be waiting for this one.
+    """
+
+    def on_train_start(self, *_: Any) -> None:
+        signal.signal(signal.SIGTERM, signals.on_signal)
+
+    on_validation_start = on_train_start
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        signals.check()
+
+    on_validation_batch_start = on_train_batch_start
+
+    def on_exception(self, trainer: L.Trainer, *_: Any) -> None:
+        if signals.received and trainer.strategy.launcher:
+            trainer.strategy.launcher.kill(signals.received.number)
 
 
 class KeepRateSchedule(L.Callback):
@@ -93,7 +118,8 @@ class KeptPatches(L.Callback):
         images = torch.stack(self.images)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         picture = draw_kept(self.model, images, denormalize(images, data.mean, data.std))
-        picture.save(self.path)
+        with whole_file(self.path) as file:
+            picture.save(file, "png")
         epoch, epochs = trainer.current_epoch + 1, trainer.max_epochs
         assert epochs
         if epoch < min(self.next_logged, epochs):

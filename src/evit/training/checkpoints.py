@@ -1,6 +1,5 @@
 """Checkpoints: written whole or not at all, and which of them a run goes on from."""
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
+
+from evit.disk import check_zip, sync_folder, whole_file
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
@@ -22,25 +23,33 @@ class WholeFiles(TorchCheckpointIO):
     ) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".tmp")
-        with partial.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with whole_file(path) as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # of its zip writer, for want of what the disk refused
+                raise error.__context__ or error from None
 
 
 class LastCheckpoint(Checkpoint):
-    """last.ckpt, after every epoch and every so many optimizer steps; previous.ckpt before it.
+    """last.ckpt, after every epoch and every so many optimizer steps; previous.ckpt before it; and
+    epoch_010.ckpt, which stays, after every so many epochs.
 
     A checkpoint from within an epoch is named last.ckpt when the next batch begins: only then are
     the metrics of its step in metrics.jsonl, and a run that goes on from it lacks none.
     """
 
-    def __init__(self, folder: Path, every_n_steps: int | None = None):
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"checkpoint_every_n_steps must be at least 1, got {every_n_steps}")
+    def __init__(
+        self, folder: Path, every_n_steps: int | None = None, keep_every_n_epochs: int | None = None
+    ):
+        knobs = dict(
+            checkpoint_every_n_steps=every_n_steps,
+            keep_checkpoint_every_n_epochs=keep_every_n_epochs,
+        )
+        for knob, value in knobs.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{knob} must be at least 1, got {value}")
         self.folder, self.every_n_steps = folder, every_n_steps
+        self.keep_every_n_epochs = keep_every_n_epochs
         self.saved_step = -1
         self.pending = False
 
@@ -60,6 +69,9 @@ class LastCheckpoint(Checkpoint):
             self.save(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        epochs = trainer.current_epoch + 1
+        if self.keep_every_n_epochs and epochs % self.keep_every_n_epochs == 0:
+            trainer.save_checkpoint(self.folder / f"epoch_{epochs:03d}.ckpt")
         self.save(trainer)
         self.publish(trainer)
 
@@ -74,6 +86,7 @@ class LastCheckpoint(Checkpoint):
             if last.exists():
                 last.replace(self.folder / PREVIOUS)
             (self.folder / "next.ckpt").replace(last)
+            sync_folder(self.folder)
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -94,6 +107,19 @@ class BestCheckpoint(ModelCheckpoint):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.current_epoch >= self.first_epoch:
             super().on_validation_end(trainer, pl_module)
+
+
+def check(path: Path) -> None:
+    """Refuse a checkpoint that is not as it was written, or that no training goes on from.
+
+    Raises:
+        ValueError: says which.
+    """
+    try:
+        check_zip(path)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read ({error})") from error
+    optimizer_steps(path)
 
 
 def optimizer_steps(path: Path) -> int:
@@ -123,7 +149,7 @@ def unfinished(folder: Path) -> Path | None:
     found = [path for name in (LAST, PREVIOUS) if (path := folder / "checkpoints" / name).is_file()]
     for path in found:
         try:
-            optimizer_steps(path)
+            check(path)
             return path
         except ValueError as error:
             rank_zero_warn(f"{error}: it is left out")
@@ -145,5 +171,5 @@ def given(resume: str, folder: Path) -> Path | None:
         raise ValueError(f"resume={resume} is neither auto nor a checkpoint")
     if folder.resolve() in path.parents:
         raise ValueError(f"resume={resume} is a checkpoint of this very run: take resume=auto")
-    optimizer_steps(path)
+    check(path)
     return path

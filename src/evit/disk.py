@@ -1,0 +1,83 @@
+"""Files that are whole or not there, and what a disk refuses."""
+
+import errno
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNWRITABLE = (
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
+    *(errno.EIO, errno.ESTALE),
+)
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when all of it is on the disk.
+
+    After an error, or a signal, it is removed, and `path` is as it was.
+    """
+    partial = path.with_name(f"{path.name}.tmp")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names of a folder on the disk: a rename before this outlives a power failure."""
+    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(number)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a network's file system that has no such thing
+            raise
+    finally:
+        os.close(number)
+
+
+def refused(error: BaseException, folder: Path) -> str | None:
+    """What to tell the user where a disk is full or may not be written to; None: it is not that.
+
+    Args:
+        folder: where the program writes, for an error that names no file.
+    """
+    if not isinstance(error, OSError) or error.errno not in FULL + UNWRITABLE:
+        return None
+    path = Path(error.filename or folder).absolute()
+    there = next(parent for parent in (path, *path.parents) if parent.is_dir())
+    reason = f"{os.path.relpath(path)} cannot be written: {os.strerror(error.errno)}"
+    if error.errno in UNWRITABLE:
+        return f"{reason}. Choose a folder that can be, or mend this one"
+    free = shutil.disk_usage(there).free
+    return f"{reason}, {free / 1e6:.1f} MB are free. Make room: the same command goes on"
+
+
+def check_zip(path: Path) -> None:
+    """Compare what is in a zip file, such as torch.save's, with its checksums: torch.load does not.
+
+    Other files are left to their readers.
+
+    Raises:
+        ValueError: it has changed since it was written.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            changed = archive.testzip()
+    except Exception as error:  # of zlib, struct or zipfile: whichever byte has changed
+        raise ValueError(f"damaged: {error}") from error
+    if changed:
+        raise ValueError(f"damaged: {changed} is not as it was written")

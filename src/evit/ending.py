@@ -1,0 +1,79 @@
+"""How a program ends before it has finished: with one line that says why."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra.errors import CompactHydraException, InstantiationException
+
+from evit import disk, signals
+
+
+def program(main: Callable[[], Any]) -> Any:
+    """Call it; a signal, a full disk or what Hydra refuses ends the program with one plain line."""
+    # SIGUSR1 is Lightning's under SLURM: it saves a checkpoint and requeues the job.
+    slurm = (signal.SIGUSR1,) if "SLURM_NTASKS" in os.environ else ()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # or it ends the program itself
+    try:
+        with signals.stopping(*(n for n in signals.ENDING if n not in slurm)):
+            return main()
+    except signals.Stopped as stopped:
+        end(stopped)
+    except CompactHydraException as error:
+        sys.exit("\n".join(str(e) for e in (error, error.__cause__) if e))
+    except OSError as error:  # of the run's folder
+        if text := disk.refused(error, Path()):
+            fail(text)
+        raise
+
+
+def end_run(error: BaseException, folder: Path, resumes: bool, one: bool) -> None:
+    """End the program where a run has ended by a signal, a full disk or a user's mistake.
+
+    Args:
+        folder: the run's, removed if it is empty.
+        resumes: whether the same command goes on.
+        one: it is the only run, and not one of a Hydra multirun: others stop with it.
+    """
+    if signals.received:  # whatever else has come of it
+        remove_empty(folder)
+        end(signals.received, ": the same command goes on" if resumes else "")
+    if one and (mistake := disk.refused(error, folder) or user_error(error)):
+        remove_empty(folder)
+        fail(mistake)
+
+
+def end(stopped: signals.Stopped, advice: str = "") -> NoReturn:
+    """End the program as a signal has asked, with one line for all processes of a machine."""
+    with suppress(OSError):  # there may be no terminal any more
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{stopped}{advice}", file=sys.stderr, flush=True)
+    sys.exit(128 + stopped.number)
+
+
+def fail(error: BaseException | str) -> NoReturn:
+    """End the program with a user's mistake."""
+    shown = "".join(c if c.isprintable() or c == "\n" else "?" for c in str(error))
+    print(f"error: {shown}", file=sys.stderr)
+    sys.exit(2)
+
+
+def user_error(error: BaseException | None) -> BaseException | None:
+    """The user's mistake behind an exception, if it is one: Hydra wraps what constructors raise."""
+    kinds: tuple[type[Exception], ...] = (ValueError,)
+    while isinstance(error, InstantiationException):
+        error, kinds = error.__cause__, (ValueError, TypeError)
+    return error if isinstance(error, kinds) else None
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove the run folder that Hydra made in this one, and its parents, as far as empty."""
+    for path in (folder, *folder.parents):
+        if Path.cwd() not in path.parents or any(path.iterdir()):
+            return
+        with suppress(OSError):  # the disk has been told
+            path.rmdir()

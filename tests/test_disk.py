@@ -1,0 +1,90 @@
+"""Files are whole or not there, on a disk that is really full."""
+
+import errno
+import pickle
+import random
+import subprocess
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from evit import disk
+from evit.report import results
+from evit.tracking import JsonlLogger
+from evit.training.checkpoints import WholeFiles
+
+
+@pytest.fixture
+def small_disk():
+    """A file system of 64 kB."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder]
+        mounted = subprocess.run(command, capture_output=True, text=True)
+        if mounted.returncode:
+            pytest.skip(f"no file system may be mounted here: {mounted.stderr}")
+        yield Path(folder)
+        subprocess.run(["umount", folder], check=True)
+
+
+def checkpoint(path: Path, size: int) -> None:
+    WholeFiles().save_checkpoint(dict(x=torch.zeros(size)), path)
+
+
+def result(path: Path, size: int) -> None:
+    results.write_json(dict(x=[0.5] * size), path)
+
+
+def picture(path: Path, size: int) -> None:
+    with disk.whole_file(path) as file:
+        Image.effect_noise((size, 8), 50).save(file, "png")
+
+
+@pytest.mark.parametrize("write", [checkpoint, result, picture])
+def test_a_file_that_does_not_fit_leaves_the_one_before_and_says_why(write, small_disk):
+    path = small_disk / "file"
+    write(path, 10)
+    before = path.read_bytes()
+    with pytest.raises(OSError) as error:
+        write(path, 20_000)
+    assert path.read_bytes() == before
+    assert [path.name for path in small_disk.iterdir()] == ["file"]
+    text = disk.refused(error.value, small_disk)
+    assert "cannot be written: No space left on device, 0.1 MB are free. Make room" in text
+
+
+def test_metrics_that_do_not_fit_are_cut_and_logged_again(small_disk):
+    log = JsonlLogger(small_disk / "metrics.jsonl")
+    (small_disk / "filler").write_bytes(bytes(60_000))
+    with pytest.raises(OSError) as error:
+        for step in range(1000):
+            log.log_metrics({"x": 0.5}, step)
+    assert error.value.errno == errno.ENOSPC
+    (small_disk / "filler").unlink()
+    log = JsonlLogger(log.path, steps=step)
+    log.log_metrics({"x": 0.5}, step)
+    assert log.path.read_text().count("\n") == step + 1
+
+
+def test_whichever_bit_of_a_checkpoint_flips_it_is_noticed_or_means_nothing(tmp_path):
+    path, rng = tmp_path / "a.ckpt", random.Random(0)
+    weights = torch.randn(50, 10)
+    torch.save(dict(x=weights), path)
+    content, passed = path.read_bytes(), 0
+    for _ in range(300):
+        bit = rng.randrange(8 * len(content))
+        changed = bytearray(content)
+        changed[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(changed)
+        try:
+            disk.check_zip(path)
+        except ValueError as error:
+            assert "damaged" in str(error)
+            continue
+        passed += 1
+        with suppress(RuntimeError, UnicodeDecodeError, pickle.UnpicklingError):  # torch's own
+            assert torch.equal(torch.load(path, weights_only=True)["x"], weights)
+    assert passed < 100
