@@ -29,8 +29,10 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = path
         raise
     sync_folder(path.parent)
 
@@ -57,7 +59,8 @@ def refused(error: BaseException, folder: Path) -> str | None:
         return None
     path = Path(error.filename or folder).absolute()
     there = next(parent for parent in (path, *path.parents) if parent.is_dir())
-    reason = f"{os.path.relpath(path)} cannot be written: {os.strerror(error.errno)}"
+    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+    reason = f"{shown} cannot be written: {os.strerror(error.errno)}"
     if error.errno in UNWRITABLE:
         return f"{reason}. Choose a folder that can be, or mend this one"
     free = shutil.disk_usage(there).free
