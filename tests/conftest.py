@@ -3,14 +3,18 @@
 import multiprocessing
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from evit.signals import ENDING
 
 ROOT = Path(__file__).parents[1]
 FORKS = multiprocessing.get_context("forkserver")
@@ -47,6 +51,15 @@ def photos(tmp_path: Path) -> Path:
 @pytest.fixture(scope="session")
 def shared_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_photos(tmp_path_factory.mktemp("shared") / "photos")
+
+
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """No signal is ignored, as some are by tests that run in the background."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in ENDING}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def command(script: str, *arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:

@@ -10,6 +10,8 @@ import pytest
 from evit import signals
 from tests.conftest import FORKS, ROOT
 
+pytestmark = pytest.mark.usefixtures("heard")
+
 
 @pytest.mark.parametrize("number", signals.ENDING)
 def test_the_first_is_raised_and_those_after_it_do_nothing(number):

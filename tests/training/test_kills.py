@@ -19,6 +19,7 @@ from evit.training import checkpoints
 from tests.conftest import ROOT
 from tests.training.conftest import ARGUMENTS, assert_equal, only, rows, training_state
 
+pytestmark = pytest.mark.usefixtures("heard")
 SAID = "stopped by {}: the same command goes on\n"
 
 
@@ -147,10 +148,10 @@ def when(program: Program, rng: random.Random) -> None:
     """Wait for a random moment: of the start, of training, or of a checkpoint's writing."""
     moment = rng.choice(["start", "training", "checkpoint"])
     if moment == "start":
-        time.sleep(rng.uniform(0.3, 12))
+        time.sleep(rng.uniform(0.3, 10))
     elif moment == "training":
         program.wait_for("metrics.jsonl")
-        time.sleep(rng.uniform(0, 4))
+        time.sleep(rng.uniform(0, 2))
     else:
         program.wait_for(rng.choice(["checkpoints/next.ckpt.tmp", "checkpoints/best.ckpt.tmp"]))
         time.sleep(rng.uniform(0, 0.05))

@@ -29,12 +29,14 @@ class Signals(L.Callback):
     def on_train_start(self, *_: Any) -> None:
         signal.signal(signal.SIGTERM, signals.on_signal)
 
-    on_validation_start = on_train_start
+    def on_validation_start(self, *_: Any) -> None:
+        signal.signal(signal.SIGTERM, signals.on_signal)
 
     def on_train_batch_start(self, *_: Any) -> None:
         signals.check()
 
-    on_validation_batch_start = on_train_batch_start
+    def on_validation_batch_start(self, *_: Any) -> None:
+        signals.check()
 
     def on_exception(self, trainer: L.Trainer, *_: Any) -> None:
         if signals.received and trainer.strategy.launcher:
