@@ -83,7 +83,9 @@ def training_state(folder: Path) -> dict:
 
 
 def assert_equal(found: Path, expected: Path) -> None:
-    """The same metrics, weights, averages and optimizer, to the bit."""
+    """The same metrics, weights, averages and optimizer, to the bit; and the same files."""
     assert rows(found) == rows(expected)
+    files = [{path.name for path in only(f, "checkpoints").iterdir()} for f in (found, expected)]
+    assert files[0] == files[1]
     states = [training_state(folder) for folder in (found, expected)]
     torch.testing.assert_close(*states, rtol=0, atol=0)

@@ -52,6 +52,7 @@ def test_an_epoch_is_not_gone_on_with_in_batches_of_another_size(seen, left):
 def test_a_run_killed_within_and_between_epochs_equals_an_uninterrupted_one(train, whole, tmp_path):
     train(tmp_path, kill_at=(1, 4))  # after step 4, the first of epoch 1, was saved
     assert training_state(tmp_path)["step"] == 4
+    only(tmp_path, "checkpoints").joinpath("best.ckpt.tmp").touch()  # as SIGKILL leaves it
     train(tmp_path, kill_at=(2, 0))
     assert training_state(tmp_path)["step"] == 6
     assert "Going on from" in train(tmp_path)

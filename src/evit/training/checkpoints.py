@@ -55,6 +55,9 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.saved_step = trainer.global_step
+        if trainer.is_global_zero:
+            for path in self.folder.glob("*.tmp"):  # of a process that was killed as it wrote
+                path.unlink()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any
