@@ -31,7 +31,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         partial.replace(path)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError):
+        if isinstance(error, OSError) and error.errno:
             error.filename = path
         raise
     sync_folder(path.parent)
