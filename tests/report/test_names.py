@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from evit import export
-from evit.config import fail
+from evit.ending import fail
 from evit.data import Folder
 from evit.report import figures, files, page, results, sheets, tables
 from evit.report.found import read
