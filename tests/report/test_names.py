@@ -9,8 +9,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from evit import export
-from evit.ending import fail
 from evit.data import Folder
+from evit.ending import fail
 from evit.report import figures, files, page, results, sheets, tables
 from evit.report.found import read
 from tests.conftest import write_photos
