@@ -15,9 +15,9 @@ from typing import Any
 import wandb
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from PIL import Image
 
 from evit.disk import whole_file
-from PIL import Image
 
 STEP = "trainer/global_step"  # as Lightning's own logger names it
 WAITS = dict(init_timeout=30, finish_timeout=30)  # seconds; WANDB_FINISH_TIMEOUT=300 for others
