@@ -156,10 +156,38 @@ def test_imagefolder_batches_depend_on_seed_and_epoch(photos):
     assert not torch.equal(first, epoch(loader(photos, seed=1)))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4, 7])
-def test_imagefolder_ranks_evaluate_every_image_once(photos, world_size):
-    ranks = [loader(photos, False, rank=r, world_size=world_size) for r in range(world_size)]
-    assert sorted(i for rank in ranks for i in rank.sampler) == list(range(6))
+@pytest.mark.parametrize("max_samples", [None, 1, 3, 5])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 7])
+def test_imagefolder_ranks_evaluate_every_image_once(photos, world_size, max_samples):
+    options = dict(world_size=world_size, max_samples=max_samples, batch_size=2)
+    ranks = [loader(photos, False, rank=r, **options) for r in range(world_size)]
+    count = max_samples or 6
+    assert sorted(i for rank in ranks for i in rank.sampler) == list(range(count))
+    for number, rank in enumerate(ranks):
+        sizes = [len(images) for images, _ in rank]
+        own = len(range(number, count, world_size))
+        assert sum(sizes) == own and len(sizes) == len(rank) == max(-(-own // 2), 1)
+
+
+@pytest.mark.parametrize("backend", ["ffcv", "imagefolder"])
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_a_batch_tells_which_images_it_has(backend, repeats, photos, tmp_path):
+    options = dict(
+        backend=backend, max_train_images=9, repeated_augmentations=repeats, num_workers=1
+    )
+    data = folder(photos, tmp_path, **options)
+    train = data.train_dataloader()
+    train.batch_sampler.sampler.set_epoch(2)
+    for number, (_, labels) in enumerate(train):
+        told = re.findall(r"(\d+) \(((cat|dog)/(\d)\.jpg)\)", data.describe_batch(2, number))
+        assert [name == "dog" for _, _, name, _ in told] == labels.bool().tolist()
+        assert all(int(i) == int(k) + 6 * (name == "dog") for i, _, name, k in told)
+    assert ("train.beton" in data.describe_batch(2, 0)) == (backend == "ffcv")
+
+
+def test_of_a_large_batch_eight_images_are_told(photos, tmp_path):
+    told = folder(photos, tmp_path, batch_size=12, backend="imagefolder").describe_batch(0, 0)
+    assert told.count(".jpg") == 8 and told.endswith(", ...")
 
 
 def test_imagefolder_training_smaller_than_a_batch_is_refused(photos):

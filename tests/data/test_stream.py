@@ -236,8 +236,8 @@ def test_ranks_train_on_disjoint_parts_of_equal_length(written, world_size):
     assert len(set(np.concatenate(parts))) == sum(map(len, parts)) > 71 - 5 * world_size
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-@pytest.mark.parametrize("num_samples", [1, 2, 33, 70, 71])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_samples", [1, 2, 3, 33, 70, 71])
 def test_ranks_evaluate_every_sample_exactly_once(written, world_size, num_samples):
     ranks = [
         stream(written, train=False, rank=rank, world_size=world_size, max_samples=num_samples)
@@ -245,7 +245,7 @@ def test_ranks_evaluate_every_sample_exactly_once(written, world_size, num_sampl
     ]
     parts = [rank.samples() for rank in ranks]
     assert sorted(np.concatenate(parts)) == sorted(ranks[0].indices)
-    assert [len(rank) for rank in ranks] == [-(-len(part) // 8) for part in parts]
+    assert [len(rank) for rank in ranks] == [max(-(-len(part) // 8), 1) for part in parts]
 
 
 def test_evaluation_reads_in_order_with_a_partial_last_batch(written):
@@ -255,8 +255,10 @@ def test_evaluation_reads_in_order_with_a_partial_last_batch(written):
     assert labels.tolist() == [k % 3 for k in range(1, 71, 2)]
 
 
-def test_a_rank_without_samples_evaluates_nothing(written):
-    assert list(stream(written, train=False, rank=2, world_size=3, max_samples=2)) == []
+def test_a_rank_without_samples_evaluates_one_empty_batch(written):
+    ((images, labels),) = stream(written, train=False, rank=2, world_size=3, max_samples=2)
+    assert (images.shape, images.dtype) == ((0, 3, SIZE, SIZE), torch.uint8)
+    assert (labels.shape, labels.dtype) == ((0,), torch.int64)
 
 
 def test_training_and_evaluation_can_run_at_once(written, train):

@@ -1,6 +1,7 @@
 """The data sets: class folders, and the embedded one."""
 
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,11 @@ class Folder(Images):
 
     def samples(self, split: str) -> list[tuple[str, int]]:
         return self.dataset(split, None).samples
+
+    def train_names(self) -> list[str] | None:
+        if self.prepared and self.backend == "ffcv":
+            return None
+        return [os.path.relpath(path, self.root / "train") for path, _ in self.samples("train")]
 
     def num_images(self, split: str) -> int:
         if not self.prepared:

@@ -1,5 +1,6 @@
 """The imagefolder backend: torchvision and PIL, the published protocol to the pixel."""
 
+import copy
 import random
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from torchvision.transforms import v2 as T
 
 from evit.data.label_maps import Shape, read_label_map
 from evit.data.rand_augment import PILRandAugment
-from evit.data.resumable import Resumable
+from evit.data.resumable import Resumable, empty_batch
 from evit.data.sources import choose_samples, epoch_length, repeated_order
 
 
@@ -133,8 +134,15 @@ class FolderLoader(Resumable, DataLoader):  # type: ignore[misc]
     maps (B, 2, 3) of its geometric operations."""
 
     label_map_shape: Shape | None = None
+    empty: tuple[Tensor, Tensor] | None = None  # the batch of a process without any image
+
+    def __len__(self) -> int:
+        return 1 if self.empty else super().__len__()
 
     def batches(self, start: int) -> Generator[Any]:
+        if self.empty:
+            yield self.empty
+            return
         if isinstance(self.sampler, EpochSampler):
             assert self.batch_size
             self.sampler.start = start * self.batch_size
@@ -142,6 +150,13 @@ class FolderLoader(Resumable, DataLoader):  # type: ignore[misc]
             yield from DataLoader.__iter__(self)
         except ValueError as error:  # PyTorch puts a worker's traceback before the message
             raise ValueError(str(error).rpartition("\nValueError: ")[2].rstrip()) from error
+
+    def samples(self, epoch: int) -> list[int]:
+        """Numbers of the training images that this process sees in an epoch, in order."""
+        sampler: Any = copy.copy(self.sampler)
+        sampler.epoch, sampler.start = epoch, 0
+        subset: Any = self.dataset.dataset  # type: ignore[attr-defined]
+        return [subset.indices[index] for _, index, *_ in sampler]
 
 
 def folder_loader(
@@ -207,4 +222,6 @@ def folder_loader(
         persistent_workers=num_workers > 0,
     )
     loader.label_map_shape = dataset.map_shape if train else None
+    if not len(sampler):
+        loader.empty = empty_batch(img_size, torch.device("cpu"))
     return loader

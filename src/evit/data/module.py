@@ -117,6 +117,10 @@ class Images(L.LightningDataModule):
         """torchvision's data set, for the imagefolder backend."""
         raise NotImplementedError
 
+    def train_names(self) -> list[str] | None:
+        """Names of all training images, if they have any."""
+        return None
+
     def num_images(self, split: str) -> int:
         """How many images a split has, whatever max_train_images and max_val_images."""
         return len(self.samples(split))
@@ -186,6 +190,14 @@ class Images(L.LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         if not self._loaders:
             self._loaders = {split: self._loader(split) for split in self.splits}
+
+    def describe_batch(self, epoch: int, batch: int) -> str:
+        """Which images a training batch of this process had: at most 8 of them."""
+        loader, names = self._loaders["train"], self.train_names()
+        samples = loader.samples(epoch)[batch * loader.batch_size :][: loader.batch_size]
+        shown = [f"{i} ({names[i]})" if names else f"{i}" for i in samples[:8]]
+        file = f" of {loader.path}" if self.backend == "ffcv" else ""
+        return ", ".join(shown) + ", ..." * (len(samples) > 8) + file
 
     def train_dataloader(self) -> Any:
         return self._loaders["train"]

@@ -4,6 +4,14 @@ import time
 from collections.abc import Generator, Iterator
 from typing import Any
 
+import torch
+
+
+def empty_batch(img_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a process evaluates that has no image of its own: Lightning needs a batch of each."""
+    images = torch.zeros(0, 3, img_size, img_size, dtype=torch.uint8, device=device)
+    return images, torch.zeros(0, dtype=torch.int64, device=device)
+
 
 class Resumable:
     """An iterable of batches whose position Lightning saves in checkpoints, and restores.

@@ -38,7 +38,7 @@ from evit.data.ops import (
     RandomResizedCropFlip,
     WarpRecord,
 )
-from evit.data.resumable import Resumable
+from evit.data.resumable import Resumable, empty_batch
 from evit.data.sources import choose_samples, epoch_length, repeated_order
 
 Batch = tuple[torch.Tensor, ...]
@@ -56,7 +56,7 @@ class FFCVStream(Resumable):
     batches only, and whole optimizer steps of `batches_per_step` of them; with `repeats` above 1
     evit.data.sources.repeated_order. A batch is a function of (seed, epoch, rank), never of
     `num_workers`. Evaluation: sample rank, rank + world_size, ... of the file, each exactly once
-    over all ranks.
+    over all ranks; a rank without any has one empty batch.
 
     `num_workers` are threads (-1: one per core), `batches_ahead` the batches decoded in advance.
     `max_samples` keeps a random subset, always the same one. `crop_pct` is for evaluation; `scale`,
@@ -107,6 +107,7 @@ class FFCVStream(Resumable):
         if not 0 < crop_pct <= 1:
             raise ValueError(f"{crop_pct=} must be in (0, 1]")
         self.path, self.batch_size, self.train = Path(path), batch_size, train
+        self.img_size = img_size
         self.batches_per_step = batches_per_step
         self.seed, self.rank, self.world_size, self.repeats = seed, rank, world_size, repeats
         self.batches_ahead, self.device = batches_ahead, torch.device(device or "cpu")
@@ -135,7 +136,7 @@ class FFCVStream(Resumable):
             length = epoch_length(len(self.indices), self.repeats)
             return length // self.world_size // step * self.batches_per_step
         own = len(range(self.rank, len(self.indices), self.world_size))
-        return -(-own // self.batch_size)
+        return max(-(-own // self.batch_size), 1)
 
     @property
     def batch_sampler(self) -> SimpleNamespace:
@@ -164,6 +165,9 @@ class FFCVStream(Resumable):
         return order[self.rank :: self.world_size][: len(self) * self.batch_size]
 
     def batches(self, start: int) -> Generator[Batch]:
+        if not self.train and self.rank >= len(self.indices):
+            yield empty_batch(self.img_size, self.device)
+            return
         if self._loader is None:
             self._loader = self._open()
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
