@@ -22,6 +22,7 @@ from evit.models.vit import per_reorganization
 from evit.models.weights import read_state_dict
 from evit.report import evaluations, results
 from evit.tokens import SELECTIONS
+from evit.training import peers
 from evit.training.evaluator import Evaluator, Setting, has_choices
 from evit.training.progress import EvaluationBar
 from evit.training.trainer import build_trainer, quiet, say
@@ -257,7 +258,11 @@ def cost(model: nn.Module, setting: Setting) -> dict[str, Any]:
 def one_pass(trainer: L.Trainer, evaluator: Evaluator, data: Images) -> float:
     """Evaluate on all validation images; seconds."""
     started = time.perf_counter()
-    trainer.validate(evaluator, data, verbose=False)
+    try:
+        trainer.validate(evaluator, data, verbose=False)
+    except BaseException as error:
+        peers.end(trainer, error)
+        raise
     return time.perf_counter() - started
 
 

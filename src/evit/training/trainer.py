@@ -18,10 +18,12 @@ from lightning.fabric.plugins.environments import (
 )
 from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
+from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 
+from evit.training import peers
 from evit.training.checkpoints import WholeFiles
 from evit.training.recipe import Recipe
 
@@ -40,6 +42,8 @@ def build_trainer(
         bf16 = bf16 and torch.cuda.is_bf16_supported(including_emulation=False)
         options["precision"] = "bf16-mixed" if bf16 else "32-true"
     options |= processes(options["devices"], options["num_nodes"])
+    peers.watch_parent()
+    subprocess_script._launch_process_observer = peers.watch_children  # type: ignore[assignment]
     # What Lightning's "ddp" and, with several devices, "auto" mean.
     ddp = options.pop("ddp")
     options["accumulate_grad_batches"] = options["accumulate_grad_batches"] or 1
