@@ -324,6 +324,14 @@ def test_a_mistake_is_named_and_leaves_nothing(mistake, weights, photos, refused
     assert MISTAKES[mistake] in refused(*arguments, mistake)
 
 
+def test_a_model_that_has_diverged_has_no_accuracy(photos, refused, tmp_path):
+    model = micro()
+    model.head.bias.data[0] = torch.inf
+    torch.save(model.state_dict(), tmp_path / "bad.pth")
+    shown = refused(f"checkpoint={tmp_path}/bad.pth", f"data.root={photos}", *MICRO)
+    assert "the loss is nan at keep_rate 0.7/0.7/0.7" in shown and "diverged" in shown
+
+
 def test_a_checkpoint_that_is_no_run_s_needs_a_model(weights, photos, refused):
     shown = refused(f"checkpoint={weights}", f"data.root={photos}")
     assert "model=NAME is needed, as in model=evit_deit" in shown

@@ -64,7 +64,7 @@ def fail(error: BaseException | str) -> NoReturn:
 
 def user_error(error: BaseException | None) -> BaseException | None:
     """The user's mistake behind an exception, if it is one: Hydra wraps what constructors raise."""
-    kinds: tuple[type[Exception], ...] = (ValueError,)
+    kinds: tuple[type[Exception], ...] = (ValueError, FloatingPointError, ChildProcessError)
     while isinstance(error, InstantiationException):
         error, kinds = error.__cause__, (ValueError, TypeError)
     return error if isinstance(error, kinds) else None

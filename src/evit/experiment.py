@@ -20,10 +20,11 @@ from evit.models import DynamicViT, EViT, LVViT
 from evit.models.weights import read_state_dict
 from evit.report import results, tables
 from evit.tracking import JsonlLogger, start_service, wandb_logger, wandb_mode
-from evit.training import checkpoints
+from evit.training import checkpoints, peers
 from evit.training.callbacks import InferenceSpeed, KeepRateSchedule, KeptPatches, Signals
 from evit.training.ema import EMA
 from evit.training.module import Classifier, mix_seed
+from evit.training.nonfinite import NonFinite
 from evit.training.objectives import Classification, dense_teacher, make_objective
 from evit.training.progress import Throughput, progress
 from evit.training.recipe import Recipe
@@ -65,7 +66,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     announce(cfg, data, model, teacher is not None)
     started_from = tables.started_from(cfg.checkpoint)
     throughput = Throughput(recipe.batch_size)
+    nonfinite = NonFinite(recipe.on_nonfinite_loss == "skip")
     callbacks: list[L.Callback] = [
+        nonfinite,
         throughput,
         progress(throughput),
         Signals(),
@@ -128,6 +131,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             loss=metrics["val/loss"],
             train_images_per_s=throughput.images_per_s,
             throughput=inference.images_per_s,
+            skipped_steps=nonfinite.skipped,
             model=facts(model, data.img_size),
             data=dict(name=data.name, num_classes=data.num_classes),
             choices={group: HydraConfig.get().runtime.choices[group] for group in GROUPS},
@@ -144,9 +148,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             if tracker:
                 tracker.log_summary(results.summary(result))
             results.show(result, folder)
-    except BaseException:
-        if tracker:
-            tracker.end(1)
+    except BaseException as error:
+        try:
+            peers.end(trainer, error)
+        finally:
+            if tracker:
+                tracker.end(1)
         raise
     if tracker:
         tracker.end()

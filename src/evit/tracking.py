@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import secrets
 import threading
@@ -56,7 +57,8 @@ class JsonlLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        row = {"step": step, **metrics, "seconds": round(time.monotonic() - self.start, 3)}
+        known = {k: v if math.isfinite(v) else None for k, v in metrics.items()}  # JSON has no NaN
+        row = {"step": step, **known, "seconds": round(time.monotonic() - self.start, 3)}
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
 

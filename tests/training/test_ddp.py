@@ -1,6 +1,7 @@
 """Two processes on the CPU train as one, at the same number of images per step."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 
 from evit.training import trainer
 from tests.conftest import ROOT
-from tests.training.two_processes import EVIT, record
+from tests.training.two_processes import EVIT, SPOILT, evaluate, record
 
 STEPS = 6  # of 4 images, in 2 epochs
 
@@ -95,7 +96,39 @@ def test_each_validation_image_counts_once(one, two, root):
     assert [r["processes"] for r in results] == [1, 2]
     for name in ("top1", "top5", "loss"):
         assert results[0][name] == pytest.approx(results[1][name], abs=1e-4)
-    assert result(root / "two", "lvvit")["loss"] > 0  # it ended, with 3 and 2 images
+
+
+def test_a_process_without_an_image_to_evaluate_waits_for_the_others(two, root):
+    assert 0 < result(root / "two", "lvvit")["loss"] < 10
+    assert result(root / "two", "lvvit")["top5"] == 100  # of one image
+
+
+def test_two_processes_evaluate_one_image_as_one_does(two, root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evaluate(root / "two", monkeypatch, "trainer=cpu")
+    found = []
+    for folder in (tmp_path, root / "two"):
+        (path,) = folder.glob("outputs/evaluation/*/evaluation.json")
+        found.append(json.loads(path.read_text()))
+    assert [evaluation["processes"] for evaluation in found] == [1, 2]
+    for one, both in zip(*(evaluation["settings"] for evaluation in found), strict=True):
+        assert one["images"] == both["images"] == 1
+        for name in ("top1", "top5", "loss"):
+            assert one[name] == pytest.approx(both[name], abs=1e-4)
+
+
+def test_a_loss_of_one_process_that_is_not_finite_is_left_out_by_all(two, root):
+    first, second = (rank["skipping"] for rank in two)
+    assert [i for i, batch in enumerate(second) if math.isnan(batch["loss"])] == [SPOILT]
+    assert not any(math.isnan(batch["loss"]) for batch in first)
+    weights = [batch["weights"] for batch in first[::2]]
+    assert weights == pytest.approx([batch["weights"] for batch in second[::2]], abs=1e-9)
+    step = SPOILT // 2
+    assert [i for i in range(STEPS - 1) if weights[i] == weights[i + 1]] == [step]
+    assert result(root / "two", "skipping")["skipped_steps"] == 1
+    shown = (root / "two/stdout").read_text()
+    assert shown.count("the loss is nan (epoch 1/2, step 3, ") == 1
+    assert shown.count("for images of process 1: ") == 1 and "of process 0" not in shown
 
 
 def test_the_processes_agree_on_the_model_and_not_on_the_augmentation(two):
@@ -124,7 +157,7 @@ def test_the_loss_that_is_logged_is_the_mean_of_the_processes(two, root):
 
 def test_one_process_prints(two, root):
     shown = (root / "two/stdout").read_text()
-    assert shown.count("epoch 1/2") == 2 and shown.count("top-5") == 2  # two runs
+    assert shown.count("epoch 2/2") == 3 and shown.count("│ top-5") == 3  # runs
 
 
 LAUNCHED = dict(TORCHELASTIC_RUN_ID="none", WORLD_SIZE="16", LOCAL_WORLD_SIZE="8")

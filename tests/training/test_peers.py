@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from evit.sweeps.local import RANKS
 from evit.training import peers
 from tests.conftest import FORKS, QUICK, ROOT
 
@@ -48,7 +49,8 @@ class Pair:
         quick = [argument for argument in QUICK if argument != "trainer=cpu"]
         arguments = [*quick, *ddp, "recipe.epochs=10000", f"data.root={root}", *more]
         self.folder, self.mark = folder, f"PAIR={folder}"
-        kept = {k: v for k, v in os.environ.items() if k not in ("IMAGENET_DIR", "LOCAL_RANK")}
+        left_out = ("IMAGENET_DIR", *RANKS)  # those of other tests
+        kept = {k: v for k, v in os.environ.items() if k not in left_out}
         with (folder / "stderr").open("w") as stderr:
             self.popen = subprocess.Popen(
                 [sys.executable, *LAUNCHERS[launcher], str(script), *arguments],

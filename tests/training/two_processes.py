@@ -1,6 +1,7 @@
 """What tests/training/test_ddp.py starts with torchrun: runs of src/train.py that are recorded."""
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -19,14 +20,25 @@ COMMON = (
     "recipe.eval_every=1 recipe.max_val_images=5"  # 3 in one process, 2 in the other
 ).split()
 EVIT = [*COMMON, "model=evit_deit_micro", "img_size=28", "recipe.ema_decay=0.9", "name=evit"]
-LVVIT = [  # it has BatchNorm
+LVVIT = [  # it has BatchNorm; and one process has nothing to evaluate
     *(*COMMON, "model=evit_lvvit", "recipe=lvvit", "img_size=32", "name=lvvit"),
+    "recipe.max_val_images=1",
     *("+model.embed_dim=48", "+model.depth=4", "+model.num_heads=3"),
 ]
 
 
-def record(arguments: list[str], patch: pytest.MonkeyPatch) -> list[dict]:
-    """What each batch of a run of src/train.py was made of, and did, in this process."""
+SKIPPING = [*EVIT, "name=skipping", "recipe.on_nonfinite_loss=skip", "recipe.eval_every=2"]
+SPOILT = 5  # the second batch of the third step, in process 1
+
+
+def record(
+    arguments: list[str], patch: pytest.MonkeyPatch, spoilt: int | None = None
+) -> list[dict]:
+    """What each batch of a run of src/train.py was made of, and did, in this process.
+
+    Args:
+        spoilt: the batch that is not a number.
+    """
     import train
     from evit.training.module import Classifier
 
@@ -36,6 +48,8 @@ def record(arguments: list[str], patch: pytest.MonkeyPatch) -> list[dict]:
 
     def training_step(self, batch, batch_idx):
         weights = sum(p.detach().double().sum() for p in self.parameters())
+        if len(batches) == spoilt:
+            batch[0][:] = math.nan
         loss = step(self, batch, batch_idx)
         batches.append(
             dict(
@@ -67,11 +81,25 @@ def record(arguments: list[str], patch: pytest.MonkeyPatch) -> list[dict]:
     return batches
 
 
+def evaluate(folder: Path, patch: pytest.MonkeyPatch, *more: str) -> None:
+    """Run src/evaluate.py on one image, with the model of the run that a folder has."""
+    import evaluate
+
+    (path,) = folder.glob("outputs/evit/*/checkpoints/last.ckpt")
+    arguments = [f"checkpoint={path}", "max_val_images=1", "keep_rates=[1,0.5]"]
+    patch.setattr(sys, "argv", ["evaluate.py", *arguments, *more])
+    evaluate.main()
+
+
 if __name__ == "__main__":
+    more, rank = ["trainer.accumulate_grad_batches=2", *sys.argv[1:]], os.environ["RANK"]
     with pytest.MonkeyPatch.context() as patch:
-        found = dict(
-            evit=record([*EVIT, "trainer.accumulate_grad_batches=2", *sys.argv[1:]], patch)
-        )
+        found = dict(evit=record([*EVIT, *more], patch))
+    with pytest.MonkeyPatch.context() as patch:
+        evaluate(Path(), patch, "trainer=ddp", "trainer.accelerator=cpu")
     with pytest.MonkeyPatch.context() as patch:
         found["lvvit"] = record([*LVVIT, *sys.argv[1:]], patch)
-    Path(f"rank{os.environ['RANK']}.json").write_text(json.dumps(found))
+    with pytest.MonkeyPatch.context() as patch:
+        spoilt = SPOILT if rank == "1" else None
+        found["skipping"] = record([*SKIPPING, *more], patch, spoilt)
+    Path(f"rank{rank}.json").write_text(json.dumps(found))

@@ -167,6 +167,8 @@ def show(result: dict[str, Any], folder: Path) -> None:
     for name, key in dict(training="train_images_per_s", inference="throughput").items():
         speed = f"{row[key]:.0f}" if row[key] else "-"
         table.add_row(name, f"{speed} images/s on {result['device']}")
+    if skipped := result.get("skipped_steps"):
+        table.add_row("left out", f"{skipped} steps whose loss was not finite")
     table.add_row("time", f"{result['seconds'] / 60:.1f} min")
     console = Console(markup=False)  # [x] is of the name of a folder, and no colour
     console.print(table)

@@ -1,5 +1,6 @@
 """The LightningModule of evaluations: many settings of one model, in one pass over the data."""
 
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -89,6 +90,8 @@ class Evaluator(L.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
+        if not len(labels):
+            return
         self.images.update(len(labels))
         for metric, logits in zip(self.metrics, self.logits(images, batch_idx), strict=True):
             logits = logits.float()
@@ -110,12 +113,19 @@ class Evaluator(L.LightningModule):
         for module in self.modules():
             if isinstance(module, Metric):
                 module.reset()
+        for setting, result in zip(self.settings, self.results, strict=True):
+            if not math.isfinite(result["loss"]):
+                rates = "/".join(f"{rate:g}" for rate in setting.keep_rate)
+                raise FloatingPointError(
+                    f"the loss is {result['loss']} at keep_rate {rates}: the checkpoint is of a "
+                    f"model that has diverged, or precision {self.trainer.precision} is too low"
+                )
 
 
 def accuracy(num_classes: int) -> nn.ModuleDict:
     return nn.ModuleDict(
         dict(
-            loss=MeanMetric(),
+            loss=MeanMetric(nan_strategy=math.nan),  # the default leaves NaN out of the mean
             top1=MulticlassAccuracy(num_classes, average="micro"),
             top5=MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),
         )

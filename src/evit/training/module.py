@@ -1,6 +1,7 @@
 """The LightningModule: one classifier, trained by a recipe."""
 
 import hashlib
+import math
 from typing import Any
 
 import lightning as L
@@ -10,6 +11,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from evit.data.batch import erase
+from evit.training.nonfinite import WAYS_OUT
 from evit.training.objectives import Classification
 from evit.training.optimizer import make_optimizer
 from evit.training.recipe import Recipe
@@ -52,7 +54,7 @@ class Classifier(L.LightningModule):
                     f"its parameters are {', '.join(list(parameters)[:4])}, ..."
                 )
             parameters[name].requires_grad_(False)
-        self.loss = MeanMetric()
+        self.loss = MeanMetric(nan_strategy=math.nan)  # the default leaves NaN out of the mean
         self.top1 = MulticlassAccuracy(num_classes, average="micro")
         self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro")
 
@@ -77,13 +79,21 @@ class Classifier(L.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
+        if not len(labels):
+            return
         logits = self.model(images).float()
         self.loss.update(F.cross_entropy(logits, labels), len(labels))
         self.top1.update(logits, labels)
         self.top5.update(logits, labels)
 
     def on_validation_epoch_end(self) -> None:
-        self.log("val/loss", self.loss.compute())
+        loss = self.loss.compute()
+        if not loss.isfinite():
+            raise FloatingPointError(
+                f"val/loss is {loss} after epoch {self.current_epoch + 1}/{self.recipe.epochs}, "
+                f"{self.global_step} steps: the model has diverged. {WAYS_OUT}"
+            )
+        self.log("val/loss", loss)
         self.log("val/top1", 100 * self.top1.compute())
         self.log("val/top5", 100 * self.top5.compute())
         for metric in (self.loss, self.top1, self.top5):

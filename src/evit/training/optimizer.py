@@ -66,5 +66,7 @@ def make_optimizer(
         return lambda step: schedule(step / steps_per_epoch, recipe)
 
     rates = [rate(group.pop("schedule")) for group in groups]
-    optimizer = torch.optim.AdamW(groups, lr=1.0)
+    skip = recipe.on_nonfinite_loss == "skip"
+    optimizer = torch.optim.AdamW(groups, lr=1.0, fused=skip or None)  # NonFinite says why
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # or none is clipped
     return optimizer, LambdaLR(optimizer, rates)

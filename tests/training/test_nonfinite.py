@@ -1,0 +1,199 @@
+"""Numbers that are not finite: named at their step, never saved, never part of a result."""
+
+import itertools
+import json
+import math
+import re
+
+import lightning as L
+import pytest
+import torch
+import wandb
+from lightning.pytorch.plugins import MixedPrecision
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.data import DataLoader
+
+import evit
+from evit.training.module import Classifier
+from evit.training.nonfinite import MAX_IN_A_ROW, NonFinite
+from evit.training.objectives import Classification, make_objective
+from evit.training.recipe import Recipe
+from tests.training.conftest import only, training_state
+
+RARELY = "trainer.log_every_n_steps=50"
+STEP = r"epoch 2/3, step 5, learning rate \S+, keep rate 0\.\d+/0\.\d+/0\.\d+"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return f"data.cache_dir={tmp_path_factory.mktemp('cache')}"
+
+
+@pytest.fixture
+def failing(train, tmp_path, cache, capfd, monkeypatch):
+    """Train in tmp_path until it fails; what that says. No run that failed has succeeded in W&B."""
+    ended = []
+    monkeypatch.setattr(wandb, "finish", lambda exit_code=0: ended.append(exit_code))
+
+    def run(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as exit:
+            train(tmp_path, cache, *arguments)
+        assert exit.value.code == 2 and ended == [1]
+        assert not list(tmp_path.glob("outputs/*/*/result.json"))
+        shown = capfd.readouterr().err
+        assert "Traceback" not in shown and shown.count("error:") == 1
+        return shown
+
+    return run
+
+
+@pytest.fixture
+def not_a_number(monkeypatch):
+    """Have an image of a batch be not a number: the batch of this number in the run."""
+
+    def at(*numbers: int) -> None:
+        calls, original = itertools.count(), Classification.__call__
+
+        def call(self, images, *more):
+            if next(calls) in numbers:
+                images[1] = math.nan
+            return original(self, images, *more)
+
+        monkeypatch.setattr(Classification, "__call__", call)
+
+    return at
+
+
+def values(state):
+    """All tensors of nested dictionaries and lists."""
+    if isinstance(state, torch.Tensor):
+        yield state
+    elif isinstance(state, dict | list):
+        for part in state.values() if isinstance(state, dict) else state:
+            yield from values(part)
+
+
+def all_finite(folder) -> bool:
+    """Whether weights, averages and optimizer are, in the last checkpoint; True without one."""
+    if not list(folder.glob("outputs/*/*/checkpoints/*")):
+        return True
+    return all(tensor.isfinite().all() for tensor in values(training_state(folder)))
+
+
+def test_a_learning_rate_at_which_training_diverges_ends_it(failing, tmp_path):
+    said = failing("recipe.lr=1e20", "recipe.warmup_epochs=0", "checkpoint_every_n_steps=1")
+    assert re.search(r"the loss is \S+ \(epoch 1/3, step [23], learning rate \d\S+e\+1\d, ", said)
+    assert all_finite(tmp_path)
+
+
+def test_it_is_named_though_it_is_looked_at_later(failing, not_a_number, tmp_path):
+    not_a_number(6 + 3)  # the second batch of the second step of the second epoch
+    said = failing(RARELY, "checkpoint_every_n_steps=null")
+    found = re.search(rf"the loss is nan \({STEP}\), for images of process 0: (.*)\. No che", said)
+    names = re.findall(r"(\d+) \((\w+/\d\.jpg)\)", found[1])
+    photos = [f"{name}/{i}.jpg" for name in ("cat", "dog") for i in range(6)]
+    assert len(names) == 2 and all(photos[int(number)] == name for number, name in names)
+    assert training_state(tmp_path)["step"] == 3 and all_finite(tmp_path)
+
+
+def test_no_checkpoint_is_written_of_it(failing, not_a_number, tmp_path):
+    not_a_number(2)  # of the second step, after which one is due
+    failing(RARELY)
+    assert not list(tmp_path.glob("outputs/*/*/checkpoints/*"))
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [(2, r"after 2 steps model\.head\.bias is not finite"), (3, "val/loss is nan after epoch 1/3")],
+)
+def test_weights_that_are_not_finite_are_not_saved(step, message, failing, tmp_path):
+    steps = itertools.count(1)
+
+    def spoil(optimizer, *_):
+        if next(steps) == step:
+            optimizer.param_groups[0]["params"][-1].data[0] = math.inf
+
+    hook = register_optimizer_step_post_hook(spoil)
+    try:
+        said = failing()
+    finally:
+        hook.remove()
+    assert re.search(message, said)
+    saved = list(tmp_path.glob("outputs/*/*/checkpoints/*"))
+    assert len(saved) == step - 2  # one is due after the second step
+    assert all_finite(tmp_path)
+
+
+def test_if_configured_the_step_is_left_out_and_counted(train, not_a_number, tmp_path, cache):
+    not_a_number(6 + 3)
+    after = []
+
+    def remember(optimizer, *_):
+        parameters = itertools.chain(*(group["params"] for group in optimizer.param_groups))
+        after.append(torch.cat([p.detach().flatten() for p in parameters]))
+
+    hook = register_optimizer_step_post_hook(remember)
+    try:
+        shown = train(tmp_path, cache, "recipe.on_nonfinite_loss=skip")
+    finally:
+        hook.remove()
+    same = [torch.equal(a, b) for a, b in itertools.pairwise(after)]
+    assert same == [i == 3 for i in range(8)]  # the fifth of nine steps has changed nothing
+    assert re.search(rf"the loss is nan \({STEP}\).*left out", shown)
+    assert re.search(r"left out +│ 1 steps whose loss was not finite", shown)
+    assert json.loads(only(tmp_path, "result.json").read_text())["skipped_steps"] == 1
+    assert all_finite(tmp_path)
+    lines = only(tmp_path, "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert [row["step"] for row in rows if row.get("train/loss", 0) is None] == [4]
+    assert rows[-1].get("train/skipped_steps", 1) == 1
+
+
+def test_too_many_in_a_row_end_training_all_the_same(failing, not_a_number):
+    not_a_number(*range(2 * MAX_IN_A_ROW))
+    said = failing("recipe.on_nonfinite_loss=skip", "recipe.epochs=4")
+    assert f"step {MAX_IN_A_ROW}, " in said and f"{MAX_IN_A_ROW} steps in a row" in said
+
+
+def test_weights_that_are_not_finite_from_the_start_are_noticed_at_the_first_step(
+    failing, tmp_path
+):
+    model = evit.EViT(img_size=28, patch_size=7, embed_dim=96, depth=12, num_heads=3, num_classes=2)
+    model.head.bias.data[0] = -math.inf
+    torch.save(model.state_dict(), tmp_path / "bad.pth")
+    said = failing(f"checkpoint={tmp_path}/bad.pth", "trainer.precision=bf16-mixed")
+    assert "the loss is inf (epoch 1/3, step 1," in said
+
+
+@pytest.mark.parametrize("number", [None, 3], ids=["gradients overflow", "loss is not a number"])
+def test_in_float16_overflowing_gradients_are_left_to_the_scaler(number, tmp_path):
+    """It lowers its scale until they do not; a loss is an error all the same."""
+    recipe = Recipe(epochs=1, batch_size=2, lr=1e-3, on_nonfinite_loss="skip", clip_grad=1.0)
+    model = evit.EViT(img_size=8, patch_size=4, embed_dim=24, depth=4, num_heads=2, num_classes=9)
+    module = Classifier(model, recipe, 9, make_objective(model, recipe, 9, 2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # too much
+    nonfinite = NonFinite()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        default_root_dir=tmp_path,
+        logger=False,
+        callbacks=[nonfinite],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        gradient_clip_val=recipe.clip_grad,
+        plugins=[MixedPrecision("16-mixed", "cpu", scaler)],
+    )
+    images = torch.randn(6, 2, 3, 8, 8)
+    if number is not None:
+        images[number] = math.nan
+    data = L.LightningDataModule()
+    data.describe_batch = lambda epoch, batch: f"batch {batch}"
+    data.train_dataloader = lambda: DataLoader([(x, torch.arange(2)) for x in images], None)
+    if number is None:
+        trainer.fit(module, data)
+        assert scaler.get_scale() < 2.0**127 and nonfinite.skipped == 0
+        return
+    with pytest.raises(FloatingPointError, match="loss is nan .*step 4, .* batch 3"):
+        trainer.fit(module, data)
