@@ -192,7 +192,7 @@ def test_the_hours_that_wait_are_those_of_the_sweeps():
     assert {name for name, *_ in rows} == set(jobs.names()) - {"quick_keeprate"}
     for name, runs, hours, days in rows:
         sweep = jobs.read(name)
-        listed = jobs.make_jobs(sweep, [])
+        listed = jobs.make_jobs(name, sweep, [])
         total = sum(cost["hours"] or 0 for cost in overview.costs(listed, sweep.needs))
         assert (int(runs), int(hours or 0)) == (len(listed), round(total))
         assert not hours or days == f"{total / 8 / 24:.1f}"
