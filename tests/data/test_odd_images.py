@@ -10,6 +10,7 @@ import socket
 import struct
 import zlib
 from contextlib import contextmanager
+from multiprocessing import active_children
 
 import numpy as np
 import pytest
@@ -216,6 +217,14 @@ def test_what_is_no_image_is_named_with_the_way_out(name, backend, photos, tmp_p
     message = str(refusal.value)
     assert message.startswith(f"{path} "), message
     assert "remove" in message and "Traceback" not in message, message
+
+
+def test_an_error_leaves_no_worker(photos, tmp_path):
+    (photos / "train/dog/empty.jpg").touch()
+    before, data = active_children(), ready(photos, tmp_path, backend="imagefolder")
+    with pytest.raises(ValueError):
+        list(data.train_dataloader())
+    assert set(active_children()) <= set(before)
 
 
 def test_all_of_it_can_be_left_out_and_the_rest_keeps_its_labels(photos, tmp_path):

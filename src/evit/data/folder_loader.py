@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
@@ -149,6 +150,7 @@ class FolderLoader(Resumable, DataLoader):  # type: ignore[misc]
         try:
             yield from DataLoader.__iter__(self)
         except ValueError as error:  # PyTorch puts a worker's traceback before the message
+            CombinedLoader(self).reset()  # ends the workers; garbage collection waits 5 s for them
             raise ValueError(str(error).rpartition("\nValueError: ")[2].rstrip()) from error
 
     def samples(self, epoch: int) -> list[int]:
