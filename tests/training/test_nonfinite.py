@@ -4,16 +4,18 @@ import itertools
 import json
 import math
 import re
+from unittest.mock import Mock
 
 import lightning as L
 import pytest
 import torch
-import wandb
 from lightning.pytorch.plugins import MixedPrecision
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader
 
 import evit
+from evit import experiment
+from evit.tracking import Tracker
 from evit.training.module import Classifier
 from evit.training.nonfinite import MAX_IN_A_ROW, NonFinite
 from evit.training.objectives import Classification, make_objective
@@ -32,13 +34,15 @@ def cache(tmp_path_factory):
 @pytest.fixture
 def failing(train, tmp_path, cache, capfd, monkeypatch):
     """Train in tmp_path until it fails; what that says. No run that failed has succeeded in W&B."""
-    ended = []
-    monkeypatch.setattr(wandb, "finish", lambda exit_code=0: ended.append(exit_code))
+    tracked = Mock()  # W&B's run
+    tracker = Tracker(lambda mode: tracked, "id", "offline")
+    monkeypatch.setattr(experiment, "wandb_logger", lambda *_, **__: tracker)
 
     def run(*arguments: str) -> str:
         with pytest.raises(SystemExit) as exit:
             train(tmp_path, cache, *arguments)
-        assert exit.value.code == 2 and ended == [1]
+        assert exit.value.code == 2
+        tracked.finish.assert_called_once_with(1)
         assert not list(tmp_path.glob("outputs/*/*/result.json"))
         shown = capfd.readouterr().err
         assert "Traceback" not in shown and shown.count("error:") == 1
