@@ -75,7 +75,9 @@ def no_wandb(request, monkeypatch):
             server.server_close()
         else:
             threading.Thread(target=server.serve_forever, daemon=True).start()
+        wandb.teardown()  # what it knows of the environment, and of an earlier test's key
         yield {"wrong key": "401", "malformed key": "40. characters"}.get(request.param, "refused|")
+        wandb.teardown()
         if request.param != "nobody there":
             server.shutdown()
 
