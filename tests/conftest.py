@@ -62,6 +62,19 @@ def heard() -> Iterator[None]:
         signal.signal(number, handler)
 
 
+@pytest.fixture
+def small_disk(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A file system of 64 kB, or as large as the test says."""
+    with tempfile.TemporaryDirectory() as folder:
+        size = getattr(request, "param", "64k")
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+        mounted = subprocess.run(command, capture_output=True, text=True)
+        if mounted.returncode:
+            pytest.skip(f"no file system may be mounted here: {mounted.stderr}")
+        yield Path(folder)
+        subprocess.run(["umount", "-l", folder], check=True)
+
+
 def command(script: str, *arguments: str, cwd: Path, **env: str) -> subprocess.CompletedProcess:
     """Run python src/SCRIPT in a folder of the test's own.
 

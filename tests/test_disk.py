@@ -3,8 +3,6 @@
 import errno
 import pickle
 import random
-import subprocess
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,18 +14,6 @@ from evit import disk
 from evit.report import results
 from evit.tracking import JsonlLogger
 from evit.training.checkpoints import WholeFiles
-
-
-@pytest.fixture
-def small_disk():
-    """A file system of 64 kB."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", folder]
-        mounted = subprocess.run(command, capture_output=True, text=True)
-        if mounted.returncode:
-            pytest.skip(f"no file system may be mounted here: {mounted.stderr}")
-        yield Path(folder)
-        subprocess.run(["umount", folder], check=True)
 
 
 def checkpoint(path: Path, size: int) -> None:

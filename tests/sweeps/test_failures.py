@@ -139,7 +139,7 @@ def test_of_real_runs_the_one_out_of_memory_and_the_killed_one_fail_alone(
     threading.Thread(target=kill, daemon=True).start()
     status, err = sweep()
     assert status == 1
-    assert "job 1" in err and "not enough memory" in err or "can't allocate memory" in err, err
+    assert "job 1" in err and ("not enough memory" in err or "can't allocate memory" in err), err
     assert "killed by signal 9 (SIGKILL): out of memory?" in err and "model/typo" in err
     (good,) = tmp_path.glob("outputs/mine/*/result.json")
     before = good.stat().st_mtime

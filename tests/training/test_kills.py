@@ -7,7 +7,6 @@ import signal
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -63,18 +62,7 @@ def wandb_records(content: bytes) -> list[Record]:
     return records
 
 
-@pytest.fixture
-def small_disk():
-    """A file system of 160 MB: for some checkpoints of 22 MB each."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = ["mount", "-t", "tmpfs", "-o", "size=160m", "tmpfs", folder]
-        mounted = subprocess.run(command, capture_output=True, text=True)
-        if mounted.returncode:
-            pytest.skip(f"no file system may be mounted here: {mounted.stderr}")
-        yield Path(folder)
-        subprocess.run(["umount", "-l", folder], check=True)
-
-
+@pytest.mark.parametrize("small_disk", ["160m"], indirect=True)  # a checkpoint takes 22
 def test_a_full_disk_is_named_and_with_room_the_same_command_goes_on(
     train, whole, small_disk, capfd
 ):
