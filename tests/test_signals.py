@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from evit import signals
+from evit import ending, signals
 from tests.conftest import FORKS, ROOT
 
 pytestmark = pytest.mark.usefixtures("heard")
@@ -69,3 +69,31 @@ def test_a_ctrl_c_while_a_command_imports_shows_no_traceback():
     code = "import os, startup; os.kill(os.getpid(), 2)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "src", capture_output=True)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, b"")
+
+
+@pytest.mark.parametrize(
+    ("number", "procid", "local", "requeued"),
+    [
+        (signal.SIGUSR1, "0", "0", ["scontrol requeue 7"]),
+        (signal.SIGUSR1, "1", "1", []),
+        (signal.SIGTERM, "0", "0", []),
+    ],
+)
+def test_sigusr1_requeues_a_job_of_slurm_once_and_one_process_says_so(
+    number, procid, local, requeued, monkeypatch, tmp_path, capsys
+):
+    for name, value in dict(JOB_ID="7", PROCID=procid, LOCALID=local).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(signals, "received", signals.Stopped(number))
+    ran = []
+    monkeypatch.setattr(subprocess, "run", lambda command: ran.append(" ".join(command)))
+    with pytest.raises(SystemExit) as ended:
+        ending.end_run(signals.received, tmp_path, resumes=True, one=True)
+    assert (ended.value.code, ran) == (128 + number, requeued)
+    assert capsys.readouterr().err.count("stopped by") == (local == "0")
+
+
+def test_a_run_folder_that_another_process_has_removed_is_no_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ending.remove_empty(tmp_path / "outputs/micro/0")

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,11 +16,11 @@ from evit import disk, signals
 
 def program(main: Callable[[], Any]) -> Any:
     """Call it; a signal, a full disk or what Hydra refuses ends the program with one plain line."""
-    # SIGUSR1 is Lightning's under SLURM: it saves a checkpoint and requeues the job.
-    slurm = (signal.SIGUSR1,) if "SLURM_NTASKS" in os.environ else ()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or it ends the program itself
     try:
-        with signals.stopping(*(n for n in signals.ENDING if n not in slurm)):
+        # SIGUSR1 too: Lightning's handler under SLURM, which saves in each process at another step,
+        # stays out where there is one.
+        with signals.stopping(*signals.ENDING):
             return main()
     except signals.Stopped as stopped:
         end(stopped)
@@ -41,6 +42,8 @@ def end_run(error: BaseException, folder: Path, resumes: bool, one: bool) -> Non
     """
     if signals.received:  # whatever else has come of it
         remove_empty(folder)
+        if resumes and signals.received.number == signal.SIGUSR1:
+            requeue()
         end(signals.received, ": the same command goes on" if resumes else "")
     if one and (mistake := disk.refused(error, folder) or user_error(error)):
         remove_empty(folder)
@@ -50,9 +53,22 @@ def end_run(error: BaseException, folder: Path, resumes: bool, one: bool) -> Non
 def end(stopped: signals.Stopped, advice: str = "") -> NoReturn:
     """End the program as a signal has asked, with one line for all processes of a machine."""
     with suppress(OSError):  # there may be no terminal any more
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if first_of_machine():
             print(f"{stopped}{advice}", file=sys.stderr, flush=True)
     sys.exit(128 + stopped.number)
+
+
+def requeue() -> None:
+    """Let SLURM begin the job anew, once for all processes: for sbatch's --signal=USR1@90."""
+    if os.environ.get("SLURM_PROCID") == "0" and first_of_machine():
+        with suppress(OSError):  # there is no scontrol in some containers
+            subprocess.run(["scontrol", "requeue", os.environ["SLURM_JOB_ID"]])
+
+
+def first_of_machine() -> bool:
+    """Whether this is the only process of a run on this machine, or the first."""
+    rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID", "0")
+    return rank == "0"
 
 
 def fail(error: BaseException | str) -> NoReturn:
@@ -72,8 +88,8 @@ def user_error(error: BaseException | None) -> BaseException | None:
 
 def remove_empty(folder: Path) -> None:
     """Remove the run folder that Hydra made in this one, and its parents, as far as empty."""
-    for path in (folder, *folder.parents):
-        if Path.cwd() not in path.parents or any(path.iterdir()):
-            return
-        with suppress(OSError):  # the disk has been told
+    with suppress(OSError):  # the disk has been told; or another process removes them
+        for path in (folder, *folder.parents):
+            if Path.cwd() not in path.parents or any(path.iterdir()):
+                return
             path.rmdir()

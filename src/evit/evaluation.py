@@ -23,6 +23,7 @@ from evit.models.weights import read_state_dict
 from evit.report import evaluations, results
 from evit.tokens import SELECTIONS
 from evit.training import peers
+from evit.training.callbacks import Signals
 from evit.training.evaluator import Evaluator, Setting, has_choices
 from evit.training.progress import EvaluationBar
 from evit.training.trainer import build_trainer, quiet, say
@@ -47,7 +48,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     config = complete(cfg, given, results.run_config(Path(cfg.checkpoint)))
     bar = EvaluationBar() if sys.stdout.isatty() else None
     options = dict(max_epochs=1, enable_checkpointing=False, enable_progress_bar=bool(bar))
-    trainer = build_trainer(cfg.trainer, folder, [bar] if bar else [], **options)
+    callbacks: list[L.Callback] = [Signals(), *([bar] if bar else [])]
+    trainer = build_trainer(cfg.trainer, folder, callbacks, **options)
     data, model = build(config, weights, trainer)
     settings = choose_settings(config, model, given)
     costs = [cost(model, setting) for setting in settings]
@@ -83,6 +85,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         if bar:
             bar.disable()
         result["verify"] = verify(trainer, evaluator, data, config["repeats"])
+    peers.done()
     if trainer.is_global_zero:
         result |= results.provenance()
         folder.mkdir(parents=True, exist_ok=True)

@@ -124,6 +124,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         trainer.fit(module, data, ckpt_path=last, weights_only=True)
         if "val/top1" not in trainer.callback_metrics:  # interrupted after its last epoch
             trainer.validate(module, data, ckpt_path=last, verbose=False, weights_only=True)
+        peers.done()
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
         result: dict[str, Any] = dict(
             top1=metrics["val/top1"],

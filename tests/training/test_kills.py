@@ -34,6 +34,27 @@ def test_a_signal_ends_a_run_with_one_line(number, train, tmp_path, capfd):
     assert capfd.readouterr().err == SAID.format(signal.Signals(number).name)
 
 
+def test_sigusr1_ends_a_job_of_slurm_as_elsewhere_and_requeues_it(
+    train, tmp_path, capfd, monkeypatch
+):
+    """Lightning's handler would save a checkpoint that is never read, and go on."""
+    slurm = dict(NTASKS="1", JOB_NAME="train", JOB_ID="7", STEP_ID="0", PROCID="0", LOCALID="0")
+    for name, value in (
+        slurm | dict(NODEID="0", NTASKS_PER_NODE="1", NODELIST="localhost")
+    ).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    scontrol = tmp_path / "bin/scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text("#!/bin/sh\necho $@ >&2\n")
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
+    with pytest.raises(SystemExit) as ended:
+        train(tmp_path, kill_at=(0, 1), kill=send(signal.SIGUSR1))
+    assert ended.value.code == 128 + signal.SIGUSR1
+    assert capfd.readouterr().err == "requeue 7\n" + SAID.format("SIGUSR1")
+    assert not list(tmp_path.rglob("hpc_ckpt*"))
+
+
 def test_a_run_that_a_signal_ends_is_not_a_success_in_wandb(train, tmp_path):
     online = ("logger=wandb", "logger.mode=offline")
     with pytest.raises(SystemExit):

@@ -190,3 +190,18 @@ def test_a_process_that_waits_for_ever_ends_when_the_one_that_started_it_has(tmp
     path = tmp_path / "stderr"
     until(lambda: path.exists() and path.read_text().endswith("\n"), 30)
     assert path.read_text() == "error: process 0 has ended, and so do the others\n"
+
+
+def done_before_a_child_fails() -> None:
+    peers.GRACE = 0.1
+    peers.watch_children([subprocess.Popen(["false"])])
+    peers.done()
+    time.sleep(2)
+    os._exit(0)
+
+
+def test_a_process_that_is_done_is_not_ended_by_one_that_fails_later():
+    process = FORKS.Process(target=done_before_a_child_fails)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0

@@ -35,7 +35,7 @@ class Watch(threading.Thread):
     ):
         super().__init__(daemon=True)
         self.ended, self.children, self.says = ended, children, says
-        self.noticed = False  # by the process itself, which is about to end
+        self.noticed = False  # by the process itself, or it waits for no other any more
         self.start()
 
     def run(self) -> None:
@@ -86,6 +86,12 @@ def watch_parent() -> None:
 
         global watch
         watch = watch or Watch(ended, [], says=rank == 1)
+
+
+def done() -> None:
+    """After the last that the processes do together: from here on each may end as it will."""
+    if watch:
+        watch.noticed = True
 
 
 def end(trainer: L.Trainer, error: BaseException) -> None:

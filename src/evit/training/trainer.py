@@ -77,6 +77,8 @@ class DDP(DDPStrategy):
         known = LightningEnvironment | SLURMEnvironment | TorchElasticEnvironment
         if self.num_nodes > 1 or not isinstance(environment, known) or sys.platform != "linux":
             return super().setup_distributed()
+        if torch.distributed.is_initialized():  # by an earlier call of the trainer
+            return super().setup_distributed()
         for backend in ("GLOO", "NCCL"):
             os.environ.setdefault(f"{backend}_SOCKET_IFNAME", "lo")
         if isinstance(environment, TorchElasticEnvironment):  # the meeting point is torchrun's
