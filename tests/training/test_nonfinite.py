@@ -8,7 +8,7 @@ import re
 import lightning as L
 import pytest
 import torch
-import wandb
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import MixedPrecision
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader
@@ -33,7 +33,9 @@ def cache(tmp_path_factory):
 def failing(train, tmp_path, cache, capfd, monkeypatch):
     """Train in tmp_path until it fails; what that says. No run that failed has succeeded in W&B."""
     ended = []
-    monkeypatch.setattr(wandb, "finish", lambda exit_code=0: ended.append(exit_code))
+    tracker = DummyLogger()
+    tracker.end = lambda exit_code=0: ended.append(exit_code)
+    monkeypatch.setattr("evit.experiment.wandb_logger", lambda *_, **__: tracker)
 
     def run(*arguments: str) -> str:
         with pytest.raises(SystemExit) as exit:
@@ -147,6 +149,18 @@ def test_if_configured_the_step_is_left_out_and_counted(train, not_a_number, tmp
     rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     assert [row["step"] for row in rows if row.get("train/loss", 0) is None] == [4]
     assert rows[-1].get("train/skipped_steps", 1) == 1
+
+
+def test_a_run_that_has_ended_goes_on_as_is_advised(failing, train, not_a_number, tmp_path, cache):
+    """From last.ckpt, whose optimizer is not the fused one; and the other way round."""
+    not_a_number(9, 12)  # 12: the third batch after step 4
+    failing()
+    last, other = only(tmp_path, "checkpoints/last.ckpt"), tmp_path / "other"
+    shown = train(other, cache, f"resume={last}", "recipe.on_nonfinite_loss=skip")
+    assert "step 6" in shown and "That step is left out, 1 so far" in shown
+    assert all_finite(other)
+    fused = only(other, "checkpoints/epoch_002.ckpt")
+    assert "top-1" in train(tmp_path / "back", cache, f"resume={fused}")
 
 
 def test_too_many_in_a_row_end_training_all_the_same(failing, not_a_number):
