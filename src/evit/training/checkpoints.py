@@ -149,9 +149,9 @@ def unfinished(folder: Path) -> Path | None:
     Raises:
         ValueError: it has checkpoints, and none can be read.
     """
-    folder /= "checkpoints"
-    kept = sorted(folder.glob("epoch_*.ckpt"), reverse=True)
-    found = [path for path in (folder / LAST, folder / PREVIOUS, *kept) if path.is_file()]
+    inside = folder / "checkpoints"
+    kept = sorted(inside.glob("epoch_*.ckpt"), reverse=True)
+    found = [path for path in (inside / LAST, inside / PREVIOUS, *kept) if path.is_file()]
     for path in found:
         try:
             check(path)
