@@ -42,6 +42,12 @@ def test_a_file_that_does_not_fit_leaves_the_one_before_and_says_why(write, smal
     assert "cannot be written: No space left on device, 0.1 MB are free. Make room" in text
 
 
+def test_what_cannot_be_read_is_not_said_to_be_unwritable(tmp_path):
+    for number in (errno.EACCES, errno.EIO, errno.ESTALE):
+        text = disk.refused(OSError(number, "", tmp_path / "a.pth"), tmp_path)
+        assert "a.pth cannot be used: " in text and "written" not in text
+
+
 def test_metrics_that_do_not_fit_are_cut_and_logged_again(small_disk):
     log = JsonlLogger(small_disk / "metrics.jsonl")
     (small_disk / "filler").write_bytes(bytes(60_000))

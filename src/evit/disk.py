@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-UNWRITABLE = (
+UNUSABLE = (
     *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
     *(errno.EIO, errno.ESTALE),
 )
@@ -50,21 +50,21 @@ def sync_folder(folder: Path) -> None:
 
 
 def refused(error: BaseException, folder: Path) -> str | None:
-    """What to tell the user where a disk is full or may not be written to; None: it is not that.
+    """What to tell the user where a disk is full or may not be used; None: it is not that.
 
     Args:
         folder: where the program writes, for an error that names no file.
     """
-    if not isinstance(error, OSError) or error.errno not in FULL + UNWRITABLE:
+    if not isinstance(error, OSError) or error.errno not in FULL + UNUSABLE:
         return None
     path = Path(error.filename or folder).absolute()
     there = next(parent for parent in (path, *path.parents) if parent.is_dir())
     shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    reason = f"{shown} cannot be written: {os.strerror(error.errno)}"
-    if error.errno in UNWRITABLE:
-        return f"{reason}. Choose a folder that can be, or mend this one"
-    free = shutil.disk_usage(there).free
-    return f"{reason}, {free / 1e6:.1f} MB are free. Make room: the same command goes on"
+    reason = os.strerror(error.errno)
+    if error.errno in UNUSABLE:
+        return f"{shown} cannot be used: {reason}. Choose a folder that can be, or mend this one"
+    reason += f", {shutil.disk_usage(there).free / 1e6:.1f} MB are free"
+    return f"{shown} cannot be written: {reason}. Make room: the same command goes on"
 
 
 def check_zip(path: Path) -> None:

@@ -45,7 +45,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if not cfg.checkpoint:
         raise ValueError("checkpoint=PATH is needed: a run's checkpoints/best.ckpt, or a .pth file")
     weights = read_state_dict(cfg.checkpoint)
-    config = complete(cfg, given, results.run_config(Path(cfg.checkpoint)))
+    config = complete(cfg, given, results.run_config(cfg.checkpoint))
     bar = EvaluationBar() if sys.stdout.isatty() else None
     options = dict(max_epochs=1, enable_checkpointing=False, enable_progress_bar=bool(bar))
     callbacks: list[L.Callback] = [Signals(), *([bar] if bar else [])]
@@ -99,7 +99,8 @@ def model_name(config: dict[str, Any], checkpoint: str | None) -> str:
     chosen = HydraConfig.get().runtime.choices.get("model")
     if chosen and chosen != "null":
         return chosen
-    before = results.finished(Path(checkpoint).absolute().parent.parent) if checkpoint else None
+    folder = results.run_folder(checkpoint) if checkpoint else None
+    before = results.finished(folder) if folder else None
     return before["choices"]["model"] if before else config["model"].get("model_name", "model")
 
 

@@ -114,15 +114,16 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         say(f"Going on from {last}: overwrite=true starts anew.")
     else:
         rank_zero_only(results.start)(folder, config)
-    options = config["logger"] | dict(name=folder.name, mode=mode)
-    tracker = wandb_logger(folder, config=config, **options)
     steps = checkpoints.optimizer_steps(last) if last else None
     metrics_log = JsonlLogger(folder / "metrics.jsonl", steps)
     last = last or first
+    options = config["logger"] | dict(name=folder.name, mode=mode)
+    tracker = wandb_logger(folder, config=config, **options)  # is ended below, whatever happens
     trainer.loggers = [metrics_log, *([tracker] if tracker else [])]
     try:
         trainer.fit(module, data, ckpt_path=last, weights_only=True)
         if "val/top1" not in trainer.callback_metrics:  # interrupted after its last epoch
+            trainer.loggers = []  # which they know of
             trainer.validate(module, data, ckpt_path=last, verbose=False, weights_only=True)
         peers.done()
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}

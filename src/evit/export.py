@@ -109,7 +109,7 @@ def build(cfg: DictConfig) -> tuple[nn.Module, dict[str, Any]]:
     """
     cfg = cfg.copy()
     weights = read_state_dict(cfg.checkpoint) if cfg.checkpoint else {}
-    complete_model(cfg, results.run_config(Path(cfg.checkpoint)) if cfg.checkpoint else {})
+    complete_model(cfg, results.run_config(cfg.checkpoint) if cfg.checkpoint else {})
     if "pretrained" in cfg.model:
         cfg.model.pretrained = cfg.pretrained
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)

@@ -31,7 +31,7 @@ def run(cfg: DictConfig) -> Path:
         ValueError: the configuration cannot be served; nothing has been written.
     """
     require(cfg)
-    source = results.run_config(Path(cfg.checkpoint)) if cfg.checkpoint else {}
+    source = results.run_config(cfg.checkpoint) if cfg.checkpoint else {}
     cfg = cfg.copy()
     complete_model(cfg, source)
     if cfg.crop_pct is None:

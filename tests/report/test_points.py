@@ -184,6 +184,15 @@ def test_a_fine_tuned_run_is_compared_with_what_it_began_with(tmp_path):
     assert baseline(unknown) is None
 
 
+def test_weights_outside_a_checkpoints_folder_are_no_runs(tmp_path):
+    fake.write(tmp_path / "run", fake.fashion(1.0, 80.0))
+    for checkpoint in ("/deit.pth", str(tmp_path / "run/weights/deit.pth")):
+        results.start(tmp_path / "tuned", dict(checkpoint=checkpoint))
+        assert not (tmp_path / "tuned" / results.START).exists()
+    results.start(tmp_path / "tuned", dict(checkpoint=str(tmp_path / "run/checkpoints/last.ckpt")))
+    assert (tmp_path / "tuned" / results.START).exists()
+
+
 def test_a_checkpoint_that_no_run_left_is_known_by_its_content(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     path = tmp_path / "checkpoints/published.pth"

@@ -133,7 +133,7 @@ def test_outputs_that_cannot_be_written_are_named_before_anything_is_done(
             subprocess.run(["umount", tmp_path / "outputs"], check=True)
     assert ended.value.code == 2
     shown = capfd.readouterr().err
-    assert shown.count("\n") == 1 and f"cannot be written: {reason}. Choose" in shown
+    assert shown.count("\n") == 1 and f"cannot be used: {reason}. Choose" in shown
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
 
 

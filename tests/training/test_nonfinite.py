@@ -153,6 +153,18 @@ def test_if_configured_the_step_is_left_out_and_counted(train, not_a_number, tmp
     assert rows[-1].get("train/skipped_steps", 1) == 1
 
 
+def test_a_run_that_has_ended_goes_on_as_is_advised(failing, train, not_a_number, tmp_path, cache):
+    """From last.ckpt, whose optimizer is not the fused one; and the other way round."""
+    not_a_number(9, 12)  # 12: the third batch after step 4
+    failing()
+    last, other = only(tmp_path, "checkpoints/last.ckpt"), tmp_path / "other"
+    shown = train(other, cache, f"resume={last}", "recipe.on_nonfinite_loss=skip")
+    assert "step 6" in shown and "That step is left out, 1 so far" in shown
+    assert all_finite(other)
+    fused = only(other, "checkpoints/epoch_002.ckpt")
+    assert "top-1" in train(tmp_path / "back", cache, f"resume={fused}")
+
+
 def test_too_many_in_a_row_end_training_all_the_same(failing, not_a_number):
     not_a_number(*range(2 * MAX_IN_A_ROW))
     said = failing("recipe.on_nonfinite_loss=skip", "recipe.epochs=4")

@@ -95,9 +95,22 @@ def test_a_damaged_checkpoint_is_left_out_for_the_one_before(damaged, train, tmp
         found = checkpoints.unfinished(folder.parent)
     assert found == folder / "previous.ckpt"
     assert checkpoints.optimizer_steps(found) == 3
-    found.write_bytes(b"")
+    kept = found.rename(folder / "epoch_001.ckpt")
+    found.touch()
+    with pytest.warns(UserWarning):
+        assert checkpoints.unfinished(folder.parent) == kept
+    kept.write_bytes(b"")
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="overwrite=true starts anew"):
         checkpoints.unfinished(folder.parent)
+
+
+def test_a_run_whose_metrics_cannot_be_read_is_not_tracked(train, tmp_path, monkeypatch):
+    """For nothing would end W&B's run."""
+    train(tmp_path, kill_at=(1, 0))
+    only(tmp_path, "metrics.jsonl").write_text("damaged\n")
+    monkeypatch.setattr("evit.experiment.wandb_logger", lambda *_, **__: pytest.fail("tracked"))
+    with pytest.raises(SystemExit):
+        train(tmp_path)
 
 
 def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):

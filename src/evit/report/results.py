@@ -36,7 +36,7 @@ def start(folder: Path, config: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(config, folder / "config.json")
     first = config.get("checkpoint")
-    if first and (source := outcome(Path(first).absolute().parents[1])):
+    if first and (run := run_folder(first)) and (source := outcome(run)):
         write_json(source, folder / START)
 
 
@@ -66,7 +66,13 @@ def finished(folder: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def run_config(checkpoint: Path) -> dict[str, Any]:
+def run_folder(checkpoint: str | Path) -> Path | None:
+    """The folder of the run whose checkpoint this may be; None where it cannot be a run's."""
+    folder = Path(checkpoint).absolute().parent
+    return folder.parent if folder.name == "checkpoints" else None
+
+
+def run_config(checkpoint: str | Path) -> dict[str, Any]:
     """The configuration of the run whose checkpoint this is; {} where it is not a run's.
 
     The run may be a stranger's, and what is in it is given to Hydra.
@@ -74,8 +80,8 @@ def run_config(checkpoint: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is there and cannot be read, or asks for what no configuration of ours does.
     """
-    path = checkpoint.absolute().parent.parent / "config.json"
-    if checkpoint.absolute().parent.name != "checkpoints" or not path.is_file():
+    folder = run_folder(checkpoint)
+    if not folder or not (path := folder / "config.json").is_file():
         return {}
     try:
         config = json.loads(path.read_text(), object_pairs_hook=_harmless)

@@ -5,6 +5,7 @@ import json
 import re
 import statistics
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,10 @@ def started_from(checkpoint: str | None) -> str | None:
     """What a run began with: the setting of the run that left the checkpoint, else its SHA-256."""
     if not checkpoint:
         return None
-    path = Path(checkpoint).absolute()
-    try:
-        assert path.parent.name == "checkpoints"
-        return setting(json.loads((path.parent.parent / "config.json").read_text()))
-    except (AssertionError, OSError, ValueError, KeyError, TypeError, AttributeError):
-        return results.sha256(path)
+    if folder := results.run_folder(checkpoint):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            return setting(json.loads((folder / "config.json").read_text()))
+    return results.sha256(Path(checkpoint))
 
 
 def digest(content: Any) -> str:

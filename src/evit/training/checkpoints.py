@@ -149,7 +149,9 @@ def unfinished(folder: Path) -> Path | None:
     Raises:
         ValueError: it has checkpoints, and none can be read.
     """
-    found = [path for name in (LAST, PREVIOUS) if (path := folder / "checkpoints" / name).is_file()]
+    inside = folder / "checkpoints"
+    kept = sorted(inside.glob("epoch_*.ckpt"), reverse=True)
+    found = [path for path in (inside / LAST, inside / PREVIOUS, *kept) if path.is_file()]
     for path in found:
         try:
             check(path)

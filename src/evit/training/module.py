@@ -91,7 +91,7 @@ class Classifier(L.LightningModule):
         if not loss.isfinite():
             raise FloatingPointError(
                 f"val/loss is {loss} after epoch {self.current_epoch + 1}/{self.recipe.epochs}, "
-                f"{self.global_step} steps: the model has diverged. {WAYS_OUT}"
+                f"{self.global_step} steps: the model has diverged: {WAYS_OUT}"
             )
         self.log("val/loss", loss)
         self.log("val/top1", 100 * self.top1.compute())

@@ -82,7 +82,9 @@ class NonFinite(L.Callback):
             if every and number % every == 0:
                 self.look(trainer)
         if self.skip:
-            pl_module.log("train/skipped_steps", float(self.skipped))
+            # Filled on the device: a number would be copied there, and waited for.
+            skipped = torch.full((), float(self.skipped), device=pl_module.device)
+            pl_module.log("train/skipped_steps", skipped)
 
     def on_train_start(self, *_: Any) -> None:
         self.losses.clear()
@@ -106,7 +108,7 @@ class NonFinite(L.Callback):
         for name, good in zip(weights, finite.tolist(), strict=True):
             if not good:
                 raise FloatingPointError(
-                    f"after {trainer.global_step} steps {name} is not finite: {WAYS_OUT}"
+                    f"after {trainer.global_step} steps {name} is not finite. {NOT_SAVED}"
                 )
 
     def state_dict(self) -> dict[str, int]:
@@ -130,19 +132,19 @@ class NonFinite(L.Callback):
             if wrong:
                 text = describe(trainer, step, row)
                 if not self.skip:
-                    raise FloatingPointError(f"{text}. {WAYS_OUT}")
+                    raise FloatingPointError(f"{text}. {NOT_SAVED}")
                 self.skipped += 1
                 if trainer.is_global_zero:
                     print(f"{text}. That step is left out, {self.skipped} so far", flush=True)
                 if self.in_a_row >= MAX_IN_A_ROW:
-                    raise FloatingPointError(f"{text}: {MAX_IN_A_ROW} steps in a row. {WAYS_OUT}")
+                    raise FloatingPointError(f"{text}: {MAX_IN_A_ROW} steps in a row. {NOT_SAVED}")
 
 
 WAYS_OUT = (
-    "No checkpoint has seen this: with resume=RUN/checkpoints/last.ckpt go on from before it at a "
-    "lower recipe.lr, with recipe.clip_grad=1, or with recipe.on_nonfinite_loss=skip, which leaves "
-    "out such steps"
+    "with resume=RUN/checkpoints/last.ckpt go on from before it at a lower recipe.lr, with "
+    "recipe.clip_grad=1, or with recipe.on_nonfinite_loss=skip, which leaves out such steps"
 )
+NOT_SAVED = f"No checkpoint has seen this: {WAYS_OUT}"
 
 
 def describe(trainer: L.Trainer, step: Step, row: list[float]) -> str:
