@@ -118,12 +118,14 @@ def test_a_run_killed_after_its_last_epoch_is_evaluated_and_finished(
     shutil.copytree(finished / "outputs", tmp_path / "outputs")
     path = only(tmp_path, "outputs/*/*/result.json")
     path.unlink()
+    rows = path.with_name("metrics.jsonl").read_text()
     arguments = [*QUICK, f"data.root={shared_photos}", "recipe.epochs=2"]
     again = command("train.py", *arguments, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     found = json.loads(path.read_text())
     assert [found[k] for k in ("top1", "top5")] == [result["top1"], result["top5"]]
     assert found["loss"] == pytest.approx(result["loss"])
+    assert path.with_name("metrics.jsonl").read_text() == rows
 
 
 def test_a_run_of_another_configuration_is_not_overwritten(finished, shared_photos):
