@@ -28,9 +28,10 @@ def class_attention(
     Returns: (B, N), in float32 or wider.
     """
     scale = q_BHTD.shape[-1] ** -0.5 if scale is None else scale
-    row_BH1T = (q_BHTD[:, :, :1] * scale) @ k_BHTD.transpose(-2, -1)
-    wide = torch.promote_types(row_BH1T.dtype, torch.float32)
-    return row_BH1T.softmax(-1, dtype=wide).mean(1)[:, 0, num_prefix_tokens:]
+    q_BHD1 = q_BHTD[:, :, 0, :, None] * scale
+    row_BHT = (k_BHTD @ q_BHD1).squeeze(-1)
+    wide = torch.promote_types(row_BHT.dtype, torch.float32)
+    return row_BHT.softmax(-1, dtype=wide).mean(1)[:, num_prefix_tokens:]
 
 
 SELECTIONS = ("attentive", "random", "inattentive")

@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import evit
@@ -26,7 +27,7 @@ def published_forward(model: evit.EViT, images: Tensor) -> tuple[Tensor, list[Te
         if i in rates:
             x, ids, count = reorganize(x, ids, attention, rates[i], model.fusion)
             kept.append(ids[:, :count])
-        x = x + block.ls2(block.mlp(block.norm2(x)))
+        x = x + block.ls2(block.mlp.fc2(F.gelu(block.mlp.fc1(block.norm2(x)))))
     x = model.norm(x)
     logits = model.head(x[:, 0])
     if isinstance(model, evit.LVViT):

@@ -190,3 +190,16 @@ def test_an_image_size_off_the_patch_grid_is_named_with_its_neighbours():
 def test_a_bad_drop_loc_is_named(bad):
     with pytest.raises(ValueError, match="drop_loc must be ascending block numbers from 0 to 11"):
         tiny(drop_loc=bad)
+
+
+def test_gelu_overwrites_its_input_only_while_no_gradients_are_recorded():
+    gelu = tiny().blocks[0].mlp.act
+    x = torch.linspace(-3, 3, 13)
+    expected, kept = torch.nn.functional.gelu(x), x.clone()
+    assert torch.equal(gelu(x), expected) and torch.equal(x, kept)
+    with torch.no_grad():
+        assert torch.equal(gelu(x), expected) and torch.equal(x, expected)
+
+
+def test_an_activation_of_another_kind_stays():
+    assert type(tiny(act_layer=torch.nn.SiLU).blocks[0].mlp.act) is torch.nn.SiLU

@@ -2,7 +2,9 @@
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
+from timm.layers import Mlp
 from torch import Tensor, nn
 
 
@@ -36,3 +38,22 @@ def prefix_block(block: Any, x_BTC: Tensor, num_prefix: int) -> Tensor:
     (q,) = project(block.attn, y_BTC[:, :num_prefix], 0, 1)
     k, v = project(block.attn, y_BTC, 1, 3)
     return residual(block, x_BPC, block.attn.proj(mix(block.attn, q, k, v)))
+
+
+class InplaceGELU(nn.GELU):
+    """nn.GELU that overwrites its input while no gradients are recorded.
+
+    So an MLP needs one wide buffer, not two: fresh memory costs a CPU more than the GELU itself. A
+    forward hook that keeps what fc1 returns then finds it after the GELU.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.is_grad_enabled():
+            return super().forward(input)
+        return torch.ops.aten.gelu_(input, approximate=self.approximate)
+
+
+def use_inplace_gelu(block: Any) -> None:
+    """Let the nn.GELU of a block's Mlp, whose input nothing else reads, be an InplaceGELU."""
+    if type(block.mlp) is Mlp and type(block.mlp.act) is nn.GELU:
+        block.mlp.act.__class__ = InplaceGELU

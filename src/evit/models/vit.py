@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from evit import tokens
-from evit.models.attention import mix, prefix_block, project, residual
+from evit.models.attention import mix, prefix_block, project, residual, use_inplace_gelu
 
 KeepRate = float | Sequence[float]
 
@@ -101,6 +101,8 @@ class EViT(VisionTransformer):
                 f"drop_loc must be ascending block numbers from 0 to {depth - 1}, "
                 f"got {list(self.drop_loc)}"
             )
+        for block in self.blocks:
+            use_inplace_gelu(block)
         self.fusion = fusion
         self.set_keep_rate(keep_rate)
 
