@@ -55,7 +55,7 @@ def gather(x_BNC: Tensor, index_BK: Tensor) -> Tensor:
 def fuse(x_BNC: Tensor, score_BN: Tensor, index_BK: Tensor) -> Tensor:
     """The tokens that were not chosen, summed with their raw scores as weights, (B, 1, C)."""
     weight_BN = score_BN.scatter(1, index_BK, 0.0).to(x_BNC.dtype)
-    return weight_BN[:, None] @ x_BNC
+    return torch.bmm(weight_BN[:, None], x_BNC)
 
 
 def reorganize(x_BTC: Tensor, score_BN: Tensor, index_BK: Tensor, fusion: bool) -> Tensor:

@@ -15,8 +15,8 @@ def project(attn: Any, x_BTC: Tensor, first: int, last: int) -> list[Tensor]:
     rows = slice(first * dim, last * dim)
     flat = F.linear(x_BTC, weight[rows], None if bias is None else bias[rows])
     parts = flat.reshape(B, T, last - first, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    norms = (attn.q_norm, attn.k_norm, nn.Identity())[first:last]
-    return [norm(part) for norm, part in zip(norms, parts, strict=True)]
+    norms = (attn.q_norm, attn.k_norm, None)[first:last]
+    return [norm(part) if norm else part for norm, part in zip(norms, parts, strict=True)]
 
 
 def mix(attn: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -162,8 +162,8 @@ class EViT(VisionTransformer):
         if self.fusion:
             out = attn.proj(tokens.reorganize(mix(attn, q, k, v), score_BN, index_BK, True))
             if attn.proj.bias is not None:  # counted once for each token that was fused
-                weight_B = score_BN.sum(1) - score_BN.gather(1, index_BK).sum(1)
-                out[:, -1] += (weight_B[:, None] - 1).to(out.dtype) * attn.proj.bias
+                weight_B1 = score_BN.scatter(1, index_BK, 0.0).sum(1, keepdim=True)
+                out[:, -1].add_((weight_B1 - 1).to(out.dtype) * attn.proj.bias)
         else:
             (q,) = project(attn, tokens.reorganize(y_BTC, score_BN, index_BK, False), 0, 1)
             out = attn.proj(mix(attn, q, k, v))
