@@ -30,9 +30,10 @@ class ConvStem(PatchEmbed):
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) to tokens (B, N, C)."""
         assert tuple(x.shape[-2:]) == self.img_size, (x.shape, self.img_size)
-        x = self.bn1(self.conv1(x)).relu()
-        x = self.bn2(self.conv2(x)).relu()
-        x = self.bn3(self.conv3(x)).relu()
+        x = x.contiguous(memory_format=torch.channels_last)  # as convolutions compute
+        x = self.bn1(self.conv1(x)).relu_()
+        x = self.bn2(self.conv2(x)).relu_()
+        x = self.bn3(self.conv3(x)).relu_()
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
