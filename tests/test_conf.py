@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 from evit.config import CONF_DIR, EvaluateConfig, RunConfig, folder_name, register
 from evit.sweeps.command import SweepConfig
-from evit.training.recipe import Recipe
+from evit.recipe import Recipe
 
 GROUP_FILES = sorted(CONF_DIR.glob("*/[a-z]*.yaml"))
 EXPERIMENTS = sorted(path.stem for path in CONF_DIR.glob("experiment/*.yaml"))

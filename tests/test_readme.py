@@ -231,18 +231,6 @@ def test_the_choices_of_each_group_are_listed(group):
     assert set(re.findall(r"`(\w+)`", row.split("|")[2])) == there
 
 
-def test_the_tree_lists_every_file_of_the_package():
-    tree = blocks("text")[-1]
-    listed = {line.split()[0] for line in tree.splitlines() if line.startswith("  ")}
-    package = ROOT / "src/evit"
-    there = {
-        str(path.relative_to(package))
-        for path in package.rglob("*.py")
-        if path.name != "__init__.py"
-    }
-    assert listed == there
-
-
 def test_make_without_a_target_lists_every_target():
     shown = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True).stdout
     makefile = (ROOT / "Makefile").read_text()

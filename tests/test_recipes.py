@@ -17,7 +17,7 @@ from evit.config import register
 from evit.dry_run import plan
 from evit.report import paper
 from evit.training.optimizer import lr_at
-from evit.training.recipe import Recipe
+from evit.recipe import Recipe
 from tests.conftest import ROOT
 from tests.test_conf import CONF_DIR, EXPERIMENTS, composed
 

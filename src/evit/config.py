@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from evit import ending
-from evit.training.recipe import Recipe
+from evit.recipe import Recipe
 
 CONF_DIR = Path(__file__).parents[2] / "conf"
 HOW = (  # and not what is trained

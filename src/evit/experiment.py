@@ -27,7 +27,7 @@ from evit.training.module import Classifier, mix_seed
 from evit.training.nonfinite import NonFinite
 from evit.training.objectives import Classification, dense_teacher, make_objective
 from evit.training.progress import Throughput, progress
-from evit.training.recipe import Recipe
+from evit.recipe import Recipe
 from evit.training.trainer import accumulate, build_trainer, quiet, say
 
 GROUPS = ("model", "data", "recipe", "experiment")

@@ -20,7 +20,7 @@ from evit.data.prepare import prepare
 from evit.data.stream import FFCVStream
 from evit.data.writer import write_beton
 from evit.training.objectives import make_objective
-from evit.training.recipe import Recipe
+from evit.recipe import Recipe
 from tests.conftest import write_photos
 
 CLASSES = ["a", "b", "c"]

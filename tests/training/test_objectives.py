@@ -11,7 +11,7 @@ from evit.models.dynamicvit import DynamicLVViT
 from evit.training.module import Classifier
 from evit.training.objectives import dense_teacher, make_objective, mean_where
 from evit.training.optimizer import make_optimizer
-from evit.training.recipe import Recipe
+from evit.recipe import Recipe
 
 RECIPE = Recipe(epochs=10, batch_size=4, lr=1e-3, warmup_lr=0.0)
 

@@ -14,7 +14,7 @@ from evit.data.batch import erase
 from evit.training.nonfinite import WAYS_OUT
 from evit.training.objectives import Classification
 from evit.training.optimizer import make_optimizer
-from evit.training.recipe import Recipe
+from evit.recipe import Recipe
 
 
 def mix_seed(*parts: int) -> int:

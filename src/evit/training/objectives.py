@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from evit.data.batch import make_mixup
 from evit.data.label_maps import token_targets
 from evit.models import DynamicViT, LVViT
-from evit.training.recipe import Recipe
+from evit.recipe import Recipe
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

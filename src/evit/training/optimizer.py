@@ -7,7 +7,7 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch.optim.lr_scheduler import LambdaLR
 
-from evit.training.recipe import Recipe
+from evit.recipe import Recipe
 
 
 def lr_at(epoch: float, recipe: Recipe) -> float:

@@ -25,7 +25,7 @@ from omegaconf import OmegaConf
 
 from evit.training import peers
 from evit.training.checkpoints import WholeFiles
-from evit.training.recipe import Recipe
+from evit.recipe import Recipe
 
 
 def build_trainer(
