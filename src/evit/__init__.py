@@ -1,7 +1,16 @@
-"""EViT: Vision Transformers that keep the tokens their class token attends to."""
+"""Vision Transformers that reduce their tokens as they go: EViT, and ten other methods."""
 
-from evit import measure
-from evit.models import DynamicViT, EViT, LVViT, load_checkpoint, reorganize
+from evit import measure, reducers
+from evit.models import DynamicViT, EViT, LVViT, load_checkpoint, reduce, reorganize
 
 __version__ = "0.1.0"
-__all__ = ["DynamicViT", "EViT", "LVViT", "load_checkpoint", "measure", "reorganize"]
+__all__ = [
+    "DynamicViT",
+    "EViT",
+    "LVViT",
+    "load_checkpoint",
+    "measure",
+    "reduce",
+    "reducers",
+    "reorganize",
+]

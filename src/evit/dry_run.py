@@ -12,7 +12,7 @@ from evit.config import by_data
 from evit.data.sources import epoch_length
 from evit.models import DynamicViT, EViT, LVViT
 from evit.report import paper, plans
-from evit.schedule import keep_rate_at
+from evit.reducers.schedule import keep_rate_at
 from evit.training.module import Classifier
 from evit.training.objectives import Classification, DynamicTokens, TokenLabels, make_objective
 from evit.training.optimizer import make_optimizer

@@ -26,7 +26,7 @@ from evit.data.label_maps import (
 from evit.data.module import available_cores
 from evit.data.progress import shown
 from evit.data.sources import ClassFolders, class_names, load_image
-from evit.models.pretrained import create_model
+from evit.models import create_model
 
 DESCRIPTION = "label_maps.json"
 

@@ -7,7 +7,7 @@ from timm.layers import to_2tuple
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from evit.models import DynamicViT, EViT, LVViT
+from evit.models import ReducedViT
 
 
 def count_params(model: nn.Module) -> int:
@@ -37,9 +37,9 @@ def count_macs(
             model.eval()(image)
         model.train(was_training)
         return counter.get_total_flops() // 2
-    if not isinstance(model, EViT):
+    if not isinstance(model, ReducedViT):
         raise ValueError(
-            f"no published count for {type(model).__name__}: build it as an EViT with keep_rate 1, "
+            f"no published count for {type(model).__name__}: evit.reduce it with keep_rate 1, "
             f"or ask for executed=True"
         )
     return _published(model, size)
@@ -48,33 +48,31 @@ def count_macs(
 def _published(model: Any, size: tuple[int, int]) -> int:
     """torchprofile 0.0.4's count of the authors' code, which computes all of the attention."""
     dim, heads, prefix = model.embed_dim, model.blocks[0].attn.num_heads, model.num_prefix_tokens
-    lvvit, dynamic = isinstance(model, LVViT), isinstance(model, DynamicViT)
-    patch = model.patch_embed.patch_size
+    patch, reducer = model.patch_embed.patch_size, model.reducer
     n = size[0] // patch[0] * (size[1] // patch[1])
     macs = n * model.patch_embed.proj.weight.numel() + (prefix + n) * _affine(model.norm_pre)
+    lvvit = hasattr(model, "stem_macs")
     if lvvit:
-        stem = model.patch_embed
-        convs, norms = (stem.conv1, stem.conv2, stem.conv3), (stem.bn1, stem.bn2, stem.bn3)
-        weights = sum(c.weight.numel() for c in convs) + sum(b.num_features for b in norms)
-        macs += size[0] // 2 * (size[1] // 2) * weights
-    counts = dict(zip(model.drop_loc, model.num_kept(n), strict=True))
+        macs += model.stem_macs(size)
+    counts = dict(zip(reducer.at, reducer.kept(n), strict=True))
     for i, block in enumerate(model.blocks):
         k = counts.get(i, n)
-        if dynamic and k < n:  # its predictor sees the tokens before they go
-            macs, n = macs + n * (13 * dim**2 // 8 + 2 * dim), k
+        left = k + reducer.extra * (k < n)
+        if k < n:
+            macs += reducer.macs(n, k, dim)
+        if reducer.stage == "input":
+            n = left
         attn, t = block.attn, prefix + n
         scaled = t * dim if lvvit else heads * t**2  # the queries, or the attention
         norms = heads * (_affine(attn.q_norm) + _affine(attn.k_norm)) + _affine(attn.norm)
         macs += t * 4 * dim**2 + 2 * t**2 * dim + scaled
         macs += t * (dim + norms + _affine(block.ls1))
-        if k < n:
-            macs += n + (n - k) * dim * model.fusion
-            n = k + model.fusion
+        n = left
         macs += (prefix + n) * (2 * dim * block.mlp.fc1.out_features + dim + _affine(block.ls2))
     macs += (prefix + n) * _affine(model.norm) + _affine(model.fc_norm)
     classifiers = sum(getattr(model, name, None) is not None for name in ("head", "head_dist"))
     macs += classifiers * dim * model.num_classes
-    return macs + ((n * dim + 1) * model.num_classes if lvvit else 0)
+    return macs + (model.head_macs(n) if lvvit else 0)
 
 
 def _affine(module: nn.Module) -> int:

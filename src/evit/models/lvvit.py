@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from timm.layers import PatchEmbed
-from timm.models import register_model
 from torch import Tensor, nn
 
-from evit.models.vit import EViT
+from evit.models.vit import ReducedViT
+from evit.reducers.dynamicvit import divergence
 
 
 class ConvStem(PatchEmbed):
@@ -51,15 +51,15 @@ class Scale(nn.Module):
         return str(self.factor)
 
 
-class LVViT(EViT):
-    """LV-ViT (arXiv 2104.10858); below keep rate 1, EViT on it.
+class LVViT(ReducedViT):
+    """LV-ViT (arXiv 2104.10858); below keep rate 1, with a token reducer in it.
 
     Logits are head(class token) + 0.5 * max over the surviving tokens of aux_head(token), in
     training too. Parameter names are those of the published checkpoints.
 
     Args:
         skip_lam: what both residual branches of a block are divided by.
-        **kwargs: EViT's.
+        **kwargs: ReducedViT's.
     """
 
     def __init__(self, *args: Any, skip_lam: float = 2.0, **kwargs: Any):
@@ -87,7 +87,7 @@ class LVViT(EViT):
         self.aux_head = self._new_aux_head()
 
     def embed(self, images: Tensor, swapped: Tensor | None = None) -> Tensor:
-        """EViT's; with MixToken, the patches where swapped (N,) is true are the flipped batch's."""
+        """ReducedViT's; with MixToken, the patches where swapped (N,) is true are the flipped batch's."""
         x = self.patch_embed(images)
         if swapped is not None:
             x = torch.where(swapped[:, None], x.flip(0), x)
@@ -97,67 +97,26 @@ class LVViT(EViT):
         """Logits of the class token (B, K) and of the others (B, N, K), of normalised tokens."""
         return super().forward_head(x), self.aux_head(x[:, 1:])
 
+    def token_outputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.heads(x)
+
+    def token_distance(self, own: Tensor, teacher: Tensor) -> Tensor:
+        return divergence(own, teacher)
+
+    def stem_macs(self, size: tuple[int, int]) -> int:
+        """Products of the convolutions and norms before the patch projection."""
+        stem = self.patch_embed
+        convs, norms = (stem.conv1, stem.conv2, stem.conv3), (stem.bn1, stem.bn2, stem.bn3)
+        weights = sum(c.weight.numel() for c in convs) + sum(b.num_features for b in norms)
+        return size[0] // 2 * (size[1] // 2) * weights
+
+    def head_macs(self, num_tokens: int) -> int:
+        """Products of the auxiliary head, over the image tokens that are left."""
+        return (num_tokens * self.embed_dim + 1) * self.num_classes
+
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits (B, num_classes) of normalised tokens (B, 1 + N, C)."""
         if pre_logits or self.num_classes == 0:
             return super().forward_head(x, pre_logits)
         of_class, of_tokens = self.heads(x)
         return of_class + 0.5 * of_tokens.amax(1)
-
-
-SIZES: dict[str, dict[str, Any]] = {
-    "t": dict(embed_dim=240, depth=12, num_heads=4, skip_lam=1.0),
-    "s": dict(embed_dim=384, depth=16, num_heads=6, skip_lam=2.0),
-    "m": dict(embed_dim=512, depth=20, num_heads=8, skip_lam=2.0),
-}
-
-
-def own_arguments(name: str, pretrained: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that are not timm's, for a model of which timm has no weights."""
-    if pretrained:
-        raise ValueError(
-            f"timm has no weights of {name}: download the authors' file and give it as "
-            f"checkpoint=PATH (evit.load_checkpoint)"
-        )
-    timms = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-    return {key: value for key, value in kwargs.items() if key not in timms}
-
-
-def _create(name: str, size: str, pretrained: bool, **kwargs: Any) -> LVViT:
-    return LVViT(**SIZES[size] | own_arguments(name, pretrained, kwargs))
-
-
-@register_model
-def lvvit_t(pretrained: bool = False, **kwargs: Any) -> LVViT:
-    """LV-ViT-T (8.5 M parameters)."""
-    return _create("lvvit_t", "t", pretrained, **dict(keep_rate=1.0) | kwargs)
-
-
-@register_model
-def lvvit_s(pretrained: bool = False, **kwargs: Any) -> LVViT:
-    """LV-ViT-S (26.2 M parameters)."""
-    return _create("lvvit_s", "s", pretrained, **dict(keep_rate=1.0) | kwargs)
-
-
-@register_model
-def lvvit_m(pretrained: bool = False, **kwargs: Any) -> LVViT:
-    """LV-ViT-M (55.8 M parameters)."""
-    return _create("lvvit_m", "m", pretrained, **dict(keep_rate=1.0) | kwargs)
-
-
-@register_model
-def evit_lvvit_t(pretrained: bool = False, **kwargs: Any) -> LVViT:
-    """EViT on LV-ViT-T; blocks 3, 6, 9 reorganize."""
-    return _create("evit_lvvit_t", "t", pretrained, **kwargs)
-
-
-@register_model
-def evit_lvvit_s(pretrained: bool = False, **kwargs: Any) -> LVViT:
-    """EViT on LV-ViT-S, the paper's second model; blocks 4, 8, 12 reorganize."""
-    return _create("evit_lvvit_s", "s", pretrained, **kwargs)
-
-
-@register_model
-def evit_lvvit_m(pretrained: bool = False, **kwargs: Any) -> LVViT:
-    """EViT on LV-ViT-M; blocks 5, 10, 15 reorganize."""
-    return _create("evit_lvvit_m", "m", pretrained, **kwargs)

@@ -1,37 +1,20 @@
-"""EViT over timm's VisionTransformer: the same parameters, fewer tokens."""
+"""timm's VisionTransformer with a token reducer in some of its blocks: the same parameters."""
 
-from collections.abc import Callable, Sequence
-from numbers import Real
+from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.layers import to_2tuple
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from evit import tokens
-from evit.models.attention import mix, prefix_block, project, residual, use_inplace_gelu
-
-KeepRate = float | Sequence[float]
-
-
-def per_reorganization(keep_rate: KeepRate, count: int) -> tuple[float, ...]:
-    """keep_rate, a number or one for each reorganization, as `count` floats in (0, 1]."""
-    rates = list(keep_rate) if isinstance(keep_rate, Sequence) else [keep_rate] * count
-    numbers = all(isinstance(r, Real) and not isinstance(r, bool) for r in rates)
-    if isinstance(keep_rate, str) or not numbers or not all(0 < r <= 1 for r in rates):
-        raise ValueError(
-            f"keep_rate must be in (0, 1], one number or one for each reorganization, "
-            f"got {keep_rate!r}: 0.7 is the paper's main setting, 1 keeps every token"
-        )
-    if len(rates) != count:
-        raise ValueError(
-            f"keep_rate {list(rates)} has {len(rates)} entries for {count} reorganizations: "
-            f"give one number, or {count}"
-        )
-    return tuple(float(r) for r in rates)
+from evit import reducers
+from evit.reducers import KeepRate, Reducer, Reduction
+from evit.reducers.blocks import ReducedBlock, Step
 
 
 def check_img_size(img_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> None:
@@ -45,85 +28,126 @@ def check_img_size(img_size: int | tuple[int, int], patch_size: int | tuple[int,
             )
 
 
-class EViT(VisionTransformer):
-    """Vision Transformer that keeps the tokens its class token attends to (arXiv 2202.07800).
+class PatchConv2d(nn.Conv2d):
+    """A convolution whose kernels do not overlap, as one matrix product on a GPU.
 
-    Parameters, and their names, are those of timm's VisionTransformer.
-
-    Args:
-        keep_rate: share of the image tokens kept at a reorganization, in (0, 1]; one number, or
-            one for each entry of drop_loc. 1 is the dense model.
-        drop_loc: blocks (0-based) that reorganize; default: a quarter, half and three quarters of
-            the depth, which is 3, 6, 9 for DeiT.
-        fusion: fuse the tokens that are not kept into one; otherwise they are dropped.
-        **kwargs: VisionTransformer's.
-
-    Attributes:
-        selection: which tokens are kept: the "attentive" ones; or, to compare with, "random" or
-            "inattentive" ones.
-        observer: where it is not None, called at each reorganization with the scores (B, N) of the
-            image tokens and the indices (B, K) of those that are kept.
-
-    Raises:
-        ValueError: keep_rate, drop_loc or img_size cannot be served.
+    The product is the same sum in another order; cuDNN takes ten times as long on an H200.
     """
 
-    selection = "attentive"
-    observer: Callable[[Tensor, Tensor], None] | None = None
+    def forward(self, input: Tensor) -> Tensor:
+        """Images (B, C, H, W) to patches (B, embed_dim, H / p, W / q)."""
+        if not input.is_cuda:
+            return super().forward(input)
+        return self.product(input)
+
+    def product(self, input: Tensor) -> Tensor:
+        """forward() as a matrix product."""
+        (p, q), (H, W) = self.kernel_size, input.shape[2:]
+        x = input[:, :, : H // p * p, : W // q * q].unflatten(3, (-1, q)).unflatten(2, (-1, p))
+        patches = x.permute(0, 2, 4, 1, 3, 5).flatten(3)
+        return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+
+
+class ReducedViT(VisionTransformer):
+    """Vision Transformer whose tokens a reducer reduces: EViT by default (arXiv 2202.07800).
+
+    Parameters, and their names, are those of timm's VisionTransformer; those of a reducer that has
+    some begin with "reducer.".
+
+    Args:
+        reducer: a name in evit.reducers.REDUCERS, or a Reducer; None: EViT at keep rate 1, the
+            dense model.
+        keep_rate: share of the image tokens kept at a reduction, in (0, 1]; one number, or one for
+            each entry of drop_loc. 1 is the dense model.
+        drop_loc: blocks (0-based) that reduce; default: a quarter, half and three quarters of the
+            depth, which is 3, 6, 9 for DeiT.
+        fusion: EViT's: fuse the tokens that are not kept into one; otherwise they are dropped.
+        **kwargs: other options of the reducer, and VisionTransformer's.
+
+    Attributes:
+        reducer: where and how tokens are reduced; it holds the keep rates.
+
+    Raises:
+        ValueError: the reducer, keep_rate, drop_loc or img_size cannot be served.
+    """
+
+    kind: type[VisionTransformer] | None = None  # timm's class that this one was made of
 
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
         patch_size: int | tuple[int, int] = 16,
         *args: Any,
-        keep_rate: KeepRate = 0.7,
+        reducer: str | Reducer | None = "evit",
+        keep_rate: KeepRate | None = None,
         drop_loc: Sequence[int] | None = None,
-        fusion: bool = True,
+        fusion: bool | None = None,
         **kwargs: Any,
     ):
         check_img_size(img_size, patch_size)
+        if reducer is None:
+            reducer, keep_rate = "evit", 1.0
+        if isinstance(reducer, str):
+            kind = reducers.REDUCERS.get(reducer, Reducer)
+            known = reducers.options(kind) - {"keep_rate", "at", "fusion"}
+            own = {name: kwargs.pop(name) for name in known & set(kwargs)}
+            if fusion is not None and "fusion" in reducers.options(kind):
+                own["fusion"] = fusion
+            reducer = reducers.make(reducer, keep_rate=keep_rate, at=drop_loc, **own)
         super().__init__(img_size, patch_size, *args, **kwargs)
-        self._init_reorganization(keep_rate, drop_loc, fusion)
+        self._attach(reducer)
 
-    def _init_reorganization(
-        self, keep_rate: KeepRate, drop_loc: Sequence[int] | None, fusion: bool
-    ) -> None:
-        if not self.has_class_token:
-            raise ValueError("class_token=False leaves nothing that could score the image tokens")
+    def _attach(self, reducer: Reducer) -> None:
         if not isinstance(self.patch_drop, nn.Identity):
             raise ValueError("patch_drop_rate drops patches at random: set it to 0, or keep_rate")
-        depth = len(self.blocks)
-        if drop_loc is None:
-            drop_loc = [depth * quarter // 4 for quarter in (1, 2, 3)]
-        self.drop_loc = tuple(drop_loc)
-        if list(self.drop_loc) != sorted(set(self.drop_loc) & set(range(depth))):
-            raise ValueError(
-                f"drop_loc must be ascending block numbers from 0 to {depth - 1}, "
-                f"got {list(self.drop_loc)}"
-            )
         for block in self.blocks:
-            use_inplace_gelu(block)
-        self.fusion = fusion
+            block.__class__ = ReducedBlock
+        proj = getattr(self.patch_embed, "proj", None)
+        if type(proj) is nn.Conv2d and proj.kernel_size == proj.stride and proj.groups == 1:
+            if proj.padding == (0, 0) and proj.dilation == (1, 1):
+                proj.__class__ = PatchConv2d
+        self.reducer = reducer.attach(self).to(self.blocks[0].norm1.weight)
+
+    @property
+    def drop_loc(self) -> tuple[int, ...]:
+        """The blocks that reduce."""
+        return self.reducer.at
+
+    @property
+    def keep_rate(self) -> tuple[float, ...]:
+        """The keep rate of each reduction; to set it acts as set_keep_rate."""
+        return self.reducer.keep_rate
+
+    @keep_rate.setter
+    def keep_rate(self, keep_rate: KeepRate) -> None:
         self.set_keep_rate(keep_rate)
+
+    @property
+    def fusion(self) -> bool:
+        """Whether tokens that are not kept are fused into one."""
+        return bool(self.reducer.extra)
 
     def set_keep_rate(self, keep_rate: KeepRate) -> None:
         """Use keep_rate, one number or one for each of drop_loc, from the next forward on."""
-        self.keep_rate = per_reorganization(keep_rate, len(self.drop_loc))
+        before = self.reducer.keep_rate, self.reducer.given
+        self.reducer.set_keep_rate(keep_rate)
+        try:
+            self.reducer.check(self.patch_embed.num_patches)
+        except ValueError:
+            self.reducer.keep_rate, self.reducer.given = before
+            raise
 
     def num_kept(self, num_patches: int) -> list[int]:
-        """How many of an image's tokens each reorganization keeps."""
-        n, counts = num_patches, []
-        for rate in self.keep_rate:
-            counts.append(tokens.num_kept(n, rate))
-            n = n if counts[-1] == n else counts[-1] + self.fusion
-        return counts
+        """How many of an image's tokens each reduction keeps."""
+        return self.reducer.kept(num_patches)
 
     def tokens_per_block(self) -> list[int]:
         """Image tokens that enter the MLP of each block (a fused token counts as one)."""
-        n, counts = self.patch_embed.num_patches, []
-        kept = dict(zip(self.drop_loc, self.num_kept(n), strict=True))
+        n = self.patch_embed.num_patches
+        left = dict(zip(self.drop_loc, self.reducer.counts(n), strict=True))
+        counts = []
         for i in range(len(self.blocks)):
-            n = kept[i] + self.fusion if kept.get(i, n) < n else n
+            n = left.get(i, n)
             counts.append(n)
         return counts
 
@@ -133,43 +157,8 @@ class EViT(VisionTransformer):
 
     def patch_ids(self, x: Tensor) -> Tensor:
         """Ids (B, N) of the patches behind embedded tokens (B, T, C)."""
-        return torch.arange(x.shape[1] - self.num_prefix_tokens, device=x.device).expand(
-            x.shape[0], -1
-        )
-
-    def reorganizing_block(
-        self, i: int, x_BTC: Tensor, num_kept: int, ids: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """timm's Block.forward with the reorganization between its attention and its MLP.
-
-        Equal to the published order of things, with less of it: the projection of the attention's
-        output is linear, so it can follow the fusion; without fusion, only the tokens that are kept
-        ask (queries), while all are asked.
-        """
-        block: Any = self.blocks[i]
-        attn, num_prefix, n = block.attn, self.num_prefix_tokens, x_BTC.shape[1]
-        if num_kept == n - num_prefix:
-            return block(x_BTC), ids
-        y_BTC = block.norm1(x_BTC)
-        if self.fusion:
-            q, k, v = project(attn, y_BTC, 0, 3)
-        else:
-            (q,), (k, v) = project(attn, y_BTC[:, :1], 0, 1), project(attn, y_BTC, 1, 3)
-        score_BN = tokens.class_attention(q, k, num_prefix, attn.scale)
-        index_BK = tokens.choose(score_BN, num_kept, self.selection)
-        if self.observer:
-            self.observer(score_BN, index_BK)
-        if self.fusion:
-            out = attn.proj(tokens.reorganize(mix(attn, q, k, v), score_BN, index_BK, True))
-            if attn.proj.bias is not None:  # counted once for each token that was fused
-                weight_B1 = score_BN.scatter(1, index_BK, 0.0).sum(1, keepdim=True)
-                out[:, -1].add_((weight_B1 - 1).to(out.dtype) * attn.proj.bias)
-        else:
-            (q,) = project(attn, tokens.reorganize(y_BTC, score_BN, index_BK, False), 0, 1)
-            out = attn.proj(mix(attn, q, k, v))
-        x_BTC = tokens.reorganize(x_BTC, score_BN, index_BK, self.fusion)
-        ids = None if ids is None else tokens.follow(ids, index_BK, self.fusion)
-        return residual(block, x_BTC, out), ids
+        ids_N = torch.arange(x.shape[1] - self.num_prefix_tokens, device=x.device)
+        return ids_N.expand(x.shape[0], -1)
 
     @property
     def head_reads_prefix(self) -> bool:
@@ -178,42 +167,59 @@ class EViT(VisionTransformer):
         return self.global_pool == "token" and type(self).forward_head in heads
 
     def encode(
-        self,
-        x: Tensor,
-        ids: Tensor | None = None,
-        start: int = 0,
-        stop: int | None = None,
-        prefix_only: bool = False,
-    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """Embedded tokens, none of them dropped yet, through the blocks start to stop - 1.
+        self, x: Tensor, start: int = 0, stop: int | None = None, prefix_only: bool = False
+    ) -> tuple[Tensor, list[Reduction]]:
+        """Embedded tokens, not reduced yet, through the blocks start to stop - 1.
 
-        With prefix_only the last block returns the prefix tokens alone.
+        With prefix_only the last block returns the prefix tokens alone, if it reduces nothing.
 
-        Returns: tokens (B, T', C); with ids, also those of the tokens that are left, and for each
-        reorganization those of the tokens that it kept.
+        Returns: tokens (B, T', C), and the reductions on the way; not of places where all is kept.
         """
-        counts = self.num_kept(x.shape[1] - self.num_prefix_tokens)
-        kept_at, kept = dict(zip(self.drop_loc, counts, strict=True)), []
+        n, P = x.shape[1] - self.num_prefix_tokens, self.num_prefix_tokens
+        kept = dict(zip(self.drop_loc, enumerate(self.reducer.kept(n)), strict=True))
+        last, found = len(self.blocks) - 1, []
+        sizes: Tensor | None = None
         for i in range(start, len(self.blocks) if stop is None else stop):
-            if i not in kept_at:
-                if prefix_only and i == len(self.blocks) - 1:
-                    x = self._run(prefix_block, self.blocks[i], x, self.num_prefix_tokens)
-                else:
-                    x = self._run(self.blocks[i], x)
-                continue
-            x, ids = self._run(self.reorganizing_block, i, x, kept_at[i], ids)
-            if ids is not None:
-                kept.append(ids[:, : kept_at[i]])
-        return x, ids, kept
+            place, num_kept = kept.get(i, (0, n))
+            bias = self.reducer.key_bias(sizes, x.dtype)
+            if num_kept < n:
+                class_token = self.has_class_token
+                step = Step(P, self.reducer, place, num_kept, sizes, bias, class_token)
+                x = self.run(self.blocks[i], x, bias, False, step)
+                assert step.reduction is not None
+                found.append(step.reduction)
+                sizes, n = step.reduction.sizes_BT, num_kept + self.reducer.extra
+            elif prefix_only and i == last:
+                x = self.run(self.blocks[i], x, bias, False, Step(P))
+            elif bias is not None:
+                x = self.run(self.blocks[i], x, bias)
+            else:
+                x = self.run(self.blocks[i], x)
+        return x, found
 
-    def forward_features(  # type: ignore[override]
-        self, x: Tensor, return_kept: bool = False
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+    def run(self, function: Any, *args: Any) -> Any:
+        """function(*args), with gradient checkpointing where that is on."""
+        if self.grad_checkpointing and self.training:
+            return checkpoint(function, *args, use_reentrant=False)
+        return function(*args)
+
+    def weigh(self, x: Tensor, found: list[Reduction]) -> Tensor:
+        """Weigh tokens by the patches they stand for, where the classifier averages them."""
+        sizes_BT = found[-1].sizes_BT if found else None
+        if self.global_pool != "avg" or sizes_BT is None or x.shape[1] != sizes_BT.shape[1]:
+            return x
+        P = self.num_prefix_tokens
+        sizes = sizes_BT[:, P:, None]
+        share = (sizes * (sizes.shape[1] / sizes.sum(1, keepdim=True))).to(x.dtype)
+        return torch.cat([x[:, :P], x[:, P:] * share], 1)
+
+    def forward_features(self, x: Tensor, return_kept: bool = False) -> Any:  # type: ignore[override]
         """Normalised tokens (B, T, C); with return_kept, also the ids of the surviving patches."""
         x = self.embed(x)
-        x, _, kept = self.encode(x, self.patch_ids(x) if return_kept else None)
+        ids = self.patch_ids(x)
+        x, found = self.encode(x)
         x = self.norm(x)
-        return (x, kept) if return_kept else x
+        return (x, self.survivors(found, ids)) if return_kept else x
 
     def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """timm's, at keep rate 1: the tokens that are left at another rate make no feature map.
@@ -228,30 +234,117 @@ class EViT(VisionTransformer):
             )
         return super().forward_intermediates(*args, **kwargs)
 
-    def _run(self, function, *args):
-        if self.grad_checkpointing and self.training:
-            return checkpoint(function, *args, use_reentrant=False)
-        return function(*args)
-
     def forward(  # type: ignore[override]
-        self, x: Tensor, return_kept: bool = False
-    ) -> Tensor | tuple[Tensor, list[Tensor]]:
+        self, x: Tensor, return_kept: bool = False, return_source: bool = False
+    ) -> Any:
         """Logits (B, num_classes) of images (B, 3, H, W).
 
-        With return_kept also one int64 tensor (B, k) per reorganization: the ids of the surviving
+        With return_kept also one int64 tensor (B, k) per reduction: the ids of the surviving
         patches in the original grid, row by row from the top left; -1 is a surviving fused token.
+        With return_source also int64 (B, N): the token, class token included, that each patch is in
+        at the end, -1 where it was dropped.
         """
         x = self.embed(x)
-        ids = self.patch_ids(x) if return_kept else None
-        logits, kept = self.classify(x, ids)
-        return (logits, kept) if return_kept else logits
+        masked = getattr(self.reducer, "masked_features", None)
+        if masked is not None and self.training and not (return_kept or return_source):
+            return self.forward_head(self.norm(masked(self, x)[0]))
+        ids = self.patch_ids(x) if return_kept or return_source else x
+        logits, found = self.classify(x)
+        results = [logits]
+        if return_kept:
+            results.append(self.survivors(found, ids))
+        if return_source:
+            results.append(source(found, ids, self.num_prefix_tokens))
+        return tuple(results) if len(results) > 1 else logits
 
-    def classify(
-        self, x: Tensor, ids: Tensor | None = None, start: int = 0
-    ) -> tuple[Tensor, list[Tensor]]:
+    def survivors(self, found: list[Reduction], ids: Tensor) -> list[Tensor]:
+        """Ids of the patches kept at each place, those included where all are."""
+        n, kept, left = ids.shape[1], [], iter(found)
+        for k in self.reducer.kept(n):
+            if k < n:
+                reduction = next(left)
+                ids = reduction.ids(ids)
+                n = k + self.reducer.extra
+            kept.append(ids[:, :k])
+        return kept
+
+    def classify(self, x: Tensor, start: int = 0) -> tuple[Tensor, list[Reduction]]:
         """Logits of embedded tokens that have been through the blocks before `start`."""
-        x, _, kept = self.encode(x, ids, start, prefix_only=self.head_reads_prefix)
-        return self.forward_head(self.norm(x)), kept
+        x, found = self.encode(x, start, prefix_only=self.head_reads_prefix)
+        return self.forward_head(self.weigh(self.norm(x), found)), found
+
+    def token_outputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits, and what a teacher is compared by at each image token (B, N, ...)."""
+        return self.forward_head(x), x[:, self.num_prefix_tokens :]
+
+    def token_distance(self, own: Tensor, teacher: Tensor) -> Tensor:
+        """Distance of the second values of token_outputs, (B, N)."""
+        return (own.float() - teacher.float()).square().mean(-1)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle a class that was made for one of timm's by that one."""
+        made, arguments, *state = super().__reduce_ex__(protocol)
+        if self.kind is not None:
+            made, arguments = blank, (self.kind,)
+        return made, arguments, *state
+
+
+def source(found: list[Reduction], ids: Tensor, num_prefix: int) -> Tensor:
+    """The final token of each patch, (B, N); -1: dropped."""
+    place_BN, n = ids, ids.shape[1]
+    for reduction in found:
+        host_BN = reduction.hosts(n)
+        n = reduction.index_BK.shape[1] + (reduction.rest_BN is not None)
+        moved = host_BN.gather(1, place_BN.clamp(0))
+        place_BN = torch.where(place_BN >= 0, moved, place_BN)
+    return torch.where(place_BN >= 0, place_BN + num_prefix, place_BN)
+
+
+@cache
+def reduced_class(kind: type[VisionTransformer]) -> type[ReducedViT]:
+    """ReducedViT with the methods of one of timm's classes."""
+    if kind is VisionTransformer:
+        return ReducedViT
+    return type(f"Reduced{kind.__name__}", (ReducedViT, kind), dict(kind=kind))
+
+
+def blank(kind: type[VisionTransformer]) -> ReducedViT:
+    """A reduced model of a timm class, before its state is set."""
+    made = reduced_class(kind)
+    return made.__new__(made)
+
+
+def reduce(
+    model: Any,
+    name: str | Reducer = "evit",
+    keep_rate: KeepRate | None = None,
+    *,
+    at: Sequence[int] | None = None,
+    counts: Sequence[int] | None = None,
+    **options: Any,
+) -> ReducedViT:
+    """Let a timm VisionTransformer reduce its tokens: in place, weights untouched; and return it.
+
+    Prefix tokens (class, distillation, registers) are never reduced and do not count.
+
+    Args:
+        name: a name in evit.reducers.REDUCERS, or a Reducer.
+        keep_rate: share of the image tokens kept at each place; default 0.7.
+        at: blocks that reduce; default: a quarter, half and three quarters of the depth, or every
+            block where `options` have a schedule of the method's own (r, ratio, ...).
+        counts: image tokens left after each place, instead of keep_rate.
+        **options: the reducer's.
+
+    Raises:
+        ValueError: the reducer or its options cannot be served, or the model.
+    """
+    check_model(model)
+    given = dict(keep_rate=keep_rate, at=at, counts=counts)
+    reducer = reducers.make(name, **given, **options)
+    if not isinstance(model, ReducedViT):
+        model.__class__ = reduced_class(type(model))
+    model._attach(reducer)
+    return model
 
 
 def reorganize(
@@ -259,33 +352,34 @@ def reorganize(
     keep_rate: KeepRate = 0.7,
     fusion: bool = True,
     drop_loc: Sequence[int] | None = None,
-) -> EViT:
-    """Turn a timm VisionTransformer into its EViT: in place, weights untouched; and return it.
+) -> ReducedViT:
+    """reduce(model, "evit"): turn a timm VisionTransformer into its EViT, in place."""
+    return reduce(model, "evit", keep_rate, at=drop_loc, fusion=fusion)
 
-    Prefix tokens (class, distillation, registers) are never dropped and do not count. drop_loc
-    defaults to a quarter, half and three quarters of the depth.
 
-    Raises:
-        ValueError: the model has no class token, or blocks of another kind than timm's Block.
-    """
-    kind = type(model)
-    if not isinstance(model, VisionTransformer) or not model.has_class_token:
-        raise ValueError(
-            f"{kind.__name__} has no class token that could score the image tokens: take a timm "
-            f"VisionTransformer that has one"
-        )
+def check_model(model: Any) -> None:
+    """Refuse what is not a timm VisionTransformer of plain blocks; say what to hand over."""
+    kind = type(model).__name__
+    for wrapper, inner in (("module", "DataParallel"), ("_orig_mod", "OptimizedModule")):
+        if inner in kind and hasattr(model, wrapper):
+            raise ValueError(f"{kind} wraps the model: hand over model.{wrapper}")
+    if not isinstance(model, VisionTransformer):
+        children = model.named_children() if isinstance(model, nn.Module) else []
+        inside = [name for name, child in children if isinstance(child, VisionTransformer)]
+        way = f"hand over model.{inside[0]}" if inside else "take one of timm.create_model('vit_*')"
+        raise ValueError(f"{kind} is not a timm VisionTransformer: {way}")
     for i, block in enumerate(model.blocks):
-        if type(block) is not Block:
+        if type(block) not in (Block, ReducedBlock):
             name = type(block).__name__
-            raise ValueError(f"block {i} of {kind.__name__} is a {name}, which cannot be served")
+            raise ValueError(f"block {i} of {kind} is a {name}, which cannot be served")
         if type(block.attn) is not Attention or getattr(block.attn, "gate", None) is not None:
             name = type(block.attn).__name__
-            raise ValueError(f"block {i} of {kind.__name__} attends by {name}, or with a gate")
-    if isinstance(model, EViT) and kind.num_kept is not EViT.num_kept:
-        raise ValueError(f"{kind.__name__} chooses its tokens by predictors: set_keep_rate instead")
-    if not isinstance(model, EViT):
-        bases = (EViT,) if kind is VisionTransformer else (EViT, kind)
-        model.__class__ = EViT if len(bases) == 1 else type(f"EViT{kind.__name__}", bases, {})
-    reorganized: Any = model
-    reorganized._init_reorganization(keep_rate, drop_loc, fusion)
-    return reorganized
+            raise ValueError(f"block {i} of {kind} attends by {name}, or with a gate")
+
+
+EViT = ReducedViT
+
+
+def DynamicViT(*args: Any, **kwargs: Any) -> ReducedViT:
+    """ReducedViT with the reducer "dynamicvit"."""
+    return ReducedViT(*args, reducer="dynamicvit", **kwargs)

@@ -58,8 +58,14 @@ def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], num_prefix: int) 
 
 
 def fit_state_dict(weights: Mapping[str, Any], model: Any) -> dict[str, Tensor]:
-    """The weights of a checkpoint with the position embedding resized to the model's grid."""
+    """The weights of a checkpoint, by the model's names and resized to its grid."""
     fitted = read_state_dict(weights)
+    renames = getattr(getattr(model, "reducer", None), "published_names", {})
+    for theirs, ours in renames.items():
+        fitted = {
+            ours + name.removeprefix(theirs) if name.startswith(theirs) else name: value
+            for name, value in fitted.items()
+        }
     own, loaded = getattr(model, "pos_embed", None), fitted.get("pos_embed")
     if own is not None and loaded is not None and own.shape[1] != loaded.shape[1]:
         num_prefix = 0 if model.no_embed_class else model.num_prefix_tokens
@@ -80,8 +86,8 @@ def load_checkpoint(
             it), or a published one ({"model": ...}). The position embedding is resized to the
             model's image size.
         new_head: leave out a classifier whose number of classes differs from the model's.
-        new_parts: leave as they are the parts of the model that a dense checkpoint lacks
-            (DynamicViT's predictors).
+        new_parts: leave as they are the reducer's parameters, if the checkpoint has none of them
+            (DynamicViT's predictors, from a dense checkpoint).
 
     Raises:
         ValueError: a weight is missing, surplus or of another shape; it is named.
@@ -92,9 +98,8 @@ def load_checkpoint(
         head = [k for k in wrong_shape if k.split(".")[0] in ("head", "aux_head", "head_dist")]
         weights |= {k: own[k] for k in head}
         wrong_shape = [k for k in wrong_shape if k not in head]
-    for part in getattr(model, "new_parts", ()) if new_parts else ():
-        if not any(k.startswith(f"{part}.") for k in weights):
-            weights |= {k: w for k, w in own.items() if k.startswith(f"{part}.")}
+    if new_parts and not any(k.startswith("reducer.") for k in weights):
+        weights |= {k: w for k, w in own.items() if k.startswith("reducer.")}
     problems = [f"{k} is {tuple(weights[k].shape)}, not {tuple(own[k].shape)}" for k in wrong_shape]
     problems += [f"{k} is missing" for k in own if k not in weights]
     problems += [f"{k} is not the model's" for k in weights if k not in own]

@@ -15,7 +15,7 @@ from evit.disk import whole_file
 from evit.measure import speed
 from evit.models.vit import EViT
 from evit.report.pictures import draw_kept
-from evit.schedule import at_multiples, keep_rate_at
+from evit.reducers.schedule import at_multiples, keep_rate_at
 from evit.tracking import Tracker
 
 

@@ -3,8 +3,6 @@
 import math
 from collections.abc import Sequence
 
-from evit.tokens import num_kept
-
 
 def keep_rate_at(
     step: int,
@@ -28,23 +26,3 @@ def keep_rate_at(
         progress = (step / steps_per_epoch - shrink_start_epoch) / shrink_epochs
         dense = (1 + math.cos(math.pi * progress)) / 2
     return tuple(rate + (1 - rate) * dense for rate in keep_rate)
-
-
-def at_multiples(
-    keep_rate: Sequence[float], num_patches: int, num_others: int, fusion: bool, multiple: int
-) -> tuple[float, ...]:
-    """Keep rates, at least as large, at which the tokens of an image are multiples of a number.
-
-    A rate that moves then gives few different token counts: few compilations, and counts that the
-    hardware likes.
-
-    Args:
-        num_others: tokens beside the patches, such as the class token; they are counted too.
-    """
-    n, rates = num_patches, []
-    for rate in keep_rate:
-        others = num_others + fusion
-        k = -(-(num_kept(n, rate) + others) // multiple) * multiple - others
-        rates.append(1.0 if k >= n else (k - 0.5) / n)  # which rounds up to k
-        n = n if k >= n else k + fusion
-    return tuple(rates)

@@ -1,0 +1,126 @@
+"""The models by name, in timm's registry; and timm's own with a reducer."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import timm
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    register_model,
+)
+from torch import nn
+
+from evit.models.lvvit import LVViT
+from evit.models.vit import ReducedViT, check_img_size, reduce
+from evit.models.weights import fit_state_dict
+from evit.reducers import KeepRate, Reducer
+
+DEIT: dict[str, dict[str, Any]] = {
+    "tiny": dict(embed_dim=192, depth=12, num_heads=3),
+    "small": dict(embed_dim=384, depth=12, num_heads=6),
+    "base": dict(embed_dim=768, depth=12, num_heads=12),
+}
+LV_VIT: dict[str, dict[str, Any]] = {
+    "t": dict(embed_dim=240, depth=12, num_heads=4, skip_lam=1.0),
+    "s": dict(embed_dim=384, depth=16, num_heads=6, skip_lam=2.0),
+    "m": dict(embed_dim=512, depth=20, num_heads=8, skip_lam=2.0),
+}
+# Models that differ in what they are by default: name, and ReducedViT's arguments.
+NAMES = {f"evit_deit_{size}_patch16": DEIT[size] for size in DEIT}
+NAMES |= {
+    f"dynamicvit_deit_{size}_patch16": DEIT[size] | dict(reducer="dynamicvit")
+    for size in ("small", "base")
+}
+NAMES |= {f"lvvit_{size}": LV_VIT[size] | dict(keep_rate=1.0) for size in LV_VIT}
+NAMES |= {f"evit_lvvit_{size}": LV_VIT[size] for size in LV_VIT}
+NAMES |= {
+    f"dynamicvit_lvvit_{size}": LV_VIT[size] | dict(reducer="dynamicvit") for size in ("s", "m")
+}
+
+
+def _fit(weights: dict[str, Any], model: Any) -> dict[str, Any]:
+    """timm's weights of the dense model, with the model's own for the reducer."""
+    own = {name: w for name, w in model.state_dict().items() if name.startswith("reducer.")}
+    return own | fit_state_dict(weights, model)
+
+
+def _entry(name: str, defaults: dict[str, Any]) -> Callable[..., ReducedViT]:
+    def create(pretrained: bool = False, **kwargs: Any) -> ReducedViT:
+        args = defaults | kwargs
+        if "deit" in name:
+            return build_model_with_cfg(
+                ReducedViT, name, pretrained, pretrained_filter_fn=_fit, **args
+            )
+        if pretrained:
+            raise ValueError(
+                f"timm has no weights of {name}: download the authors' file and give it as "
+                f"checkpoint=PATH (evit.load_checkpoint)"
+            )
+        timms = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+        return LVViT(**{key: value for key, value in args.items() if key not in timms})
+
+    create.__name__, create.__module__ = name, __name__
+    create.__doc__ = f"{name}: arguments of evit.EViT or evit.LVViT; by default {defaults}."
+    return create
+
+
+def _deit_cfg(name: str) -> dict[str, Any]:
+    """timm's configuration of the DeiT weights, which are loaded unchanged."""
+    cfg = get_pretrained_cfg(f"deit_{name.split('_')[2]}_patch16_224")
+    assert cfg is not None
+    return cfg.to_dict()
+
+
+default_cfgs = generate_default_cfgs(
+    {f"{name}.fb_in1k": _deit_cfg(name) for name in NAMES if "deit" in name}
+)
+for _name, _defaults in NAMES.items():
+    globals()[_name] = register_model(_entry(_name, _defaults))
+
+
+def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """timm.create_model, but what a user can mend is a ValueError.
+
+    Raises:
+        ValueError: there is no such model, timm has no weights of it, or they cannot be downloaded.
+    """
+    try:
+        return timm.create_model(model_name, pretrained=pretrained, **kwargs)
+    except RuntimeError as error:
+        if "Unknown model" in str(error) or "pretrained" in str(error):
+            raise ValueError(f"{error}: timm.list_models() has the names") from error
+        raise
+    except OSError as error:  # what downloads raise, a missing network included
+        if not pretrained:
+            raise
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"the pretrained weights of {model_name} cannot be downloaded ({reason[:200]}): connect "
+            f"to the network, or download them elsewhere and give checkpoint=PATH instead"
+        ) from error
+
+
+def reduced(
+    model_name: str,
+    reducer: str | Reducer = "evit",
+    keep_rate: KeepRate | None = None,
+    drop_loc: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> ReducedViT:
+    """A timm model that reduces its tokens (evit.reduce).
+
+    Raises:
+        ValueError: timm has no such model, it cannot be served, or its patches do not tile
+            img_size.
+    """
+    fusion = kwargs.pop("fusion", None)
+    options = dict(fusion=fusion) if fusion is not None and reducer == "evit" else {}
+    model = create_model(model_name, **kwargs)
+    if isinstance(reducer, str):
+        reduce(model, reducer, keep_rate, at=drop_loc, **options)
+    else:
+        reduce(model, reducer)
+    check_img_size(model.patch_embed.img_size, model.patch_embed.patch_size)
+    return model  # type: ignore[return-value]

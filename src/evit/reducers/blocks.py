@@ -1,0 +1,165 @@
+"""timm's Block with a token reduction in it, still a module made of modules.
+
+Every block is called, and in it every linear layer, norm and activation. A shortcut past a module
+is taken only where `base.plain` says that nobody can see the difference: the weight of a linear layer
+is sliced, or an activation overwrites its input, only if nothing hooks, wraps or parametrizes it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
+from timm.models.vision_transformer import Attention, Block
+from torch import Tensor, nn
+
+from evit.reducers.base import Reducer, Reduction, Seen, plain
+
+
+def eager_cpu(x: Tensor) -> bool:
+    """Whether memory is what costs: inference on a CPU that nothing compiles, exports or traces."""
+    return (
+        x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )
+
+
+def parts(attn: Any, flat_BTX: Tensor, first: int, last: int) -> list[Tensor]:
+    """Query (0), key (1), value (2) out of some rows of attn.qkv's output, (B, H, T, D) each."""
+    B, T, _ = flat_BTX.shape
+    split = flat_BTX.reshape(B, T, last - first, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    norms = (attn.q_norm, attn.k_norm, None)[first:last]
+    return [norm(part) if norm else part for norm, part in zip(norms, split.unbind(0), strict=True)]
+
+
+def project(attn: Any, x_BTC: Tensor, first: int, last: int) -> list[Tensor]:
+    """Some of query (0), key (1) and value (2) of timm's Attention, (B, H, T, D) each.
+
+    Args:
+        attn: its qkv is a plain nn.Linear, unless all three are wanted.
+    """
+    if last - first == 3:
+        return parts(attn, attn.qkv(x_BTC), 0, 3)
+    weight, bias, dim = attn.qkv.weight, attn.qkv.bias, attn.attn_dim
+    rows = slice(first * dim, last * dim)
+    flat = F.linear(x_BTC, weight[rows], None if bias is None else bias[rows])
+    return parts(attn, flat, first, last)
+
+
+def mix(attn: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """timm's Attention.forward from query, key and value up to its output projection, (B, T, C)."""
+    dropout = attn.attn_drop.p if attn.training else 0.0
+    out_BHTD = F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=attn.scale)
+    return attn.norm(out_BHTD.transpose(1, 2).flatten(2))
+
+
+def feed_forward(mlp: Any, x_BTC: Tensor) -> Tensor:
+    """mlp(x). On a CPU its GELU overwrites its input: fresh memory costs more than the GELU."""
+    inside = eager_cpu(x_BTC) and plain(mlp, Mlp) and plain(mlp.act, nn.GELU)
+    if not inside or not plain(mlp.fc1, nn.Linear) or not plain(mlp.drop1, nn.Dropout):
+        return mlp(x_BTC)
+    wide = torch.ops.aten.gelu_(mlp.fc1(x_BTC), approximate=mlp.act.approximate)
+    return mlp.drop2(mlp.fc2(mlp.norm(mlp.drop1(wide))))
+
+
+@dataclass
+class Step:
+    """One reduction on its way through one block; the block fills in `reduction`.
+
+    With num_kept None, nothing is reduced and the block returns the prefix tokens alone.
+    """
+
+    num_prefix: int
+    reducer: Reducer | None = None
+    place: int = 0  # number in reducer.at
+    num_kept: int | None = None
+    sizes_BT: Tensor | None = None
+    bias_B11T: Tensor | None = None
+    class_token: bool = True
+    reduction: Reduction | None = None
+
+    def seen(self, x_BTC: Tensor, **others: Any) -> Seen:
+        known = dict(sizes_BT=self.sizes_BT, bias_B11T=self.bias_B11T)
+        return Seen(x_BTC, self.num_prefix, class_token=self.class_token, **known, **others)
+
+    def reduce(self, seen: Seen) -> Reduction:
+        assert self.reducer is not None and self.num_kept is not None
+        self.reduction = self.reducer.plan(self.place, seen, self.num_kept)
+        return self.reduction
+
+
+class ReducedBlock(Block):
+    """timm's Block, which reduces tokens between its attention and its MLP if it is given a step.
+
+    In a block that reduces, `attn` itself is not called, but each of its parts is.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        step: Step | None = None,
+    ) -> Tensor:
+        """Tokens (B, T, C) to (B, T, C); with a step, to the tokens that are left."""
+        if step is None:
+            out = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
+            x = x + self.drop_path1(self.ls1(out))
+            return self.after(x)
+        if step.num_kept is None:
+            return self.prefix_alone(x, step, attn_mask)
+        assert step.reducer is not None
+        stage = step.reducer.stage
+        if stage == "input":
+            reduction = step.reduce(step.seen(x))
+            return self(reduction(x), step.reducer.key_bias(reduction.sizes_BT, x.dtype))
+        if stage == "block":
+            x, step.reduction = step.reducer.through(self, step.place, step.seen(x), step.num_kept)
+            return self.after(x)
+        attn, y = self.attn, self.norm1(x)
+        if step.reducer.selects and step.class_token and plain(attn.qkv, nn.Linear):
+            (q,), (k, v) = project(attn, y[:, :1], 0, 1), project(attn, y, 1, 3)
+        else:
+            q, k, v = project(attn, y, 0, 3)
+        seen = step.seen(x, q_BHTD=q, k_BHTD=k, v_BHTD=v, scale=attn.scale)
+        if stage == "residual":
+            x = x + self.drop_path1(self.ls1(self.projected(mix(attn, q, k, v, seen.bias_B11T))))
+            seen.x_BTC = x
+            return self.after(step.reduce(seen)(x))
+        reduction = step.reduce(seen)
+        if step.reducer.selects:  # only the tokens that are left need a query
+            if q.shape[2] == 1:
+                (q,) = project(attn, reduction(y), 0, 1)
+            else:
+                q = reduction(q.transpose(1, 2).flatten(2)).unflatten(2, q.shape[1::2])
+                q = q.transpose(1, 2)
+            out = attn.proj(mix(attn, q, k, v, seen.bias_B11T))
+        else:  # the projection is linear: fewer tokens go through it
+            out = reduction.project(attn.proj, mix(attn, q, k, v, seen.bias_B11T))
+        x = reduction(x) + self.drop_path1(self.ls1(attn.proj_drop(out)))
+        return self.after(x)
+
+    def projected(self, out: Tensor) -> Tensor:
+        """The attention's output projection and dropout."""
+        return self.attn.proj_drop(self.attn.proj(out))
+
+    def after(self, x: Tensor) -> Tensor:
+        """timm's Block.forward after its attention."""
+        return x + self.drop_path2(self.ls2(feed_forward(self.mlp, self.norm2(x))))
+
+    def prefix_alone(self, x: Tensor, step: Step, bias: Tensor | None) -> Tensor:
+        """The block's output for the prefix tokens, (B, P, C)."""
+        attn, P = self.attn, step.num_prefix
+        if not plain(self, type(self)) or not plain(attn, Attention):  # a hook expects all of them
+            return self(x, bias)
+        y = self.norm1(x)
+        if plain(attn.qkv, nn.Linear):
+            (q,), (k, v) = project(attn, y[:, :P], 0, 1), project(attn, y, 1, 3)
+        else:
+            q, k, v = project(attn, y, 0, 3)
+            q = q[:, :, :P]
+        x = x[:, :P] + self.drop_path1(self.ls1(self.projected(mix(attn, q, k, v, bias))))
+        return self.after(x)

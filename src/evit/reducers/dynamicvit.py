@@ -1,0 +1,160 @@
+"""DynamicViT (Rao et al., NeurIPS 2021, arXiv 2106.02034): predictors choose the tokens to keep.
+
+Keeps, before the blocks of `at`, the int(N * product of the rates) tokens that a small learned
+network prefers, and drops the others. Costs that network: 13/8 C^2 products a token. In training no
+token is removed: decisions are drawn, and attention is masked.
+"""
+
+import itertools
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from evit.reducers.base import Reducer, Reduction, Seen
+from evit.reducers.blocks import project
+
+
+class Predictor(nn.Module):
+    """Log-probabilities (B, N, 2) of keeping and of dropping each token (the authors' PredictorLG).
+
+    Half of a token's features are its own, half the mean over the tokens that are still kept.
+    """
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.in_conv = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU())
+        self.out_conv = nn.Sequential(
+            *(nn.Linear(dim, dim // 2), nn.GELU()),
+            *(nn.Linear(dim // 2, dim // 4), nn.GELU()),
+            *(nn.Linear(dim // 4, 2), nn.LogSoftmax(-1)),
+        )
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.trunc_normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, x_BNC: Tensor, kept_BN: Tensor) -> Tensor:
+        own, shared = self.in_conv(x_BNC).chunk(2, -1)
+        kept_BN1 = kept_BN[:, :, None].float()
+        # In float32, and at least one token: the mean over none would be NaN.
+        mean = (shared.float() * kept_BN1).sum(1, keepdim=True) / kept_BN1.sum(
+            1, keepdim=True
+        ).clamp(1)
+        return self.out_conv(torch.cat([own, mean.to(own.dtype).expand_as(own)], -1))
+
+
+def masked_attention(attn: Any, x_BTC: Tensor, kept_BT: Tensor) -> Tensor:
+    """timm's Attention.forward, up to the dropout, where a token sees the kept ones and itself.
+
+    Differentiable in kept_BT (ones and zeros). The softmax is the authors', in float32 whatever the
+    precision of the rest.
+    """
+    T = x_BTC.shape[1]
+    q, k, v = project(attn, x_BTC, 0, 3)
+    logits = ((q * attn.scale) @ k.transpose(-2, -1)).float()
+    seen_BTT = kept_BT[:, None].float().expand(-1, T, -1)
+    seen_BTT = seen_BTT + (1 - seen_BTT) * torch.eye(T, device=logits.device)
+    weight = (logits - logits.amax(-1, keepdim=True)).exp() * seen_BTT[:, None]
+    weight = (weight + 1e-6 / T) / (weight.sum(-1, keepdim=True) + 1e-6)
+    out = attn.attn_drop(weight.to(v.dtype)) @ v
+    return attn.proj(attn.norm(out.transpose(1, 2).flatten(2)))
+
+
+def masked_block(block: Any, x_BTC: Tensor, kept_BT: Tensor) -> Tensor:
+    """timm's Block.forward with masked_attention."""
+    out = block.attn.proj_drop(masked_attention(block.attn, block.norm1(x_BTC), kept_BT))
+    return block.after(x_BTC + block.drop_path1(block.ls1(out)))
+
+
+class DynamicViT(Reducer):
+    """Keep the tokens that a learned predictor prefers, before the blocks of `at`.
+
+    Args:
+        **schedule: keep_rate, at, counts of Reducer; place s keeps int(N * keep_rate ** s) tokens
+            (with one rate for each, the product of the first s).
+    """
+
+    name = "dynamicvit"
+    stage = "input"
+    published_names = {"score_predictor.": "reducer.predictors."}
+
+    def build(self, dim: int) -> None:
+        self.predictors = nn.ModuleList(Predictor(dim) for _ in self.at)
+
+    def kept_shares(self) -> list[float]:
+        """The share of all image tokens that is kept from each place on."""
+        return list(itertools.accumulate(self.keep_rate, operator.mul))
+
+    def kept(self, n: int) -> list[int]:
+        if self.given is not None:
+            return list(self.given)
+        return [int(n * share) for share in self.kept_shares()]
+
+    def plan(self, i: int, seen: Seen, num_kept: int) -> Reduction:
+        x_BNC = seen.x_BTC[:, seen.num_prefix :]
+        score_BN = self.predictors[i](x_BNC, torch.ones_like(x_BNC[:, :, 0]))[:, :, 0]
+        return Reduction(score_BN.topk(num_kept, sorted=False).indices, seen.num_prefix)
+
+    def macs(self, n: int, k: int, dim: int) -> int:
+        return n * (13 * dim**2 // 8 + 2 * dim)
+
+    def masked_features(self, model: Any, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Training: tokens (B, T, C) after all blocks, none removed; and the decisions.
+
+        A decision (B, N) is 1 for the tokens that this predictor and all before it keep, drawn by
+        Gumbel-softmax with straight-through gradients.
+        """
+        P = model.num_prefix_tokens
+        prefix, kept = x.new_ones(len(x), P), x.new_ones(len(x), x.shape[1] - P)
+        decisions: list[Tensor] = []
+        for i, block in enumerate(model.blocks):
+            if i in self.at:
+                log_prob = self.predictors[len(decisions)](x[:, P:], kept)
+                kept = kept * F.gumbel_softmax(log_prob.float(), hard=True)[:, :, 0]
+                decisions.append(kept)
+            if decisions:
+                x = model.run(masked_block, block, x, torch.cat([prefix, kept], 1))
+            else:
+                x = model.run(block, x)
+        return x, decisions
+
+    def losses(
+        self,
+        model: Any,
+        images: Tensor,
+        targets: Tensor,
+        cross_entropy: Any,
+        teacher: Any,
+        recipe: Any,
+    ) -> dict[str, Tensor]:
+        """Cross-entropy, the shares of kept tokens and, with a teacher, distillation.
+
+        The teacher is a dense model of the same architecture; the student follows its class logits,
+        and its kept tokens (features after the last norm; LV-ViT: logits of the auxiliary head).
+        """
+        x, decisions = self.masked_features(model, model.embed(images))
+        x = model.norm(x)
+        shares = zip(decisions, self.kept_shares(), strict=True)
+        squares = [(kept.float().mean(1) - share).square().mean() for kept, share in shares]
+        parts = dict(ratio_loss=torch.stack(squares).mean())
+        logits, features = (model.forward_head(x), x) if teacher is None else model.token_outputs(x)
+        loss = cross_entropy(logits, targets) + recipe.ratio_weight * parts["ratio_loss"]
+        if teacher is not None:
+            with torch.no_grad():
+                wanted, wanted_features = teacher.token_outputs(teacher.forward_features(images))
+            parts["class_distillation"] = divergence(logits, wanted).mean()
+            distance = model.token_distance(features, wanted_features)
+            kept = decisions[-1].detach()
+            parts["token_distillation"] = (distance * kept).sum() / kept.sum().clamp(1)
+            total = parts["class_distillation"] + parts["token_distillation"]
+            loss = loss + recipe.distill_weight * total
+        return dict(loss=loss, **parts)
+
+
+def divergence(logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """KL(teacher || student) of logits (..., K), to (...)."""
+    student, teacher = logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)

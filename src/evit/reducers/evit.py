@@ -1,0 +1,73 @@
+"""EViT (Liang et al., ICLR 2022, arXiv 2202.07800): keep the tokens the class token attends to.
+
+Keeps the k = ceil(keep_rate * n) image tokens of highest class attention and fuses the others into
+one: the sum of them, weighted by their raw attention. Costs one row of attention and one weighted
+sum. `drop` leaves the others out, `random` keeps k tokens at random: the paper's baselines.
+"""
+
+from typing import Any
+
+import torch
+
+from evit.reducers.base import Reducer, Reduction, Seen
+
+SELECTIONS = ("attentive", "random", "inattentive")
+
+
+class EViT(Reducer):
+    """Keep the tokens of highest class attention; fuse the others into one, or drop them.
+
+    Args:
+        fusion: fuse the tokens that are not kept into one; otherwise they are dropped.
+        selection: which tokens are kept: the "attentive" ones or, to compare with, "random" or
+            "inattentive" ones.
+        **schedule: keep_rate, at, counts of Reducer.
+    """
+
+    name = "evit"
+
+    def __init__(self, *, fusion: bool = True, selection: str = "attentive", **schedule: Any):
+        super().__init__(**schedule)
+        if selection not in SELECTIONS:
+            raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {selection!r}")
+        self.fusion, self.selection = bool(fusion), selection
+
+    @property
+    def selects(self) -> bool:  # type: ignore[override]
+        return not self.fusion
+
+    @property
+    def extra(self) -> int:  # type: ignore[override]
+        return int(self.fusion)
+
+    def plan(self, i: int, seen: Seen, num_kept: int) -> Reduction:
+        score_BN = seen.scores()
+        ranked_BN = torch.rand_like(score_BN) if self.selection == "random" else score_BN
+        largest = self.selection != "inattentive"
+        index_BK = ranked_BN.topk(num_kept, largest=largest, sorted=False).indices
+        rest_BN = score_BN.scatter(1, index_BK, 0.0) if self.fusion else None
+        return Reduction(index_BK, seen.num_prefix, rest_BN)
+
+    def macs(self, n: int, k: int, dim: int) -> int:
+        return n + (n - k) * dim * self.fusion
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, fusion={self.fusion}, selection={self.selection!r}"
+
+
+class Drop(EViT):
+    """Keep the tokens of highest class attention and drop the others (Top-K)."""
+
+    name = "drop"
+
+    def __init__(self, *, selection: str = "attentive", **schedule: Any):
+        super().__init__(fusion=False, selection=selection, **schedule)
+
+
+class Random(EViT):
+    """Keep tokens at random and drop the others."""
+
+    name = "random"
+
+    def __init__(self, **schedule: Any):
+        super().__init__(fusion=False, selection="random", **schedule)
