@@ -245,9 +245,8 @@ class ReducedViT(VisionTransformer):
         at the end, -1 where it was dropped.
         """
         x = self.embed(x)
-        masked = getattr(self.reducer, "masked_features", None)
-        if masked is not None and self.training and not (return_kept or return_source):
-            return self.forward_head(self.norm(masked(self, x)[0]))
+        if self.reducer.masked and self.training and not (return_kept or return_source):
+            return self.forward_head(self.norm(self.reducer.masked_features(self, x)[0]))
         ids = self.patch_ids(x) if return_kept or return_source else x
         logits, found = self.classify(x)
         results = [logits]

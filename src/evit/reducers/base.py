@@ -6,8 +6,9 @@ projecting after the reduction, indices, pictures, MACs, compilation). Shapes st
     P prefix tokens (the class token first), N image tokens, T = P + N, K image tokens that are left.
 """
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar, Self
@@ -32,19 +33,14 @@ def plain(module: nn.Module, kind: type) -> bool:
     )
 
 
-def class_attention(
-    q_BHTD: Tensor,
-    k_BHTD: Tensor,
-    num_prefix_tokens: int = 1,
-    scale: float | None = None,
-    bias_B11T: Tensor | None = None,
+def class_rows(
+    q_BHTD: Tensor, k_BHTD: Tensor, scale: float | None = None, bias_B11T: Tensor | None = None
 ) -> Tensor:
-    """Attention of the class token to every image token, averaged over the heads.
+    """Attention of the class token to every token, in each head.
 
-    This is one row of the softmax attention, not the T x T matrix. The columns of the prefix tokens
-    take part in the softmax and are then left out; the rest is not renormalised.
+    This is one row of the softmax attention, not the T x T matrix.
 
-    Returns: (B, N), in float32 or wider.
+    Returns: (B, H, T), in float32 or wider.
     """
     scale = q_BHTD.shape[-1] ** -0.5 if scale is None else scale
     q_BHD1 = q_BHTD[:, :, 0, :, None] * scale
@@ -52,10 +48,9 @@ def class_attention(
         row_BHT = (k_BHTD * q_BHD1.mT).sum(-1)
     else:
         row_BHT = (k_BHTD @ q_BHD1).squeeze(-1)
-    wide = torch.promote_types(row_BHT.dtype, torch.float32)
     if bias_B11T is not None:
         row_BHT = row_BHT + bias_B11T[:, 0]
-    return row_BHT.softmax(-1, dtype=wide).mean(1)[:, num_prefix_tokens:]
+    return row_BHT.softmax(-1, dtype=torch.promote_types(row_BHT.dtype, torch.float32))
 
 
 @dataclass
@@ -77,18 +72,33 @@ class Seen:
     bias_B11T: Tensor | None = None  # log of the sizes, as the attention adds it to its logits
     class_token: bool = True
 
-    def scores(self) -> Tensor:
-        """How much attention each image token gets, (B, N), in float32 or wider.
+    def rows(self) -> Tensor:
+        """How much attention each token gets, in each head, (B, H, T), in float32 or wider.
 
-        The class token's where there is one, otherwise the mean over all queries.
+        The class token's attention where there is one, otherwise the mean over all queries.
         """
         if self.class_token:
-            args = (self.q_BHTD, self.k_BHTD, self.num_prefix, self.scale, self.bias_B11T)
-            return class_attention(*args)
+            return class_rows(self.q_BHTD, self.k_BHTD, self.scale, self.bias_B11T)
         logits = ((self.q_BHTD * self.scale) @ self.k_BHTD.mT).float()
-        if self.bias_B11T is not None:
-            logits = logits + self.bias_B11T
-        return logits.softmax(-1).mean((1, 2))[:, self.num_prefix :]
+        return (logits if self.bias_B11T is None else logits + self.bias_B11T).softmax(-1).mean(2)
+
+    def scores(self) -> Tensor:
+        """rows() of the image tokens, averaged over the heads, (B, N).
+
+        The columns of the prefix tokens take part in the softmax; the rest is not renormalised.
+        """
+        return self.rows().mean(1)[:, self.num_prefix :]
+
+    def image(self) -> Tensor:
+        """The image tokens, (B, N, C)."""
+        return self.x_BTC[:, self.num_prefix :]
+
+    def sizes(self) -> Tensor:
+        """Patches that each image token stands for, (B, N), float32."""
+        if self.sizes_BT is not None:
+            return self.sizes_BT[:, self.num_prefix :]
+        B, T, _ = self.x_BTC.shape
+        return self.x_BTC.new_ones(B, T - self.num_prefix, dtype=torch.float32)
 
 
 class Reduction:
@@ -148,9 +158,17 @@ class Reduction:
             out[:, -1].add_(extra_B1.to(out.dtype) * bias)
         return out
 
+    def members(self, num_tokens: int) -> "Reduction":
+        """The same groups as sums: each member counts once."""
+        groups_K1 = torch.arange(self.index_BK.shape[1], device=self.index_BK.device)[:, None]
+        member_BKN = (self.hosts(num_tokens - self.num_prefix)[:, None] == groups_K1).float()
+        return Reduction(self.index_BK, self.num_prefix, None, member_BKN)
+
     def ids(self, ids_BN: Tensor) -> Tensor:
         """What the tokens that are left are called, (B, K); -1 is a fused token."""
         kept_BK = ids_BN.gather(1, self.index_BK)
+        if self.sizes_BT is not None:  # a token of size 0 is padding
+            kept_BK = torch.where(self.sizes_BT[:, self.num_prefix :] > 0, kept_BK, -1)
         return kept_BK if self.rest_BN is None else F.pad(kept_BK, (0, 1), value=-1)
 
     def hosts(self, num_tokens: int) -> Tensor:
@@ -168,24 +186,39 @@ def merge_into(
 ) -> Reduction:
     """Merge every image token into its host: a mean with weights; sizes add up.
 
+    As one small matrix product it is deterministic, exports, and costs about 2 % at 200 tokens.
+
     Args:
         index_BK: the image tokens that lead the groups.
         host_BN: the group of each image token, 0 to K - 1, or -1 where it is dropped.
-        weight_BN: weight of each token in its group, before it is normalised.
-        sizes_BN: what each token adds to its group's size; default: its own size.
+        weight_BN: weight of each token in its group, before it is normalised; float32.
+        sizes_BN: what each token adds to its group's size; None: sizes are not followed.
     """
-    K, P = index_BK.shape[1], seen.num_prefix
-    if sizes_BN is None:
-        own = seen.sizes_BT
-        sizes_BN = torch.ones_like(weight_BN) if own is None else own[:, P:].to(weight_BN.dtype)
-    one_hot_BNK = host_BN[..., None] == torch.arange(K, device=host_BN.device)
-    member_BKN = one_hot_BNK.mT.to(weight_BN.dtype)
+    P, groups_K1 = seen.num_prefix, torch.arange(index_BK.shape[1], device=host_BN.device)[:, None]
+    member_BKN = (host_BN[:, None] == groups_K1).to(weight_BN.dtype)
     share_BKN = member_BKN * weight_BN[:, None]
-    share_BKN = share_BKN / share_BKN.sum(2, keepdim=True)
-    sizes_BK = (member_BKN * sizes_BN[:, None]).sum(2)
-    prefix = sizes_BK.new_ones(1, 1).expand(sizes_BK.shape[0], P)
-    sizes_BT = torch.cat([prefix, sizes_BK], 1).detach()
-    return Reduction(index_BK, P, weight_BKN=share_BKN, host_BN=host_BN, sizes_BT=sizes_BT)
+    total_BK1 = share_BKN.sum(2, keepdim=True)
+    sizes_BT = None
+    if sizes_BN is not None:
+        sizes_BK = member_BKN @ sizes_BN[..., None]
+        sizes_BT = F.pad(sizes_BK.squeeze(2).clamp(min=1), (P, 0), value=1.0).detach()
+    return Reduction(index_BK, P, None, share_BKN / total_BK1, host_BN, sizes_BT)
+
+
+def split(num_tokens: int, num_prefix: int, device: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Image tokens at even and at odd positions of the whole sequence: A and B of ToMe.
+
+    Returns: indices of A, of B, and the place of each image token in A and B one after the other.
+    """
+    first = num_prefix % 2
+    a, b = (torch.arange(start, num_tokens, 2, device=device) for start in (first, 1 - first))
+    return a, b, torch.cat([a, b]).argsort()
+
+
+def unit(x_BTC: Tensor, eps: float = 1e-12) -> Tensor:
+    """Tokens of length 1, in float32 or wider and without gradients: what choices compare."""
+    wide = torch.promote_types(x_BTC.dtype, torch.float32)
+    return F.normalize(x_BTC.detach().to(wide), dim=-1, eps=eps)
 
 
 def per_place(keep_rate: Any, count: int) -> tuple[float, ...]:
@@ -216,7 +249,7 @@ class Reducer(nn.Module):
         keep_rate: share of the image tokens kept at each place, in (0, 1]; one number, or one for
             each of `at`. 1 is the dense model. Default: 0.7.
         at: blocks (0-based) that reduce; default: a quarter, half and three quarters of the depth,
-            which is 3, 6, 9 for DeiT; every block where a method's own schedule is given.
+            which is 3, 6, 9 for DeiT; every block where a schedule of the method's own is given.
         counts: image tokens left after each place, instead of keep_rate.
 
     Class attributes:
@@ -238,6 +271,7 @@ class Reducer(nn.Module):
     proportional: bool = False  # sizes enter the attention of the blocks that follow
     needs_class_token: ClassVar[bool] = False
     published_names: ClassVar[dict[str, str]] = {}
+    masked: bool = False  # in training no token is removed: see DynamicViT
     multiple = 1  # tokens are rounded up to it: few shapes to compile while the rate moves
 
     def __init__(
@@ -250,7 +284,9 @@ class Reducer(nn.Module):
         if counts is not None and keep_rate is not None:
             raise ValueError(f"counts={list(counts)} and keep_rate={keep_rate}: give one of them")
         self.wanted_rate: Any = 0.7 if keep_rate is None else keep_rate
+        self.rate_given = keep_rate is not None
         self.given = None if counts is None else list(counts)
+        self.own = False  # a schedule of the method's own is in force
         self.at: tuple[int, ...] = () if at is None else tuple(at)
         self.at_default = at is None
         self.num_prefix = 1
@@ -267,34 +303,39 @@ class Reducer(nn.Module):
                 f"{self.name} needs a class token, and {type(model).__name__} has none"
             )
         if self.at_default:
-            self.at = tuple(self.default_at(depth))
+            self.at = tuple(range(depth) if self.own else self.quarters(depth))
         if list(self.at) != sorted(set(self.at) & set(range(depth))):
             raise ValueError(
                 f"drop_loc must be ascending block numbers from 0 to {depth - 1}, "
                 f"got {list(self.at)}"
             )
+        self.depth, n = depth, model.patch_embed.num_patches
+        self.num_heads = model.blocks[0].attn.num_heads
         self.build(model.embed_dim)
-        n = model.patch_embed.num_patches
-        if self.given is None:
-            self.set_keep_rate(self.wanted_rate)
+        if self.own or self.given is not None:
+            if self.given is not None:
+                self._check_counts(n)
+            left = [n, *self.counts(n)]
+            self.keep_rate = tuple(b / a for a, b in itertools.pairwise(left))
         else:
-            self.keep_rate = self._check_counts(n)
+            self.set_keep_rate(self.wanted_rate)
         self.check(n)
         return self
 
-    def default_at(self, depth: int) -> Iterable[int]:
-        """The blocks that reduce, where none are given."""
-        return (depth * quarter // 4 for quarter in (1, 2, 3))
+    def quarters(self, depth: int) -> list[int]:
+        """The blocks that reduce by default: a quarter, half and three quarters of the depth."""
+        return [depth * quarter // 4 for quarter in (1, 2, 3)]
 
     def build(self, dim: int) -> None:
         """Make the parameters, if there are any, for tokens of `dim` channels."""
 
     def set_keep_rate(self, keep_rate: KeepRate) -> None:
         """Use keep_rate, one number or one for each place, from the next forward on."""
-        self.keep_rate: tuple[float, ...] = per_place(keep_rate, len(self.at))
-        self.given = None
+        at = tuple(self.quarters(self.depth)) if self.own and self.at_default else self.at
+        self.keep_rate: tuple[float, ...] = per_place(keep_rate, len(at))
+        self.at, self.given, self.own = at, None, False
 
-    def _check_counts(self, n: int) -> tuple[float, ...]:
+    def _check_counts(self, n: int) -> None:
         assert self.given is not None
         whole = all(isinstance(c, int) and c > 0 for c in self.given)
         if not whole or self.given != sorted(self.given, reverse=True) or self.given[0] > n:
@@ -306,7 +347,6 @@ class Reducer(nn.Module):
                 f"counts={self.given} has {len(self.given)} entries for {len(self.at)} places "
                 f"{list(self.at)}: give one for each"
             )
-        return tuple(b / a for a, b in zip([n, *self.given], self.given, strict=False))
 
     def check(self, n: int) -> None:
         """Refuse what cannot be served with n patches."""

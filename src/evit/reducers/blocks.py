@@ -118,7 +118,7 @@ class ReducedBlock(Block):
             return self(reduction(x), step.reducer.key_bias(reduction.sizes_BT, x.dtype))
         if stage == "block":
             x, step.reduction = step.reducer.through(self, step.place, step.seen(x), step.num_kept)
-            return self.after(x)
+            return x
         attn, y = self.attn, self.norm1(x)
         if step.reducer.selects and step.class_token and plain(attn.qkv, nn.Linear):
             (q,), (k, v) = project(attn, y[:, :1], 0, 1), project(attn, y, 1, 3)

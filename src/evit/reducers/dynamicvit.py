@@ -79,6 +79,7 @@ class DynamicViT(Reducer):
 
     name = "dynamicvit"
     stage = "input"
+    masked = True
     published_names = {"score_predictor.": "reducer.predictors."}
 
     def build(self, dim: int) -> None:
@@ -93,10 +94,14 @@ class DynamicViT(Reducer):
             return list(self.given)
         return [int(n * share) for share in self.kept_shares()]
 
+    def scores(self, i: int, seen: Seen) -> Tensor:
+        """Log-probability that the predictor of place i keeps each token, (B, N)."""
+        x_BNC = seen.image()
+        return self.predictors[i](x_BNC, torch.ones_like(x_BNC[:, :, 0]))[:, :, 0]
+
     def plan(self, i: int, seen: Seen, num_kept: int) -> Reduction:
-        x_BNC = seen.x_BTC[:, seen.num_prefix :]
-        score_BN = self.predictors[i](x_BNC, torch.ones_like(x_BNC[:, :, 0]))[:, :, 0]
-        return Reduction(score_BN.topk(num_kept, sorted=False).indices, seen.num_prefix)
+        index_BK = self.scores(i, seen).topk(num_kept, sorted=False).indices
+        return Reduction(index_BK, seen.num_prefix)
 
     def macs(self, n: int, k: int, dim: int) -> int:
         return n * (13 * dim**2 // 8 + 2 * dim)
