@@ -55,8 +55,7 @@ def test_counts_are_reached_and_every_patch_is_accounted_for(name):
     model, x = reduced(name), images()
     logits, source = run(model, x, return_source=True)
     torch.testing.assert_close(run(model, x), logits)
-    fused = name == "evit"  # on top of the tokens that are kept
-    left = [n + fused for n in COUNTS]
+    left = COUNTS  # a fused token among them
     assert model.tokens_per_block() == [PATCHES, *left, left[-1]]
     assert run(model.forward_features, x).shape == (2, 1 + left[-1], 48)
     assert source.dtype == torch.int64 and source.shape == (2, PATCHES)
@@ -189,13 +188,22 @@ def test_surviving_patches_are_ids_that_follow_one_another(name):
     _, source = run(model, x, return_source=True)
     before = [set(range(PATCHES))] * 2
     for ids, count in zip(kept, COUNTS, strict=True):
-        assert ids.dtype == torch.int64 and ids.shape == (2, count)
+        assert ids.dtype == torch.int64 and ids.shape == (2, count - (name == "evit"))
         after = [set(row) - {-1} for row in ids.tolist()]
         assert all(a < b for a, b in zip(after, before, strict=True))
         before = after
     for row, ids in zip(source, before, strict=True):
         if name != "evit":  # whose last fused token holds the others
             assert set(torch.nonzero(row >= 0)[:, 0].tolist()) == ids
+
+
+@pytest.mark.parametrize("name", ["merge", "tome", "cover"])
+@torch.no_grad()
+def test_of_a_group_its_leader_survives(name):
+    model, x = reduced(name), images()
+    _, kept, source = run(model, x, return_kept=True, return_source=True)
+    for row, ids in zip(source, kept[-1], strict=True):
+        assert sorted(row[ids].tolist()) == list(range(1, 1 + COUNTS[-1]))
 
 
 @pytest.mark.parametrize("name", ["tome", "pitome", "mctf"])

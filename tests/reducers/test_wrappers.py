@@ -205,7 +205,8 @@ def test_each_block_may_be_sharded(gloo, case):
     with torch.no_grad():
         same(run(model, x), expected)
     sharded = gradients(model, x)
-    assert all(torch.equal(g.full_tensor(), plain[k]) for k, g in sharded.items())
+    for name, gradient in sharded.items():
+        same(gradient.full_tensor(), plain[name], 1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -254,7 +255,7 @@ def test_a_whole_model_is_pickled_saved_and_copied(case, distilled):
         same(other(x), model(x))
     if case != "dense":
         before = model.tokens_per_block()
-        model.set_keep_rate(0.2)
+        model.set_keep_rate(0.6)
         assert all(other.tokens_per_block() == before for other in copies)
 
 
@@ -277,8 +278,8 @@ class Lit(LightningModule):
 WRAPPED = {
     "DataParallel": (nn.DataParallel, r"model\.module"),
     "OptimizedModule": (lambda m: torch.compile(m, backend="eager"), r"model\._orig_mod"),
-    "Lit": (lambda _: Lit(), r"LightningModule.*timm"),
-    "torchvision": (
+    "Lit": (lambda _: Lit(), r"not a timm VisionTransformer.*model\.model"),
+    "VisionTransformer of torchvision": (
         lambda _: TorchvisionViT(32, 4, 1, 3, 48, 96, num_classes=7),
         r"timm\.create_model",
     ),

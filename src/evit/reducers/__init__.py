@@ -4,7 +4,7 @@ import inspect
 from typing import Any
 
 from evit.reducers.ats import ATS
-from evit.reducers.base import KeepRate, Reducer, Reduction, Seen, merge_into
+from evit.reducers.base import KeepRate, Reducer
 from evit.reducers.cover import Cover
 from evit.reducers.dynamicvit import DynamicViT
 from evit.reducers.evit import Drop, EViT, Random
@@ -12,6 +12,7 @@ from evit.reducers.mctf import MCTF
 from evit.reducers.merge import DiffRate, Merge
 from evit.reducers.pitome import PiToMe
 from evit.reducers.squeeze import Squeeze
+from evit.reducers.tokens import Reduction, Seen, merge_into
 from evit.reducers.tome import ToMe
 
 KINDS: list[type[Reducer]] = [
@@ -41,7 +42,9 @@ def make(reducer: str | Reducer, **arguments: Any) -> Reducer:
     if isinstance(reducer, Reducer):
         return reducer
     if reducer not in REDUCERS:
-        raise ValueError(f"reducer {reducer!r} does not exist: take one of {', '.join(REDUCERS)}")
+        raise ValueError(
+            f"reducer {reducer!r} does not exist: take one of {', '.join(sorted(REDUCERS))}"
+        )
     kind = REDUCERS[reducer]
     if unknown := sorted(set(arguments) - options(kind)):
         raise ValueError(

@@ -1,15 +1,16 @@
-"""ATS (Fayyaz et al., ECCV 2022, arXiv 2111.15667): sample tokens by the inverse of their scores' CDF.
+"""ATS (Fayyaz et al., ECCV 2022, arXiv 2111.15667): sample tokens by the CDF of their scores.
 
-The score of a token is its class attention times the length of its value, summed over the heads. K
-points spread evenly over the cumulative sum each choose the nearest token; tokens that are chosen more
-than once count once, so that easy images keep fewer. Here the tokens stay K, and doubles are hidden
-from the attention: the same logits, static shapes, and no image depends on the rest of its batch.
+The score of a token is its class attention times the length of its value, summed over the
+heads. K points spread evenly over the cumulative sum each choose the nearest token; tokens that
+are chosen more than once count once, so that easy images keep fewer. Here the tokens stay K,
+and doubles are hidden from the attention: the same logits, static shapes, and no image depends
+on the rest of its batch.
 """
-
 
 import torch
 
-from evit.reducers.base import Reducer, Reduction, Seen
+from evit.reducers.base import Reducer
+from evit.reducers.tokens import Reduction, Seen
 
 
 class ATS(Reducer):

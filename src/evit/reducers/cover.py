@@ -1,18 +1,20 @@
-"""`cover`: keep tokens that cover the others, merge each other token into its nearest kept one.
+"""`cover`: keep tokens that cover the others, merge each other into its nearest kept one.
 
-A token ranks high if no token of higher class attention is close to it: d = 1 - the largest cosine
-similarity to such a token, times attention^0.25 (relative to the mean) times size^0.5. Kept are the
-K highest. Every other token joins its most similar kept one by EViT's rule, a mean weighted by class
-attention, once for each group. Sizes enter the attention of the blocks that follow. Costs the
-similarities, N^2 C products. Relatives: density peaks (DPC-KNN, TCFormer), farthest point sampling
-(of which this is the parallel form), ToMe (sizes in the attention), EViT (places, counts, weights).
+A token ranks high if no token of higher class attention is close to it: d = 1 - the largest
+cosine similarity to such a token, times attention^0.25 (relative to the mean) times size^0.5.
+Kept are the K highest. Every other token joins its most similar kept one by EViT's rule, a mean
+weighted by class attention, once for each group. Sizes enter the attention of the blocks that
+follow. Costs the similarities, N^2 C products. Relatives: density peaks (DPC-KNN, TCFormer),
+farthest point sampling (of which this is the parallel form), ToMe (sizes in the attention),
+EViT (places, counts, weights).
 """
 
 from typing import Any
 
 import torch
 
-from evit.reducers.base import Reducer, Reduction, Seen, merge_into, unit
+from evit.reducers.base import Reducer
+from evit.reducers.tokens import Reduction, Seen, merge_into, unit
 
 
 class Cover(Reducer):
@@ -50,4 +52,4 @@ class Cover(Reducer):
         return merge_into(seen, index_BK, host_BN, weight_BN, sizes_BN)
 
     def macs(self, n: int, k: int, dim: int) -> int:
-        return n * n * dim + n * dim
+        return n * n * dim + n * k * dim

@@ -1,10 +1,10 @@
-"""MCTF (Lee et al., CVPR 2024, arXiv 2403.10030): fuse tokens by similarity, importance and size.
+"""MCTF (Lee et al., CVPR 2024, arXiv 2403.10030): fuse by similarity, importance and size.
 
-Before a block's attention output is made, tokens at even positions (A) and at odd ones (B) are fused,
-half of them from A into B and half from B into A, by cosine similarity times the inverse importance
-(mean attention received) and the inverse size. The block's own attention matrix is fused too, and
-values are computed for the fused tokens alone (one step ahead). Needs the whole attention matrix of
-its blocks. Written from the paper.
+Before a block's attention output is made, tokens at even positions (A) and at odd ones (B) are
+fused, half of them from A into B and half from B into A, by cosine similarity times the inverse
+importance (mean attention received) and the inverse size. The block's own attention matrix is
+fused too, and values are computed for the fused tokens alone (one step ahead). Needs the whole
+attention matrix of its blocks. Written from the paper.
 """
 
 from typing import Any
@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evit.reducers.base import Reduction, Seen, merge_into, split, unit
 from evit.reducers.blocks import project
+from evit.reducers.tokens import Reduction, Seen, merge_into, split, unit
 from evit.reducers.tome import Pairing
 
 
@@ -41,6 +41,9 @@ class MCTF(Pairing):
         **options: Any,
     ):
         super().__init__(**options)
+        taus = dict(tau_sim=tau_sim, tau_info=tau_info, tau_size=tau_size)
+        if any(not tau > 0 for tau in taus.values()):
+            raise ValueError(f"{taus} must be above 0")
         self.one_step_ahead = bool(one_step_ahead)
         self.taus = tau_sim, tau_info, tau_size
         self.share = self.r if isinstance(self.r, float) and self.r < 1 else None
@@ -58,24 +61,24 @@ class MCTF(Pairing):
         return max(min(r, n + 1 - 10), 0)
 
     def through(self, block: Any, i: int, seen: Seen, num_kept: int) -> tuple[Tensor, Reduction]:
-        attn, x, P = block.attn, seen.x_BTC, seen.num_prefix
+        attn, x = block.attn, seen.x_BTC
         y = block.norm1(x)
-        q, k, v = project(attn, y, 0, 3)
+        q, k, *v = project(attn, y, 0, 2 if self.one_step_ahead else 3)
         logits = (q * attn.scale) @ k.mT
         weight_BHTT = (logits if seen.bias_B11T is None else logits + seen.bias_B11T).softmax(-1)
         if not self.one_step_ahead:
-            out = (attn.attn_drop(weight_BHTT) @ v).transpose(1, 2).flatten(2)
+            out = (attn.attn_drop(weight_BHTT) @ v[0]).transpose(1, 2).flatten(2)
             seen.x_BTC = x = block.after(self.added(block, x, out))
             reduction = self.fuse(seen, weight_BHTT, num_kept)
             return reduction(x), reduction
         reduction = self.fuse(seen, weight_BHTT, num_kept)
         x = reduction(x)
-        v = project(attn, block.norm1(x), 0, 3)[2]
+        (value,) = project(attn, block.norm1(x), 2, 3)
         rows = reduction(weight_BHTT.transpose(1, 2).flatten(2))  # (B, T', H T): a mean
         rows = rows.unflatten(2, weight_BHTT.shape[1:4:2]).permute(0, 3, 1, 2)  # (B, T, T', H)
         members = reduction.members(rows.shape[1])
         fused = members(rows.flatten(2)).unflatten(2, rows.shape[2:]).permute(0, 3, 2, 1)
-        out = (attn.attn_drop(fused) @ v).transpose(1, 2).flatten(2)
+        out = (attn.attn_drop(fused) @ value).transpose(1, 2).flatten(2)
         return block.after(self.added(block, x, out)), reduction
 
     def added(self, block: Any, x: Tensor, out: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""`merge` and DiffRate (Chen et al., ICCV 2023, arXiv 2305.17997): merge into the nearest kept token.
+"""`merge` and DiffRate (Chen et al., ICCV 2023, arXiv 2305.17997).
 
-Keeps the tokens of highest class attention; each other token is merged into the kept one that is
-most similar to it after the block's attention. Sizes enter the attention of the blocks that follow.
-Costs the similarities, N K C products. DiffRate also prunes, by two counts for each block. As the
-authors' training does, and their inference does not, sizes are at least 1.
+`merge` keeps the tokens of highest class attention; each other token is merged into the kept one
+that is most similar to it after the block's attention. Sizes enter the attention of the blocks that
+follow. Costs the similarities, N K C products. DiffRate also prunes, by two counts for each block.
+Sizes are at least 1, as in the authors' training and unlike in their inference.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from evit.reducers.base import Reducer, Reduction, Seen, merge_into, unit
+from evit.reducers.base import Reducer
+from evit.reducers.tokens import Reduction, Seen, merge_into, unit
 
 
 def merge(seen: Seen, score_BN: torch.Tensor, num_ranked: int, num_kept: int) -> Reduction:
@@ -42,7 +43,7 @@ class Merge(Reducer):
         return merge(seen, score_BN, score_BN.shape[1], num_kept)
 
     def macs(self, n: int, k: int, dim: int) -> int:
-        return n * k * dim + n * dim
+        return (n - k) * k * dim + n * dim
 
 
 class DiffRate(Merge):

@@ -1,10 +1,10 @@
-"""PiToMe (Tran et al., NeurIPS 2024, arXiv 2405.16148): merge redundant tokens, protect the others.
+"""PiToMe (Tran et al., NeurIPS 2024, arXiv 2405.16148): merge the redundant tokens.
 
-The energy of a token is the mean of ELU(similarity - margin) to all others, of keys; the margin falls
-with depth. Tokens of high energy are redundant. In the first half of the blocks they pair up by energy
-order as in ToMe; in the second half only the 2 r of highest energy do, and the rest is protected.
-Costs the similarities, N^2 D products. Needs no training. The authors' code for DeiT averages by sizes
-but leaves sizes out of the attention, and so does the default here.
+The energy of a token is the mean of ELU(similarity - margin) to all others, of keys; the margin
+falls with depth. Tokens of high energy are redundant. In the first half of the blocks they pair
+up by energy order as in ToMe; in the second half only the 2 r of highest energy do, and the
+rest is protected. Costs the similarities, N^2 D products. Needs no training. The authors' code
+for DeiT averages by sizes but leaves sizes out of the attention, and so does the default here.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from evit.reducers.base import Reduction, Seen, merge_into, unit
+from evit.reducers.tokens import Reduction, Seen, merge_into, unit
 from evit.reducers.tome import Pairing
 
 
@@ -31,7 +31,7 @@ class PiToMe(Pairing):
         if ratio is not None and not 0.5 <= ratio <= 1:
             raise ValueError(f"ratio must be from 0.5 to 1, got {ratio}: it is per block")
         self.ratio = ratio
-        self.own_schedule(ratio=ratio)
+        self.own = self.own or ratio is not None
 
     def removed(self, i: int, n: int) -> int:
         return super().removed(i, n) if self.ratio is None else int(n - n * self.ratio)

@@ -1,7 +1,8 @@
-"""Token Pruning & Squeezing (Wei et al., CVPR 2023, arXiv 2304.10716): squeeze into nearest tokens.
+"""Token Pruning & Squeezing (Wei et al., CVPR 2023, arXiv 2304.10716).
 
-Keeps the tokens that a score prefers and merges each other one into the kept one that is most similar
-to it, with weight exp(cosine); sizes are not followed. Costs the similarities, N K C products.
+Keeps the tokens that a score prefers, and merges ("squeezes") each other one into the kept one that
+is most similar to it, with weight exp(cosine). Sizes are not followed. Costs the similarities,
+N K C products.
 """
 
 import math
@@ -10,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evit.reducers.base import Reducer, Reduction, Seen, merge_into, unit
+from evit.reducers.base import Reducer
 from evit.reducers.dynamicvit import DynamicViT
+from evit.reducers.tokens import Reduction, Seen, merge_into, unit
 
 
 def squeeze(seen: Seen, score_BN: Tensor, num_kept: int) -> Reduction:

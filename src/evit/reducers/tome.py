@@ -1,9 +1,9 @@
 """ToMe (Bolya et al., ICLR 2023, arXiv 2210.09461): merge the most similar pairs of tokens.
 
-In every block, tokens at even positions (A) look for the most similar token at odd positions (B) by
-the cosine of their keys; the r most similar pairs become one token, a mean weighted by sizes. Sizes
-enter the attention of the blocks that follow. Costs N^2 D / 4 products for the similarities. Needs no
-training. Written from the paper.
+In every block, tokens at even positions (A) look for the most similar token at odd positions
+(B) by the cosine of their keys; the r most similar pairs become one token, a mean weighted by
+sizes. Sizes enter the attention of the blocks that follow. Costs N^2 D / 4 products for the
+similarities. Needs no training. Written from the paper.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from evit.reducers.base import Reducer, Reduction, Seen, merge_into, split, unit
+from evit.reducers.base import Reducer
+from evit.reducers.tokens import Reduction, Seen, merge_into, split, unit
 
 
 def removals(r: Any, depth: int) -> list[Any]:
@@ -43,16 +44,7 @@ class Pairing(Reducer):
     def __init__(self, *, r: Any = None, prop_attn: bool = True, **schedule: Any):
         super().__init__(**schedule)
         self.r, self.proportional = r, prop_attn
-        self.own_schedule(r=r)
-
-    def own_schedule(self, **given: Any) -> None:
-        """Note the method's own schedule, if one is given."""
-        name, value = next(iter(given.items()))
-        if value is None:
-            return
-        if self.given is not None or self.rate_given:
-            raise ValueError(f"{name}={value!r} and keep_rate or counts: give one of them")
-        self.own = True
+        self.own = r is not None
 
     def fewest(self, n: int) -> int:
         return n - n // 2
