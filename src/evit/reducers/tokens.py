@@ -26,6 +26,11 @@ def plain(module: nn.Module, kind: type) -> bool:
     )
 
 
+def wide(x: Tensor) -> torch.dtype:
+    """float32, or a tensor's own type where that is wider."""
+    return x.dtype if x.dtype.itemsize > 4 else torch.float32
+
+
 def class_rows(
     q_BHTD: Tensor, k_BHTD: Tensor, scale: float | None = None, bias_B11T: Tensor | None = None
 ) -> Tensor:
@@ -43,7 +48,7 @@ def class_rows(
         row_BHT = (k_BHTD @ q_BHD1).squeeze(-1)
     if bias_B11T is not None:
         row_BHT = row_BHT + bias_B11T[:, 0]
-    return row_BHT.softmax(-1, dtype=torch.promote_types(row_BHT.dtype, torch.float32))
+    return row_BHT.softmax(-1, dtype=wide(row_BHT))
 
 
 @dataclass
@@ -119,24 +124,16 @@ class Reduction:
     ):
         self.index_BK, self.num_prefix, self.sizes_BT = index_BK, num_prefix, sizes_BT
         self.rest_BN, self.weight_BKN, self.host_BN = rest_BN, weight_BKN, host_BN
-        if weight_BKN is None:
-            if num_prefix == 1:
-                self.index_BT = F.pad(index_BK + 1, (1, 0))
-            else:
-                prefix_P = torch.arange(num_prefix, device=index_BK.device)
-                prefix_BP = prefix_P.expand(index_BK.shape[0], -1)
-                self.index_BT = torch.cat([prefix_BP, index_BK + num_prefix], 1)
 
     def __call__(self, x_BTC: Tensor) -> Tensor:
         """The tokens that are left, (B, P + K, C)."""
+        prefix, image = x_BTC[:, : self.num_prefix], x_BTC[:, self.num_prefix :]
         if self.weight_BKN is not None:
-            image = self.weight_BKN.to(x_BTC.dtype) @ x_BTC[:, self.num_prefix :]
-            return torch.cat([x_BTC[:, : self.num_prefix], image], 1)
-        kept_BTC = x_BTC.gather(1, self.index_BT[:, :, None].expand(-1, -1, x_BTC.shape[2]))
-        if self.rest_BN is None:
-            return kept_BTC
-        weight_B1N = self.rest_BN.to(x_BTC.dtype)[:, None]
-        return torch.cat([kept_BTC, torch.bmm(weight_B1N, x_BTC[:, self.num_prefix :])], 1)
+            return torch.cat([prefix, self.weight_BKN.to(x_BTC.dtype) @ image], 1)
+        parts = [prefix, image.gather(1, self.index_BK[..., None].expand(-1, -1, image.shape[2]))]
+        if self.rest_BN is not None:
+            parts.append(torch.bmm(self.rest_BN.to(x_BTC.dtype)[:, None], image))
+        return torch.cat(parts, 1)
 
     def project(self, linear: nn.Module, x_BTC: Tensor) -> Tensor:
         """self(linear(x)), with the product for the tokens that are left alone.
@@ -148,8 +145,8 @@ class Reduction:
         bias: Any = linear.bias
         out = linear(self(x_BTC))
         if self.rest_BN is not None and bias is not None:
-            extra_B1 = self.rest_BN.sum(1, keepdim=True) - 1
-            out[:, -1].add_(extra_B1.to(out.dtype) * bias)
+            more_B1 = (self.rest_BN.sum(1, keepdim=True) - 1).to(out.dtype)
+            out[:, -1].add_(more_B1 * bias)
         return out
 
     def members(self, num_tokens: int) -> "Reduction":
@@ -211,5 +208,4 @@ def split(num_tokens: int, num_prefix: int, device: Any) -> tuple[Tensor, Tensor
 
 def unit(x_BTC: Tensor, eps: float = 1e-12) -> Tensor:
     """Tokens of length 1, in float32 or wider and without gradients: what choices compare."""
-    wide = torch.promote_types(x_BTC.dtype, torch.float32)
-    return F.normalize(x_BTC.detach().to(wide), dim=-1, eps=eps)
+    return F.normalize(x_BTC.detach().to(wide(x_BTC)), dim=-1, eps=eps)
