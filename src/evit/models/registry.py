@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
@@ -50,17 +51,16 @@ def _fit(weights: dict[str, Any], model: Any) -> dict[str, Any]:
 def _entry(name: str, defaults: dict[str, Any]) -> Callable[..., ReducedViT]:
     def create(pretrained: bool = False, **kwargs: Any) -> ReducedViT:
         args = defaults | kwargs
-        if "deit" in name:
-            return build_model_with_cfg(
-                ReducedViT, name, pretrained, pretrained_filter_fn=_fit, **args
-            )
-        if pretrained:
+        kind, filters = (ReducedViT, _fit) if "deit" in name else (LVViT, None)
+        if pretrained and kind is LVViT:
             raise ValueError(
                 f"timm has no weights of {name}: download the authors' file and give it as "
                 f"checkpoint=PATH (evit.load_checkpoint)"
             )
-        timms = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
-        return LVViT(**{key: value for key, value in args.items() if key not in timms})
+        features = dict(out_indices=args.pop("out_indices", 3), feature_cls="getter")
+        return build_model_with_cfg(
+            kind, name, pretrained, pretrained_filter_fn=filters, feature_cfg=features, **args
+        )
 
     create.__name__, create.__module__ = name, __name__
     create.__doc__ = f"{name}: arguments of evit.EViT or evit.LVViT; by default {defaults}."
@@ -74,8 +74,20 @@ def _deit_cfg(name: str) -> dict[str, Any]:
     return cfg.to_dict()
 
 
+LV_VIT_CFG: Any = dict(
+    num_classes=1000,
+    input_size=(3, 224, 224),
+    crop_pct=0.9,
+    interpolation="bicubic",
+    fixed_input_size=True,
+    mean=IMAGENET_DEFAULT_MEAN,
+    std=IMAGENET_DEFAULT_STD,
+    first_conv="patch_embed.conv1",
+    classifier=("head", "aux_head"),
+)
 default_cfgs = generate_default_cfgs(
     {f"{name}.fb_in1k": _deit_cfg(name) for name in NAMES if "deit" in name}
+    | {name: LV_VIT_CFG for name in NAMES if "deit" not in name}
 )
 for _name, _defaults in NAMES.items():
     globals()[_name] = register_model(_entry(_name, _defaults))

@@ -6,12 +6,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import to_2tuple
+from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from evit import reducers
+from evit.models import follow
 from evit.reducers import KeepRate, Reducer, Reduction
 from evit.reducers.blocks import ReducedBlock, Step
 
@@ -166,11 +168,17 @@ class ReducedViT(VisionTransformer):
         return self.global_pool == "token" and type(self).forward_head in heads
 
     def encode(
-        self, x: Tensor, start: int = 0, stop: int | None = None, prefix_only: bool = False
+        self,
+        x: Tensor,
+        start: int = 0,
+        stop: int | None = None,
+        prefix_only: bool = False,
+        states: list[Any] | None = None,
     ) -> tuple[Tensor, list[Reduction]]:
         """Embedded tokens, not reduced yet, through the blocks start to stop - 1.
 
-        With prefix_only the last block returns the prefix tokens alone, if it reduces nothing.
+        With prefix_only the last block returns the prefix tokens alone, if it reduces nothing. To
+        states are added, for each block, its reduction if there is one, and the tokens after it.
 
         Returns: tokens (B, T', C), and the reductions on the way; not of places where all is kept.
         """
@@ -187,6 +195,8 @@ class ReducedViT(VisionTransformer):
                 x = self.run(self.blocks[i], x, bias, False, step)
                 assert step.reduction is not None
                 found.append(step.reduction)
+                if states is not None:
+                    states.append(step.reduction)
                 sizes, n = step.reduction.sizes_BT, num_kept + self.reducer.extra
             elif prefix_only and i == last:
                 x = self.run(self.blocks[i], x, bias, False, Step(P))
@@ -194,6 +204,8 @@ class ReducedViT(VisionTransformer):
                 x = self.run(self.blocks[i], x, bias)
             else:
                 x = self.run(self.blocks[i], x)
+            if states is not None:
+                states.append(x)
         return x, found
 
     def run(self, function: Any, *args: Any) -> Any:
@@ -218,57 +230,97 @@ class ReducedViT(VisionTransformer):
         ids = self.patch_ids(x)
         x, found = self.encode(x)
         x = self.norm(x)
-        return (x, self.survivors(found, ids)) if return_kept else x
+        return (x, follow.survivors(found, self.reducer, ids)) if return_kept else x
 
-    def forward_intermediates(self, *args: Any, **kwargs: Any) -> Any:
-        """timm's, at keep rate 1: the tokens that are left at another rate make no feature map.
+    def forward_intermediates(  # type: ignore[override]
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        output_dict: bool = False,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Any:
+        """timm's, at any keep rate: each patch has the token that it went into.
 
-        Raises:
-            ValueError: the keep rate is below 1.
+        A patch that was dropped has the state in which it entered the block that dropped it.
         """
-        if min(self.keep_rate, default=1.0) < 1:
-            raise ValueError(
-                f"there is no feature map of the tokens left at keep rate {self.keep_rate}: call "
-                f"set_keep_rate(1) before forward_intermediates"
+        if attn_mask is not None or is_causal:
+            raise ValueError("attn_mask and is_causal are not served: tokens move")
+        assert output_fmt in ("NCHW", "NLC"), output_fmt
+        take, last = feature_take_indices(len(self.blocks), indices)
+        size, x = x.shape[-2:], self.embed(x)
+        states: list[Any] = [x]
+        self.encode(x, stop=last + 1 if stop_early else None, states=states)
+        placed = list(follow.put_back(states, self.num_prefix_tokens))
+        chosen = [placed[i] for i in take]
+        if norm:
+            chosen = [self.norm(tokens) for tokens in chosen]
+        P = self.num_prefix_tokens
+        maps = [tokens[:, P:] for tokens in chosen]
+        if output_fmt == "NCHW":
+            maps = [self.as_grid(tokens, size) for tokens in maps]
+        prefix = [tokens[:, :P] for tokens in chosen] if P else None
+        if output_dict:
+            result: dict[str, Any] = dict(image_intermediates=maps)
+            if prefix is not None and return_prefix_tokens:
+                result["image_intermediates_prefix"] = prefix
+            return (
+                result
+                if intermediates_only
+                else result | dict(image_features=self.norm(placed[-1]))
             )
-        return super().forward_intermediates(*args, **kwargs)
+        found: list[Any] = maps
+        if return_prefix_tokens and prefix is not None:
+            found = list(zip(maps, prefix, strict=True))
+        return found if intermediates_only else (self.norm(placed[-1]), found)
+
+    def as_grid(self, tokens: Tensor, size: Any) -> Tensor:
+        """Patches (B, N, C) of images of a size as a map (B, C, H, W)."""
+        H, W = self.patch_embed.dynamic_feat_size(tuple(size))
+        return tokens.reshape(tokens.shape[0], H, W, -1).permute(0, 3, 1, 2).contiguous()
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, return_kept: bool = False, return_source: bool = False
+        self,
+        x: Tensor,
+        return_kept: bool = False,
+        return_source: bool = False,
+        return_map: bool = False,
     ) -> Any:
         """Logits (B, num_classes) of images (B, 3, H, W).
 
         With return_kept also one int64 tensor (B, k) per reduction: the ids of the surviving
         patches in the original grid, row by row from the top left; -1 is a surviving fused token.
         With return_source also int64 (B, N): the token, class token included, that each patch is in
-        at the end, -1 where it was dropped.
+        at the end, -1 where it was dropped. With return_map also (B, C, H, W): the final normalised
+        token that each patch is in; where it was dropped, its state when it was.
         """
-        x = self.embed(x)
-        if self.reducer.masked and self.training and not (return_kept or return_source):
+        size, x = x.shape[-2:], self.embed(x)
+        more = return_kept or return_source or return_map
+        if self.reducer.masked and self.training and not more:
             return self.forward_head(self.norm(self.reducer.masked_features(self, x)[0]))
-        ids = self.patch_ids(x) if return_kept or return_source else x
-        logits, found = self.classify(x)
+        states: list[Any] | None = [x] if return_map else None
+        logits, found = self.classify(x, states=states)
         results: list[Any] = [logits]
         if return_kept:
-            results.append(self.survivors(found, ids))
+            results.append(follow.survivors(found, self.reducer, self.patch_ids(x)))
         if return_source:
-            results.append(source(found, ids, self.num_prefix_tokens))
-        return tuple(results) if len(results) > 1 else logits
+            results.append(follow.source(found, self.patch_ids(x), self.num_prefix_tokens))
+        if states is not None:
+            *_, last = follow.put_back(states, self.num_prefix_tokens)
+            results.append(self.as_grid(self.norm(last)[:, self.num_prefix_tokens :], size))
+        return tuple(results) if more else logits
 
-    def survivors(self, found: list[Reduction], ids: Tensor) -> list[Tensor]:
-        """Ids of the patches kept at each place, those included where all are."""
-        n, kept, left = ids.shape[1], [], iter(found)
-        for k in self.reducer.kept(n):
-            if k < n:
-                reduction = next(left)
-                ids = reduction.ids(ids)
-                n = k + self.reducer.extra
-            kept.append(ids[:, :k])
-        return kept
-
-    def classify(self, x: Tensor, start: int = 0) -> tuple[Tensor, list[Reduction]]:
+    def classify(
+        self, x: Tensor, start: int = 0, states: list[Any] | None = None
+    ) -> tuple[Tensor, list[Reduction]]:
         """Logits of embedded tokens that have been through the blocks before `start`."""
-        x, found = self.encode(x, start, prefix_only=self.head_reads_prefix)
+        prefix_only = self.head_reads_prefix and states is None
+        x, found = self.encode(x, start, prefix_only=prefix_only, states=states)
         return self.forward_head(self.weigh(self.norm(x), found)), found
 
     def token_outputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -286,17 +338,6 @@ class ReducedViT(VisionTransformer):
         if self.kind is not None:
             made, arguments = blank, (self.kind,)
         return made, arguments, *state
-
-
-def source(found: list[Reduction], ids: Tensor, num_prefix: int) -> Tensor:
-    """The final token of each patch, (B, N); -1: dropped."""
-    place_BN, n = ids, ids.shape[1]
-    for reduction in found:
-        host_BN = reduction.hosts(n)
-        n = reduction.index_BK.shape[1] + (reduction.rest_BN is not None)
-        moved = host_BN.gather(1, place_BN.clamp(0))
-        place_BN = torch.where(place_BN >= 0, moved, place_BN)
-    return torch.where(place_BN >= 0, place_BN + num_prefix, place_BN)
 
 
 CLASSES: dict[Any, type[ReducedViT]] = {VisionTransformer: ReducedViT}

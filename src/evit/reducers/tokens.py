@@ -149,6 +149,11 @@ class Reduction:
             out[:, -1].add_(more_B1 * bias)
         return out
 
+    @property
+    def num_left(self) -> int:
+        """Image tokens that are left, K, or K + 1 with a fused one."""
+        return self.index_BK.shape[1] + (self.rest_BN is not None)
+
     def members(self, num_tokens: int) -> "Reduction":
         """The same groups as sums: each member counts once."""
         groups_K1 = torch.arange(self.index_BK.shape[1], device=self.index_BK.device)[:, None]
