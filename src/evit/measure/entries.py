@@ -74,7 +74,8 @@ def choose(config: dict[str, Any]) -> dict[Entry, Entry]:
         for model, (size, reducer, rate, fusion) in product(config["models"], [*product(*knobs)]):
             options = model_options(model)
             model = options["model_name"] if len(options) == 1 else model
-            fuses = reducer in (None, "evit") and "dynamicvit" not in options["model_name"]
+            own = "dynamicvit" if "dynamicvit" in options["model_name"] else "evit"
+            fuses = (reducer or options.get("reducer", own)) == "evit"
             rate = tuple(rate) if isinstance(rate, list) else rate
             chosen.append(Entry(model, rate, fusion if fuses else None, size, False, reducer))
     return compared(chosen, at_base_size=bool(config["paper"]))
@@ -184,7 +185,7 @@ def facts(entry: Entry) -> dict[str, Any]:
                 counted = build(Entry(entry.model, img_size=entry.img_size))
             except ValueError:
                 counted = None
-        rates = getattr(getattr(counted, "reducer", counted), "keep_rate", ())
+        rates = getattr(getattr(counted, "reducer", counted), "keep_rate", None) or ()
         try:
             macs = count_macs(counted)
         except (ValueError, AttributeError):

@@ -16,8 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from evit.measure.macs import count_macs
-
 Step = Callable[[], object]
 PRECISIONS = dict(fp32=torch.float32, tf32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
@@ -101,7 +99,7 @@ def set_precision(precision: str) -> torch.dtype:
     return PRECISIONS[precision]
 
 
-def inference_step(model: Callable[[Tensor], Any], images: Tensor) -> Step:
+def inference_step(model: Callable[[Tensor], Any], images: Tensor) -> Callable[[], None]:
     """A forward pass without gradients, of a model in evaluation mode."""
 
     @torch.no_grad()
@@ -112,81 +110,27 @@ def inference_step(model: Callable[[Tensor], Any], images: Tensor) -> Step:
     return step
 
 
-class TrainingStep:
+def training_step(
+    model: nn.Module, forward: Callable[[Tensor], Tensor], images: Tensor, dtype: torch.dtype
+) -> Callable[..., None]:
     """One optimizer step: forward, cross-entropy, backward, AdamW; in autocast below float32.
 
     Args:
         forward: calls the model; it may be its compiled form.
+
+    Returns:
+        The step on these images, or on the images and labels that it is given.
     """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=images.is_cuda or None)
+    zeros = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    low = dtype != torch.float32
 
-    def __init__(
-        self, model: nn.Module, forward: Callable[[Tensor], Tensor], images: Tensor, dtype: Any
-    ):
-        self.forward, self.images, self.dtype = forward, images, dtype
-        self.labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        self.optimizer = torch.optim.AdamW(
-            model.parameters(), lr=1e-6, fused=images.is_cuda or None
-        )
-
-    def __call__(self) -> None:
-        self.learn(self.images, self.labels)
-
-    def learn(self, images: Tensor, labels: Tensor) -> None:
+    def step(images: Tensor = images, labels: Tensor = zeros) -> None:
         torch.compiler.cudagraph_mark_step_begin()
-        self.optimizer.zero_grad()
-        low = self.dtype != torch.float32
-        with torch.autocast(images.device.type, self.dtype if low else None, enabled=low):
-            loss = F.cross_entropy(self.forward(images), labels)
+        optimizer.zero_grad()
+        with torch.autocast(images.device.type, dtype if low else None, enabled=low):
+            loss = F.cross_entropy(forward(images), labels)
         loss.backward()
-        self.optimizer.step()
+        optimizer.step()
 
-    def state(self) -> list[Tensor]:
-        """The tensors that AdamW keeps."""
-        values = (v for state in self.optimizer.state.values() for v in state.values())
-        return [value for value in values if isinstance(value, Tensor)]
-
-
-class Contestant:
-    """A model that is ready for its turns: compiled and warm, its memory and MACs measured.
-
-    Args:
-        images: of one batch, (B, 3, H, W), on the model's device.
-        dtype: of weights and images; in training of autocast.
-        compile: False, True, or torch.compile's mode.
-        min_seconds: how long a turn is to be at least.
-    """
-
-    step: Any
-
-    def __init__(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        dtype: torch.dtype,
-        training: bool,
-        compile: bool | str,
-        min_seconds: float,
-    ):
-        model.train(training).requires_grad_(training)
-        if training:
-            eager = TrainingStep(model, model, images, dtype)
-            self.macs_executed = executed_macs(eager) // len(images)
-        else:
-            model, images = model.to(dtype), images.to(dtype)
-            self.macs_executed = count_macs(model, images.shape[-1], executed=True)
-        forward: Any = model
-        if compile:
-            mode = compile if isinstance(compile, str) else None
-            forward = torch.compile(model, mode=mode, dynamic=False, fullgraph=True)
-        if training:
-            self.step = TrainingStep(model, forward, images, dtype)
-        else:
-            self.step = inference_step(forward, images)
-        self.first_seconds = timed(self.step, 1, images.device)
-        self.calls = warm_up(self.step, min_seconds, images.device)
-        self.memory = None
-        if compile != "reduce-overhead":  # the memory of a CUDA graph is not seen
-            model.zero_grad()
-            state = self.step.state() if training else []
-            held = (*model.parameters(), *model.buffers(), images, *state)
-            self.memory = peak_memory(self.step, images.device) + sum(t.nbytes for t in held)
+    return step

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -59,76 +60,61 @@ def text(result: Row, width: int | None) -> str:
         names = ", ".join(f"{name} ({count:.1f} M parameters)" for name, count in params.items())
         peak = max(peak["macs_per_s"] for peak in peaks) / 1e9
         title(f"{names}: {what}, batch {batch}; a large matrix product does {peak:,.0f} GMACs/s")
-        console.print(table(columns(found, several=len(params) > 1), style))
+        sizes = len({row["img_size"] for row in found}) > 1
+        console.print(table([cells(row, len(params) > 1, sizes) for row in found], style))
         console.print()
     for name in ("loader", "correctness", "training_run"):
         if part := result.get(name):
             title(part["title"])
-            kept = [key for key in part["rows"][0] if not key.endswith("quartiles")]
-            lines = {key: [number(row[key]) for row in part["rows"]] for key in kept}
-            console.print(table(lines, style))
+            shown = [{key: number(value) for key, value in row.items()} for row in part["rows"]]
+            console.print(table(shown, style))
             console.print(f"\n{part['verdict']}\n", soft_wrap=True)
     console.print(note(result), soft_wrap=True)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-    return "\n".join(line.rstrip() if width else line.strip() for line in lines) + "\n"
+    joined = "\n".join(line.rstrip() if width else line.strip() for line in lines) + "\n"
+    return re.sub(r"\n{3,}", "\n\n", joined)
 
 
-def table(lines: dict[str, list[str]], style: box.Box) -> Table:
-    """Columns as a table: on a terminal of 99 characters, or in Markdown."""
+def table(rows: list[dict[str, str]], style: box.Box) -> Table:
+    """Rows of cells, on a terminal or in Markdown; columns that say nothing are left out."""
     terminal = style is not box.MARKDOWN
     result = Table(box=style, show_edge=not terminal, padding=(0, not terminal, 0, not terminal))
-    for name, cells in lines.items():
-        left = name in ("model", "reducer", "keep rate", "rest", "mode", "dtype", "name")
-        head = name.replace(" ", "\n").replace("/s", "\n/s") if terminal else name
-        result.add_column(
-            head,
-            justify="left" if left else "right",
-            min_width=None if left else max(map(len, (*head.split("\n"), *cells))) + terminal,
-        )
-    for row in zip(*lines.values(), strict=True):
-        result.add_row(*row)
+    shown = [name for name in rows[0] if any(row[name] for row in rows)]
+    for name in shown:
+        left = name in ("model", "reducer", "keep rate", "rest", "mode", "dtype", "case")
+        result.add_column(name, justify="left" if left else "right")
+    for row in rows:
+        result.add_row(*(row[name] for name in shown))
     return result
 
 
-def columns(rows: list[Row], several: bool) -> dict[str, list[str]]:
-    """The cells by column; columns that would say nothing here are left out.
+def cells(row: Row, names: bool, sizes: bool) -> dict[str, str]:
+    """A row's cells, with the model's name and the image size where rows differ in them."""
 
-    Args:
-        several: models, so that each row needs its name.
-    """
+    def of(name: str, show: Any) -> str:
+        return "-" if row.get(name) is None else show(row[name])
 
-    def of(name: str, show: Any, empty: str = "-") -> list[str]:
-        return [empty if row.get(name) is None else show(row[name]) for row in rows]
-
-    found: dict[str, list[str]] = {}
-    if several:
-        found["model"] = of("model", short)
-    if any(row.get("reducer") for row in rows):
-        found["reducer"] = of("reducer", str, "")
-    found["keep rate"] = [rate(row) for row in rows]
-    if any(row["fusion"] is not None for row in rows):
-        found["rest"] = of("fusion", lambda fused: "fuse" if fused else "drop", "")
-    if len({row["img_size"] for row in rows}) > 1:
-        found["px"] = of("img_size", str)
-    found["mode"] = [MODES[row["compile"]] for row in rows]
-    found["dtype"] = of("precision", str)
-    found["images/s"] = [
-        row["reason"].split(" (")[0] if "reason" in row else number(row["images_per_s"])
-        for row in rows
-    ]
-    found["IQR %"] = [width(row, "images_per_s") for row in rows]
-    found["ms"] = of("latency_ms", number)
-    found["to dense"] = of("ratio", "{:.2f}".format)
-    found["its IQR"] = [width(row, "ratio") for row in rows]
-    if any(row.get("paper") for row in rows):
-        theirs = [row.get("paper") or {} for row in rows]
-        found["paper: to dense"] = [f"{t['ratio']:.2f}" if t else "-" for t in theirs]
-        found["paper: GMACs"] = [f"{t['macs']:.1f}" if t else "-" for t in theirs]
-    found["GMACs"] = of("macs", lambda macs: f"{macs / 1e9:.2f}")
-    found["GMACs done"] = of("macs_executed", lambda macs: f"{macs / 1e9:.2f}")
-    found["peak %"] = of("peak_share", "{:.0%}".format)
-    found["MB"] = of("memory_bytes", lambda size: f"{size / 1e6:.0f}")
-    return found
+    theirs = row.get("paper")
+    return {
+        "model": short(row["model"]) if names else "",
+        "reducer": row.get("reducer") or "",
+        "keep rate": rate(row),
+        "rest": {True: "fuse", False: "drop", None: ""}[row["fusion"]],
+        "px": str(row["img_size"]) if sizes else "",
+        "mode": MODES[row["compile"]],
+        "dtype": row["precision"],
+        "images/s": row.get("reason", "").split(" (")[0] or number(row["images_per_s"]),
+        "IQR %": width(row, "images_per_s"),
+        "ms": of("latency_ms", number),
+        "to dense": of("ratio", "{:.2f}".format),
+        "its IQR": width(row, "ratio"),
+        "paper: to dense": f"{theirs['ratio']:.2f}" if theirs else "",
+        "GMACs": of("macs", lambda macs: f"{macs / 1e9:.2f}"),
+        "paper: GMACs": f"{theirs['macs']:.1f}" if theirs else "",
+        "GMACs done": of("macs_executed", lambda macs: f"{macs / 1e9:.2f}"),
+        "peak %": of("peak_share", lambda share: f"{100 * share:.0f}"),
+        "MB": of("memory_bytes", lambda size: f"{size / 1e6:.0f}"),
+    }
 
 
 def rate(row: Row) -> str:
