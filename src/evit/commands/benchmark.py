@@ -102,6 +102,7 @@ def complete(config: dict[str, Any], given: set[str]) -> torch.device:
         advice = f"checkpoint={path} must be RUN/checkpoints/NAME.ckpt beside RUN/config.json"
         check(source, f"{advice}: models=NAME times any other model")
         check("models" not in given, "checkpoint=PATH is of one model: leave out models")
+        check("loader" not in config["what"], "what=loader trains a model of models=NAME")
         config["models"] = path
         config["img_sizes"] = config["img_sizes"] if "img_sizes" in given else source["img_size"]
     for knob in LISTS.split():

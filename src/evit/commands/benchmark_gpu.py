@@ -125,21 +125,21 @@ def time_loader(config: dict[str, Any], device: torch.device, given: list[str]) 
     Raises:
         ValueError: src/train.py's.
     """
-    model, rate, fusion, size, precision, compiled = (
-        config[name][0]
-        for name in ("models", "keep_rates", "fusion", "img_sizes", "precisions", "compile")
-    )
+    model, *others = (config[name][0] for name in ("models", "fusion", "img_sizes", "precisions"))
+    fusion, size, precision = others
+    rate, reducer = str(config["keep_rates"][-1]).replace(" ", ""), config["reducers"][0]
     batch = max(config["batch_sizes"])
     images = config["max_images"] or batch * (100 if device.type == "cuda" else 8)
     if not (CONF_DIR / "model" / f"{model}.yaml").is_file():
         kind = "evit_deit" if model.startswith(("evit", "dynamic", "lvvit")) else "timm_vit"
         model = f"{kind} model.model_name={model}"
     options = f"""model={model} keep_rate={rate} fusion={fusion} img_size={size}
-        seed={config["seed"]} compile={bool(compiled)} recipe.max_val_images=1
+        seed={config["seed"]} compile={bool(config["compile"][0])} recipe.max_val_images=1
         recipe.max_train_images={images} recipe.batch_size={batch}
         trainer.precision={"bf16-mixed" if precision == "bf16" else "32-true"}"""
-    data = [override for override in given if override.startswith("data")]
-    return train_briefly([*options.split(), *data], device)
+    more = [f"reducer={reducer}"] if reducer else []
+    more += [override for override in given if override.startswith("data")]
+    return train_briefly([*options.split(), *more], device)
 
 
 def train_briefly(overrides: list[str], device: torch.device) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +99,7 @@ def contest(
             report(f"{group}: {state} {i + 1}/{len(entries)}, {entry}")
             reason = ""
             if base not in (entry, *ready):
-                reason = "no dense model to compare with"
+                reason = "no dense model (to compare with)"
             elif device.type == "cuda" and time.perf_counter() > until:
                 reason = "no time left (run it again: what has been compiled is kept)"
             try:
