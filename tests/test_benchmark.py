@@ -65,7 +65,8 @@ def test_every_setting_is_a_row_beside_its_dense_model(benchmark, tmp_path):
     assert [c[1] for c in cells].count("dense") == 4 and result["commit"] in table
     assert [c[1] for c in cells].count("dense, linear patch embedding") == 4
     assert {(c[4], c[5]) for c in cells[2:]} == {("eager", "fp32"), ("eager", "bf16")}
-    assert "2/2 inference, batch 2, bf16, eager: 8 models" in result["printed"]
+    assert "8 models on CPU" in result["printed"]
+    assert "2/2 inference, batch 2, bf16, eager\n" in result["printed"]
 
 
 def test_the_numbers_of_a_row_belong_together(benchmark):
@@ -113,6 +114,17 @@ def test_what_does_not_fit_into_memory_is_a_row_that_says_so(benchmark):
         "no dense model"
     ] * 2
     assert "left out: deit_tiny_patch16_224 dense img_size=32: out of memory" in result["printed"]
+
+
+def test_what_does_not_compile_is_a_row_that_says_why(benchmark, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("a graph break\nand its long story")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    result = benchmark(f"{SMALL} compile=[false,true] keep_rates=0.5")
+    assert [row["compile"] for row in result["rows"]] == [False] * 3
+    assert result["left_out"][0]["reason"] == "does not compile (a graph break)"
+    assert re.search(r"dense +compiled fp32 +does not", result["printed"])
 
 
 def test_a_run_s_checkpoint_is_timed_with_its_sizes(benchmark, tmp_path):

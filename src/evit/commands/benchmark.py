@@ -55,6 +55,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             result = measure_all(config, device)
         else:
             entries = choose(config)
+            say(f"{len(entries)} models on {results.device_name(device)}")
             for entry in sorted(entries, key=lambda entry: entry.dense):
                 facts(entry)  # says what is wrong with a model
             result = dict(rows=[], matmul=[], left_out=[])
@@ -63,7 +64,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             groups = list(product(kinds, *(config[name] for name in names)))
             for i, values in enumerate(groups):
                 group = Group(*values)
-                say(f"{i + 1}/{len(groups)} {group}: {len(entries)} models")
+                say(f"{i + 1}/{len(groups)} {group}")
                 contest(result, entries, group, device, config)
             if "loader" in config["what"]:
                 result["loader"] = time_loader(config, device, given)

@@ -44,8 +44,11 @@ def measure_all(config: dict[str, Any], device: torch.device) -> dict[str, Any]:
     name, large, dtype = "evit_deit_small_patch16", 256 if gpu else 2, config["precisions"][0]
     graphs = "reduce-overhead" if gpu else False
     core = [Entry(name, rate, fusion) for rate in (0.7, 0.5) for fusion in (True, False)]
-    parts = [(core, Group("inference", 1, dtype, mode), END) for mode in {False, graphs}]
-    parts += [(core[::2], Group("training", large, dtype, mode), END) for mode in {False, gpu}]
+    modes = [False, graphs] if gpu else [False]
+    parts = [(core, Group("inference", 1, dtype, mode), END) for mode in modes]
+    parts += [
+        (core[::2], Group("training", large, dtype, mode), END) for mode in sorted({False, gpu})
+    ]
     parts.append((core, Group("inference", large, dtype, False), END))
     for table, until in dict(deit_s=ROWS_UNTIL, lvvit_s=END).items():
         rows = sorted(choose(dict(paper=table)), key=importance)

@@ -110,7 +110,7 @@ def contest(
                 memory = isinstance(error, torch.OutOfMemoryError) or "allocate mem" in str(error)
                 if not memory and not group.compile:
                     raise
-                first = str(error).strip().splitlines()[0]
+                first = (str(error).strip() or type(error).__name__).splitlines()[0]
                 reason = "out of memory" if memory else f"does not compile ({first})"
                 say(f"  left out: {entry}: {reason}")
             result["left_out"].append(vars(group) | facts(entry) | dict(reason=reason))

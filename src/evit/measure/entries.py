@@ -14,6 +14,7 @@ import torch
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
@@ -147,11 +148,14 @@ def build(entry: Entry) -> nn.Module:
         ValueError: there is no such model, or it cannot be served at this setting.
     """
     options = dict(model_options(entry.model)) | dict(img_size=entry.img_size)
-    name = options.pop("model_name")
+    name, own = options.pop("model_name"), options.pop("reducer", None)
     knobs: dict[str, Any] = dict(keep_rate=entry.keep_rate)
     knobs |= {} if entry.fusion is None else dict(fusion=entry.fusion)
     if entry.reducer and (entry.reducer, name[:5]) != ("evit", "evit_"):
         knobs["reducer"] = entry.reducer
+    elif own and not entry.reducer:  # of a run: a name, or what Hydra makes it of
+        made = isinstance(own, dict)
+        knobs = dict(reducer=instantiate(own, **knobs)) if made else knobs | dict(reducer=own)
     try:
         if is_own(entry) and not entry.dense:
             return create_model(name, **(options | knobs))
@@ -162,8 +166,10 @@ def build(entry: Entry) -> nn.Module:
         if entry.dense:
             return model
         reducer = knobs.pop("reducer", "evit")
-        reduce: Any = getattr(evit, "reorganize" if reducer == "evit" else "reduce")
-        return reduce(model, *[reducer] * (reducer != "evit"), **knobs)
+        if reducer == "evit":
+            return evit.reorganize(model, **knobs)
+        reduce: Any = evit.reduce  # type: ignore[attr-defined]
+        return reduce(model, reducer, **knobs)
     except TypeError as error:
         raise ValueError(f"{entry.model}: {error}") from error
 
