@@ -5,7 +5,6 @@ import timm
 import torch
 
 import evit
-from evit.config import register
 from evit.measure.contest import Contestant, Group
 from evit.measure.entries import Entry, build, choose, dense, dense_name, facts
 
@@ -61,7 +60,6 @@ def test_every_family_has_its_dense_model(model, expected):
 
 
 def test_a_name_of_conf_model_is_that_model_and_its_dense_one_has_its_sizes():
-    register()
     (base,) = set(choose(KNOBS | dict(models=["evit_deit_micro"], img_sizes=[28])).values())
     model = build(base)
     assert type(model).__module__.startswith("timm.")

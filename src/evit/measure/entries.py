@@ -3,7 +3,6 @@
 import functools
 import re
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from importlib import resources
 from itertools import product
@@ -12,10 +11,6 @@ from typing import Any
 import timm
 import torch
 import yaml
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from torch import nn
 
 import evit
@@ -105,10 +100,11 @@ def model_options(model: str) -> dict[str, Any]:
         ValueError: the run cannot be read.
     """
     options: Any = dict(model_name=model)
-    if (CONF_DIR / "model" / f"{model}.yaml").is_file():
-        begun = GlobalHydra.instance().is_initialized()
-        with nullcontext() if begun else initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-            options = OmegaConf.to_container(compose("config", [f"model={model}"]).model)
+    if (path := CONF_DIR / "model" / f"{model}.yaml").is_file():
+        options = yaml.safe_load(path.read_text())
+        for parent in reversed(options.pop("defaults", [])):
+            if parent != "_self_" and isinstance(parent, str):
+                options = model_options(parent) | options
     elif source := results.run_config(model):
         options = source["model"] | dict(num_classes=len(read_state_dict(model)["head.weight"]))
     knobs = {"_target_", "pretrained", "keep_rate", "fusion", "img_size"}
@@ -153,9 +149,12 @@ def build(entry: Entry) -> nn.Module:
     knobs |= {} if entry.fusion is None else dict(fusion=entry.fusion)
     if entry.reducer and (entry.reducer, name[:5]) != ("evit", "evit_"):
         knobs["reducer"] = entry.reducer
-    elif own and not entry.reducer:  # of a run: a name, or what Hydra makes it of
-        made = isinstance(own, dict)
-        knobs = dict(reducer=instantiate(own, **knobs)) if made else knobs | dict(reducer=own)
+    elif own and not entry.reducer:
+        if isinstance(own, dict):  # a class of evit.reducers, which results.run_config has checked
+            kind = getattr(evit.reducers, own["_target_"].split(".")[-1])  # type: ignore[attr-defined]
+            own = kind(**{k: v for k, v in own.items() if k != "_target_"} | knobs)
+            knobs = {}
+        knobs["reducer"] = own
     try:
         if is_own(entry) and not entry.dense:
             return create_model(name, **(options | knobs))
