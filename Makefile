@@ -1,7 +1,7 @@
 # EViT Lab
 PYTHON := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup train imagenet test test-all test-slurm check audit benchmark dashboard sync report
+.PHONY: help setup train imagenet test test-all test-slurm check audit benchmark benchmark-gpu dashboard sync report
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/%/NAME/' | expand -t 16
@@ -40,6 +40,9 @@ audit: setup  ## known vulnerabilities of the pinned packages, as PyPI itself kn
 
 benchmark: setup  ## images/s, memory and MACs beside the dense model's; ARGS="paper=deit_s" overrides
 	$(PYTHON) src/benchmark.py $(ARGS)
+
+benchmark-gpu: setup  ## all GPU measurements into results/speed_gpu, in 8 minutes on one card
+	$(PYTHON) src/benchmark.py paper=gpu $(ARGS)
 
 dashboard: setup  ## a W&B workspace and report of your runs; ARGS="paper=true" adds the paper's rows
 	$(PYTHON) src/dashboard.py $(ARGS)

@@ -6,7 +6,7 @@ from evit.config import BenchmarkConfig, entry_point
 
 @entry_point("benchmark", BenchmarkConfig)
 def main(cfg):
-    from evit.benchmark import run
+    from evit.commands.benchmark import run
 
     run(cfg)
 

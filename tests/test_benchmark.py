@@ -1,17 +1,15 @@
 """src/benchmark.py, run as a user runs it."""
 
 import json
+import re
 import sys
-from dataclasses import fields
+import time
 
 import pytest
 import timm
 import torch
 
-from evit.benchmark import choose
-from evit.config import CONF_DIR, BenchmarkConfig
-from evit.measure.contest import Contestant, Entry, Group, build, dense_entry, facts
-from evit.models import EViT
+from evit.measure import contest, entries
 
 SMALL = "models=evit_deit_tiny_patch16 img_sizes=32 batch_sizes=2 "
 SMALL += "repeats=3 min_seconds=0.001 device=cpu"
@@ -62,15 +60,19 @@ def test_every_setting_is_a_row_beside_its_dense_model(benchmark, tmp_path):
     kept = tmp_path / "kept"
     assert json.loads((kept / "benchmark.json").read_text())["rows"] == rows
     table = (kept / "table.md").read_text()
-    assert table.count("| dense |") == 4 and result["commit"] in table
-    low = [line for line in result["printed"].splitlines() if "bf16" in line]
-    assert "2/2 inference, batch 2, bf16, eager: 8 models, 3 rounds" in low
+    cells = [[c.strip() for c in line.split("|")] for line in table.splitlines() if "|" in line]
+    assert cells[0][1:6] == ["keep rate", "rest", "px", "mode", "dtype"]
+    assert [c[1] for c in cells].count("dense") == 4 and result["commit"] in table
+    assert [c[1] for c in cells].count("dense, linear patch embedding") == 4
+    assert {(c[4], c[5]) for c in cells[2:]} == {("eager", "fp32"), ("eager", "bf16")}
+    assert "8 models on CPU" in result["printed"]
+    assert "2/2 inference, batch 2, bf16, eager\n" in result["printed"]
 
 
 def test_the_numbers_of_a_row_belong_together(benchmark):
     rows = benchmark(f"{SMALL} keep_rates=[0.5,[0.9,0.7,0.5]]")["rows"]
-    assert [row["keep_rate"] for row in rows] == [[1] * 3, [0.5] * 3, [0.9, 0.7, 0.5]]
-    dense = rows[0]
+    assert [r["keep_rate"] for r in rows] == [[1] * 3, [1] * 3, [0.5] * 3, [0.9, 0.7, 0.5]]
+    dense, whole, half, mixed = rows
     for row in rows:
         assert len(row["seconds"]) == 3
         speeds = sorted(2 / seconds for seconds in row["seconds"])
@@ -79,14 +81,14 @@ def test_the_numbers_of_a_row_belong_together(benchmark):
         ratios = sorted(d / s for d, s in zip(dense["seconds"], row["seconds"], strict=True))
         assert row["ratio"] == pytest.approx(ratios[1], rel=1e-4)
         assert row["memory_bytes"] > 4 * row["params"]
-    assert rows[1]["macs"] < rows[2]["macs"] < dense["macs"]
-    assert rows[1]["macs_executed"] < dense["macs_executed"]
+    assert half["macs"] < mixed["macs"] < whole["macs"] == dense["macs"]
+    assert half["macs_executed"] < dense["macs_executed"]
 
 
 def test_training_takes_more_than_inference(benchmark):
     rows = benchmark(f"{SMALL} what=[inference,training] keep_rates=0.5")["rows"]
     infer, train = (
-        next(r for r in rows if r["what"] == w and not r["dense"])
+        next(r for r in rows if r["what"] == w and r["keep_rate"][0] == 0.5)
         for w in ("inference", "training")
     )
     assert train["macs_executed"] > 2 * infer["macs_executed"]
@@ -97,62 +99,49 @@ def test_beside_the_paper_s_numbers_the_dense_model_has_224_px(benchmark):
     models = "models=[evit_deit_small_patch16,dynamicvit_deit_small_patch16]"
     arguments = f"{models} img_sizes=[64] keep_rates=[0.5] fusion=[true,false] batch_sizes=1"
     result = benchmark(f"{arguments} repeats=1 min_seconds=0.001 device=cpu paper=true")
-    dense, *others = result["rows"]
+    dense, whole, *others = result["rows"]
     assert (dense["img_size"], dense["paper"]["macs"], dense["paper"]["ratio"]) == (224, 4.6, 1)
     assert {row["compared_with"] for row in others} == {dense["compared_with"]}
-    assert {row["paper"] for row in others} == {None}
+    assert {row["paper"] and row["paper"]["macs"] for row in others if row["fusion"]} == {None}
     (ruler,) = (line for line in result["printed"].splitlines() if line.startswith("───"))
-    assert len(ruler) < 100 and "…" not in result["printed"]
+    assert len(ruler) < 100
 
 
-def test_a_shortcut_chooses_the_rows_of_the_paper(monkeypatch):
-    from evit.benchmark import choose
-
-    entries = choose(dict(paper="lvvit_s"))
-    assert len(entries) == 10
-    assert set(entries.values()) == {dense_entry("evit_lvvit_s", 224)}
-    assert Entry("evit_lvvit_s", 0.7, True, 448) in entries
-    assert [entry.img_size for entry in entries if entry.dense] == [224, 384]
-
-
-@pytest.mark.parametrize(
-    ("model", "dense"),
-    [
-        ("evit_deit_base_patch16", "deit_base_patch16_224"),
-        ("dynamicvit_deit_small_patch16", "deit_small_patch16_224"),
-        ("evit_lvvit_m", "lvvit_m"),
-        ("dynamicvit_lvvit_s", "lvvit_s"),
-        ("deit3_small_patch16_224", "deit3_small_patch16_224"),
-    ],
-)
-def test_every_family_has_its_dense_model(model, dense):
-    assert dense_entry(model, 32).model == dense
+def test_what_does_not_fit_into_memory_is_a_row_that_says_so(benchmark):
+    result = benchmark(f"{SMALL} batch_sizes=[1,1000000000] keep_rates=0.5")
+    assert {row["batch_size"] for row in result["rows"]} == {1}
+    assert [row["reason"][:14] for row in result["left_out"]] == ["out of memory"] + [
+        "no dense model"
+    ] * 2
+    assert "left out: deit_tiny_patch16_224 dense img_size=32: out of memory" in result["printed"]
 
 
-def test_the_field_is_other_models_and_evit():
-    knobs: dict = dict.fromkeys(("models", "img_sizes", "keep_rates", "fusion"), [])
-    entries = choose(dict(paper="field") | knobs)
-    others = [entry for entry in entries if entry.dense]
-    assert len(others) == 30 and all(timm.is_model(entry.model) for entry in others)
-    rates = [entry.keep_rate for entry in entries if not entry.dense]
-    assert rates == [0.9, 0.8, 0.7, 0.6, 0.5, 0.7, 0.5]
-    bases = {str(base) for entry, base in entries.items() if "lvvit" in entry.model}
-    assert bases == {"lvvit_s dense img_size=224"}
+def test_what_does_not_compile_is_a_row_that_says_why(benchmark, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("a graph break\nand its long story")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    result = benchmark(f"{SMALL} compile=[false,true] keep_rates=0.5")
+    assert [row["compile"] for row in result["rows"]] == [False] * 3
+    assert result["left_out"][0]["reason"] == "does not compile (a graph break)"
+    assert re.search(r"dense +compiled fp32 +does not", result["printed"])
 
 
-@pytest.mark.parametrize("model", ["cait_xxs24_224", "efficientnet_b0", "twins_svt_small"])
-def test_models_of_other_kinds_have_the_macs_that_are_done(model):
-    entry = Entry(model, img_size=64, dense=True)
-    contestant = Contestant(entry, Group("inference", 1, "fp32", False), torch.device("cpu"))
-    contestant.step()
-    assert contestant.macs_executed == facts(entry)["macs"] > 1e6
-    assert facts(entry)["keep_rate"] == []
-
-
-def test_any_timm_model_is_timed_as_its_evit_beside_timm_s_own():
-    name = "deit_tiny_patch16_224"
-    assert isinstance(build(Entry(name, 0.5, True, 32)), EViT)
-    assert not isinstance(build(dense_entry(name, 32)), EViT)
+def test_a_run_s_checkpoint_is_timed_with_its_sizes(benchmark, tmp_path):
+    options = dict(model_name="evit_deit_tiny_patch16", embed_dim=96, num_heads=3, patch_size=7)
+    made = timm.create_model(**options, img_size=28, num_classes=10)
+    folder = tmp_path / "myrun"
+    (folder / "checkpoints").mkdir(parents=True)
+    torch.save(dict(state_dict=made.state_dict()), folder / "checkpoints/best.ckpt")
+    model = options | dict(_target_="evit.models.create_model", keep_rate=0.7, img_size=28)
+    config = dict(model=model, recipe={}, img_size=28)
+    (folder / "config.json").write_text(json.dumps(config))
+    own = SMALL.replace("models=evit_deit_tiny_patch16 img_sizes=32 ", "")
+    result = benchmark(f"{own} checkpoint={folder}/checkpoints/best.ckpt keep_rates=0.5")
+    params = sum(p.numel() for p in made.parameters())
+    assert [(r["model"], r["img_size"]) for r in result["rows"]] == [("myrun", 28)] * 3
+    assert {row["params"] for row in result["rows"]} == {params}
+    assert str(tmp_path) not in json.dumps([result["rows"], result["matmul"]])
 
 
 @pytest.mark.parametrize(
@@ -160,7 +149,7 @@ def test_any_timm_model_is_timed_as_its_evit_beside_timm_s_own():
     [
         ("keep_rates=[0]", "keep_rate must be in"),
         ("models=evit_deit_smal", "Unknown model"),
-        ("models=resnet18", "resnet18"),
+        ("models=resnet18", "resnet18|ResNet"),
         ("models=vit_base_patch16_gap_224", "no class token"),
         ("img_sizes=[33]", "img_size 33 .* 32 or 48"),
         ("batch_sizes=[0]", "batch_sizes must be at least 1, got 0"),
@@ -173,58 +162,84 @@ def test_any_timm_model_is_timed_as_its_evit_beside_timm_s_own():
         ("what=training precisions=fp16", "loss scaling"),
         ("paper=deit_b", "paper must be of false, true, deit_s, lvvit_s"),
         ("paper=deit_s", "leave out img_sizes, models"),
-        ("device=tpu", "device must be auto, cpu or cuda"),
+        ("device=tpu", "device must be of auto, cpu, cuda"),
         ("keeprates=[1]", "did you mean keep_rates"),
+        ("checkpoint=elsewhere/best.ckpt", "RUN/checkpoints/NAME.ckpt"),
     ],
 )
 def test_what_cannot_be_timed_is_said_before_anything_is(refused, arguments, message):
-    import re
-
     assert re.search(message, refused(f"{SMALL} {arguments}"))
 
 
-def test_the_loader_the_model_and_both_have_their_speeds(tmp_path, shared_photos):
-    from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
+def test_the_wait_for_data_is_that_of_a_training_run(benchmark, monkeypatch):
+    from evit.commands import benchmark_gpu
+    from tests.test_conf import composed
 
-    from evit.benchmark import open_data
-    from evit.measure.data_bound import data_bound
+    asked: list[str] = []
 
-    overrides = "data.backend=imagefolder data.num_workers=0 max_images=9".split()
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
-        cfg = compose("benchmark", [*SMALL.split(), *overrides, f"data.root={shared_photos}"])
-    cfg.data.img_size = None
-    config = OmegaConf.to_container(cfg, resolve=True)
-    config |= dict(batch_sizes=[2], precisions=["fp32"], compile=[False])
-    said: list[str] = []
-    entry = Entry("evit_deit_tiny_patch16", 0.5, True, 32)
-    data = open_data(config, 32, torch.device("cpu"), tmp_path)
-    result = data_bound(config, entry, data, torch.device("cpu"), said.append)
-    assert result["images"] == 8 and "photos, read by imagefolder" in said[0]
-    assert [row["name"] for row in result["rows"]] == ["loader alone", "model alone", "both"]
-    assert all(row["images_per_s"] > 0 for row in result["rows"])
-    assert "% of the model's own speed" in result["verdict"]
+    def train(overrides, device):
+        asked.extend(overrides)
+        return dict(title="t", rows=[dict(images_per_s=1.0, data_wait=0.5)], verdict="v")
+
+    monkeypatch.setattr(benchmark_gpu, "train_briefly", train)
+    data = "data.root=/photos data.backend=imagefolder max_images=12 keep_rates=[1,[0.9,0.8,0.7]]"
+    result = benchmark(f"{SMALL} what=loader {data}")
+    assert result["loader"]["rows"] == [dict(images_per_s=1.0, data_wait=0.5)]
+    cfg = composed(*asked)
+    assert (cfg.model.model_name, cfg.img_size) == ("evit_deit_tiny_patch16", 32)
+    assert cfg.keep_rate == [0.9, 0.8, 0.7] and cfg.trainer.precision == "32-true"
+    assert (cfg.recipe.batch_size, cfg.recipe.max_train_images) == (2, 12)
+    assert (cfg.data.root, cfg.data.backend) == ("/photos", "imagefolder")
 
 
-@pytest.mark.parametrize(
-    ("share", "loader", "said"),
-    [(0.99, 1.2, "does not wait"), (0.5, 0.6, "waits for"), (0.8, 9, "takes time from training")],
-)
-def test_what_the_speeds_say(share, loader, said):
-    from evit.measure.data_bound import verdict
+def test_progress_says_what_is_being_done(capsys):
+    contest.report("compiling a model")
+    with contest.progress(every=0.01):
+        until = time.monotonic() + 20
+        said = ""
+        while "compiling a model" not in said and time.monotonic() < until:
+            time.sleep(0.01)
+            said += capsys.readouterr().out
+    assert re.search(r"  \d+ s: compiling a model\n", said)
 
-    assert said in verdict(share, loader) and f"{100 * share:.0f} %" in verdict(share, loader)
+
+def test_a_model_without_time_left_is_left_out(monkeypatch):
+    entry = entries.Entry("evit_deit_tiny_patch16", 0.5, True, 32)
+    monkeypatch.setattr(contest, "Contestant", None)  # is not to be called
+    result: dict = dict(rows=[], matmul=[], left_out=[])
+    group = contest.Group("inference", 1, "fp32", False)
+    found = entries.compared([entry], at_base_size=False)
+    config = dict(repeats=1, min_seconds=1e-9, paper=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(contest.speed, "matmul_step", lambda *_: (lambda: None, 1))
+        patched.setattr(contest.speed, "timed", lambda step, calls, device: 1.0)
+        contest.contest(result, found, group, torch.device("cuda"), config, until=0)
+    assert [row["reason"][:12] for row in result["left_out"]] == ["no time left"] + [
+        "no dense mod"
+    ] * 2
+
+
+def test_all_gpu_measurements_run_on_a_cpu_with_tiny_models(benchmark, tmp_path):
+    result = benchmark(
+        f"paper=gpu device=cpu repeats=1 min_seconds=0.001 threads=1 target={tmp_path}/kept"
+    )
+    assert {path.name for path in (tmp_path / "kept").iterdir()} == {
+        *("table.md", "benchmark.json", "speed.svg")
+    }
+    assert all(row["same_patches"] for row in result["correctness"]["rows"])
+    assert result["training_run"]["rows"][0]["data_wait"] < 1
+    kinds = {(row["what"], row["batch_size"]) for row in result["rows"]}
+    assert kinds == {("inference", 1), ("inference", 2), ("training", 2)}
+    assert {row["model"] for row in result["rows"]} == {
+        *("deit_tiny_patch16_224", "evit_deit_tiny_patch16", "lvvit_t", "evit_lvvit_t")
+    }
+    assert not result["left_out"]
+    table = (tmp_path / "kept/table.md").read_text()
+    assert "agrees with the authors' code" in table and "Training run" in table
+    assert "dense, linear patch embedding" in table and result["packages"]["torch"] in table
 
 
 @pytest.mark.slow
 def test_compiled_models_take_turns_too(benchmark):
     rows = benchmark(f"{SMALL} compile=[false,true] keep_rates=0.5")["rows"]
-    assert [row["compile"] for row in rows] == [False, False, True, True]
-
-
-def test_the_knobs_are_these():
-    assert {field.name for field in fields(BenchmarkConfig)} == {
-        *("name", "what", "models", "keep_rates", "fusion", "img_sizes", "batch_sizes"),
-        *("precisions", "compile", "paper", "repeats", "min_seconds", "threads", "device"),
-        *("max_images", "seed", "target", "data"),
-    }
+    assert [row["compile"] for row in rows] == [False] * 3 + [True] * 3

@@ -6,7 +6,7 @@ from statistics import mean
 
 import pytest
 
-from evit.report import benchmarks, found, tables
+from evit.report import benchmark, found, tables
 from tests import soak
 from tests.conftest import ROOT
 
@@ -35,7 +35,7 @@ def test_the_table_of_an_evaluation_has_its_numbers(path):
 )
 def test_the_table_of_a_benchmark_is_made_from_its_numbers(path):
     result = json.loads(path.read_text())
-    assert path.with_name("table.md").read_text() == benchmarks.markdown(result)
+    assert path.with_name("table.md").read_text() == benchmark.markdown(result)
     assert not result["commit"].endswith("-dirty")
 
 

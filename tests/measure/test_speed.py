@@ -2,11 +2,16 @@
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from evit.measure import speed
 
 CPU = torch.device("cpu")
+
+
+def model(**kwargs) -> torch.nn.Module:
+    return timm.create_model("evit_deit_tiny_patch16", img_size=32, depth=4, **kwargs)
 
 
 def test_in_every_round_all_steps_have_their_turn_and_another_one_is_first():
@@ -45,7 +50,36 @@ def test_peak_memory_is_of_what_is_held_at_once():
 
 
 def test_the_matrix_product_has_the_multiply_accumulates_that_it_says():
-    from evit.measure.steps import executed_macs
-
     step, macs = speed.matmul_step(torch.float32, CPU)
-    assert executed_macs(step) == macs
+    assert speed.executed_macs(step) == macs
+
+
+def test_a_forward_pass_is_without_gradients():
+    images, seen = torch.randn(1, 3, 32, 32), []
+    evit = model().eval()
+    evit.register_forward_hook(lambda module, args, out: seen.append(out.requires_grad))
+    speed.inference_step(evit, images)()
+    assert seen == [False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_training_step_changes_every_weight(dtype):
+    evit = model(drop_loc=[1]).train()
+    before = {name: weight.clone() for name, weight in evit.named_parameters()}
+    speed.training_step(evit, evit, torch.randn(2, 3, 32, 32), dtype)()
+    same = [name for name, weight in evit.named_parameters() if torch.equal(weight, before[name])]
+    assert same == []
+
+
+def test_a_training_step_computes_about_three_times_a_forward_pass():
+    evit, images = model(), torch.randn(2, 3, 32, 32)
+    forward = speed.executed_macs(speed.inference_step(evit.eval(), images))
+    step = speed.training_step(evit.train(), evit, images, torch.float32)
+    assert 2.5 < speed.executed_macs(step) / forward < 3.5
+
+
+def test_the_precision_of_float32_products_is_set():
+    assert speed.set_precision("tf32") == torch.float32
+    assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
+    assert speed.set_precision("bf16") == torch.bfloat16
+    assert torch.get_float32_matmul_precision() == "highest"

@@ -14,8 +14,7 @@ import timm
 import torch
 from published import published_forward
 
-from evit.measure.speed import quartiles, take_turns, warm_up
-from evit.measure.steps import inference_step
+from evit.measure.speed import inference_step, quartiles, take_turns, warm_up
 
 CPU, ROUNDS = torch.device("cpu"), 15
 

@@ -1,38 +1,38 @@
-"""Time and memory of steps: of what is run again and again, such as a forward pass.
+"""Time and memory of a step, such as a forward pass or an optimizer step.
 
-Machines are noisy, and their speed drifts. What is to be compared therefore takes turns, round
-after round, and is compared within each round.
+Machines are noisy and their speed drifts, so steps that are compared take turns, round after round,
+and are compared within each round.
 """
 
 import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 Step = Callable[[], object]
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+PRECISIONS = dict(fp32=torch.float32, tf32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
 
 def timed(step: Step, calls: int, device: torch.device) -> float:
-    """Seconds of so many calls."""
-    synchronize(device)
+    """Seconds that this many calls take."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
     started = time.perf_counter()
     for _ in range(calls):
         step()
-    synchronize(device)
+    wait()
     return time.perf_counter() - started
 
 
 def warm_up(step: Step, min_seconds: float, device: torch.device) -> int:
-    """How many calls take min_seconds, once the step has been called often enough to be warm."""
+    """Call a step until it is warm; return how many calls take min_seconds."""
     timed(step, 2, device)
     calls = 1
     while (seconds := timed(step, calls, device)) < min_seconds:
@@ -41,36 +41,28 @@ def warm_up(step: Step, min_seconds: float, device: torch.device) -> int:
 
 
 def take_turns(
-    steps: Sequence[Step],
-    calls: Sequence[int],
-    repeats: int,
-    device: torch.device,
-    advance: Step = lambda: None,
+    steps: Sequence[Step], calls: Sequence[int], repeats: int, device: torch.device
 ) -> np.ndarray:
     """Seconds of one call, (steps, rounds).
 
-    In each round every step is called calls[i] times in a row; another one begins each round.
-
-    Args:
-        advance: called after each turn.
+    In each round every step is called calls[i] times in a row; each round begins with another step.
     """
     seconds = np.empty((len(steps), repeats))
     for turn in range(repeats):
         for place in range(len(steps)):
             i = (turn + place) % len(steps)
             seconds[i, turn] = timed(steps[i], calls[i], device) / calls[i]
-            advance()
     return seconds
 
 
 def quartiles(values: Iterable[float]) -> tuple[float, float, float]:
-    """The quarter, the median and three quarters."""
+    """The lower quartile, the median and the upper quartile."""
     low, middle, high = np.percentile(np.asarray(values), [25, 50, 75])
     return float(low), float(middle), float(high)
 
 
 def matmul_step(dtype: torch.dtype, device: torch.device) -> tuple[Step, int]:
-    """A matrix product large enough to show the machine's peak; its multiply-accumulates."""
+    """A matrix product that is large enough to show the peak, and its multiply-accumulates."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(a)
@@ -78,23 +70,67 @@ def matmul_step(dtype: torch.dtype, device: torch.device) -> tuple[Step, int]:
 
 
 def peak_memory(step: Step, device: torch.device) -> int:
-    """Bytes of the tensors that a step makes, at their most: allocated, and not yet freed.
-
-    From CUDA's allocator, or from all allocations of PyTorch's on the CPU. What libraries take for
-    themselves is not seen.
-    """
+    """Bytes of the tensors that a step allocates, at their most, by PyTorch's allocator."""
     if device.type == "cuda":
-        synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        step()
-        synchronize(device)
+        timed(step, 1, device)
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's messages about absent GPUs
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler complains of absent GPUs
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         step()
     events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    held = np.cumsum([0] + [size for _, size in changes])
-    return int(held.max())
+    return int(np.cumsum([0] + [size for _, size in changes]).max())
+
+
+def executed_macs(step: Step) -> int:
+    """Multiply-accumulates of a step, backward included, as PyTorch counts them."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops() // 2
+
+
+def set_precision(precision: str) -> torch.dtype:
+    """Multiply float32 matrices in TF32 from now on, or exactly; the dtype of the precision."""
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    return PRECISIONS[precision]
+
+
+def inference_step(model: Callable[[Tensor], Any], images: Tensor) -> Callable[[], None]:
+    """A forward pass without gradients, of a model in evaluation mode."""
+
+    @torch.no_grad()
+    def step() -> None:
+        torch.compiler.cudagraph_mark_step_begin()
+        model(images)
+
+    return step
+
+
+def training_step(
+    model: nn.Module, forward: Callable[[Tensor], Tensor], images: Tensor, dtype: torch.dtype
+) -> Callable[..., None]:
+    """One optimizer step: forward, cross-entropy, backward, AdamW; in autocast below float32.
+
+    Args:
+        forward: calls the model; it may be its compiled form.
+
+    Returns:
+        The step on these images, or on the images and labels that it is given.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=images.is_cuda or None)
+    zeros = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    low = dtype != torch.float32
+
+    def step(images: Tensor = images, labels: Tensor = zeros) -> None:
+        torch.compiler.cudagraph_mark_step_begin()
+        optimizer.zero_grad()
+        with torch.autocast(images.device.type, dtype if low else None, enabled=low):
+            loss = F.cross_entropy(forward(images), labels)
+        loss.backward()
+        optimizer.step()
+
+    return step

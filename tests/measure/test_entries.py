@@ -1,0 +1,102 @@
+"""Which models are timed, by the names that users give them."""
+
+import pytest
+import timm
+import torch
+
+import evit
+from evit.measure.contest import Contestant, Group
+from evit.measure.entries import Entry, build, choose, dense, dense_name, facts
+
+KNOBS: dict = dict(paper=False, keep_rates=[0.5], fusion=[True], img_sizes=[32], reducers=[None])
+
+
+def test_every_reduced_model_has_its_dense_model_and_itself_with_every_token():
+    found = choose(KNOBS | dict(models=["evit_deit_tiny_patch16"], fusion=[True, False]))
+    base = Entry("deit_tiny_patch16_224", img_size=32, dense=True)
+    whole, *reduced = (entry for entry in found if not entry.dense)
+    assert set(found.values()) == {base} and whole == Entry("evit_deit_tiny_patch16", img_size=32)
+    assert [entry.fusion for entry in reduced] == [True, False]
+
+
+def test_an_lvvit_that_keeps_every_token_is_its_dense_model():
+    found = choose(KNOBS | dict(models=["evit_lvvit_t"], keep_rates=[1, 0.5]))
+    assert [(entry.model, entry.dense) for entry in found] == [
+        ("lvvit_t", True),
+        ("evit_lvvit_t", False),
+    ]
+
+
+def test_a_shortcut_chooses_the_rows_of_the_paper():
+    found = choose(dict(paper="lvvit_s"))
+    assert len(found) == 10
+    assert set(found.values()) == {Entry("lvvit_s", dense=True)}
+    assert Entry("evit_lvvit_s", 0.7, True, 448) in found
+    assert [entry.img_size for entry in found if entry.dense] == [224, 384]
+
+
+def test_the_field_is_other_models_and_evit():
+    found = choose(dict(paper="field"))
+    others = [entry for entry in found if entry.dense]
+    assert len(others) == 30 and all(timm.is_model(entry.model) for entry in others)
+    rates = [entry.keep_rate for entry in found if not entry.dense]
+    assert rates == [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.7, 0.5]
+    bases = {str(base) for entry, base in found.items() if "lvvit" in entry.model}
+    assert bases == {"lvvit_s dense img_size=224"}
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("evit_deit_base_patch16", "deit_base_patch16_224"),
+        ("dynamicvit_deit_small_patch16", "deit_small_patch16_224"),
+        ("evit_lvvit_m", "lvvit_m"),
+        ("dynamicvit_lvvit_s", "lvvit_s"),
+        ("deit3_small_patch16_224", "deit3_small_patch16_224"),
+    ],
+)
+def test_every_family_has_its_dense_model(model, expected):
+    assert dense_name(Entry(model)) == expected
+
+
+def test_a_name_of_conf_model_is_that_model_and_its_dense_one_has_its_sizes():
+    (base,) = set(choose(KNOBS | dict(models=["evit_deit_micro"], img_sizes=[28])).values())
+    model = build(base)
+    assert type(model).__module__.startswith("timm.")
+    assert (model.embed_dim, model.patch_embed.patch_size) == (96, (7, 7))
+    tiny = choose(KNOBS | dict(models=["evit_deit_tiny"]))
+    assert [entry.model for entry in tiny][:2] == [
+        "deit_tiny_patch16_224",
+        "evit_deit_tiny_patch16",
+    ]
+
+
+@pytest.mark.parametrize("model", ["cait_xxs24_224", "efficientnet_b0"])
+def test_models_of_other_kinds_have_the_macs_that_are_done(model):
+    entry = Entry(model, img_size=64, dense=True)
+    group = Group("inference", 1, "fp32", False)
+    contestant = Contestant(entry, group, torch.device("cpu"), 1e-9)
+    assert contestant.macs_executed == facts(entry)["macs"] > 1e6
+    assert facts(entry)["keep_rate"] == []
+
+
+def test_any_timm_model_is_reduced_beside_timm_s_own():
+    entry = Entry("deit_tiny_patch16_224", 0.5, True, 32)
+    assert hasattr(build(entry), "set_keep_rate") and not hasattr(
+        build(dense(entry)), "set_keep_rate"
+    )
+    assert facts(dense(entry))["macs"] == facts(Entry(entry.model, img_size=32))["macs"]
+
+
+def test_reducers_are_entries_beside_each_other(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        evit, "reduce", lambda model, name, **knobs: asked.append((name, knobs)), raising=False
+    )
+    found = choose(KNOBS | dict(models=["deit_tiny_patch16_224"], reducers=["evit", "tome"]))
+    *_, own, other = found
+    assert (own.reducer, own.fusion) == ("evit", True)
+    assert (other.reducer, other.fusion) == ("tome", None)
+    build(other)
+    assert asked == [("tome", dict(keep_rate=0.5))]
+    assert "deit_tiny_patch16_224 tome keep_rate=0.5" in str(other)
