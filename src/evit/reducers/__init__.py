@@ -12,7 +12,7 @@ from evit.reducers.mctf import MCTF
 from evit.reducers.merge import DiffRate, Merge
 from evit.reducers.pitome import PiToMe
 from evit.reducers.squeeze import Squeeze
-from evit.reducers.tokens import Reduction, Seen, merge_into
+from evit.reducers.tokens import Reduction, Seen, merge_into, nearest
 from evit.reducers.tome import ToMe
 
 KINDS: list[type[Reducer]] = [
@@ -64,5 +64,6 @@ __all__ = [
     "Seen",
     "make",
     "merge_into",
+    "nearest",
     "options",
 ]

@@ -12,23 +12,19 @@ from typing import Any
 import torch
 
 from evit.reducers.base import Reducer
-from evit.reducers.tokens import Reduction, Seen, merge_into, unit
+from evit.reducers.tokens import Reduction, Seen, merge_into, nearest
 
 
 def merge(seen: Seen, score_BN: torch.Tensor, num_ranked: int, num_kept: int) -> Reduction:
     """Keep the num_kept best, merge those that follow among the num_ranked best, drop the rest."""
     ranked = score_BN.topk(num_ranked, sorted=True).indices
     index_BK = ranked[:, :num_kept]
-    tokens = unit(seen.image())
-    hosts = tokens.gather(1, index_BK[..., None].expand(-1, -1, tokens.shape[2]))
-    cosine, host = (tokens @ hosts.mT).max(2)
+    cosine_BN, host_BN = nearest(seen.image(), index_BK)
     if num_ranked < score_BN.shape[1]:
-        takes_part = torch.zeros_like(host, dtype=torch.bool).scatter(1, ranked, True)
-        host = torch.where(takes_part, host, -1)
-    own = torch.arange(num_kept, device=host.device).expand_as(index_BK)
-    host = host.scatter(1, index_BK, own)
-    cosine = cosine.to(score_BN.dtype).scatter(1, index_BK, 1.0)
-    return merge_into(seen, index_BK, host, torch.ones_like(cosine), seen.sizes() * cosine)
+        takes_part = torch.zeros_like(host_BN, dtype=torch.bool).scatter(1, ranked, True)
+        host_BN = torch.where(takes_part, host_BN, -1)
+    plain = torch.ones_like(cosine_BN)
+    return merge_into(seen, index_BK, host_BN, plain, seen.sizes() * cosine_BN)
 
 
 class Merge(Reducer):

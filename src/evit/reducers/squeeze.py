@@ -5,26 +5,20 @@ is most similar to it, with weight exp(cosine). Sizes are not followed. Costs th
 N K C products.
 """
 
-import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from evit.reducers.base import Reducer
 from evit.reducers.dynamicvit import DynamicViT
-from evit.reducers.tokens import Reduction, Seen, merge_into, unit
+from evit.reducers.tokens import Reduction, Seen, merge_into, nearest
 
 
 def squeeze(seen: Seen, score_BN: Tensor, num_kept: int) -> Reduction:
     """Keep the num_kept best, merge each other token into the kept one most similar to it."""
     index_BK = score_BN.detach().topk(num_kept, sorted=False).indices
-    tokens = unit(seen.image(), eps=1e-6)
-    kept = tokens.gather(1, index_BK[..., None].expand(-1, -1, tokens.shape[2]))
-    cosine_BN, host_BN = (tokens @ kept.mT).max(2)
-    own = torch.arange(num_kept, device=host_BN.device).expand_as(index_BK)
-    weight_BN = cosine_BN.exp().scatter(1, index_BK, math.e)
-    return merge_into(seen, index_BK, host_BN.scatter(1, index_BK, own), weight_BN)
+    cosine_BN, host_BN = nearest(seen.image(), index_BK, eps=1e-6)
+    return merge_into(seen, index_BK, host_BN, cosine_BN.exp())
 
 
 class Squeeze(DynamicViT):

@@ -201,6 +201,18 @@ def merge_into(
     return Reduction(index_BK, P, None, share_BKN / total_BK1, host_BN, sizes_BT)
 
 
+def nearest(tokens_BNC: Tensor, index_BK: Tensor, eps: float = 1e-12) -> tuple[Tensor, Tensor]:
+    """The most similar of the kept tokens in index_BK, for every image token; itself, if kept.
+
+    Returns: cosine similarities (B, N), 1 for kept tokens, and places in index_BK (B, N).
+    """
+    tokens = unit(tokens_BNC, eps)
+    kept = tokens.gather(1, index_BK[..., None].expand(-1, -1, tokens.shape[2]))
+    cosine_BN, host_BN = (tokens @ kept.mT).max(2)
+    own = torch.arange(index_BK.shape[1], device=host_BN.device).expand_as(index_BK)
+    return cosine_BN.scatter(1, index_BK, 1.0), host_BN.scatter(1, index_BK, own)
+
+
 def split(num_tokens: int, num_prefix: int, device: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Image tokens at even and at odd positions of the whole sequence: A and B of ToMe.
 

@@ -1,0 +1,56 @@
+"""The example of docs/reducers.md, as written there."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import evit
+from tests.reducers.tiny import images, vit
+
+PAGE = (Path(__file__).parents[2] / "docs/reducers.md").read_text()
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", PAGE, re.S)
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch):
+    """The folder of the example, with its two files."""
+    code = [text for language, text in BLOCKS if language == "python"][1]
+    (knobs,) = (text for language, text in BLOCKS if language == "yaml")
+    (tmp_path / "conf/reducer").mkdir(parents=True)
+    (tmp_path / "longest.py").write_text(code)
+    (tmp_path / "conf/reducer/longest.yaml").write_text(knobs)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    sys.modules.pop("longest", None)
+
+
+def test_the_example_reduces_compiles_and_counts(mine):
+    from longest import Longest
+
+    model = evit.reduce(vit(), Longest(keep_rate=0.5, power=2.0)).eval()
+    assert model.tokens_per_block() == [64, 32, 16, 8, 8]
+    logits, source = model(images(), return_source=True)
+    assert set(source[0].tolist()) == set(range(1, 9))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images()), logits)
+    assert evit.measure.count_macs(model) > 0
+
+
+def test_the_yaml_names_the_class_and_its_options(mine):
+    (knobs,) = (yaml.safe_load(text) for language, text in BLOCKS if language == "yaml")
+    assert knobs == dict(_target_="longest.Longest", keep_rate="${keep_rate}", power=1.0)
+
+
+def test_the_python_lines_run(monkeypatch):
+    real = torch.randn
+    monkeypatch.setattr(torch, "randn", lambda *size: real(1, *size[1:]))
+    exec([text for language, text in BLOCKS if language == "python"][0], {})
+
+
+def test_every_method_is_in_the_table():
+    rows = set(re.findall(r"^\| `(\w+)` \|", PAGE, re.M))
+    assert rows == set(evit.reducers.REDUCERS) - {"topk"}
