@@ -46,6 +46,7 @@ class RunConfig:
     checkpoint_every_n_steps: int | None = None
     keep_checkpoint_every_n_epochs: int | None = None
     dry_run: bool = False
+    reducer: Any = None
     model: Any = MISSING
     data: Any = MISSING
     recipe: Recipe = MISSING
