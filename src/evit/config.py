@@ -103,14 +103,14 @@ class EvaluateConfig:
     keep_rate: Any = None
     keep_rates: Any = None
     fusion: Any = None  # true, false, or a list
-    selection: Any = MISSING  # a name, or a list
+    gmacs: Any = None
+    selection: Any = None  # a name, or a list
     img_size: int | None = None
     crop_pct: float | None = None
     max_val_images: int | None = None
     batch_size: int = MISSING
     seed: int = MISSING
-    verify: bool = MISSING
-    repeats: int = MISSING
+    reducer: Any = None
     model: Any = field(default_factory=dict)
     data: Any = MISSING
     trainer: Any = MISSING
@@ -152,6 +152,7 @@ class WeightsConfig:
     img_size: int | None = None
     target: str | None = None
     seed: int = MISSING
+    reducer: Any = None
     model: Any = field(default_factory=dict)
 
 

@@ -24,8 +24,8 @@ from evit.measure.speed import (
     timed,
     warm_up,
 )
-from evit.models import DynamicViT, EViT, create_model
-from evit.models.timm_vit import reorganized
+from evit.models import create_model
+from evit.models.registry import reduced
 
 Report = Callable[[str], None]
 
@@ -86,7 +86,8 @@ def build(entry: Entry) -> nn.Module:
         if is_own(entry.model):
             fusion = entry.fusion is not False
             return create_model(entry.model, keep_rate=entry.keep_rate, fusion=fusion, **size)
-        return reorganized(entry.model, entry.keep_rate, bool(entry.fusion), **size)
+        fusion = bool(entry.fusion)
+        return reduced(entry.model, keep_rate=entry.keep_rate, fusion=fusion, **size)
     except TypeError as error:
         raise ValueError(f"{entry.model}: {error}") from error
 
@@ -100,14 +101,14 @@ def facts(entry: Entry) -> dict[str, Any]:
     """
     with torch.device("meta"):
         model = build(entry)
-        if isinstance(model, VisionTransformer):
+        if not hasattr(model, "reducer") and isinstance(model, VisionTransformer):
             model = build(dataclasses.replace(entry, dense=False))
         params = count_params(model)
-        if not isinstance(model, EViT):  # of another kind, which has no published count
+        if not hasattr(model, "reducer"):  # of another kind, which has no published count
             macs = count_macs(model.requires_grad_(False), entry.img_size, executed=True)
             return dataclasses.asdict(entry) | dict(keep_rate=[], params=params, macs=macs)
         macs = count_macs(model)
-    fusion = None if isinstance(model, DynamicViT) or entry.keep_rate == 1 else entry.fusion
+    fusion = None if not hasattr(model.reducer, "fusion") or entry.keep_rate == 1 else entry.fusion
     return dataclasses.asdict(entry) | dict(
         keep_rate=list(model.keep_rate), fusion=fusion, params=params, macs=macs
     )

@@ -1,0 +1,1 @@
+"""One file, one command: what src/*.py call."""
