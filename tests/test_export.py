@@ -5,16 +5,16 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import evit.export
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from evit.models.timm_vit import reorganized
 
-import evit.export
 from evit.config import ExportConfig
 from evit.models import create_model
-from evit.models.timm_vit import reorganized
 
 TINY = "img_size=32 +model.embed_dim=48 +model.depth=4 +model.num_heads=3"
 SIZE = dict(img_size=32, embed_dim=48, depth=4, num_heads=3)

@@ -4,12 +4,12 @@ import json
 import sys
 from dataclasses import fields
 
+import evit.visualize
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import evit.visualize
 from evit.config import VisualizeConfig
 from evit.data.batch import normalize
 from evit.models import create_model

@@ -10,12 +10,12 @@ from omegaconf import DictConfig, OmegaConf
 from evit import measure
 from evit.config import by_data
 from evit.data.sources import epoch_length
-from evit.report import paper, plans
+from evit.recipe import Recipe
 from evit.reducers.schedule import keep_rate_at
+from evit.report import paper, plans
 from evit.training.module import Classifier
 from evit.training.objectives import Classification, DynamicTokens, TokenLabels, make_objective
 from evit.training.optimizer import make_optimizer
-from evit.recipe import Recipe
 
 IMAGENET = dict(name="ImageNet", num_classes=1000, train_images=1_281_167, val_images=50_000)
 PROCESSES = (1, 4, 8, 16)
@@ -84,7 +84,7 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
 
 def trains_its_own_way(model: Any) -> bool:
     """Whether the model's reducer has losses of its own, as DynamicViT's."""
-    return hasattr(getattr(model, "reducer", None), "losses")
+    return getattr(getattr(model, "reducer", None), "masked", False)
 
 
 def data_facts(cfg: DictConfig, recipe: Recipe) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from evit.compiling import private_cache
 from evit.config import HOW
 from evit.data import Images
 from evit.models.weights import read_state_dict
+from evit.recipe import Recipe
 from evit.report import results, tables
 from evit.tracking import JsonlLogger, start_service, wandb_logger, wandb_mode
 from evit.training import checkpoints, peers
@@ -26,7 +27,6 @@ from evit.training.module import Classifier, mix_seed
 from evit.training.nonfinite import NonFinite
 from evit.training.objectives import Classification, dense_teacher, make_objective
 from evit.training.progress import Throughput, progress
-from evit.recipe import Recipe
 from evit.training.trainer import accumulate, build_trainer, quiet, say
 
 GROUPS = ("reducer", "model", "data", "recipe", "experiment")
@@ -78,7 +78,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         callbacks.append(EMA(recipe.ema_decay, recipe.ema_evaluated))
     if reducer := getattr(model, "reducer", None):
         start, epochs = recipe.shrink_start_epoch, recipe.shrink_epochs
-        if hasattr(reducer, "losses") or reducer.given or getattr(reducer, "own", False):
+        if reducer.masked or reducer.own or reducer.given:
             start = epochs = 0  # DynamicViT as its authors train it
         multiple = recipe.token_multiple or (8 if cfg.compile else 1)
         callbacks += [
@@ -203,7 +203,7 @@ def build_teacher(cfg: DictConfig, model: torch.nn.Module) -> torch.nn.Module | 
         ValueError: another kind of model has no use for a teacher, or its weights do not fit.
     """
     source = cfg.recipe.teacher or cfg.checkpoint
-    if not hasattr(getattr(model, "reducer", None), "losses"):
+    if not getattr(getattr(model, "reducer", None), "masked", False):
         if cfg.recipe.teacher:
             raise ValueError(
                 f"recipe.teacher={cfg.recipe.teacher} is for DynamicViT: {type(model).__name__} "
@@ -228,7 +228,7 @@ def announce(cfg: DictConfig, data: Images, model: Any, teacher: bool) -> None:
     recipe, name = cfg.recipe, HydraConfig.get().runtime.choices["model"]
     if set(getattr(model, "keep_rate", [1])) == {1} and cfg.keep_rate != 1:
         say(f"{name} keeps every token: keep_rate and fusion are not used.")
-    own = hasattr(getattr(model, "reducer", None), "losses")
+    own = getattr(getattr(model, "reducer", None), "masked", False)
     if own:
         say("DynamicViT drops, at a constant rate: fusion and recipe.shrink_epochs are not used.")
         if not teacher:

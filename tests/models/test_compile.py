@@ -3,10 +3,10 @@
 import pytest
 import timm
 import torch
+from evit.models.dynamicvit import DynamicLVViT
 from torch._dynamo.testing import CompileCounter
 
 import evit
-from evit.models.dynamicvit import DynamicLVViT
 
 
 @pytest.fixture(autouse=True)

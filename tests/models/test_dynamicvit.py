@@ -3,10 +3,10 @@
 import pytest
 import timm
 import torch
+from evit.models.dynamicvit import DynamicLVViT, Predictor, masked_block
 
 import evit
 from evit.measure import count_macs, count_params
-from evit.models.dynamicvit import DynamicLVViT, Predictor, masked_block
 from tests.models import golden
 
 NAMES = ["dynamicvit_deit_small_patch16", "dynamicvit_lvvit_s"]

@@ -2,11 +2,11 @@ import time
 
 import pytest
 import timm
+from evit.models.pretrained import create_model
 from huggingface_hub import constants
 
 import evit  # noqa: F401
 from evit.models import pretrained
-from evit.models.pretrained import create_model
 
 # A name that no server has, whether or not there is a network.
 NOWHERE = {"hf_hub_id": "nobody-has/this-model-9f31", "url": ""}

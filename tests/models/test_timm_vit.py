@@ -3,9 +3,9 @@
 import pytest
 import timm
 import torch
+from evit.models.timm_vit import reorganized
 
 import evit
-from evit.models.timm_vit import reorganized
 
 SMALL = dict(img_size=32, depth=4, num_classes=3)
 

@@ -12,10 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 
 from evit import load_checkpoint, reduce
-from evit.config import overridden
+from evit.config import folder_name, overridden
 from evit.data.batch import MEAN, STD
 from evit.models.weights import fit_state_dict, read_file, read_state_dict
+from evit.reducers import REDUCERS
 from evit.report import results
+from evit.report.evaluations import rate
 
 # For checkpoints that are not a run's, where nothing is given.
 DEFAULTS = dict(keep_rate=0.7, fusion=True, img_size=224, crop_pct=0.875, max_val_images=None)
@@ -83,8 +85,7 @@ def complete(cfg: DictConfig, source: Source) -> DictConfig:
             cfg[knob] = knobs[knob]
     for knob in ("keep_rate", "fusion"):
         if knob in cfg.reducer and f"reducer.{knob}" not in names:
-            if cfg.reducer[knob] is not None or knob in names:  # null: a schedule of its own
-                cfg.reducer[knob] = cfg[knob]
+            cfg.reducer[knob] = cfg[knob]
     if "reducer" in cfg.model:
         cfg.model.reducer = cfg.reducer
     if "img_size" in cfg.model:  # a run has a value, not ${img_size}
@@ -141,7 +142,9 @@ def load(model: Any, source: Source) -> None:
     """
     weights, reducer = fit_state_dict(source.weights, model), getattr(model, "reducer", None)
     if reducer is not None and not reducer.state_dict():
-        weights = {k: w for k, w in weights.items() if not k.startswith("reducer.")}
+        others = {name for kind in REDUCERS.values() for name in kind.published_names}
+        foreign = ("reducer.", *others)
+        weights = {k: w for k, w in weights.items() if not k.startswith(foreign)}
     elif reducer is not None and not any(k.startswith("reducer.") for k in weights):
         raise ValueError(
             f"reducer {reducer.name} has to be trained, and {source.path} has no weights of it: "
@@ -175,6 +178,14 @@ def model_name(config: dict[str, Any], source: Source) -> str:
     before = results.finished(folder) if folder else None
     model = config.get("model") or source.run["model"]
     return before["choices"]["model"] if before else model.get("model_name", "model")
+
+
+def file_name(about: dict[str, Any]) -> str:
+    """MODEL-KEEPRATE-SIZE, with the reducer if the model's name does not say it."""
+    model, reducer = about["model"], about["reducer"] or "evit"
+    named = reducer == "evit" or model.startswith(reducer)
+    parts = (model, *([] if named else [reducer]), rate(about), about["img_size"])
+    return folder_name("-".join(map(str, parts)))
 
 
 def require_weights(cfg: DictConfig) -> None:

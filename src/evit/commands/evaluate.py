@@ -179,9 +179,7 @@ def choose(
     for (rate, budget), node in product(targets, nodes):
         own = {k: values for k, values in choices.items() if k in node and values != [None]}
         for values in product(*own.values()):
-            wanted = node | dict(zip(own, values, strict=True))
-            if node["keep_rate"] is not None or "keep_rates" in given or budget:
-                wanted["keep_rate"] = rate
+            wanted = node | dict(zip(own, values, strict=True), keep_rate=rate)
             reducer = checkpoint.attach(model, wanted, source)
             if budget:
                 measure.match_macs(model, budget)

@@ -1,8 +1,9 @@
 """Models. Importing this package registers them with timm."""
 
+from evit.models.convert import reduce, reorganize
 from evit.models.lvvit import LVViT
 from evit.models.registry import create_model
-from evit.models.vit import DynamicViT, EViT, ReducedViT, reduce, reorganize
+from evit.models.vit import DynamicViT, EViT, ReducedViT
 from evit.models.weights import load_checkpoint
 
 __all__ = [

@@ -87,7 +87,7 @@ class LVViT(ReducedViT):
         self.aux_head = self._new_aux_head()
 
     def embed(self, images: Tensor, swapped: Tensor | None = None) -> Tensor:
-        """ReducedViT's; with MixToken, the patches where swapped (N,) is true are the flipped batch's."""
+        """Embed images; with MixToken, patches where swapped (N,) is true come from x.flip(0)."""
         x = self.patch_embed(images)
         if swapped is not None:
             x = torch.where(swapped[:, None], x.flip(0), x)

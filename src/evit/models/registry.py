@@ -12,8 +12,9 @@ from timm.models import (
 )
 from torch import nn
 
+from evit.models.convert import reduce
 from evit.models.lvvit import LVViT
-from evit.models.vit import ReducedViT, check_img_size, reduce
+from evit.models.vit import ReducedViT, check_img_size
 from evit.models.weights import fit_state_dict
 from evit.reducers import KeepRate, Reducer
 
@@ -99,8 +100,8 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"the pretrained weights of {model_name} cannot be downloaded ({reason[:200]}): connect "
-            f"to the network, or download them elsewhere and give checkpoint=PATH instead"
+            f"the pretrained weights of {model_name} cannot be downloaded ({reason[:200]}): "
+            f"connect to the network, or download them elsewhere and give checkpoint=PATH instead"
         ) from error
 
 
@@ -121,10 +122,8 @@ def reduced(
         reducer, keep_rate = "evit", 1.0
     fusion = kwargs.pop("fusion", None)
     options = dict(fusion=fusion) if fusion is not None and reducer == "evit" else {}
-    model = create_model(model_name, **kwargs)
-    if isinstance(reducer, str):
-        reduce(model, reducer, keep_rate, at=drop_loc, **options)
-    else:
-        reduce(model, reducer)
+    model: Any = create_model(model_name, **kwargs)
+    given: Any = dict(keep_rate=keep_rate, at=drop_loc) if isinstance(reducer, str) else {}
+    reduce(model, reducer, **given, **options)
     check_img_size(model.patch_embed.img_size, model.patch_embed.patch_size)
-    return model  # type: ignore[return-value]
+    return model

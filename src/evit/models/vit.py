@@ -1,14 +1,13 @@
 """timm's VisionTransformer with a token reducer in some of its blocks: the same parameters."""
 
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import to_2tuple
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -108,7 +107,7 @@ class ReducedViT(VisionTransformer):
         if type(proj) is nn.Conv2d and proj.kernel_size == proj.stride and proj.groups == 1:
             if proj.padding == (0, 0) and proj.dilation == (1, 1):
                 proj.__class__ = PatchConv2d
-        self.reducer = reducer.attach(self).to(self.blocks[0].norm1.weight)
+        self.reducer: Any = reducer.attach(self).to(next(self.blocks.parameters()))
 
     @property
     def drop_loc(self) -> tuple[int, ...]:
@@ -247,12 +246,11 @@ class ReducedViT(VisionTransformer):
         at the end, -1 where it was dropped.
         """
         x = self.embed(x)
-        masked = getattr(self.reducer, "masked_features", None)
-        if masked is not None and self.training and not (return_kept or return_source):
-            return self.forward_head(self.norm(masked(self, x)[0]))
+        if self.reducer.masked and self.training and not (return_kept or return_source):
+            return self.forward_head(self.norm(self.reducer.masked_features(self, x)[0]))
         ids = self.patch_ids(x) if return_kept or return_source else x
         logits, found = self.classify(x)
-        results = [logits]
+        results: list[Any] = [logits]
         if return_kept:
             results.append(self.survivors(found, ids))
         if return_source:
@@ -285,7 +283,8 @@ class ReducedViT(VisionTransformer):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle a class that was made for one of timm's by that one."""
-        made, arguments, *state = super().__reduce_ex__(protocol)
+        how: Any = super().__reduce_ex__(protocol)
+        made, arguments, *state = how
         if self.kind is not None:
             made, arguments = blank, (self.kind,)
         return made, arguments, *state
@@ -302,81 +301,20 @@ def source(found: list[Reduction], ids: Tensor, num_prefix: int) -> Tensor:
     return torch.where(place_BN >= 0, place_BN + num_prefix, place_BN)
 
 
-@cache
-def reduced_class(kind: type[VisionTransformer]) -> type[ReducedViT]:
+CLASSES: dict[Any, type[ReducedViT]] = {VisionTransformer: ReducedViT}
+
+
+def reduced_class(kind: Any) -> type[ReducedViT]:
     """ReducedViT with the methods of one of timm's classes."""
-    if kind is VisionTransformer:
-        return ReducedViT
-    return type(f"Reduced{kind.__name__}", (ReducedViT, kind), dict(kind=kind))
+    if kind not in CLASSES:
+        CLASSES[kind] = type(f"Reduced{kind.__name__}", (ReducedViT, kind), dict(kind=kind))
+    return CLASSES[kind]
 
 
 def blank(kind: type[VisionTransformer]) -> ReducedViT:
     """A reduced model of a timm class, before its state is set."""
     made = reduced_class(kind)
     return made.__new__(made)
-
-
-def reduce(
-    model: Any,
-    name: str | Reducer = "evit",
-    keep_rate: KeepRate | None = None,
-    *,
-    at: Sequence[int] | None = None,
-    counts: Sequence[int] | None = None,
-    **options: Any,
-) -> ReducedViT:
-    """Let a timm VisionTransformer reduce its tokens: in place, weights untouched; and return it.
-
-    Prefix tokens (class, distillation, registers) are never reduced and do not count.
-
-    Args:
-        name: a name in evit.reducers.REDUCERS, or a Reducer.
-        keep_rate: share of the image tokens kept at each place; default 0.7.
-        at: blocks that reduce; default: a quarter, half and three quarters of the depth, or every
-            block where `options` have a schedule of the method's own (r, ratio, ...).
-        counts: image tokens left after each place, instead of keep_rate.
-        **options: the reducer's.
-
-    Raises:
-        ValueError: the reducer or its options cannot be served, or the model.
-    """
-    check_model(model)
-    given = dict(keep_rate=keep_rate, at=at, counts=counts)
-    reducer = reducers.make(name, **given, **options)
-    if not isinstance(model, ReducedViT):
-        model.__class__ = reduced_class(type(model))
-    model._attach(reducer)
-    return model
-
-
-def reorganize(
-    model: Any,
-    keep_rate: KeepRate = 0.7,
-    fusion: bool = True,
-    drop_loc: Sequence[int] | None = None,
-) -> ReducedViT:
-    """reduce(model, "evit"): turn a timm VisionTransformer into its EViT, in place."""
-    return reduce(model, "evit", keep_rate, at=drop_loc, fusion=fusion)
-
-
-def check_model(model: Any) -> None:
-    """Refuse what is not a timm VisionTransformer of plain blocks; say what to hand over."""
-    kind = type(model).__name__
-    for wrapper, inner in (("module", "DataParallel"), ("_orig_mod", "OptimizedModule")):
-        if inner in kind and hasattr(model, wrapper):
-            raise ValueError(f"{kind} wraps the model: hand over model.{wrapper}")
-    if not isinstance(model, VisionTransformer):
-        children = model.named_children() if isinstance(model, nn.Module) else []
-        inside = [name for name, child in children if isinstance(child, VisionTransformer)]
-        way = f"hand over model.{inside[0]}" if inside else "take one of timm.create_model('vit_*')"
-        raise ValueError(f"{kind} is not a timm VisionTransformer: {way}")
-    for i, block in enumerate(model.blocks):
-        if type(block) not in (Block, ReducedBlock):
-            name = type(block).__name__
-            raise ValueError(f"block {i} of {kind} is a {name}, which cannot be served")
-        if type(block.attn) is not Attention or getattr(block.attn, "gate", None) is not None:
-            name = type(block.attn).__name__
-            raise ValueError(f"block {i} of {kind} attends by {name}, or with a gate")
 
 
 EViT = ReducedViT

@@ -3,12 +3,22 @@
 import inspect
 from typing import Any
 
-from evit.reducers.base import KeepRate, Reducer, Reduction, Seen, class_attention, merge_into
+from evit.reducers.ats import ATS
+from evit.reducers.base import KeepRate, Reducer
+from evit.reducers.cover import Cover
 from evit.reducers.dynamicvit import DynamicViT
 from evit.reducers.evit import Drop, EViT, Random
+from evit.reducers.mctf import MCTF
+from evit.reducers.merge import DiffRate, Merge
+from evit.reducers.pitome import PiToMe
+from evit.reducers.squeeze import Squeeze
+from evit.reducers.tokens import Reduction, Seen, merge_into
+from evit.reducers.tome import ToMe
 
-KINDS: list[type[Reducer]] = [EViT, Drop, Random, DynamicViT]
-REDUCERS: dict[str, type[Reducer]] = {kind.name: kind for kind in KINDS}
+KINDS: list[type[Reducer]] = [
+    *(EViT, Drop, Random, Merge, Cover, ToMe, PiToMe, MCTF, Squeeze, ATS, DynamicViT, DiffRate)
+]
+REDUCERS: dict[str, type[Reducer]] = {kind.name: kind for kind in KINDS} | {"topk": Drop}
 
 
 def options(kind: type[Reducer]) -> set[str]:
@@ -32,7 +42,9 @@ def make(reducer: str | Reducer, **arguments: Any) -> Reducer:
     if isinstance(reducer, Reducer):
         return reducer
     if reducer not in REDUCERS:
-        raise ValueError(f"reducer {reducer!r} does not exist: take one of {', '.join(REDUCERS)}")
+        raise ValueError(
+            f"reducer {reducer!r} does not exist: take one of {', '.join(sorted(REDUCERS))}"
+        )
     kind = REDUCERS[reducer]
     if unknown := sorted(set(arguments) - options(kind)):
         raise ValueError(
@@ -43,12 +55,13 @@ def make(reducer: str | Reducer, **arguments: Any) -> Reducer:
 
 
 __all__ = [
+    *[kind.__name__ for kind in KINDS],
+    "KINDS",
     "KeepRate",
     "REDUCERS",
     "Reducer",
     "Reduction",
     "Seen",
-    "class_attention",
     "make",
     "merge_into",
     "options",

@@ -1,191 +1,21 @@
 """What a token reducer is: a plan for a linear map over the tokens of an image.
 
-A reducer decides where each token goes; the framework does the rest (which tokens need a query,
-projecting after the reduction, indices, pictures, MACs, compilation). Shapes stand in the names:
-    B images, H heads, D channels of a head, C channels of a token,
-    P prefix tokens (the class token first), N image tokens, T = P + N, K image tokens that are left.
+A reducer decides where each token goes, in `plan`. The framework does the rest: which tokens need
+a query, projecting after the reduction, indices, pictures, MACs, compilation, export.
 """
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evit.reducers.tokens import Reduction, Seen
+
 KeepRate = float | Sequence[float]
-
-
-def plain(module: nn.Module, kind: type) -> bool:
-    """Whether a module is exactly of a kind, and nothing looks at its inputs, outputs or weights."""
-    own = module.__dict__
-    return (
-        type(module) is kind
-        and not own["_forward_hooks"]
-        and not own["_forward_pre_hooks"]
-        and not own["_backward_hooks"]
-        and not own["_backward_pre_hooks"]
-        and "forward" not in own
-    )
-
-
-def class_attention(
-    q_BHTD: Tensor,
-    k_BHTD: Tensor,
-    num_prefix_tokens: int = 1,
-    scale: float | None = None,
-    bias_B11T: Tensor | None = None,
-) -> Tensor:
-    """Attention of the class token to every image token, averaged over the heads.
-
-    This is one row of the softmax attention, not the T x T matrix. The columns of the prefix tokens
-    take part in the softmax and are then left out; the rest is not renormalised.
-
-    Returns: (B, N), in float32 or wider.
-    """
-    scale = q_BHTD.shape[-1] ** -0.5 if scale is None else scale
-    q_BHD1 = q_BHTD[:, :, 0, :, None] * scale
-    if k_BHTD.is_cuda and torch.compiler.is_compiling():  # fuses; a matrix-vector product does not
-        row_BHT = (k_BHTD * q_BHD1.mT).sum(-1)
-    else:
-        row_BHT = (k_BHTD @ q_BHD1).squeeze(-1)
-    wide = torch.promote_types(row_BHT.dtype, torch.float32)
-    if bias_B11T is not None:
-        row_BHT = row_BHT + bias_B11T[:, 0]
-    return row_BHT.softmax(-1, dtype=wide).mean(1)[:, num_prefix_tokens:]
-
-
-@dataclass
-class Seen:
-    """What a reducer may look at.
-
-    At stage "input" only x_BTC and num_prefix are set. At stage "residual" x_BTC is the residual
-    stream after the block's attention, otherwise the tokens that enter the block. The queries are
-    those of the class token alone where the reducer `selects`.
-    """
-
-    x_BTC: Tensor
-    num_prefix: int
-    q_BHTD: Any = None
-    k_BHTD: Any = None
-    v_BHTD: Any = None
-    scale: float = 1.0
-    sizes_BT: Tensor | None = None  # patches that each token stands for; None: one each
-    bias_B11T: Tensor | None = None  # log of the sizes, as the attention adds it to its logits
-    class_token: bool = True
-
-    def scores(self) -> Tensor:
-        """How much attention each image token gets, (B, N), in float32 or wider.
-
-        The class token's where there is one, otherwise the mean over all queries.
-        """
-        if self.class_token:
-            args = (self.q_BHTD, self.k_BHTD, self.num_prefix, self.scale, self.bias_B11T)
-            return class_attention(*args)
-        logits = ((self.q_BHTD * self.scale) @ self.k_BHTD.mT).float()
-        if self.bias_B11T is not None:
-            logits = logits + self.bias_B11T
-        return logits.softmax(-1).mean((1, 2))[:, self.num_prefix :]
-
-
-class Reduction:
-    """A linear map from N image tokens to K; prefix tokens stay first and as they are.
-
-    Args:
-        index_BK: the old image tokens that the new ones continue; a mixture continues its leader.
-        num_prefix: P.
-        rest_BN: weights, zero for the tokens in index_BK, of a sum that is appended as one token.
-        weight_BKN: weights of the old tokens in each new one, where tokens are merged; the weights
-            of a new token sum to 1.
-        host_BN: the new image token that each old one went into, -1 where it was dropped; default:
-            what index_BK and rest_BN say.
-        sizes_BT: patches that each token that is left stands for, prefix tokens included.
-    """
-
-    def __init__(
-        self,
-        index_BK: Tensor,
-        num_prefix: int,
-        rest_BN: Tensor | None = None,
-        weight_BKN: Tensor | None = None,
-        host_BN: Tensor | None = None,
-        sizes_BT: Tensor | None = None,
-    ):
-        self.index_BK, self.num_prefix, self.sizes_BT = index_BK, num_prefix, sizes_BT
-        self.rest_BN, self.weight_BKN, self.host_BN = rest_BN, weight_BKN, host_BN
-        if weight_BKN is None:
-            if num_prefix == 1:
-                self.index_BT = F.pad(index_BK + 1, (1, 0))
-            else:
-                prefix_P = torch.arange(num_prefix, device=index_BK.device)
-                prefix_BP = prefix_P.expand(index_BK.shape[0], -1)
-                self.index_BT = torch.cat([prefix_BP, index_BK + num_prefix], 1)
-
-    def __call__(self, x_BTC: Tensor) -> Tensor:
-        """The tokens that are left, (B, P + K, C)."""
-        if self.weight_BKN is not None:
-            image = self.weight_BKN.to(x_BTC.dtype) @ x_BTC[:, self.num_prefix :]
-            return torch.cat([x_BTC[:, : self.num_prefix], image], 1)
-        kept_BTC = x_BTC.gather(1, self.index_BT[:, :, None].expand(-1, -1, x_BTC.shape[2]))
-        if self.rest_BN is None:
-            return kept_BTC
-        weight_B1N = self.rest_BN.to(x_BTC.dtype)[:, None]
-        return torch.cat([kept_BTC, torch.bmm(weight_B1N, x_BTC[:, self.num_prefix :])], 1)
-
-    def project(self, linear: nn.Module, x_BTC: Tensor) -> Tensor:
-        """self(linear(x)), with the product for the tokens that are left alone.
-
-        The bias counts once for each token of a sum, and once for a mean.
-        """
-        if not plain(linear, nn.Linear):
-            return self(linear(x_BTC))
-        out, bias = linear(self(x_BTC)), linear.bias
-        if self.rest_BN is not None and bias is not None:
-            extra_B1 = self.rest_BN.sum(1, keepdim=True) - 1
-            out[:, -1].add_(extra_B1.to(out.dtype) * bias)
-        return out
-
-    def ids(self, ids_BN: Tensor) -> Tensor:
-        """What the tokens that are left are called, (B, K); -1 is a fused token."""
-        kept_BK = ids_BN.gather(1, self.index_BK)
-        return kept_BK if self.rest_BN is None else F.pad(kept_BK, (0, 1), value=-1)
-
-    def hosts(self, num_tokens: int) -> Tensor:
-        """The new image token that each of N old ones went into, (B, N); -1: dropped."""
-        if self.host_BN is not None:
-            return self.host_BN
-        B, K = self.index_BK.shape
-        places_BK = torch.arange(K, device=self.index_BK.device).expand(B, K)
-        rest = -1 if self.rest_BN is None else K
-        return self.index_BK.new_full((B, num_tokens), rest).scatter(1, self.index_BK, places_BK)
-
-
-def merge_into(
-    seen: Seen, index_BK: Tensor, host_BN: Tensor, weight_BN: Tensor, sizes_BN: Tensor | None = None
-) -> Reduction:
-    """Merge every image token into its host: a mean with weights; sizes add up.
-
-    Args:
-        index_BK: the image tokens that lead the groups.
-        host_BN: the group of each image token, 0 to K - 1, or -1 where it is dropped.
-        weight_BN: weight of each token in its group, before it is normalised.
-        sizes_BN: what each token adds to its group's size; default: its own size.
-    """
-    K, P = index_BK.shape[1], seen.num_prefix
-    if sizes_BN is None:
-        own = seen.sizes_BT
-        sizes_BN = torch.ones_like(weight_BN) if own is None else own[:, P:].to(weight_BN.dtype)
-    one_hot_BNK = host_BN[..., None] == torch.arange(K, device=host_BN.device)
-    member_BKN = one_hot_BNK.mT.to(weight_BN.dtype)
-    share_BKN = member_BKN * weight_BN[:, None]
-    share_BKN = share_BKN / share_BKN.sum(2, keepdim=True)
-    sizes_BK = (member_BKN * sizes_BN[:, None]).sum(2)
-    prefix = sizes_BK.new_ones(1, 1).expand(sizes_BK.shape[0], P)
-    sizes_BT = torch.cat([prefix, sizes_BK], 1).detach()
-    return Reduction(index_BK, P, weight_BKN=share_BKN, host_BN=host_BN, sizes_BT=sizes_BT)
 
 
 def per_place(keep_rate: Any, count: int) -> tuple[float, ...]:
@@ -216,8 +46,9 @@ class Reducer(nn.Module):
         keep_rate: share of the image tokens kept at each place, in (0, 1]; one number, or one for
             each of `at`. 1 is the dense model. Default: 0.7.
         at: blocks (0-based) that reduce; default: a quarter, half and three quarters of the depth,
-            which is 3, 6, 9 for DeiT; every block where a method's own schedule is given.
-        counts: image tokens left after each place, instead of keep_rate.
+            which is 3, 6, 9 for DeiT; every block where a schedule of the method's own is given.
+        counts: image tokens left after each place; they win over keep_rate, as a schedule of the
+            method's own does.
 
     Class attributes:
         name: what `evit.reduce` and `reducer=` call it.
@@ -238,6 +69,7 @@ class Reducer(nn.Module):
     proportional: bool = False  # sizes enter the attention of the blocks that follow
     needs_class_token: ClassVar[bool] = False
     published_names: ClassVar[dict[str, str]] = {}
+    masked: bool = False  # in training no token is removed: see DynamicViT
     multiple = 1  # tokens are rounded up to it: few shapes to compile while the rate moves
 
     def __init__(
@@ -247,13 +79,17 @@ class Reducer(nn.Module):
         counts: Sequence[int] | None = None,
     ):
         super().__init__()
-        if counts is not None and keep_rate is not None:
-            raise ValueError(f"counts={list(counts)} and keep_rate={keep_rate}: give one of them")
         self.wanted_rate: Any = 0.7 if keep_rate is None else keep_rate
+        if isinstance(counts, str) or not isinstance(counts, Sequence | None):
+            raise ValueError(
+                f"counts={counts!r} must be a list of whole numbers, one for each place"
+            )
         self.given = None if counts is None else list(counts)
+        self.own = False  # a schedule of the method's own is in force
         self.at: tuple[int, ...] = () if at is None else tuple(at)
         self.at_default = at is None
         self.num_prefix = 1
+        self.keep_rate: tuple[float, ...] = ()
 
     def attach(self, model: Any) -> Self:
         """Take the places, and make the parameters, for a ViT whose depth and width are known.
@@ -267,46 +103,51 @@ class Reducer(nn.Module):
                 f"{self.name} needs a class token, and {type(model).__name__} has none"
             )
         if self.at_default:
-            self.at = tuple(self.default_at(depth))
+            self.at = tuple(range(depth) if self.own else self.quarters(depth))
         if list(self.at) != sorted(set(self.at) & set(range(depth))):
             raise ValueError(
-                f"drop_loc must be ascending block numbers from 0 to {depth - 1}, "
+                f"drop_loc or at must be ascending block numbers from 0 to {depth - 1}, "
                 f"got {list(self.at)}"
             )
+        self.depth, n = depth, model.patch_embed.num_patches
+        self.num_heads = model.blocks[0].attn.num_heads
         self.build(model.embed_dim)
-        n = model.patch_embed.num_patches
-        if self.given is None:
-            self.set_keep_rate(self.wanted_rate)
+        if self.own or self.given is not None:
+            if self.given is not None:
+                self._check_counts(n)
+            left = [n, *self.counts(n)]
+            self.keep_rate = tuple(b / a for a, b in itertools.pairwise(left))
         else:
-            self.keep_rate = self._check_counts(n)
+            self.set_keep_rate(self.wanted_rate)
         self.check(n)
         return self
 
-    def default_at(self, depth: int) -> Iterable[int]:
-        """The blocks that reduce, where none are given."""
-        return (depth * quarter // 4 for quarter in (1, 2, 3))
+    def quarters(self, depth: int) -> list[int]:
+        """The blocks that reduce by default: a quarter, half and three quarters of the depth."""
+        return [depth * quarter // 4 for quarter in (1, 2, 3)]
 
     def build(self, dim: int) -> None:
         """Make the parameters, if there are any, for tokens of `dim` channels."""
 
     def set_keep_rate(self, keep_rate: KeepRate) -> None:
         """Use keep_rate, one number or one for each place, from the next forward on."""
-        self.keep_rate: tuple[float, ...] = per_place(keep_rate, len(self.at))
-        self.given = None
+        at = tuple(self.quarters(self.depth)) if self.own and self.at_default else self.at
+        self.keep_rate = per_place(keep_rate, len(at))
+        self.at, self.given, self.own = at, None, False
 
-    def _check_counts(self, n: int) -> tuple[float, ...]:
+    def _check_counts(self, n: int) -> None:
         assert self.given is not None
         whole = all(isinstance(c, int) and c > 0 for c in self.given)
         if not whole or self.given != sorted(self.given, reverse=True) or self.given[0] > n:
             raise ValueError(
-                f"counts={self.given} must be whole numbers, not rising, from {n} to 1"
+                f"counts={self.given} must be the image tokens left after each place: whole "
+                f"numbers from {n} to 1, none more than the one before"
             )
         if len(self.given) != len(self.at):
             raise ValueError(
                 f"counts={self.given} has {len(self.given)} entries for {len(self.at)} places "
                 f"{list(self.at)}: give one for each"
             )
-        return tuple(b / a for a, b in zip([n, *self.given], self.given, strict=False))
 
     def check(self, n: int) -> None:
         """Refuse what cannot be served with n patches."""
@@ -376,5 +217,5 @@ class Reducer(nn.Module):
         return 0
 
     def extra_repr(self) -> str:
-        rates = getattr(self, "keep_rate", self.wanted_rate)
+        rates = self.keep_rate or self.wanted_rate
         return f"keep_rate={rates}, at={self.at}"

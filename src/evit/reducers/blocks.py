@@ -1,8 +1,9 @@
 """timm's Block with a token reduction in it, still a module made of modules.
 
-Every block is called, and in it every linear layer, norm and activation. A shortcut past a module
-is taken only where `base.plain` says that nobody can see the difference: the weight of a linear layer
-is sliced, or an activation overwrites its input, only if nothing hooks, wraps or parametrizes it.
+Every block is called, and in it every linear layer, norm and activation. A shortcut past a
+module is taken only where `plain` says that nobody can see the difference: the weight of a
+linear layer is sliced, or an activation overwrites its input, only if nothing hooks, wraps or
+parametrizes it.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from timm.layers import Mlp
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
-from evit.reducers.base import Reducer, Reduction, Seen, plain
+from evit.reducers.base import Reducer
+from evit.reducers.tokens import Reduction, Seen, plain
 
 
 def eager_cpu(x: Tensor) -> bool:
@@ -30,19 +32,18 @@ def eager_cpu(x: Tensor) -> bool:
 def parts(attn: Any, flat_BTX: Tensor, first: int, last: int) -> list[Tensor]:
     """Query (0), key (1), value (2) out of some rows of attn.qkv's output, (B, H, T, D) each."""
     B, T, _ = flat_BTX.shape
-    split = flat_BTX.reshape(B, T, last - first, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    shape = (B, T, last - first, attn.num_heads, attn.head_dim)
+    split = flat_BTX.reshape(shape).permute(2, 0, 3, 1, 4)
     norms = (attn.q_norm, attn.k_norm, None)[first:last]
     return [norm(part) if norm else part for norm, part in zip(norms, split.unbind(0), strict=True)]
 
 
 def project(attn: Any, x_BTC: Tensor, first: int, last: int) -> list[Tensor]:
-    """Some of query (0), key (1) and value (2) of timm's Attention, (B, H, T, D) each.
-
-    Args:
-        attn: its qkv is a plain nn.Linear, unless all three are wanted.
-    """
+    """Some of query (0), key (1) and value (2) of timm's Attention, (B, H, T, D) each."""
     if last - first == 3:
         return parts(attn, attn.qkv(x_BTC), 0, 3)
+    if not plain(attn.qkv, nn.Linear):
+        return parts(attn, attn.qkv(x_BTC), 0, 3)[first:last]
     weight, bias, dim = attn.qkv.weight, attn.qkv.bias, attn.attn_dim
     rows = slice(first * dim, last * dim)
     flat = F.linear(x_BTC, weight[rows], None if bias is None else bias[rows])
@@ -54,6 +55,23 @@ def mix(attn: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) 
     dropout = attn.attn_drop.p if attn.training else 0.0
     out_BHTD = F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=attn.scale)
     return attn.norm(out_BHTD.transpose(1, 2).flatten(2))
+
+
+def masked_attention(attn: Any, x_BTC: Tensor, kept_BT: Tensor) -> Tensor:
+    """timm's Attention.forward in which a token sees the kept ones and itself, for DynamicViT.
+
+    Differentiable in kept_BT (ones and zeros). The softmax is the authors', in float32 whatever the
+    precision of the rest.
+    """
+    T = x_BTC.shape[1]
+    q, k, v = project(attn, x_BTC, 0, 3)
+    logits = ((q * attn.scale) @ k.transpose(-2, -1)).float()
+    seen_BTT = kept_BT[:, None].float().expand(-1, T, -1)
+    seen_BTT = seen_BTT + (1 - seen_BTT) * torch.eye(T, device=logits.device)
+    weight = (logits - logits.amax(-1, keepdim=True)).exp() * seen_BTT[:, None]
+    weight = (weight + 1e-6 / T) / (weight.sum(-1, keepdim=True) + 1e-6)
+    out = attn.attn_drop(weight.to(v.dtype)) @ v
+    return attn.proj_drop(attn.proj(attn.norm(out.transpose(1, 2).flatten(2))))
 
 
 def feed_forward(mlp: Any, x_BTC: Tensor) -> Tensor:
@@ -69,7 +87,8 @@ def feed_forward(mlp: Any, x_BTC: Tensor) -> Tensor:
 class Step:
     """One reduction on its way through one block; the block fills in `reduction`.
 
-    With num_kept None, nothing is reduced and the block returns the prefix tokens alone.
+    With num_kept None, nothing is reduced: with mask_BT tokens are hidden from the attention,
+    without it the block returns the prefix tokens alone.
     """
 
     num_prefix: int
@@ -79,10 +98,11 @@ class Step:
     sizes_BT: Tensor | None = None
     bias_B11T: Tensor | None = None
     class_token: bool = True
+    mask_BT: Tensor | None = None
     reduction: Reduction | None = None
 
     def seen(self, x_BTC: Tensor, **others: Any) -> Seen:
-        known = dict(sizes_BT=self.sizes_BT, bias_B11T=self.bias_B11T)
+        known: Any = dict(sizes_BT=self.sizes_BT, bias_B11T=self.bias_B11T)
         return Seen(x_BTC, self.num_prefix, class_token=self.class_token, **known, **others)
 
     def reduce(self, seen: Seen) -> Reduction:
@@ -97,6 +117,9 @@ class ReducedBlock(Block):
     In a block that reduces, `attn` itself is not called, but each of its parts is.
     """
 
+    attn: Any
+    mlp: Any
+
     def forward(
         self,
         x: Tensor,
@@ -109,16 +132,19 @@ class ReducedBlock(Block):
             out = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
             x = x + self.drop_path1(self.ls1(out))
             return self.after(x)
+        if step.mask_BT is not None:
+            out = masked_attention(self.attn, self.norm1(x), step.mask_BT)
+            return self.after(x + self.drop_path1(self.ls1(out)))
         if step.num_kept is None:
             return self.prefix_alone(x, step, attn_mask)
         assert step.reducer is not None
         stage = step.reducer.stage
         if stage == "input":
             reduction = step.reduce(step.seen(x))
-            return self(reduction(x), step.reducer.key_bias(reduction.sizes_BT, x.dtype))
+            return self.forward(reduction(x), step.reducer.key_bias(reduction.sizes_BT, x.dtype))
         if stage == "block":
             x, step.reduction = step.reducer.through(self, step.place, step.seen(x), step.num_kept)
-            return self.after(x)
+            return x
         attn, y = self.attn, self.norm1(x)
         if step.reducer.selects and step.class_token and plain(attn.qkv, nn.Linear):
             (q,), (k, v) = project(attn, y[:, :1], 0, 1), project(attn, y, 1, 3)
@@ -154,7 +180,7 @@ class ReducedBlock(Block):
         """The block's output for the prefix tokens, (B, P, C)."""
         attn, P = self.attn, step.num_prefix
         if not plain(self, type(self)) or not plain(attn, Attention):  # a hook expects all of them
-            return self(x, bias)
+            return self.forward(x, bias)
         y = self.norm1(x)
         if plain(attn.qkv, nn.Linear):
             (q,), (k, v) = project(attn, y[:, :P], 0, 1), project(attn, y, 1, 3)

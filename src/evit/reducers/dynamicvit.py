@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evit.reducers.base import Reducer, Reduction, Seen
-from evit.reducers.blocks import project
+from evit.reducers.base import Reducer
+from evit.reducers.blocks import Step
+from evit.reducers.tokens import Reduction, Seen
 
 
 class Predictor(nn.Module):
@@ -46,29 +47,6 @@ class Predictor(nn.Module):
         return self.out_conv(torch.cat([own, mean.to(own.dtype).expand_as(own)], -1))
 
 
-def masked_attention(attn: Any, x_BTC: Tensor, kept_BT: Tensor) -> Tensor:
-    """timm's Attention.forward, up to the dropout, where a token sees the kept ones and itself.
-
-    Differentiable in kept_BT (ones and zeros). The softmax is the authors', in float32 whatever the
-    precision of the rest.
-    """
-    T = x_BTC.shape[1]
-    q, k, v = project(attn, x_BTC, 0, 3)
-    logits = ((q * attn.scale) @ k.transpose(-2, -1)).float()
-    seen_BTT = kept_BT[:, None].float().expand(-1, T, -1)
-    seen_BTT = seen_BTT + (1 - seen_BTT) * torch.eye(T, device=logits.device)
-    weight = (logits - logits.amax(-1, keepdim=True)).exp() * seen_BTT[:, None]
-    weight = (weight + 1e-6 / T) / (weight.sum(-1, keepdim=True) + 1e-6)
-    out = attn.attn_drop(weight.to(v.dtype)) @ v
-    return attn.proj(attn.norm(out.transpose(1, 2).flatten(2)))
-
-
-def masked_block(block: Any, x_BTC: Tensor, kept_BT: Tensor) -> Tensor:
-    """timm's Block.forward with masked_attention."""
-    out = block.attn.proj_drop(masked_attention(block.attn, block.norm1(x_BTC), kept_BT))
-    return block.after(x_BTC + block.drop_path1(block.ls1(out)))
-
-
 class DynamicViT(Reducer):
     """Keep the tokens that a learned predictor prefers, before the blocks of `at`.
 
@@ -79,6 +57,7 @@ class DynamicViT(Reducer):
 
     name = "dynamicvit"
     stage = "input"
+    masked = True
     published_names = {"score_predictor.": "reducer.predictors."}
 
     def build(self, dim: int) -> None:
@@ -93,10 +72,14 @@ class DynamicViT(Reducer):
             return list(self.given)
         return [int(n * share) for share in self.kept_shares()]
 
+    def scores(self, i: int, seen: Seen) -> Tensor:
+        """Log-probability that the predictor of place i keeps each token, (B, N)."""
+        x_BNC = seen.image()
+        return self.predictors[i](x_BNC, torch.ones_like(x_BNC[:, :, 0]))[:, :, 0]
+
     def plan(self, i: int, seen: Seen, num_kept: int) -> Reduction:
-        x_BNC = seen.x_BTC[:, seen.num_prefix :]
-        score_BN = self.predictors[i](x_BNC, torch.ones_like(x_BNC[:, :, 0]))[:, :, 0]
-        return Reduction(score_BN.topk(num_kept, sorted=False).indices, seen.num_prefix)
+        index_BK = self.scores(i, seen).topk(num_kept, sorted=False).indices
+        return Reduction(index_BK, seen.num_prefix)
 
     def macs(self, n: int, k: int, dim: int) -> int:
         return n * (13 * dim**2 // 8 + 2 * dim)
@@ -116,7 +99,8 @@ class DynamicViT(Reducer):
                 kept = kept * F.gumbel_softmax(log_prob.float(), hard=True)[:, :, 0]
                 decisions.append(kept)
             if decisions:
-                x = model.run(masked_block, block, x, torch.cat([prefix, kept], 1))
+                step = Step(P, mask_BT=torch.cat([prefix, kept], 1))
+                x = model.run(block, x, None, False, step)
             else:
                 x = model.run(block, x)
         return x, decisions

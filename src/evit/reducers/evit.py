@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from evit.reducers.base import Reducer, Reduction, Seen
+from evit.reducers.base import Reducer
+from evit.reducers.tokens import Reduction, Seen
 
 SELECTIONS = ("attentive", "random", "inattentive")
 

@@ -49,7 +49,9 @@ def table(rows: list[dict[str, Any]]) -> Table:
     result = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     result.add_column("keep\nrate", no_wrap=True)
     for choice in several:
-        result.add_column({"reducer": "reducer", "selection": "kept", "fusion": "others"}[choice], no_wrap=True)
+        result.add_column(
+            {"reducer": "reducer", "selection": "kept", "fusion": "others"}[choice], no_wrap=True
+        )
     for name in ("top-1", "to dense", "KL", "top-5", "loss", "GMACs", "executed"):
         if name != "to dense" or dense is not None:
             result.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
@@ -75,6 +77,8 @@ def is_dense(row: dict[str, Any]) -> bool:
 
 
 def rate(row: dict[str, Any]) -> str:
-    """The keep rate: one number where all reorganizations have the same."""
+    """The keep rate: one number where all places have the same, the range of many others."""
     rates = row["keep_rate"]
-    return ",".join(f"{rate:g}" for rate in (rates[:1] if len(set(rates)) == 1 else rates)) or "1"
+    if len(set(rates)) > 4:
+        return f"{rates[0]:.3g}..{rates[-1]:.3g}"
+    return ",".join(f"{rate:.4g}" for rate in (rates[:1] if len(set(rates)) == 1 else rates)) or "1"

@@ -13,8 +13,8 @@ from evit import signals
 from evit.data.batch import denormalize
 from evit.disk import whole_file
 from evit.measure import speed
-from evit.report.pictures import draw_kept
 from evit.reducers.schedule import keep_rate_at
+from evit.report.pictures import draw_kept
 from evit.tracking import Tracker
 
 

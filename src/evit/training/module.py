@@ -11,10 +11,10 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from evit.data.batch import erase
+from evit.recipe import Recipe
 from evit.training.nonfinite import WAYS_OUT
 from evit.training.objectives import Classification
 from evit.training.optimizer import make_optimizer, new_parts
-from evit.recipe import Recipe
 
 
 def mix_seed(*parts: int) -> int:

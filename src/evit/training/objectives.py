@@ -174,7 +174,7 @@ def make_objective(
     """The objective of a model: its reducer's own, token labels if it has a head for them and there
     are label maps, or plain classification."""
     common = (model, recipe, num_classes, batch_size)
-    if hasattr(getattr(model, "reducer", None), "losses"):
+    if getattr(getattr(model, "reducer", None), "masked", False):
         return DynamicTokens(*common, teacher=teacher)
     if hasattr(model, "heads") and label_maps:
         return TokenLabels(*common)

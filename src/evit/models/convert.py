@@ -1,0 +1,80 @@
+"""Any timm VisionTransformer into one that reduces its tokens."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from torch import nn
+
+from evit import reducers
+from evit.models.vit import ReducedViT, reduced_class
+from evit.reducers import KeepRate, Reducer
+from evit.reducers.blocks import ReducedBlock
+
+
+def reduce(
+    model: Any,
+    name: str | Reducer = "evit",
+    keep_rate: KeepRate | None = None,
+    *,
+    at: Sequence[int] | None = None,
+    counts: Sequence[int] | None = None,
+    **options: Any,
+) -> ReducedViT:
+    """Let a timm VisionTransformer reduce its tokens: in place, weights untouched; and return it.
+
+    Prefix tokens (class, distillation, registers) are never reduced and do not count.
+
+    Args:
+        name: a name in evit.reducers.REDUCERS, or a Reducer.
+        keep_rate: share of the image tokens kept at each place; default 0.7.
+        at: blocks that reduce; default: a quarter, half and three quarters of the depth, or every
+            block where `options` have a schedule of the method's own (r, ratio, ...).
+        counts: image tokens left after each place, instead of keep_rate.
+        **options: the reducer's.
+
+    Raises:
+        ValueError: the reducer or its options cannot be served, or the model.
+    """
+    check_model(model)
+    given = dict(keep_rate=keep_rate, at=at, counts=counts)
+    reducer = reducers.make(name, **given, **options)
+    if not isinstance(model, ReducedViT):
+        model.__class__ = reduced_class(type(model))
+    model._attach(reducer)
+    return model
+
+
+def reorganize(
+    model: Any,
+    keep_rate: KeepRate = 0.7,
+    fusion: bool = True,
+    drop_loc: Sequence[int] | None = None,
+) -> ReducedViT:
+    """reduce(model, "evit"): turn a timm VisionTransformer into its EViT, in place."""
+    return reduce(model, "evit", keep_rate, at=drop_loc, fusion=fusion)
+
+
+def check_model(model: Any) -> None:
+    """Refuse what is not a timm VisionTransformer of plain blocks; say what to hand over."""
+    kind = type(model).__name__
+    for wrapper, inner in (("module", "DataParallel"), ("_orig_mod", "OptimizedModule")):
+        if inner in kind and hasattr(model, wrapper):
+            raise ValueError(f"{kind} wraps the model: hand over model.{wrapper}")
+    if not isinstance(model, VisionTransformer):
+        children = model.named_children() if isinstance(model, nn.Module) else []
+        inside = [name for name, child in children if isinstance(child, VisionTransformer)]
+        way = (
+            f"hand over model.{inside[0]}"
+            if inside
+            else "take one from timm.create_model('vit_...')"
+        )
+        package = type(model).__module__.split(".")[0]
+        raise ValueError(f"{kind} of {package} is not a timm VisionTransformer: {way}")
+    for i, block in enumerate(model.blocks):
+        if type(block) not in (Block, ReducedBlock):
+            name = type(block).__name__
+            raise ValueError(f"block {i} of {kind} is a {name}, which cannot be served")
+        if type(block.attn) is not Attention or getattr(block.attn, "gate", None) is not None:
+            name = type(block.attn).__name__
+            raise ValueError(f"block {i} of {kind} attends by {name}, or with a gate")

@@ -1,0 +1,55 @@
+"""`cover`: keep tokens that cover the others, merge each other into its nearest kept one.
+
+A token ranks high if no token of higher class attention is close to it: d = 1 - the largest
+cosine similarity to such a token, times attention^0.25 (relative to the mean) times size^0.5.
+Kept are the K highest. Every other token joins its most similar kept one by EViT's rule, a mean
+weighted by class attention, once for each group. Sizes enter the attention of the blocks that
+follow. Costs the similarities, N^2 C products. Relatives: density peaks (DPC-KNN, TCFormer),
+farthest point sampling (of which this is the parallel form), ToMe (sizes in the attention),
+EViT (places, counts, weights).
+"""
+
+from typing import Any
+
+import torch
+
+from evit.reducers.base import Reducer
+from evit.reducers.tokens import Reduction, Seen, merge_into, unit
+
+
+class Cover(Reducer):
+    """Keep tokens that cover the others; merge each other token into its nearest kept one.
+
+    Args:
+        attention_power: exponent of a token's class attention in its rank.
+        size_power: exponent of the patches it stands for.
+    """
+
+    name = "cover"
+    stage = "residual"
+    proportional = True
+
+    def __init__(self, *, attention_power: float = 0.25, size_power: float = 0.5, **schedule: Any):
+        super().__init__(**schedule)
+        self.powers = attention_power, size_power
+
+    def plan(self, i: int, seen: Seen, num_kept: int) -> Reduction:
+        weight_BN, sizes_BN = seen.scores(), seen.sizes()
+        with torch.no_grad(), torch.autocast(weight_BN.device.type, enabled=False):
+            score_BN, tokens_BNC = weight_BN.detach(), unit(seen.image())
+            similarity_BNN = tokens_BNC @ tokens_BNC.mT
+            # Only tokens of higher attention count; the highest one has none and comes first.
+            higher_BNN = score_BN[:, None, :] > score_BN[:, :, None]
+            nearest_BN = similarity_BNN.masked_fill(~higher_BNN, -1.0).amax(2)
+            relative_BN = score_BN / score_BN.mean(1, keepdim=True)
+            rank_BN = (1 - nearest_BN) * relative_BN ** self.powers[0] * sizes_BN ** self.powers[1]
+            index_BK = rank_BN.topk(num_kept).indices
+            to_kept_BKN = similarity_BNN.gather(
+                1, index_BK[..., None].expand(-1, -1, similarity_BNN.shape[2])
+            )
+            own_BK = torch.arange(num_kept, device=index_BK.device).expand_as(index_BK)
+            host_BN = to_kept_BKN.argmax(1).scatter(1, index_BK, own_BK)
+        return merge_into(seen, index_BK, host_BN, weight_BN, sizes_BN)
+
+    def macs(self, n: int, k: int, dim: int) -> int:
+        return n * n * dim + n * k * dim

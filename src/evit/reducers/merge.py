@@ -1,0 +1,89 @@
+"""`merge` and DiffRate (Chen et al., ICCV 2023, arXiv 2305.17997).
+
+`merge` keeps the tokens of highest class attention; each other token is merged into the kept one
+that is most similar to it after the block's attention. Sizes enter the attention of the blocks that
+follow. Costs the similarities, N K C products. DiffRate also prunes, by two counts for each block.
+Sizes are at least 1, as in the authors' training and unlike in their inference.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from evit.reducers.base import Reducer
+from evit.reducers.tokens import Reduction, Seen, merge_into, unit
+
+
+def merge(seen: Seen, score_BN: torch.Tensor, num_ranked: int, num_kept: int) -> Reduction:
+    """Keep the num_kept best, merge those that follow among the num_ranked best, drop the rest."""
+    ranked = score_BN.topk(num_ranked, sorted=True).indices
+    index_BK = ranked[:, :num_kept]
+    tokens = unit(seen.image())
+    hosts = tokens.gather(1, index_BK[..., None].expand(-1, -1, tokens.shape[2]))
+    cosine, host = (tokens @ hosts.mT).max(2)
+    if num_ranked < score_BN.shape[1]:
+        takes_part = torch.zeros_like(host, dtype=torch.bool).scatter(1, ranked, True)
+        host = torch.where(takes_part, host, -1)
+    own = torch.arange(num_kept, device=host.device).expand_as(index_BK)
+    host = host.scatter(1, index_BK, own)
+    cosine = cosine.to(score_BN.dtype).scatter(1, index_BK, 1.0)
+    return merge_into(seen, index_BK, host, torch.ones_like(cosine), seen.sizes() * cosine)
+
+
+class Merge(Reducer):
+    """Keep the tokens of highest class attention, merge each other into its nearest kept one."""
+
+    name = "merge"
+    stage = "residual"
+    proportional = True
+
+    def plan(self, i: int, seen: Seen, num_kept: int) -> Reduction:
+        score_BN = seen.scores().detach()
+        return merge(seen, score_BN, score_BN.shape[1], num_kept)
+
+    def macs(self, n: int, k: int, dim: int) -> int:
+        return (n - k) * k * dim + n * dim
+
+
+class DiffRate(Merge):
+    """DiffRate's schedules: prune, then merge, by two counts for each block.
+
+    Args:
+        prune_counts, merge_counts: tokens left after pruning and after merging at each place, the
+            class token included.
+    """
+
+    name = "diffrate"
+
+    def __init__(
+        self,
+        *,
+        prune_counts: Sequence[int] | None = None,
+        merge_counts: Sequence[int] | None = None,
+        **schedule: Any,
+    ):
+        super().__init__(**schedule)
+        self.pruned, self.merged = list(prune_counts or ()), list(merge_counts or ())
+        self.own = bool(self.pruned or self.merged)
+        pairs = list(zip(self.pruned, self.merged, strict=False))
+        if len(self.pruned) != len(self.merged) or any(not p >= g > 1 for p, g in pairs):
+            raise ValueError(
+                f"prune_counts={self.pruned} must have as many entries as merge_counts="
+                f"{self.merged}, each at least as large, and these at least 2"
+            )
+
+    def wanted(self, i: int, n: int) -> int:
+        return min(self.merged[i] - 1, n) if self.own else super().wanted(i, n)
+
+    def check(self, n: int) -> None:
+        if self.own and len(self.merged) != len(self.at):
+            raise ValueError(
+                f"merge_counts={self.merged}: give one for each of {len(self.at)} places"
+            )
+        super().check(n)
+
+    def plan(self, i: int, seen: Seen, num_kept: int) -> Reduction:
+        score_BN = seen.scores().detach()
+        ranked = self.pruned[i] - 1 if self.own else score_BN.shape[1]
+        return merge(seen, score_BN, min(ranked, score_BN.shape[1]), num_kept)

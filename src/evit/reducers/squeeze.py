@@ -1,0 +1,64 @@
+"""Token Pruning & Squeezing (Wei et al., CVPR 2023, arXiv 2304.10716).
+
+Keeps the tokens that a score prefers, and merges ("squeezes") each other one into the kept one that
+is most similar to it, with weight exp(cosine). Sizes are not followed. Costs the similarities,
+N K C products.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evit.reducers.base import Reducer
+from evit.reducers.dynamicvit import DynamicViT
+from evit.reducers.tokens import Reduction, Seen, merge_into, unit
+
+
+def squeeze(seen: Seen, score_BN: Tensor, num_kept: int) -> Reduction:
+    """Keep the num_kept best, merge each other token into the kept one most similar to it."""
+    index_BK = score_BN.detach().topk(num_kept, sorted=False).indices
+    tokens = unit(seen.image(), eps=1e-6)
+    kept = tokens.gather(1, index_BK[..., None].expand(-1, -1, tokens.shape[2]))
+    cosine_BN, host_BN = (tokens @ kept.mT).max(2)
+    own = torch.arange(num_kept, device=host_BN.device).expand_as(index_BK)
+    weight_BN = cosine_BN.exp().scatter(1, index_BK, math.e)
+    return merge_into(seen, index_BK, host_BN.scatter(1, index_BK, own), weight_BN)
+
+
+class Squeeze(DynamicViT):
+    """Keep the tokens that a score prefers, squeeze the others into them.
+
+    With predictors it trains as DynamicViT does: decisions mask the attention, nothing is squeezed.
+
+    Args:
+        score: "class": class attention, after the block's attention (eTPS); "predictor":
+            DynamicViT's predictors, before the block (dTPS).
+    """
+
+    name = "squeeze"
+
+    def __init__(self, *, score: str = "class", **schedule: Any):
+        super().__init__(**schedule)
+        if score not in ("class", "predictor"):
+            raise ValueError(f"score must be class or predictor, got {score!r}")
+        self.masked = score == "predictor"
+
+    @property
+    def stage(self) -> str:  # type: ignore[override]
+        return "input" if self.masked else "residual"
+
+    def build(self, dim: int) -> None:
+        if self.masked:
+            super().build(dim)
+
+    def kept(self, n: int) -> list[int]:
+        return super().kept(n) if self.masked else Reducer.kept(self, n)
+
+    def plan(self, i: int, seen: Seen, num_kept: int) -> Reduction:
+        return squeeze(seen, self.scores(i, seen) if self.masked else seen.scores(), num_kept)
+
+    def macs(self, n: int, k: int, dim: int) -> int:
+        predictor = super().macs(n, k, dim) if self.masked else n
+        return predictor + (n - k) * k * dim + (n - k) * dim

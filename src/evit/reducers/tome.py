@@ -1,0 +1,98 @@
+"""ToMe (Bolya et al., ICLR 2023, arXiv 2210.09461): merge the most similar pairs of tokens.
+
+In every block, tokens at even positions (A) look for the most similar token at odd positions
+(B) by the cosine of their keys; the r most similar pairs become one token, a mean weighted by
+sizes. Sizes enter the attention of the blocks that follow. Costs N^2 D / 4 products for the
+similarities. Needs no training. Written from the paper.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from evit.reducers.base import Reducer
+from evit.reducers.tokens import Reduction, Seen, merge_into, split, unit
+
+
+def removals(r: Any, depth: int) -> list[Any]:
+    """Tokens removed in each block, from r: an int, a list, or (r, inflect).
+
+    inflect -1 falls from 2 r to 0 over the blocks, 1 rises from 0 to 2 r.
+    """
+    if isinstance(r, Sequence) and len(r) == 2 and isinstance(r[1], float):
+        low = int(r[0] * (1 - r[1]))
+        step = (2 * r[0] - 2 * low) / max(depth - 1, 1)
+        return [int(low + i * step) for i in range(depth)]
+    given = list(r) if isinstance(r, Sequence) else [r] * depth
+    if len(given) > depth or not all(isinstance(x, int | float) and x >= 0 for x in given):
+        raise ValueError(
+            f"r={r!r} must be tokens removed in every block: a number, a list of at most {depth}, "
+            f"or (r, inflect) with inflect from -1.0 to 1.0"
+        )
+    return given + [0] * (depth - len(given))
+
+
+class Pairing(Reducer):
+    """What ToMe, PiToMe and MCTF share: at most half of the tokens go at a place.
+
+    Args:
+        r: image tokens that each block removes: an int, a list for the blocks, or (r, inflect).
+        prop_attn: sizes enter the attention (proportional attention).
+    """
+
+    def __init__(self, *, r: Any = None, prop_attn: bool = True, **schedule: Any):
+        super().__init__(**schedule)
+        self.r, self.proportional = r, prop_attn
+        self.own = r is not None
+
+    def fewest(self, n: int) -> int:
+        return n - n // 2
+
+    def wanted(self, i: int, n: int) -> int:
+        if not self.own:
+            return super().wanted(i, n)
+        return n - min(self.removed(i, n), n // 2)
+
+    def removed(self, i: int, n: int) -> int:
+        """How many of n image tokens place number i removes by the method's own schedule."""
+        return removals(self.r, self.depth)[self.at[i]]
+
+
+class ToMe(Pairing):
+    """Merge the r most similar pairs of tokens.
+
+    Args:
+        r: image tokens that each block removes: an int, a list for the blocks, or (r, inflect).
+        prop_attn: sizes enter the attention; published without for MAE models off the shelf.
+    """
+
+    name = "tome"
+
+    def plan(self, i: int, seen: Seen, num_kept: int) -> Reduction:
+        sizes = seen.sizes()
+        n, r = sizes.shape[1], sizes.shape[1] - num_kept
+        a, b, place = split(n, seen.num_prefix, sizes.device)
+        metric = unit(seen.k_BHTD.mean(1)[:, seen.num_prefix :])
+        score_BA, match_BA = (metric[:, a] @ metric[:, b].mT).max(2)
+        order_BA = score_BA.argsort(1, descending=True)
+        stay_BA = order_BA[:, r:].sort(1).values
+        return pair(seen, a, b, place, stay_BA, match_BA, sizes)
+
+    def macs(self, n: int, k: int, dim: int) -> int:
+        return n * n // 4 * dim // self.num_heads + n * dim
+
+
+def pair(seen: Seen, a: Any, b: Any, place: Any, stay: Any, match: Any, sizes: Any) -> Reduction:
+    """Merge all A's but those in `stay` into their matches; left are `stay`, then all B's.
+
+    Args:
+        a, b: image tokens of A and B; place: of each image token in both, one after the other.
+        stay: (B, S) numbers within A; match: (B, A) numbers within B.
+    """
+    B, S = stay.shape
+    host_BA = (match + S).scatter(1, stay, torch.arange(S, device=stay.device).expand(B, S))
+    host_BB = torch.arange(S, S + len(b), device=stay.device).expand(B, -1)
+    host_BN = torch.cat([host_BA, host_BB], 1)[:, place]
+    index_BK = torch.cat([a[stay], b.expand(B, -1)], 1)
+    return merge_into(seen, index_BK, host_BN, sizes, sizes)
