@@ -246,7 +246,7 @@ def announce(cfg: DictConfig, data: Images, model: Any, teacher: bool) -> None:
     say(text)
 
 
-def facts(model: torch.nn.Module, img_size: int) -> dict[str, Any]:
+def facts(model: Any, img_size: int) -> dict[str, Any]:
     """What the model is and costs, for the tables."""
     result: dict[str, Any] = dict(
         img_size=img_size,

@@ -214,7 +214,8 @@ def weighted(cfg: DictConfig, source: Source) -> tuple[nn.Module, dict[str, Any]
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     torch.manual_seed(cfg.seed)
     model = build(config["model"], source)
-    reducer, wanted = getattr(model, "reducer", None), getattr(model, "pretrained_cfg", None) or {}
+    reducer: Any = getattr(model, "reducer", None)
+    wanted = getattr(model, "pretrained_cfg", None) or {}
     rates = list(reducer.keep_rate) if reducer is not None else []
     dense = set(rates) <= {1.0}
     about = dict(

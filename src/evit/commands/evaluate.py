@@ -48,8 +48,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     data = build_data(config, source, trainer)
     model = checkpoint.build(config["model"], source, num_classes=data.num_classes)
     data.normalize_for(model)
-    nodes = [OmegaConf.to_container(node) for node in nodes] or [config["reducer"]]
-    chosen = choose(config, nodes, model, source)
+    several: list[Any] = [OmegaConf.to_container(node) for node in nodes]
+    chosen = choose(config, several or [config["reducer"]], model, source)
     evaluator = Evaluator(model, chosen, data.num_classes, config["seed"])
     costs = [cost(model, reducer) for reducer in chosen]
     announce(data, config, len(chosen))
@@ -69,7 +69,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     ]
     result: dict[str, Any] = dict(
         checkpoint=str(source.path),
-        checkpoint_sha256=results.sha256(source.path),
+        checkpoint_sha256=results.sha256(Path(source.path or "")),
         settings=rows,
         images=rows[0]["images"],
         model=dict(
@@ -138,7 +138,7 @@ def build_data(config: dict[str, Any], source: Source, trainer: L.Trainer) -> Im
     return data
 
 
-def reducer_nodes(cfg: DictConfig) -> list[DictConfig]:
+def reducer_nodes(cfg: DictConfig) -> list[Any]:
     """The reducers of the command line, each as it stands in conf/reducer: reducer=[evit,merge]."""
     given, nodes, names = checkpoint.given(), [], []
     for override in HydraConfig.get().overrides.task:

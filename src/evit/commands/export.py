@@ -35,8 +35,8 @@ def run(cfg: DictConfig) -> Path:
     model, about = checkpoint.weighted(checkpoint.complete(cfg, source), source)
     if not getattr(getattr(model, "reducer", None), "static", True):
         raise ValueError(
-            f"reducer {about['reducer']} keeps as many tokens as an image needs: such a model cannot "
-            f"be exported, take another reducer"
+            f"reducer {about['reducer']} keeps as many tokens as an image needs, which cannot be "
+            f"exported: take another reducer"
         )
     rates, named = rate(about), checkpoint.file_name(about)
     target = Path(cfg.target or Path("outputs/export") / (named + SUFFIXES[cfg.format]))

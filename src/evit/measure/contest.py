@@ -100,7 +100,7 @@ def facts(entry: Entry) -> dict[str, Any]:
         ValueError: build's.
     """
     with torch.device("meta"):
-        model = build(entry)
+        model: Any = build(entry)
         if not hasattr(model, "reducer") and isinstance(model, VisionTransformer):
             model = build(dataclasses.replace(entry, dense=False))
         params = count_params(model)

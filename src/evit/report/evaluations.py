@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+HEADS = dict(selection="kept", fusion="others")
 FUSION = {True: "fused", False: "dropped", None: ""}
 
 
@@ -50,7 +51,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     result.add_column("keep\nrate", no_wrap=True)
     for choice in several:
         result.add_column(
-            {"reducer": "reducer", "selection": "kept", "fusion": "others"}[choice], no_wrap=True
+            HEADS.get(choice, choice), no_wrap=True
         )
     for name in ("top-1", "to dense", "KL", "top-5", "loss", "GMACs", "executed"):
         if name != "to dense" or dense is not None:

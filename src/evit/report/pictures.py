@@ -109,7 +109,7 @@ def draw_tokens(tokens: Tensor, pixels: Tensor) -> Tensor:
     shared = ((member_BPK * size_B1K).sum(2) > 1).view_as(tokens)
     if not shared.any():
         return shown
-    patches_B3P = F.adaptive_avg_pool2d(pixels, grid).flatten(2)
+    patches_B3P = F.adaptive_avg_pool2d(pixels, (grid[0], grid[1])).flatten(2)
     means_B3P = (patches_B3P @ member_BPK / size_B1K.clamp(1)) @ member_BPK.mT
     colours = upsample(means_B3P.unflatten(2, grid), pixels)
     shown = torch.where(upsample(shared[:, None], pixels), colours, shown)

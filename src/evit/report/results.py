@@ -108,8 +108,8 @@ def _harmless(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     for key, value in pairs:
         if key == "_target_" and value not in _callable():
             raise ValueError(
-                f"it asks to call {value}, which conf/ does not: where it is a reducer of your own, "
-                f"give the folder that names it, --config-dir DIR"
+                f"it asks to call {value}, which conf/ does not: for a reducer of your own give "
+                f"the folder of its YAML, --config-dir DIR"
             )
         if key == "checkpoint_path":
             raise ValueError(f"it asks timm to load {value}")

@@ -38,12 +38,12 @@ def setting_of(reducer: Reducer) -> Setting:
     """The setting that a reducer attached to a model stands for."""
     if all(rate == 1 for rate in reducer.keep_rate):
         return Setting(reducer.keep_rate)
-    chosen = (getattr(reducer, name, None) for name in ("fusion", "selection"))
-    return Setting(reducer.keep_rate, *chosen, reducer.name)
+    fusion, selection = (getattr(reducer, name, None) for name in ("fusion", "selection"))
+    return Setting(reducer.keep_rate, fusion, selection, reducer.name)
 
 
 class Evaluator(L.LightningModule):
-    """Top-1, top-5 (percent), loss, and divergence from the dense model, with each of some reducers.
+    """Top-1, top-5 (percent), loss and divergence from the dense model, with each of some reducers.
 
     The dense model runs once; each reducer goes on from the block where it first reduces. `results`
     then has dict(top1, top5, loss, kl, images) for each, over the images of all processes. kl is
@@ -61,7 +61,7 @@ class Evaluator(L.LightningModule):
     ):
         super().__init__()
         self.model, self.seed = model, seed
-        self.reducers = nn.ModuleList(reducer for reducer in chosen if reducer is not None)
+        self.reducers: Any = nn.ModuleList(reducer for reducer in chosen if reducer is not None)
         self.settings = [setting_of(reducer) for reducer in self.reducers] or [Setting()]
         self.starts, depth = [], 0
         if self.reducers:

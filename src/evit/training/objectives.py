@@ -87,9 +87,9 @@ class TokenLabels(Classification):
     """LV-ViT's token labelling with MixToken, for batches (images, labels, label maps, crops), and
     RandAugment's maps where it is on.
 
-    The class token learns the label of the crop, every surviving token that of its own patch; a fused
-    token has none, a merged one that of the token it continues. Each patch takes the label of the
-    image that it came from before it was mixed.
+    The class token learns the label of the crop, every surviving token that of its own patch; a
+    fused token has none, a merged one that of the token it continues. Each patch takes the label
+    of the image that it came from before it was mixed.
     """
 
     def __init__(self, model: Any, recipe: Recipe, num_classes: int, batch_size: int):

@@ -41,9 +41,8 @@ def backbone_lr_at(epoch: float, recipe: Recipe) -> float:
 
 def new_parts(model: Any) -> tuple[str, ...]:
     """The parts of a model that a dense checkpoint lacks: a reducer with parameters."""
-    return (
-        ("reducer",) if any(n.startswith("reducer.") for n, _ in model.named_parameters()) else ()
-    )
+    new = any(name.startswith("reducer.") for name, _ in model.named_parameters())
+    return ("reducer",) if new else ()
 
 
 def make_optimizer(
