@@ -3,10 +3,13 @@
 import pytest
 import timm
 import torch
-from evit.models.dynamicvit import DynamicLVViT
 from torch._dynamo.testing import CompileCounter
 
 import evit
+
+
+def DynamicLVViT(**kwargs):
+    return evit.LVViT(reducer="dynamicvit", **kwargs)
 
 
 @pytest.fixture(autouse=True)
