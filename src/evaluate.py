@@ -6,7 +6,7 @@ from evit.config import EvaluateConfig, entry_point
 
 @entry_point("evaluate", EvaluateConfig)
 def main(cfg):
-    from evit.evaluation import run
+    from evit.commands.evaluate import run
 
     run(cfg)
 

@@ -6,7 +6,7 @@ from evit.config import ExportConfig, entry_point
 
 @entry_point("export", ExportConfig)
 def main(cfg):
-    from evit.export import run
+    from evit.commands.export import run
 
     run(cfg)
 

@@ -6,7 +6,7 @@ from evit.config import VisualizeConfig, entry_point
 
 @entry_point("visualize", VisualizeConfig)
 def main(cfg):
-    from evit.visualize import run
+    from evit.commands.visualize import run
 
     run(cfg)
 

@@ -150,15 +150,14 @@ def test_images_are_read_as_pil_reads_them(weights, photos, evaluate):
 
 
 def test_settings_in_one_pass_equal_each_on_its_own(weights, shared_photos, evaluate):
-    """To the digit: each in a program of its own here, and by verify in the same one."""
+    """To the digit, each in a program of its own."""
     arguments = [f"checkpoint={weights}", f"data.root={shared_photos}", *MICRO, "batch_size=4"]
     rates = "keep_rates=[1,[0.9,0.7,0.5]]"
     both = ["fusion=[true,false]", "selection=[random,inattentive]"]
-    result = evaluate(*arguments, rates, *both, "verify=true", "repeats=1")
+    result = evaluate(*arguments, rates, *both)
     together = metrics(result)
     assert len(together) == len(result["settings"]) == 1 + 2 * 2
     assert len({tuple(values) for values in together.values()}) == 5
-    assert "the numbers are equal" in result["printed"] and result["verify"]["ratio"] > 0
     alone: dict = {}
     for rate, fusion, selection in (
         ("1", "true", "attentive"),
@@ -215,16 +214,16 @@ def test_two_processes_evaluate_each_image_once(weights, photos, tmp_path):
         folder.mkdir()
         arguments = [f"checkpoint={weights}", f"data.root={photos}", *MICRO, "batch_size=2"]
         arguments += ["trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={processes}"]
-        arguments += ["keep_rates=[1,0.5]", "verify=true", "repeats=1"]
+        arguments += ["keep_rates=[1,0.5]", "reducer=[evit,drop]"]
         arguments.remove("trainer=cpu")
         done = command("evaluate.py", *arguments, cwd=folder)
         assert done.returncode == 0, done.stderr
-        assert done.stdout.count("the numbers are equal") == 2  # said once, not by each process
+        assert done.stdout.count("Evaluating 3 settings") == 1  # said once, not by each process
         found.append(json.loads(only(folder, "outputs/*/*/evaluation.json").read_text()))
     assert [result["processes"] for result in found] == [1, 2]
     assert [result["images"] for result in found] == [5, 5]
     for one, two in zip(found[0]["settings"], found[1]["settings"], strict=True):
-        for name in ("top1", "top5", "loss"):
+        for name in ("top1", "top5", "loss", "kl"):
             assert one[name] == pytest.approx(two[name], rel=1e-5)
 
 
@@ -237,11 +236,106 @@ def test_the_table_has_a_row_for_each_setting_and_the_difference_to_dense(
     printed = [line.split() for line in result["printed"].splitlines()]
     for row in others:
         numbers = [f"{row['top1']:.2f}", f"{row['top1'] - dense['top1']:+.2f}"]
+        numbers += [f"{row['kl']:.4f}"]
         numbers += [f"{row['top5']:.2f}", f"{row['loss']:.4f}", f"{row['macs'] / 1e9:.3f}"]
         numbers += [f"{row['macs_executed'] / 1e9:.3f}"]
         fusion = {True: "fused", False: "dropped"}[row["fusion"]]
-        assert [fusion, *numbers] in [line[-7:] for line in printed]
+        assert [fusion, *numbers] in [line[-8:] for line in printed]
     assert max(map(len, result["printed"].splitlines()[2:10])) <= 80
+
+
+def test_reducers_side_by_side_are_each_on_its_own(weights, shared_photos, evaluate):
+    """Numbers to the digit, and the divergence from the dense model as PyTorch has it."""
+    arguments = [f"checkpoint={weights}", f"data.root={shared_photos}", *MICRO]
+    result = evaluate(*arguments, "keep_rates=[1,0.5]", "reducer=[evit,merge,tome]")
+    rows = {row["reducer"]: row for row in result["settings"]}
+    assert list(rows) == [None, "evit", "merge", "tome"] and rows[None]["kl"] == 0
+    printed = [line.split() for line in result["printed"].splitlines()]
+    for name in ("merge", "tome"):
+        (alone,) = evaluate(*arguments, "keep_rate=0.5", f"reducer={name}")["settings"]
+        assert alone == rows[name] and alone["kl"] > 0
+        assert any(name in line and f"{alone['kl']:.4f}" in line for line in printed)
+
+
+def test_budgets_find_the_keep_rate_of_each_reducer(weights, shared_photos, evaluate):
+    arguments = [f"checkpoint={weights}", f"data.root={shared_photos}", *MICRO]
+    result = evaluate(*arguments, "gmacs=0.02", "reducer=[evit,merge]")
+    evit_row, merge_row = result["settings"]
+    assert evit_row["keep_rate"] != merge_row["keep_rate"]
+    assert all(0.018e9 < row["macs"] <= 0.02e9 for row in (evit_row, merge_row))
+
+
+MINE = """
+import torch
+from evit.reducers import Reducer, Reduction
+
+
+class Mine(Reducer):
+    \"\"\"Keep the longest tokens.\"\"\"
+
+    name, stage, selects = "mine", "input", True
+
+    def __init__(self, power: float = 1.0, **schedule):
+        super().__init__(**schedule)
+        self.power = power
+
+    def plan(self, i, seen, num_kept):
+        score = seen.x_BTC[:, seen.num_prefix :].norm(dim=-1) ** self.power
+        return Reduction(score.topk(num_kept).indices, seen.num_prefix)
+"""
+
+
+@pytest.fixture
+def plug_in(tmp_path, monkeypatch) -> str:
+    """--config-dir of a reducer from outside."""
+    (tmp_path / "mypackage.py").write_text(MINE)
+    (tmp_path / "conf/reducer").mkdir(parents=True)
+    node = "_target_: mypackage.Mine\nkeep_rate: ${keep_rate}\npower: 1.0\n"
+    (tmp_path / "conf/reducer/mine.yaml").write_text(node)
+    monkeypatch.syspath_prepend(tmp_path)
+    return f"--config-dir={tmp_path}/conf"
+
+
+def test_a_reducer_from_outside(weights, shared_photos, evaluate, plug_in):
+    arguments = [f"checkpoint={weights}", f"data.root={shared_photos}", *MICRO, plug_in]
+    result = evaluate(*arguments, "keep_rates=[1,0.5]", "reducer=[mine,drop]", "reducer.power=2")
+    assert [row["reducer"] for row in result["settings"]] == [None, "mine", "drop"]
+
+
+def test_a_run_with_a_reducer_from_outside_needs_its_folder(
+    tmp_path, shared_photos, evaluate, refused, plug_in
+):
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    path = tmp_path / "run/checkpoints/best.ckpt"
+    torch.save({f"model.{name}": weight for name, weight in micro().state_dict().items()}, path)
+    size = dict(img_size=28, patch_size=7, embed_dim=96, depth=12, num_heads=3)
+    node = dict(_target_="mypackage.Mine", keep_rate=0.6, power=2.0)
+    model = dict(_target_="evit.models.create_model", model_name="evit_deit_tiny_patch16")
+    config = dict(model=model | size | dict(reducer=node), keep_rate=0.6, img_size=28, recipe={})
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    arguments = [f"checkpoint={tmp_path}/run", f"data.root={shared_photos}", *MICRO[2:]]
+    shown = refused(*arguments)
+    assert "it asks to call mypackage.Mine" in shown and "--config-dir DIR" in shown
+    (row,) = evaluate(*arguments, plug_in)["settings"]
+    assert (row["reducer"], row["keep_rate"]) == ("mine", [0.6] * 3)
+
+
+def test_a_checkpoint_away_from_its_folder_tells_its_model(tmp_path, shared_photos, evaluate):
+    """By what training writes into it, under "evit"."""
+    size = dict(img_size=28, patch_size=7, embed_dim=96, depth=12, num_heads=3)
+    model = dict(_target_="evit.models.create_model", model_name="evit_deit_tiny_patch16")
+    reducer = dict(_target_="evit.reducers.Merge", keep_rate=0.6)
+    knobs = dict(model=model | size | dict(reducer=reducer), keep_rate=0.6, fusion=True)
+    knobs |= dict(img_size=28, crop_pct=0.7, data="photos", classes=["cat", "dog"])
+    weights = {f"model.{name}": weight for name, weight in micro().state_dict().items()}
+    torch.save(dict(state_dict=weights, evit=knobs), tmp_path / "sent.ckpt")
+    arguments = [f"checkpoint={tmp_path}/sent.ckpt", f"data.root={shared_photos}", *MICRO[2:]]
+    result = evaluate(*arguments)
+    (row,) = result["settings"]
+    assert (row["reducer"], row["keep_rate"]) == ("merge", [0.6] * 3)
+    assert result["config"]["crop_pct"] == 0.7
+    (other,) = evaluate(*arguments, "reducer=drop", "keep_rate=0.5")["settings"]
+    assert (other["reducer"], other["keep_rate"]) == ("drop", [0.5] * 3)
 
 
 def test_a_result_carries_its_provenance(weights, shared_photos, evaluate):
@@ -276,12 +370,12 @@ def test_a_timm_model_as_it_stands_is_evaluated_dense_alone(deit, shared_photos,
         "+model.img_size=32",
     ]
     plain = [*plain, *arguments[:2], *DEIT[2:]]
-    message = "VisionTransformer reorganizes no tokens: keep_rate=1, or take it as an EViT"
+    message = "VisionTransformer reduces no tokens: keep_rate=1, or take it with a reducer"
     assert message in refused(*plain, "keep_rate=0.7")
     (own,) = evaluate(*plain)["settings"]
     (evit,) = evaluate(*arguments, "model=timm_vit", "keep_rate=1")["settings"]
     assert own["loss"] == pytest.approx(evit["loss"], rel=1e-5)
-    assert own["macs"] is None and own["macs_executed"] < evit["macs"]
+    assert own["macs"] is None and own["macs_executed"] < evit["macs"] and own["kl"] == 0
 
 
 def test_dynamicvit_has_no_fusion_and_no_selection_and_is_evaluated_once(
@@ -292,11 +386,17 @@ def test_dynamicvit_has_no_fusion_and_no_selection_and_is_evaluated_once(
     arguments = [f"checkpoint={tmp_path}/d.pth", f"data.root={shared_photos}", *MICRO[1:]]
     arguments += ["model=dynamicvit_deit_micro", "keep_rates=[1,0.7]"]
     result = evaluate(*arguments, "fusion=[true,false]", "selection=[attentive,random]")
-    assert "DynamicViT has no fusion and no selection" in result["printed"]
+    assert "DynamicViT has no selection and no fusion" in result["printed"]
     assert list(metrics(result)) == [((1.0,) * 3, None, None), ((0.7,) * 3, None, None)]
 
 
 MISTAKES = {
+    "reducer=nosuch": "Could not find 'reducer/nosuch'",
+    "reducer=[evit,nosuch]": "Could not find 'reducer/nosuch'",
+    "reducer.foo=1": "Key 'foo' is not in struct",
+    "+reducer.foo=1": "got an unexpected keyword argument 'foo'",
+    "reducer=dynamicvit": "reducer dynamicvit has to be trained",
+    "gmacs=[9]": "gmacs must be above 0 and at most 0.0",
     "keep_rate=0": "keep_rate must be in (0, 1]",
     "keep_rates=[0.5,1.5]": "got 1.5",
     "keep_rates=[]": "keep_rates must be a list such as [1,0.7,0.5], got []",
@@ -306,14 +406,13 @@ MISTAKES = {
     "selection=[random,best]": "must be of attentive, random, inattentive",
     "fusion=perhaps": "fusion must be true, false or [true,false], got 'perhaps'",
     "batch_size=0": "batch_size must be at least 1, got 0",
-    "repeats=0": "repeats must be at least 1, got 0",
     "crop_pct=0": "crop_pct must be from 0.01 to 1, got 0",
     "max_val_images=0": "max_val_images must be at least 1, got 0",
     "checkpoint=nowhere.pth": "checkpoint 'nowhere.pth' does not exist",
     "checkpoint=null": "checkpoint=PATH is needed",
     "keeprates=[1]": "unknown knob 'keeprates' in 'keeprates=[1]': did you mean keep_rates?",
     "data.root=/nowhere": "data folder '/nowhere' does not exist: expected /nowhere/val/CLASS",
-    "model.embed_dim=48": "checkpoint does not fit EViT",
+    "model.embed_dim=48": "checkpoint does not fit ReducedViT",
 }
 
 
@@ -321,7 +420,8 @@ MISTAKES = {
 def test_a_mistake_is_named_and_leaves_nothing(mistake, weights, photos, refused):
     arguments = [f"checkpoint={weights}", f"data.root={photos}", *MICRO]
     arguments = [a for a in arguments if a.split("=")[0] != mistake.split("=")[0]]
-    assert MISTAKES[mistake] in refused(*arguments, mistake)
+    shown = refused(*arguments, mistake)
+    assert MISTAKES[mistake] in shown and shown.count("\n") == 1
 
 
 def test_a_model_that_has_diverged_has_no_accuracy(photos, refused, tmp_path):

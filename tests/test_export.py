@@ -2,19 +2,17 @@
 
 import json
 import sys
-from dataclasses import fields
 from pathlib import Path
 
+from evit.commands import export as command
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from evit.models.registry import reduced
 
-import evit.export
-from evit.config import ExportConfig
 from evit.models import create_model
-from evit.models.timm_vit import reorganized
 
 TINY = "img_size=32 +model.embed_dim=48 +model.depth=4 +model.num_heads=3"
 SIZE = dict(img_size=32, embed_dim=48, depth=4, num_heads=3)
@@ -66,6 +64,14 @@ MODELS = {
     ),
     "model=evit_lvvit keep_rate=0.5": ("evit_lvvit_s", dict(keep_rate=0.5)),
     "model=deit": ("evit_deit_small_patch16", dict(keep_rate=1.0)),
+    "model=evit_deit_tiny reducer=merge keep_rate=0.6": (
+        "evit_deit_tiny_patch16",
+        dict(reducer="merge", keep_rate=0.6),
+    ),
+    "model=evit_deit_tiny reducer=tome reducer.r=1": (
+        "evit_deit_tiny_patch16",
+        dict(reducer="tome", r=1),
+    ),
     "model=dynamicvit_deit keep_rate=0.7": ("dynamicvit_deit_small_patch16", dict(keep_rate=0.7)),
 }
 
@@ -87,7 +93,7 @@ def test_the_onnx_file_computes_what_the_model_computes(arguments, export, tmp_p
 @torch.no_grad()
 def test_any_timm_vit_as_a_torch_export_file(export, tmp_path):
     torch.manual_seed(1)
-    model = reorganized("vit_tiny_patch16_224", 0.5, num_classes=5, **SIZE).eval()
+    model = reduced("vit_tiny_patch16_224", keep_rate=0.5, num_classes=5, **SIZE).eval()
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     arguments = f"model=timm_vit model.model_name=vit_tiny_patch16_224 {TINY} keep_rate=0.5"
     path, _ = export(f"{arguments} format=torch_export checkpoint={tmp_path}/weights.pth")
@@ -101,13 +107,15 @@ def test_any_timm_vit_as_a_torch_export_file(export, tmp_path):
 @torch.no_grad()
 def test_of_a_run_the_model_and_the_knobs_that_are_not_given_are_the_run_s(export, tmp_path):
     torch.manual_seed(1)
-    options = dict(SIZE, keep_rate=0.6, fusion=False, drop_loc=[1, 2])
-    model = create_model("evit_deit_tiny_patch16", num_classes=5, **options).eval()
+    options = dict(keep_rate=0.6, fusion=False, drop_loc=[1, 2])
+    model = create_model("evit_deit_tiny_patch16", num_classes=5, **SIZE, **options).eval()
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     path = tmp_path / "run/checkpoints/best.ckpt"
     torch.save({f"model.{name}": weight for name, weight in model.state_dict().items()}, path)
     node = dict(_target_="evit.models.create_model", model_name="evit_deit_tiny_patch16")
-    config = dict(model=node | options, keep_rate=0.6, fusion=False, img_size=32, recipe={})
+    node |= SIZE | dict(reducer=dict(_target_="evit.reducers.EViT", at=[1, 2], fusion=False))
+    node["reducer"]["keep_rate"] = 0.6
+    config = dict(model=node, keep_rate=0.6, fusion=False, img_size=32, recipe={})
     (tmp_path / "run/config.json").write_text(json.dumps(config))
     exported, printed = export(f"checkpoint={path}")
     np.testing.assert_allclose(by_onnx(exported, 2), model(images(2)).numpy(), atol=1e-4)
@@ -121,14 +129,14 @@ def test_of_a_run_the_model_and_the_knobs_that_are_not_given_are_the_run_s(expor
 
 
 def test_a_file_that_computes_something_else_is_not_left(monkeypatch, export, tmp_path):
-    write = evit.export.write_onnx
+    write = command.write_onnx
 
     def wrong(model, about, path) -> None:
         model.head.bias += 1
         write(model, about, path)
         model.head.bias -= 1
 
-    monkeypatch.setattr(evit.export, "write_onnx", wrong)
+    monkeypatch.setattr(command, "write_onnx", wrong)
     with pytest.raises(RuntimeError, match="at batch size 1 the exported logits differ by 1.0e.00"):
         export(f"model=evit_deit_tiny {TINY} random=true")
     assert not list(tmp_path.glob("outputs/export/*"))
@@ -156,18 +164,17 @@ def test_what_cannot_be_exported_is_said(refused, arguments, message):
     assert message in refused(arguments)
 
 
+def test_a_reducer_whose_counts_depend_on_the_image_is_refused(monkeypatch, refused):
+    monkeypatch.setattr("evit.reducers.Drop.static", False)
+    message = refused(f"model=evit_deit_tiny {TINY} random=true reducer=drop")
+    assert "reducer drop keeps as many tokens as an image needs" in message
+
+
 def test_a_package_that_is_missing_is_named(monkeypatch, refused):
-    find = evit.export.importlib.util.find_spec
+    find = command.importlib.util.find_spec
     monkeypatch.setattr(
         "importlib.util.find_spec",
         lambda name, *a: None if name == "onnxscript" else find(name, *a),
     )
     message = refused("model=evit_deit random=true")
     assert "needs onnxscript: pip install 'evit-lab[export]'" in message
-
-
-def test_the_knobs_are_these():
-    assert {field.name for field in fields(ExportConfig)} == {
-        *("checkpoint", "pretrained", "random", "keep_rate", "fusion", "img_size"),
-        *("format", "target", "seed", "model"),
-    }

@@ -2,14 +2,13 @@
 
 import json
 import sys
-from dataclasses import fields
 
+import command
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-import evit.visualize
 from evit.config import VisualizeConfig
 from evit.data.batch import normalize
 from evit.models import create_model
@@ -40,7 +39,7 @@ def visualize(monkeypatch, tmp_path, capfd):
 def drawn(monkeypatch):
     """The (model, images, pixels) that are drawn."""
     calls = []
-    monkeypatch.setattr(evit.visualize, "draw_kept", lambda *a: calls.append(a) or draw_kept(*a))
+    monkeypatch.setattr(command, "draw_kept", lambda *a: calls.append(a) or draw_kept(*a))
     return calls
 
 
@@ -55,8 +54,14 @@ def test_a_picture_of_any_images(visualize, drawn, photos, tmp_path):
         assert picture.size[0] > 4 * 128 and picture.size[1] > 4 * 128
 
 
+def test_a_picture_of_a_merging_reducer(visualize, drawn, photos, tmp_path):
+    visualize(f"{RANDOM} images={photos} num_images=2 reducer=tome keep_rate=0.6")
+    assert (tmp_path / "outputs/pictures/evit_deit_tiny-tome-0.6-32.png").is_file()
+    assert drawn[0][0].reducer.name == "tome"
+
+
 def test_the_images_of_a_folder_are_spread_over_it():
-    spread = evit.visualize.spread
+    spread = command.spread
     assert spread(list(range(12)), 4) == [0, 3, 6, 9]
     assert spread(list(range(3)), 8) == [0, 1, 2]
 
@@ -75,14 +80,14 @@ def test_of_a_run_the_model_the_knobs_and_the_validation_images_are_the_run_s(
     visualize, drawn, photos, tmp_path
 ):
     torch.manual_seed(1)
-    options = dict(SIZE, keep_rate=0.6, fusion=False, drop_loc=[1, 2])
-    model = create_model("evit_deit_tiny_patch16", num_classes=2, **options)
+    model = create_model("evit_deit_tiny_patch16", num_classes=2, **SIZE)
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     path = tmp_path / "run/checkpoints/best.ckpt"
     torch.save({f"model.{name}": weight for name, weight in model.state_dict().items()}, path)
     node = dict(_target_="evit.models.create_model", model_name="evit_deit_tiny_patch16")
+    reducer = dict(_target_="evit.reducers.Drop", keep_rate=0.6, at=[1, 2])
     config = dict(
-        model=node | options,
+        model=node | SIZE | dict(reducer=reducer),
         data=dict(
             _target_="evit.data.Folder",
             root=str(photos),
@@ -123,10 +128,3 @@ def test_what_cannot_be_drawn_is_said(visualize, tmp_path, capfd, arguments, mes
         visualize(arguments)
     assert ended.value.code == 2 and message in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-def test_the_knobs_are_these():
-    assert {field.name for field in fields(VisualizeConfig)} == {
-        *("checkpoint", "pretrained", "random", "images", "num_images", "keep_rate", "fusion"),
-        *("img_size", "crop_pct", "target", "seed", "model", "data"),
-    }

@@ -46,6 +46,7 @@ class RunConfig:
     checkpoint_every_n_steps: int | None = None
     keep_checkpoint_every_n_epochs: int | None = None
     dry_run: bool = False
+    reducer: Any = None
     model: Any = MISSING
     data: Any = MISSING
     recipe: Recipe = MISSING
@@ -102,14 +103,14 @@ class EvaluateConfig:
     keep_rate: Any = None
     keep_rates: Any = None
     fusion: Any = None  # true, false, or a list
-    selection: Any = MISSING  # a name, or a list
+    gmacs: Any = None
+    selection: Any = None  # a name, or a list
     img_size: int | None = None
     crop_pct: float | None = None
     max_val_images: int | None = None
     batch_size: int = MISSING
     seed: int = MISSING
-    verify: bool = MISSING
-    repeats: int = MISSING
+    reducer: Any = None
     model: Any = field(default_factory=dict)
     data: Any = MISSING
     trainer: Any = MISSING
@@ -154,6 +155,7 @@ class WeightsConfig:
     img_size: int | None = None
     target: str | None = None
     seed: int = MISSING
+    reducer: Any = None
     model: Any = field(default_factory=dict)
 
 

@@ -10,13 +10,12 @@ from omegaconf import DictConfig, OmegaConf
 from evit import measure
 from evit.config import by_data
 from evit.data.sources import epoch_length
-from evit.models import DynamicViT, EViT, LVViT
-from evit.report import paper, plans
+from evit.recipe import Recipe
 from evit.reducers.schedule import keep_rate_at
+from evit.report import paper, plans
 from evit.training.module import Classifier
 from evit.training.objectives import Classification, DynamicTokens, TokenLabels, make_objective
 from evit.training.optimizer import make_optimizer
-from evit.recipe import Recipe
 
 IMAGENET = dict(name="ImageNet", num_classes=1000, train_images=1_281_167, val_images=50_000)
 PROCESSES = (1, 4, 8, 16)
@@ -52,7 +51,7 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
             pretrained=False,
             _convert_="all",
         )
-    dynamic = isinstance(model, DynamicViT)
+    dynamic = trains_its_own_way(model)
     start = "checkpoint" if cfg.checkpoint else "pretrained" if cfg.pretrained else "random"
     parts = (model, recipe, data["num_classes"])
     objective = make_objective(*parts, recipe.batch_size, data["label_maps"])
@@ -81,6 +80,11 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
         paper=rows,
         hours=hours(model, keep_rates, steps * recipe.batch_size, rows, 3 + distilled),
     )
+
+
+def trains_its_own_way(model: Any) -> bool:
+    """Whether the model's reducer has losses of its own, as DynamicViT's."""
+    return getattr(getattr(model, "reducer", None), "masked", False)
 
 
 def data_facts(cfg: DictConfig, recipe: Recipe) -> dict[str, Any]:
@@ -159,14 +163,14 @@ def batch_facts(recipe: Recipe, accumulation: int | None) -> list[dict[str, int]
 def paper_rows(cfg: DictConfig, recipe: Recipe, model: Any, data: Any) -> list[dict[str, Any]]:
     """The rows of the paper's tables that this run reproduces."""
     rates = set(getattr(model, "keep_rate", ()))
-    labelled = data["label_maps"] or isinstance(model, DynamicViT) or not isinstance(model, LVViT)
+    labelled = data["label_maps"] or trains_its_own_way(model) or not hasattr(model, "heads")
     if data["name"] != IMAGENET["name"] or len(rates) != 1 or not labelled:
         return []
     (keep_rate,) = rates
     return paper.runs(
         cfg.model.model_name,
         keep_rate=keep_rate,
-        fusion=None if keep_rate == 1 or isinstance(model, DynamicViT) else model.fusion,
+        fusion=None if keep_rate == 1 or trains_its_own_way(model) else model.fusion,
         img_size=cfg.img_size,
         finetuned=recipe.finetune,
         epochs=round(recipe.epochs - recipe.cooldown_epochs),
@@ -182,9 +186,9 @@ def hours(
     where there is one, each at the paper's images/s; an epoch at a higher keep rate costs more by
     its MACs. DynamicViT drops nothing in training, so that its images/s are the dense model's.
     """
-    if not rows or not isinstance(model, EViT):
+    if not rows or not hasattr(model, "reducer"):
         return None
-    if isinstance(model, DynamicViT):
+    if trains_its_own_way(model):
         throughput = paper.tables()["keep_rate_deit_s"]["baseline"]["throughput"]
         return len(keep_rates) * images * forwards / (throughput * plans.GPUS) / 3600
     macs = {}

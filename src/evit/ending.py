@@ -25,7 +25,7 @@ def program(main: Callable[[], Any]) -> Any:
     except signals.Stopped as stopped:
         end(stopped)
     except CompactHydraException as error:
-        sys.exit("\n".join(str(e) for e in (error, error.__cause__) if e))
+        fail(" ".join(" ".join(str(e) for e in (error, error.__cause__) if e).split()))
     except OSError as error:  # of the run's folder
         if text := disk.refused(error, Path()):
             fail(text)

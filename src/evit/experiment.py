@@ -16,8 +16,8 @@ from evit import load_checkpoint, measure
 from evit.compiling import private_cache
 from evit.config import HOW
 from evit.data import Images
-from evit.models import DynamicViT, EViT, LVViT
 from evit.models.weights import read_state_dict
+from evit.recipe import Recipe
 from evit.report import results, tables
 from evit.tracking import JsonlLogger, start_service, wandb_logger, wandb_mode
 from evit.training import checkpoints, peers
@@ -27,10 +27,9 @@ from evit.training.module import Classifier, mix_seed
 from evit.training.nonfinite import NonFinite
 from evit.training.objectives import Classification, dense_teacher, make_objective
 from evit.training.progress import Throughput, progress
-from evit.recipe import Recipe
 from evit.training.trainer import accumulate, build_trainer, quiet, say
 
-GROUPS = ("model", "data", "recipe", "experiment")
+GROUPS = ("reducer", "model", "data", "recipe", "experiment")
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -77,10 +76,10 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     ]
     if recipe.ema_decay is not None:
         callbacks.append(EMA(recipe.ema_decay, recipe.ema_evaluated))
-    if isinstance(model, EViT):
+    if reducer := getattr(model, "reducer", None):
         start, epochs = recipe.shrink_start_epoch, recipe.shrink_epochs
-        if isinstance(model, DynamicViT):
-            start = epochs = 0  # as its authors train it
+        if reducer.masked or reducer.own or reducer.given:
+            start = epochs = 0  # DynamicViT as its authors train it
         multiple = recipe.token_multiple or (8 if cfg.compile else 1)
         callbacks += [
             KeepRateSchedule(model, start, epochs, multiple),
@@ -204,7 +203,7 @@ def build_teacher(cfg: DictConfig, model: torch.nn.Module) -> torch.nn.Module | 
         ValueError: another kind of model has no use for a teacher, or its weights do not fit.
     """
     source = cfg.recipe.teacher or cfg.checkpoint
-    if not isinstance(model, DynamicViT):
+    if not getattr(getattr(model, "reducer", None), "masked", False):
         if cfg.recipe.teacher:
             raise ValueError(
                 f"recipe.teacher={cfg.recipe.teacher} is for DynamicViT: {type(model).__name__} "
@@ -229,13 +228,14 @@ def announce(cfg: DictConfig, data: Images, model: Any, teacher: bool) -> None:
     recipe, name = cfg.recipe, HydraConfig.get().runtime.choices["model"]
     if set(getattr(model, "keep_rate", [1])) == {1} and cfg.keep_rate != 1:
         say(f"{name} keeps every token: keep_rate and fusion are not used.")
-    if isinstance(model, DynamicViT):
+    own = getattr(getattr(model, "reducer", None), "masked", False)
+    if own:
         say("DynamicViT drops, at a constant rate: fusion and recipe.shrink_epochs are not used.")
         if not teacher:
             say("Without a teacher of these classes there is no distillation: checkpoint=PATH.")
-    elif isinstance(model, LVViT) and not data.has_label_maps:
+    elif hasattr(model, "heads") and not data.has_label_maps:
         say("Without label maps LV-ViT is a plain classifier, no MixToken: data.label_maps=DIR.")
-    if data.has_label_maps and (isinstance(model, DynamicViT) or not isinstance(model, LVViT)):
+    if data.has_label_maps and (own or not hasattr(model, "heads")):
         say(f"{name} has no token labelling: the label maps are not used.")
     text = f"Training on {data.name} ({data.num_classes} classes): {recipe.epochs} epochs, "
     text += f"batch size {recipe.batch_size}"
@@ -246,15 +246,16 @@ def announce(cfg: DictConfig, data: Images, model: Any, teacher: bool) -> None:
     say(text)
 
 
-def facts(model: torch.nn.Module, img_size: int) -> dict[str, Any]:
+def facts(model: Any, img_size: int) -> dict[str, Any]:
     """What the model is and costs, for the tables."""
     result: dict[str, Any] = dict(
         img_size=img_size,
         params=measure.count_params(model),
         macs_executed=measure.count_macs(model, executed=True),
     )
-    if isinstance(model, EViT):
+    if hasattr(model, "reducer"):
         result |= dict(
+            reducer=model.reducer.name,
             keep_rate=list(model.keep_rate),
             drop_loc=list(model.drop_loc),
             fusion=model.fusion,

@@ -6,7 +6,10 @@ import torch
 from torch._dynamo.testing import CompileCounter
 
 import evit
-from evit.models.dynamicvit import DynamicLVViT
+
+
+def DynamicLVViT(**kwargs):
+    return evit.LVViT(reducer="dynamicvit", **kwargs)
 
 
 @pytest.fixture(autouse=True)

@@ -3,10 +3,11 @@
 import pytest
 import timm
 import torch
+from evit.reducers.blocks import Step
+from evit.reducers.dynamicvit import Predictor
 
 import evit
 from evit.measure import count_macs, count_params
-from evit.models.dynamicvit import DynamicLVViT, Predictor, masked_block
 from tests.models import golden
 
 NAMES = ["dynamicvit_deit_small_patch16", "dynamicvit_lvvit_s"]
@@ -16,6 +17,16 @@ FVCORE = {
     "dynamicvit_deit_base_patch16": {0.7: 11.489},
     "dynamicvit_lvvit_s": {0.7: 4.664, 0.5: 3.801},
 }
+
+
+def DynamicLVViT(**kwargs):
+    return evit.LVViT(reducer="dynamicvit", **kwargs)
+
+
+def forward_masked(model, images):
+    """Normalised tokens, none removed, and the decisions."""
+    x, decisions = model.reducer.masked_features(model, model.embed(images))
+    return model.norm(x), decisions
 
 
 def tiny(kind=evit.DynamicViT, **kwargs) -> evit.DynamicViT:
@@ -86,12 +97,12 @@ def test_a_masked_token_has_no_influence_on_the_kept_ones():
     block, x = tiny().eval().blocks[0], torch.randn(2, 17, 48)
     kept = torch.ones(2, 17)
     kept[:, 5:] = 0
-    masked, removed = masked_block(block, x, kept)[:, :5], block(x[:, :5])
+    masked, removed = block(x, step=Step(1, mask_BT=kept))[:, :5], block(x[:, :5])
     torch.testing.assert_close(masked, removed, atol=1e-5, rtol=1e-5)
 
 
 def test_a_token_once_dropped_stays_dropped():
-    _, decisions = tiny().train().forward_masked(torch.randn(4, 3, 64, 64))
+    _, decisions = forward_masked(tiny().train(), torch.randn(4, 3, 64, 64))
     assert len(decisions) == 3
     assert all(((d == 0) | (d == 1)).all() for d in decisions)
     assert (decisions[1] <= decisions[0]).all() and (decisions[2] <= decisions[1]).all()
@@ -102,7 +113,7 @@ def test_a_token_once_dropped_stays_dropped():
 @pytest.mark.parametrize("img_size", [64, 80])
 def test_every_parameter_receives_a_gradient_at_any_image_size(kind, img_size):
     model = tiny(kind, img_size=img_size).train()
-    x, decisions = model.forward_masked(torch.randn(4, 3, img_size, img_size))
+    x, decisions = forward_masked(model, torch.randn(4, 3, img_size, img_size))
     (model.forward_head(x).square().sum() + sum(d.sum() for d in decisions)).backward()
     dead = [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert dead == []
@@ -115,7 +126,7 @@ def test_training_in_bf16_has_no_nan(kind, autocast):
     if not autocast:
         model, images = model.bfloat16(), images.bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        x, decisions = model.forward_masked(images)
+        x, decisions = forward_masked(model, images)
         loss = model.forward_head(x).float().logsumexp(-1).sum() + sum(d.sum() for d in decisions)
     loss.backward()
     assert loss.isfinite()
@@ -139,18 +150,18 @@ def test_a_keep_rate_that_leaves_no_token_is_refused():
 
 def test_a_dense_checkpoint_leaves_the_predictors_new():
     dense, model = tiny(evit.EViT), tiny()
-    before = model.score_predictor[0].in_conv[1].weight.clone()
-    with pytest.raises(ValueError, match="score_predictor.* is missing"):
+    before = model.reducer.predictors[0].in_conv[1].weight.clone()
+    with pytest.raises(ValueError, match="reducer.predictors.* is missing"):
         evit.load_checkpoint(model, dense.state_dict())
     evit.load_checkpoint(model, dense.state_dict(), new_parts=True)
     assert model.state_dict()["head.weight"].equal(dense.state_dict()["head.weight"])
-    assert model.score_predictor[0].in_conv[1].weight.equal(before)
+    assert model.reducer.predictors[0].in_conv[1].weight.equal(before)
 
 
 def test_half_a_predictor_is_refused_even_so():
     weights = tiny().state_dict()
-    del weights["score_predictor.1.out_conv.0.weight"]
-    with pytest.raises(ValueError, match="score_predictor.1.out_conv.0.weight is missing"):
+    del weights["reducer.predictors.1.out_conv.0.weight"]
+    with pytest.raises(ValueError, match="reducer.predictors.1.out_conv.0.weight is missing"):
         evit.load_checkpoint(tiny(), weights, new_parts=True)
 
 

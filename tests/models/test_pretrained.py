@@ -5,8 +5,8 @@ import timm
 from huggingface_hub import constants
 
 import evit  # noqa: F401
-from evit.models import pretrained
-from evit.models.pretrained import create_model
+from evit.models import registry
+from evit.models.registry import create_model
 
 # A name that no server has, whether or not there is a network.
 NOWHERE = {"hf_hub_id": "nobody-has/this-model-9f31", "url": ""}
@@ -17,7 +17,6 @@ NO_HOST = {"hf_hub_id": None, "url": "https://weights.invalid/x.pth"}
 def empty_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "ENDPOINT", "https://hub.invalid")
-    monkeypatch.setattr(pretrained.urllib.request, "getproxies", dict)
 
 
 @pytest.mark.parametrize("where", [NOWHERE, NO_HOST], ids=["hub", "url"])
@@ -38,7 +37,7 @@ def test_every_network_error_is_a_download(monkeypatch):
         def fail(*_, error=error, **__):
             raise error
 
-        monkeypatch.setattr(pretrained.timm, "create_model", fail)
+        monkeypatch.setattr(registry.timm, "create_model", fail)
         with pytest.raises(ValueError, match="cannot be downloaded"):
             create_model("resnet10t", pretrained=True)
         with pytest.raises(type(error)):

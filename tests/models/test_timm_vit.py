@@ -1,18 +1,18 @@
-"""evit.models.timm_vit: timm's ViTs by name."""
+"""model=timm_vit: timm's ViTs by name."""
 
 import pytest
 import timm
 import torch
+from evit.models.registry import reduced
 
 import evit
-from evit.models.timm_vit import reorganized
 
 SMALL = dict(img_size=32, depth=4, num_classes=3)
 
 
 def test_a_timm_vit_by_name_is_its_evit_and_dense_its_own():
     torch.manual_seed(0)
-    model = reorganized("vit_tiny_patch16_224", keep_rate=0.5, drop_loc=[1, 2], **SMALL).eval()
+    model = reduced("vit_tiny_patch16_224", keep_rate=0.5, drop_loc=[1, 2], **SMALL).eval()
     assert isinstance(model, evit.EViT)
     assert (model.keep_rate, model.drop_loc, model.fusion) == ((0.5, 0.5), (1, 2), True)
     plain = timm.create_model("vit_tiny_patch16_224", **SMALL).eval()
@@ -36,4 +36,4 @@ def test_a_timm_vit_by_name_is_its_evit_and_dense_its_own():
 )
 def test_what_cannot_be_served_is_named(name, options, message):
     with pytest.raises(ValueError, match=message):
-        reorganized(name, **SMALL | options)
+        reduced(name, **SMALL | options)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from evit.models.registry import reduced
 
 import evit
 from evit.models import DynamicViT
-from evit.models.timm_vit import reorganized
 from evit.report import pictures
 from evit.report.pictures import FADED, GAP, MIN_SIDE, draw_kept, follow
 from tests.models import published
@@ -27,8 +27,8 @@ MODELS = {
     "wide": lambda: deit((32, 96), keep_rate=0.5),
     "LV-ViT": lambda: evit.LVViT(64, keep_rate=0.6, **SMALL),
     "DynamicViT": lambda: DynamicViT(96, keep_rate=0.7, **SMALL),
-    "timm, with registers": lambda: reorganized(
-        "vit_tiny_patch16_224", 0.6, img_size=96, reg_tokens=2, **SMALL
+    "timm, with registers": lambda: reduced(
+        "vit_tiny_patch16_224", keep_rate=0.6, img_size=96, reg_tokens=2, **SMALL
     ),
 }
 
@@ -76,7 +76,8 @@ def test_the_faded_patches_are_those_that_do_not_survive(model):
 def test_the_heat_map_shows_the_larger_weight_brighter_and_survivors_gray(model):
     images, size = images_for(model), model.patch_embed.img_size
     picture = np.asarray(draw_kept(model, images, torch.zeros(images.shape, dtype=torch.uint8)))
-    kept, left = follow(model, images)
+    _, kept = model(images, return_kept=True)
+    left = follow(model, images).left
     column = len(kept) + 1
     end = GAP + column * (size[1] * -(-MIN_SIDE // size[1]) + GAP)
     assert (picture.shape[1] > end) == model.fusion
@@ -114,13 +115,15 @@ def published_parts(model: evit.EViT, images: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("model", [m for m in MODELS if m[0] not in "Dt"], indirect=True)
 def test_the_weights_are_those_of_the_published_algorithm(model):
     images = images_for(model)
-    _, left = follow(model, images)
+    left = follow(model, images).left
     torch.testing.assert_close(left, published_parts(model, images))
 
 
 @torch.no_grad()
 def test_of_a_surviving_patch_all_is_left_and_without_fusion_of_others_nothing(model):
-    kept, left = follow(model, images_for(model))
+    images = images_for(model)
+    _, kept = model(images, return_kept=True)
+    left = follow(model, images).left
     for ids, shares in zip(kept[-1], left, strict=True):
         survives = np.isin(np.arange(len(shares)), ids)
         assert (shares[survives] == 1).all()
@@ -131,10 +134,40 @@ def test_of_a_surviving_patch_all_is_left_and_without_fusion_of_others_nothing(m
 def test_the_model_is_left_as_it_was(model):
     model.train()
     follow(model, images_for(model))
-    assert model.training and model.observer is None
+    assert model.training
 
 
 def test_where_every_patch_survives_there_is_no_heat_map():
     model = deit(32, keep_rate=1.0)
     picture = draw_kept(model, images_for(model), torch.zeros(3, 3, 32, 32, dtype=torch.uint8))
     assert picture.width == GAP + 4 * (128 + GAP)
+
+
+@torch.no_grad()
+def test_merged_patches_have_the_mean_colour_of_their_token():
+    torch.manual_seed(0)
+    model = evit.reduce(deit(64), "tome", keep_rate=0.6).eval()
+    images = images_for(model)
+    pixels = torch.randint(0, 255, images.shape, dtype=torch.uint8)
+    picture = np.asarray(draw_kept(model, images, pixels))
+    assert picture.shape[1] == GAP + 4 * (2 * 64 + GAP)  # no heat map: nothing is discarded
+    _, source = model(images, return_source=True)
+    means = torch.nn.functional.avg_pool2d(pixels.float(), 16).flatten(2)  # (B, 3, patches)
+    for i in range(3):
+        shown = cell(picture, (64, 64), i, 3)
+        for patch in range(16):
+            group = source[i] == source[i, patch]
+            centre = shown[patch // 4 * 32 + 16, patch % 4 * 32 + 16].astype(float)
+            if group.sum() > 1:
+                np.testing.assert_allclose(centre, means[i][:, group].mean(1), atol=0.51)
+            else:
+                y, x = patch // 4 * 16 + 8, patch % 4 * 16 + 8
+                np.testing.assert_array_equal(centre, pixels[i, :, y, x])
+
+
+@torch.no_grad()
+def test_of_many_places_four_are_shown_the_last_included():
+    model = evit.reduce(deit(64, depth=12), "tome", r=1).eval()
+    picture = draw_kept(model, images_for(model), torch.zeros(3, 3, 64, 64, dtype=torch.uint8))
+    assert picture.width == GAP + 5 * (2 * 64 + GAP)
+    assert follow(model, images_for(model)).titles[-1] == "after block 12\n4 of 16 tokens"

@@ -1,4 +1,4 @@
-"""Many settings of a model in one pass: the work, the draws, and which models can share it."""
+"""Many reducers of a model in one pass: the work, the numbers and the draws."""
 
 import pytest
 import timm
@@ -6,22 +6,42 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import evit
-from evit.training.evaluator import Evaluator, Setting, can_share, has_choices
+from evit import reducers
+from evit.training.evaluator import Evaluator, Setting, setting_of
+from evit.training.module import mix_seed
 
-RATES = [Setting((rate,) * 3, True, "attentive") for rate in (1, 0.9, 0.8, 0.7, 0.6, 0.5)]
+RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+SIZE = dict(img_size=64, patch_size=8, embed_dim=48, depth=8, num_heads=2, num_classes=10)
 
 
-def logits(model, settings, images, seed=0, batch_idx=0, shared=True):
-    evaluator = Evaluator(model, settings, 10, seed, shared).eval()
+def attached(model, name="evit", keep_rate=0.7, **options):
+    return reducers.make(name, keep_rate=keep_rate, **options).attach(model)
+
+
+def logits(model, chosen, images, seed=0, batch_idx=0):
+    evaluator = Evaluator(model, chosen, 10, seed).eval()
     with torch.inference_mode():
         return list(evaluator.logits(images, batch_idx))
+
+
+def alone(model, reducer, images):
+    """Logits of the model's own forward, with the draws of an evaluation."""
+    model.reducer = reducer
+    torch.manual_seed(seed_of(setting_of(reducer)))
+    with torch.inference_mode():
+        return model(images)
+
+
+def seed_of(setting):
+    import zlib
+
+    return mix_seed(0, 0, 0, zlib.crc32(repr(setting).encode()))
 
 
 @pytest.fixture(scope="module")
 def tiny():
     torch.manual_seed(0)
-    options = dict(img_size=64, patch_size=8, embed_dim=48, depth=8, num_heads=2, num_classes=10)
-    return evit.EViT(**options).eval()
+    return evit.EViT(**SIZE).eval()
 
 
 @pytest.fixture
@@ -31,49 +51,55 @@ def images():
 
 def test_six_keep_rates_together_cost_at_most_three_quarters_of_six_alone():
     model = timm.create_model("evit_deit_small_patch16", num_classes=10)
-    image, flops, separate = torch.randn(1, 3, 224, 224), [], 0
-    for setting in RATES:
-        setting.apply(model)
+    image, separate = torch.randn(1, 3, 224, 224), 0
+    chosen = [attached(model, keep_rate=rate) for rate in RATES]
+    for model.reducer in chosen:
         separate += evit.measure.count_macs(model, executed=True)
-    for shared in (True, False):
-        with FlopCounterMode(display=False) as counter:
-            logits(model, RATES, image, shared=shared)
-        flops.append(counter.get_total_flops())
-    assert flops[1] / 2 == separate
-    assert flops[0] <= 0.75 * flops[1]
+    with FlopCounterMode(display=False) as counter:
+        logits(model, chosen, image)
+    assert counter.get_total_flops() / 2 <= 0.75 * separate
 
 
-def test_sharing_changes_no_digit_of_dynamicvit(images):
+@pytest.mark.parametrize("name", reducers.REDUCERS)
+def test_sharing_the_first_blocks_changes_no_digit(name, images):
+    """Of any reducer, beside others that begin elsewhere, below a model of its own parameters."""
     torch.manual_seed(0)
-    options = dict(img_size=64, patch_size=8, embed_dim=48, depth=8, num_heads=2, num_classes=10)
-    model, settings = evit.DynamicViT(**options), [Setting((rate,) * 3) for rate in (1, 0.7, 0.5)]
-    together = logits(model, settings, images)
-    alone = logits(model, settings, images, shared=False)
-    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
-    assert not torch.equal(together[0], together[2])
+    model = evit.EViT(**SIZE, reducer=name).eval()
+    own = model.reducer
+    chosen = [own, attached(model, keep_rate=[1, 0.5, 0.5]), attached(model, "tome", at=[1, 3])]
+    dense, *together = logits(model, chosen, images)
+    for reducer, found in zip(chosen, together, strict=True):
+        assert torch.equal(found, alone(model, reducer, images))
+    assert torch.equal(dense, alone(model, attached(model, keep_rate=1.0), images))
+    assert not torch.equal(together[0], dense)
 
 
-@pytest.mark.parametrize("selection", ["attentive", "random", "inattentive"])
-@pytest.mark.parametrize("fusion", [True, False])
-def test_sharing_the_first_blocks_changes_no_digit(tiny, images, fusion, selection):
-    settings = [Setting((r, 0.8, 0.9), fusion, selection) for r in (1, 0.6, 0.3)]
-    together = logits(tiny, settings, images)
-    alone = logits(tiny, settings, images, shared=False)
-    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+def test_keep_rate_1_is_the_dense_model_and_is_named_so(tiny, images):
+    dense, same, _ = logits(tiny, [attached(tiny, "merge", 1.0), attached(tiny)], images)
+    assert torch.equal(dense, same)
+    assert setting_of(attached(tiny, "merge", 1.0)) == Setting((1.0, 1.0, 1.0))
+    assert setting_of(attached(tiny)) == Setting((0.7,) * 3, True, "attentive", "evit")
+
+
+def test_a_model_without_a_reducer_is_evaluated_as_it_stands(images):
+    model = timm.create_model("vit_tiny_patch16_224", **SIZE).eval()
+    dense, found = logits(model, [None], images)
+    with torch.inference_mode():
+        assert torch.equal(found, model(images)) and torch.equal(dense, found)
 
 
 def test_random_draws_do_not_depend_on_the_other_settings_nor_their_order(tiny, images):
-    half, most = (Setting((rate,) * 3, False, "random") for rate in (0.5, 0.8))
-    first, second = logits(tiny, [half, most], images)
-    again, before = logits(tiny, [most, half], images)
-    (alone,) = logits(tiny, [half], images)
-    assert torch.equal(first, before) and torch.equal(first, alone)
+    half, most = (attached(tiny, "random", rate) for rate in (0.5, 0.8))
+    _, first, second = logits(tiny, [half, most], images)
+    _, again, before = logits(tiny, [most, half], images)
+    _, single = logits(tiny, [half], images)
+    assert torch.equal(first, before) and torch.equal(first, single)
     assert torch.equal(second, again)
 
 
 def test_random_draws_differ_by_batch_and_by_seed(tiny, images):
-    half = [Setting((0.5,) * 3, False, "random")]
-    (first,), (batch,), (seed,) = (
+    half = [attached(tiny, "random", 0.5)]
+    (_, first), (_, batch), (_, seed) = (
         logits(tiny, half, images, **other) for other in ({}, dict(batch_idx=1), dict(seed=1))
     )
     assert not torch.equal(first, batch) and not torch.equal(first, seed)
@@ -81,37 +107,11 @@ def test_random_draws_differ_by_batch_and_by_seed(tiny, images):
 
 def test_the_selections_keep_what_they_say(tiny, images):
     """Keeping the inattentive tokens keeps none of the half that is attended to most."""
-    tiny.set_keep_rate([0.5, 1, 1])
     kept = {}
     for selection in ("attentive", "inattentive"):
-        Setting((0.5, 1, 1), False, selection).apply(tiny)
+        tiny.reducer = attached(tiny, "drop", [0.5, 1, 1], selection=selection)
         with torch.no_grad():
             _, (ids, *_) = tiny(images, return_kept=True)
         kept[selection] = [set(row.tolist()) for row in ids]
     for best, worst in zip(*kept.values(), strict=True):
         assert len(best) == len(worst) == 32 and not best & worst
-
-
-def test_a_model_with_a_forward_of_its_own_computes_all_of_it(tiny, images):
-    class Doubling(evit.EViT):
-        def forward(self, x):
-            return 2 * super().forward(x)
-
-    model = Doubling(
-        img_size=64, patch_size=8, embed_dim=48, depth=8, num_heads=2, num_classes=10
-    ).eval()
-    model.load_state_dict(tiny.state_dict())
-    settings = [Setting((0.5,) * 3)]
-    tiny.fusion, tiny.selection = True, "attentive"
-    (own,), (base,) = logits(model, settings, images), logits(tiny, settings, images)
-    assert torch.equal(own, 2 * base)
-
-
-def test_which_models_share_and_have_a_choice():
-    lvvit = timm.create_model("evit_lvvit_t", num_classes=2, img_size=32)
-    distilled = evit.reorganize(timm.create_model("deit_tiny_distilled_patch16_224"))
-    plain = timm.create_model("deit_tiny_patch16_224")
-    options = dict(img_size=32, patch_size=8, embed_dim=48, depth=4, num_heads=2)
-    models = (lvvit, distilled, evit.DynamicViT(**options), plain)
-    assert [can_share(model) for model in models] == [True, True, True, False]
-    assert [has_choices(model) for model in models] == [True, True, False, False]

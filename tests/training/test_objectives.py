@@ -7,13 +7,22 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 
 import evit
-from evit.models.dynamicvit import DynamicLVViT
+from evit.recipe import Recipe
 from evit.training.module import Classifier
 from evit.training.objectives import dense_teacher, make_objective, mean_where
 from evit.training.optimizer import make_optimizer
-from evit.recipe import Recipe
 
 RECIPE = Recipe(epochs=10, batch_size=4, lr=1e-3, warmup_lr=0.0)
+
+
+def DynamicLVViT(**kwargs):
+    return evit.LVViT(reducer="dynamicvit", **kwargs)
+
+
+def forward_masked(model, images):
+    """Normalised tokens, none removed, and the decisions."""
+    x, decisions = model.reducer.masked_features(model, model.embed(images))
+    return model.norm(x), decisions
 
 
 def tiny(kind=evit.DynamicViT, **kwargs):
@@ -37,7 +46,7 @@ def test_the_ratio_loss_is_the_distance_of_each_image_from_the_shares_to_keep():
     torch.manual_seed(1)
     losses = make_objective(model, RECIPE, 5, 4)(images, labels)
     torch.manual_seed(1)
-    x, decisions = model.forward_masked(images)
+    x, decisions = forward_masked(model, images)
     distances = [
         (decision.mean(1) - 0.7**s).square().mean() for s, decision in enumerate(decisions, 1)
     ]
@@ -51,7 +60,7 @@ def test_the_ratio_loss_is_the_distance_of_each_image_from_the_shares_to_keep():
 def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(kind):
     model = tiny(kind).train()
     teacher = dense_teacher(model)
-    for predictor in model.score_predictor:  # so sure that every token is kept
+    for predictor in model.reducer.predictors:  # so sure that every token is kept
         torch.nn.init.zeros_(predictor.out_conv[-2].weight)
         predictor.out_conv[-2].bias.data = torch.tensor([1e4, 0.0])
     if kind is DynamicLVViT:  # whose batch norms would see another batch
@@ -75,7 +84,7 @@ def test_the_teacher_s_logits_pull_the_student_s():
     torch.manual_seed(1)
     losses = objective(images, labels)
     torch.manual_seed(1)
-    x, decisions = model.forward_masked(images)
+    x, decisions = forward_masked(model, images)
     with torch.no_grad():
         expected = F.kl_div(
             model.forward_head(x).log_softmax(-1),
@@ -105,7 +114,7 @@ def test_predictors_learn_at_full_speed_the_backbone_later_and_slower():
         epochs=10, batch_size=4, lr=1e-3, min_lr=1e-6, backbone_lr=0.01, backbone_frozen_epochs=5
     )
     optimizer, scheduler = make_optimizer(model, recipe, 100)
-    predictors = {id(p) for p in model.score_predictor.parameters()}
+    predictors = {id(p) for p in model.reducer.predictors.parameters()}
     rates = {"predictors": [], "backbone": []}
     for _ in range(100):
         for group in optimizer.param_groups:
@@ -133,9 +142,9 @@ def test_frozen_parameters_stay_as_they_are_and_out_of_the_optimizer():
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        (dict(frozen=["cls_tokn"]), "recipe.frozen names 'cls_tokn', which EViT does not have"),
-        (dict(backbone_lr=0.1), "recipe.backbone_lr .* EViT has one speed"),
-        (dict(backbone_frozen_epochs=1), "backbone_frozen_epochs .* EViT has one speed"),
+        (dict(frozen=["cls_tokn"]), "recipe.frozen names 'cls_tokn', which ReducedViT does not have"),
+        (dict(backbone_lr=0.1), "recipe.backbone_lr .* ReducedViT has one speed"),
+        (dict(backbone_frozen_epochs=1), "backbone_frozen_epochs .* ReducedViT has one speed"),
     ],
 )
 def test_a_recipe_for_another_kind_of_model_is_refused(knobs, message):

@@ -6,9 +6,9 @@ import torch
 
 import evit
 from evit.data.label_maps import token_targets
+from evit.recipe import Recipe
 from evit.training import objectives
 from evit.training.objectives import make_objective, mix_token_box, soft_cross_entropy
-from evit.recipe import Recipe
 
 RECIPE = Recipe(epochs=10, batch_size=4, lr=1e-3, label_smoothing=0.1)
 
@@ -62,7 +62,10 @@ def test_only_surviving_patches_are_charged_each_with_its_own_label(box, fusion)
     losses = make_objective(model, RECIPE, 7, 4, label_maps=True)(images, labels, maps, crops)
 
     x = model.embed(images, box.flatten())
-    x, ids, _ = model.encode(x, model.patch_ids(x))
+    ids = model.patch_ids(x)
+    x, reductions = model.encode(x)
+    for reduction in reductions:
+        ids = reduction.ids(ids)
     logits = model.aux_head(model.norm(x)[:, 1:])
     assert (ids[:, -1] == -1).all() == fusion
     _, targets = token_targets(maps, crops, 7, (4, 4), 0.1)

@@ -1,5 +1,5 @@
 """What a model costs."""
 
-from evit.measure.macs import count_macs, count_params
+from evit.measure.macs import count_macs, count_params, match_macs
 
-__all__ = ["count_macs", "count_params"]
+__all__ = ["count_macs", "count_params", "match_macs"]

@@ -45,6 +45,46 @@ def count_macs(
     return _published(model, size)
 
 
+def match_macs(model: Any, gmacs: float) -> float:
+    """Set the largest keep rate at which an image costs at most `gmacs`, and return it.
+
+    Args:
+        model: a ReducedViT; one rate for all places.
+        gmacs: 1e9 multiply-accumulates, as count_macs counts.
+
+    Raises:
+        ValueError: the model is cheaper at keep rate 1, or its reducer cannot get as low.
+    """
+    model.set_keep_rate(1.0)
+    dense = count_macs(model)
+    if not 0 < gmacs * 1e9 <= dense:
+        raise ValueError(
+            f"gmacs must be above 0 and at most {dense / 1e9:.3f}, which keep rate 1 costs, "
+            f"got {gmacs}"
+        )
+    low, high, least = 0.0, 1.0, dense  # too low, or cheap enough; too expensive, or 1
+    best = 1.0 if dense <= gmacs * 1e9 else None
+    while best != 1.0 and high - low > 1e-5:
+        rate = (low + high) / 2
+        try:
+            model.set_keep_rate(rate)
+            macs = count_macs(model)
+        except ValueError:  # fewer tokens than the reducer can leave
+            low = rate
+            continue
+        least = min(least, macs)
+        if macs <= gmacs * 1e9:
+            low = best = rate
+        else:
+            high = rate
+    if best is None:
+        raise ValueError(
+            f"gmacs={gmacs} is out of reach: {model.reducer.name} gets down to {least / 1e9:.3f}"
+        )
+    model.set_keep_rate(best)
+    return best
+
+
 def _published(model: Any, size: tuple[int, int]) -> int:
     """torchprofile 0.0.4's count of the authors' code, which computes all of the attention."""
     dim, heads, prefix = model.embed_dim, model.blocks[0].attn.num_heads, model.num_prefix_tokens

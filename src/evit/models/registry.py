@@ -99,6 +99,8 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
     Raises:
         ValueError: there is no such model, timm has no weights of it, or they cannot be downloaded.
     """
+    if kwargs.get("reducer", "") is None:  # timm leaves out what is None
+        kwargs |= dict(reducer="evit", keep_rate=1.0)
     try:
         return timm.create_model(model_name, pretrained=pretrained, **kwargs)
     except RuntimeError as error:
@@ -117,17 +119,19 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
 
 def reduced(
     model_name: str,
-    reducer: str | Reducer = "evit",
+    reducer: str | Reducer | None = "evit",
     keep_rate: KeepRate | None = None,
     drop_loc: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> ReducedViT:
-    """A timm model that reduces its tokens (evit.reduce).
+    """A timm model that reduces its tokens (evit.reduce); without a reducer at keep rate 1.
 
     Raises:
         ValueError: timm has no such model, it cannot be served, or its patches do not tile
             img_size.
     """
+    if reducer is None:
+        reducer, keep_rate = "evit", 1.0
     fusion = kwargs.pop("fusion", None)
     options = dict(fusion=fusion) if fusion is not None and reducer == "evit" else {}
     model: Any = create_model(model_name, **kwargs)

@@ -95,6 +95,8 @@ class ReducedViT(VisionTransformer):
             if fusion is not None and "fusion" in reducers.options(kind):
                 own["fusion"] = fusion
             reducer = reducers.make(reducer, keep_rate=keep_rate, at=drop_loc, **own)
+        elif drop_loc is not None:
+            raise ValueError(f"drop_loc={list(drop_loc)} is the reducer's: reducer.at")
         super().__init__(img_size, patch_size, *args, **kwargs)
         self._attach(reducer)
 

@@ -16,22 +16,24 @@ CONTAINERS = ("model", "state_dict")
 PREFIXES = ("module.", "model.")
 
 
-def read_state_dict(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights in a checkpoint file (or its loaded content), by plain parameter names.
+def read_file(path: str | Path) -> Any:
+    """The content of a checkpoint file, read with weights_only: nothing in it is executed."""
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"checkpoint {str(path)!r} does not exist: give the path of a file")
+    try:
+        check_zip(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(f"checkpoint {str(path)!r} cannot be read: {reason}") from error
 
-    Files are read with weights_only: nothing in them is executed.
-    """
+
+def read_state_dict(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights in a checkpoint file (or its loaded content), by plain parameter names."""
     if not isinstance(source, Mapping):
-        path = Path(source)
-        if not path.is_file():
-            raise ValueError(f"checkpoint {str(path)!r} does not exist: give the path of a file")
-        try:
-            check_zip(path)
-            with torch.serialization.safe_globals([argparse.Namespace]):
-                source = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise ValueError(f"checkpoint {str(path)!r} cannot be read: {reason}") from error
+        source = read_file(source)
     for name in CONTAINERS:
         if isinstance(source, Mapping) and isinstance(source.get(name), Mapping):
             source = source[name]

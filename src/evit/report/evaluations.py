@@ -8,6 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+HEADS = dict(selection="kept", fusion="others")
 FUSION = {True: "fused", False: "dropped", None: ""}
 
 
@@ -17,11 +18,14 @@ def show(result: dict[str, Any], path: Path) -> None:
     Args:
         result: what path, its evaluation.json, holds.
     """
-    console, model = Console(markup=False), result["model"]
+    console, model = Console(markup=False, width=max(Console().width, 100)), result["model"]
     lines = [f"{model['name']} on {result['data']['name']}, {model['img_size']} px"]
     lines[0] += f", {result['images']} images"
+    reducers = {row["reducer"] for row in result["settings"]} - {None}
     selections = {row["selection"] for row in result["settings"]} - {None}
     fusions = {row["fusion"] for row in result["settings"]} - {None}
+    if len(reducers) == 1:
+        lines.append(f"reducer {reducers.pop()}")
     if len(selections) == 1:
         lines.append(f"kept: {', '.join(selections)} tokens")
     if len(fusions) == 1:
@@ -29,30 +33,27 @@ def show(result: dict[str, Any], path: Path) -> None:
     console.print("; ".join(lines), highlight=False, soft_wrap=True)
     console.print(table(result["settings"]))
     console.print(
-        f"GMACs per image: counted as the published tables are, and executed. "
+        f"KL: divergence from the dense model's predictions. GMACs per image: counted as the "
+        f"published tables are, and executed. "
         f"{result['precision']} on {result['device']}",
         highlight=False,
         soft_wrap=True,
     )
-    if found := result.get("verify"):
-        console.print(
-            f"One pass for all settings takes {found['ratio']:.2f} of the time of one for each "
-            f"(median of {len(found['shared_seconds'])}); the numbers are equal",
-            highlight=False,
-            soft_wrap=True,
-        )
     console.print(os.path.relpath(path), highlight=False, soft_wrap=True)
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """Settings with their metrics, narrow enough for 80 columns."""
-    several = [k for k in ("selection", "fusion") if len({row[k] for row in rows} - {None}) > 1]
+    names = ("reducer", "selection", "fusion")
+    several = [k for k in names if len({row[k] for row in rows} - {None}) > 1]
     dense = next((row["top1"] for row in rows if is_dense(row)), None)
     result = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     result.add_column("keep\nrate", no_wrap=True)
     for choice in several:
-        result.add_column({"selection": "kept", "fusion": "others"}[choice], no_wrap=True)
-    for name in ("top-1", "to dense", "top-5", "loss", "GMACs", "executed"):
+        result.add_column(
+            HEADS.get(choice, choice), no_wrap=True
+        )
+    for name in ("top-1", "to dense", "KL", "top-5", "loss", "GMACs", "executed"):
         if name != "to dense" or dense is not None:
             result.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
     shown = None
@@ -61,10 +62,11 @@ def table(rows: list[dict[str, Any]]) -> Table:
         if new and several and result.rows:
             result.add_row()
         cells = [rate(row) if new else ""]
-        cells += [FUSION.get(row[choice], row[choice]) for choice in several]
+        cells += [FUSION.get(row[choice], row[choice] or "") for choice in several]
         cells += [f"{row['top1']:.2f}"]
         if dense is not None:
             cells += ["" if is_dense(row) else f"{row['top1'] - dense:+.2f}"]
+        cells += [f"{row['kl']:.4f}"]
         macs = "-" if row["macs"] is None else f"{row['macs'] / 1e9:.3f}"
         cells += [f"{row['top5']:.2f}", f"{row['loss']:.4f}", macs]
         result.add_row(*cells, f"{row['macs_executed'] / 1e9:.3f}")
@@ -76,6 +78,8 @@ def is_dense(row: dict[str, Any]) -> bool:
 
 
 def rate(row: dict[str, Any]) -> str:
-    """The keep rate: one number where all reorganizations have the same."""
+    """The keep rate: one number where all places have the same, the range of many others."""
     rates = row["keep_rate"]
-    return ",".join(f"{rate:g}" for rate in (rates[:1] if len(set(rates)) == 1 else rates)) or "1"
+    if len(set(rates)) > 4:
+        return f"{rates[0]:.3g}..{rates[-1]:.3g}"
+    return ",".join(f"{rate:.4g}" for rate in (rates[:1] if len(set(rates)) == 1 else rates)) or "1"

@@ -1,21 +1,20 @@
-"""Which patches survive, as a picture."""
+"""Which patches survive, and which become one token, as a picture."""
 
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from evit import tokens
-from evit.models.dynamicvit import DynamicViT
-from evit.models.vit import EViT
-
 MIN_SIDE = 112  # pixels: smaller images are enlarged, so that their patches can be seen
 GAP = 8  # pixels between images
 FONT = 14  # pixels
 FADED = 0.25  # how much of a discarded patch's colour is left, the rest is white
+MOST = 4  # reductions that are shown; of more, some spread evenly, the last included
+EDGE = 255.0  # the colour of edges between merged tokens
 LOWEST = 1e-6  # weights below it are shown as it
 # From little to much, over a logarithmic scale.
 HEAT = (
@@ -28,82 +27,101 @@ HEAT = (
 )
 
 
+class Followed(NamedTuple):
+    """Where the P patches of B images go."""
+
+    titles: list[str]  # of the places that reduce
+    tokens: list[Tensor]  # (B, P) for each place: the token a patch is in; -1: dropped or fused
+    left: Tensor  # (B, P): the weight of each patch in the final tokens; 1 if it survives, 0 if not
+
+
 @torch.no_grad()
-def follow(model: EViT, images: Tensor) -> tuple[list[Tensor], Tensor]:
-    """The ids of the surviving patches, and what is left of each patch in the end.
-
-    Both are of the model as it evaluates.
-
-    Returns: `kept` of model(images, return_kept=True), and (B, P): 1 for a patch that survives; for
-    another the weight with which it has entered the last fused tokens, that is the product of its
-    score and those of the fused tokens that it was in; without fusion 0.
-    """
-    parts = torch.eye(model.patch_embed.num_patches, device=images.device)
-    parts_BNP = parts.expand(len(images), -1, -1)  # of each patch in each token
-
-    def observe(score_BN: Tensor, index_BK: Tensor) -> None:
-        nonlocal parts_BNP
-        parts_BNP = tokens.reorganize(parts_BNP, score_BN, index_BK, model.fusion)
-
+def follow(model: Any, images: Tensor) -> Followed:
+    """Follow the patches of images through the reductions of a model in evaluation mode."""
     was_training = model.training
-    model.eval().observer = observe
-    try:
-        # Not model(), which may be compiled, and would be again for these few images.
-        _, kept = model.forward(images, return_kept=True)
+    model.eval()
+    try:  # not model(), which may be compiled, and would be again for these few images
+        x = model.embed(images)
+        _, reductions = model.encode(x)
     finally:
-        model.train(was_training).observer = None
-    return kept, parts_BNP.sum(1)
+        model.train(was_training)
+    reducer, P, tokens = model.reducer, model.num_prefix_tokens, model.patch_ids(x)
+    patches = n = tokens.shape[1]
+    parts_BTN = F.pad(torch.eye(n, device=x.device), (0, 0, P, 0)).expand(len(x), -1, -1)
+    when, left, found = "before" if reducer.stage == "input" else "after", iter(reductions), []
+    titles = []
+    for block, kept in zip(reducer.at, reducer.kept(n), strict=True):
+        if kept < n:
+            reduction = next(left)
+            hosts = reduction.hosts(n)
+            if reduction.rest_BN is not None:  # the last token is the fused one
+                hosts = torch.where(hosts == kept, -1, hosts)
+            tokens = torch.where(tokens < 0, -1, hosts.gather(1, tokens.clamp(0)))
+            parts_BTN, n = reduction(parts_BTN), kept + reducer.extra
+        titles.append(f"{when} block {block + 1}\n{kept} of {patches} tokens")
+        found.append(tokens)
+    return Followed(titles, found, parts_BTN[:, P:].sum(1))
 
 
-def kept_mask(model: EViT, ids: Tensor) -> Tensor:
-    """Where of the grid the patches survive, (B, rows, columns), from ids (B, k)."""
-    rows, columns = model.patch_embed.grid_size
-    mask = torch.zeros(len(ids), rows * columns + 1, dtype=torch.bool, device=ids.device)
-    mask.scatter_(1, ids + 1, True)  # column 0 takes the fused tokens' -1
-    return mask[:, 1:].unflatten(1, (rows, columns))
+def draw_kept(model: Any, images: Tensor, pixels: Tensor) -> Image.Image:
+    """A row per image: the image, its tokens after each reduction, and weights of the rest.
 
-
-def draw_kept(model: EViT, images: Tensor, pixels: Tensor) -> Image.Image:
-    """A row per image: the image, what survives each reorganization, and weights of the rest.
-
-    Discarded patches are faded. The last column, of models that fuse, is a heat map of the weight
-    with which each patch has entered the fused tokens, on a logarithmic scale; in it the patches
-    that survive are gray.
+    Discarded patches are faded. Patches that have become one token have their mean colour, within
+    an edge. For reducers that fuse, the last column is a heat map of the weight with which each
+    patch has entered the fused tokens, on a logarithmic scale; patches that survive are gray in it.
 
     Args:
         images: what the model takes, (B, 3, H, W).
         pixels: the same as uint8, for drawing.
     """
-    kept, left_BP = follow(model, images)
-    masks = [kept_mask(model, ids) for ids in kept]
-    pixels = pixels.cpu()
-    zoom = -(-MIN_SIDE // pixels.shape[-1])
-    columns, titles = [pixels.float()], [f"{pixels.shape[-1]} x {pixels.shape[-2]} px"]
-    for mask in masks:
-        shown = upsample(mask[:, None].float().cpu(), pixels)
-        columns.append((pixels * shown + 255 * (1 - shown)) * (1 - FADED) + pixels * FADED)
-    when = "before" if isinstance(model, DynamicViT) else "after"
-    patches = model.patch_embed.num_patches
-    titles += [
-        f"{when} block {i + 1}\n{ids.shape[1]} of {patches} tokens"
-        for i, ids in zip(model.drop_loc, kept, strict=True)
-    ]
-    discarded = ~masks[-1] if masks else torch.zeros(0, dtype=torch.bool)
+    found, grid = follow(model, images), model.patch_embed.grid_size
+    tokens = [place.cpu().unflatten(1, grid) for place in found.tokens]
+    large = pixels.cpu().float()
+    large = F.interpolate(large, scale_factor=-(-MIN_SIDE // pixels.shape[-1]))
+    columns, titles = [large], [f"{pixels.shape[-1]} x {pixels.shape[-2]} px"]
+    count = min(len(tokens), MOST)
+    for i in range(count):
+        place = (i + 1) * len(tokens) // count - 1
+        columns.append(draw_tokens(tokens[place], large))
+        titles.append(found.titles[place])
+    discarded = tokens[-1] < 0 if tokens else torch.zeros(0, dtype=torch.bool)
     scale = None
-    if model.fusion and discarded.any():
-        weight = left_BP.float().view_as(discarded).clamp(LOWEST)
+    if model.reducer.extra and discarded.any():
+        weight = found.left.float().cpu().view_as(discarded).clamp(LOWEST)
         scale = spread(weight[discarded].min().item(), weight[discarded].max().item())
-        colours = heat(weight.cpu().log10(), *map(math.log10, scale))
-        colours = torch.where(discarded[:, None].cpu(), colours, 225.0)
-        columns.append(upsample(colours, pixels))
+        colours = heat(weight.log10(), *map(math.log10, scale))
+        colours = torch.where(discarded[:, None], colours, 225.0)
+        columns.append(upsample(colours, large))
         titles.append("weight in\nfused tokens")
-    cells = F.interpolate(torch.stack(columns, 1).flatten(0, 1), scale_factor=zoom)
-    return compose(cells.unflatten(0, (len(pixels), len(columns))), titles, scale)
+    return compose(torch.stack(columns, 1), titles, scale)
+
+
+def draw_tokens(tokens: Tensor, pixels: Tensor) -> Tensor:
+    """Images (B, 3, H, W), faded where a patch has no token, in mean colours where some share one.
+
+    Args:
+        tokens: (B, rows, columns), the token of each patch, -1 for none.
+    """
+    grid, none = tokens.shape[1:], upsample(tokens[:, None] < 0, pixels)
+    shown = torch.where(none, pixels * FADED + 255 * (1 - FADED), pixels)
+    member_BPK = F.one_hot(tokens.flatten(1) + 1)[..., 1:].float()
+    size_B1K = member_BPK.sum(1, keepdim=True)
+    shared = ((member_BPK * size_B1K).sum(2) > 1).view_as(tokens)
+    if not shared.any():
+        return shown
+    patches_B3P = F.adaptive_avg_pool2d(pixels, (grid[0], grid[1])).flatten(2)
+    means_B3P = (patches_B3P @ member_BPK / size_B1K.clamp(1)) @ member_BPK.mT
+    colours = upsample(means_B3P.unflatten(2, grid), pixels)
+    shown = torch.where(upsample(shared[:, None], pixels), colours, shown)
+    names, edge = upsample(tokens[:, None], pixels), torch.zeros_like(none)
+    edge[:, :, 1:] |= names[:, :, 1:] != names[:, :, :-1]
+    edge[..., 1:] |= names[..., 1:] != names[..., :-1]
+    return torch.where(edge, EDGE, shown)
 
 
 def upsample(values: Tensor, like: Tensor) -> Tensor:
     """A value per patch (B, C, rows, columns) to one per pixel."""
-    return F.interpolate(values, size=like.shape[-2:], mode="nearest")
+    return F.interpolate(values.float(), size=like.shape[-2:], mode="nearest").to(values.dtype)
 
 
 def spread(low: float, high: float) -> tuple[float, float]:

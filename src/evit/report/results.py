@@ -1,6 +1,5 @@
 """result.json: what a finished run leaves, and the table of it."""
 
-import functools
 import hashlib
 import json
 import os
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -84,10 +84,19 @@ def run_config(checkpoint: str | Path) -> dict[str, Any]:
     if not folder or not (path := folder / "config.json").is_file():
         return {}
     try:
-        config = json.loads(path.read_text(), object_pairs_hook=_harmless)
+        config = harmless(path.read_text())
         return config | config["recipe"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not the configuration of a run ({error})") from error
+
+
+def harmless(text: str) -> Any:
+    """A configuration from JSON; see _harmless.
+
+    Raises:
+        ValueError: it asks for what no configuration of ours does.
+    """
+    return json.loads(text, object_pairs_hook=_harmless)
 
 
 def _harmless(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -98,7 +107,10 @@ def _harmless(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """
     for key, value in pairs:
         if key == "_target_" and value not in _callable():
-            raise ValueError(f"it asks to call {value}, which conf/ does not")
+            raise ValueError(
+                f"it asks to call {value}, which conf/ does not: for a reducer of your own give "
+                f"the folder of its YAML, --config-dir DIR"
+            )
         if key == "checkpoint_path":
             raise ValueError(f"it asks timm to load {value}")
         if "${" in f"{key}{value}":
@@ -106,10 +118,13 @@ def _harmless(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-@functools.cache
 def _callable() -> set[str]:
-    """Every _target_ of conf/."""
-    texts = (path.read_text() for path in CONF_DIR.rglob("*.yaml"))
+    """Every _target_ of conf/, and of the folders that the user has given to Hydra."""
+    folders = {CONF_DIR}
+    if HydraConfig.initialized():
+        sources = HydraConfig.get().runtime.config_sources
+        folders |= {Path(source.path) for source in sources if source.schema == "file"}
+    texts = (path.read_text() for folder in folders for path in folder.rglob("*.yaml"))
     found = (re.findall(r"^_target_: *(\S+)", text, re.MULTILINE) for text in texts)
     return {"timm.create_model"}.union(*found)
 

@@ -13,9 +13,8 @@ from evit import signals
 from evit.data.batch import denormalize
 from evit.disk import whole_file
 from evit.measure import speed
-from evit.models.vit import EViT
+from evit.reducers.schedule import keep_rate_at
 from evit.report.pictures import draw_kept
-from evit.reducers.schedule import at_multiples, keep_rate_at
 from evit.tracking import Tracker
 
 
@@ -52,7 +51,7 @@ class KeepRateSchedule(L.Callback):
     """
 
     def __init__(
-        self, model: EViT, shrink_start_epoch: int, shrink_epochs: int, token_multiple: int = 1
+        self, model: Any, shrink_start_epoch: int, shrink_epochs: int, token_multiple: int = 1
     ):
         self.model, self.final, self.multiple = model, model.keep_rate, token_multiple
         self.schedule = (shrink_start_epoch, shrink_epochs)
@@ -64,12 +63,9 @@ class KeepRateSchedule(L.Callback):
         batch_idx -= batch_idx % trainer.accumulate_grad_batches  # one rate for a whole step
         step = trainer.current_epoch * steps + batch_idx
         rates = keep_rate_at(step, steps, self.final, *self.schedule)
-        actual = rates
-        if self.multiple > 1 and rates != self.final:
-            model, patches = self.model, self.model.patch_embed.num_patches
-            others = (model.num_prefix_tokens, model.fusion)
-            actual = at_multiples(rates, patches, *others, self.multiple)
-        self.model.set_keep_rate(actual)
+        self.model.reducer.multiple = 1 if rates == self.final else self.multiple
+        if rates != self.model.keep_rate:
+            self.model.set_keep_rate(rates)
         tokens = self.model.tokens_per_block()
         pl_module.log("tokens_per_image", sum(tokens) / len(tokens))
         if len(set(self.final)) == 1:
@@ -78,7 +74,9 @@ class KeepRateSchedule(L.Callback):
             pl_module.log_dict({f"keep_rate/{i}": rate for i, rate in enumerate(rates, 1)})
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.model.set_keep_rate(self.final)
+        self.model.reducer.multiple = 1
+        if self.final != self.model.keep_rate:
+            self.model.set_keep_rate(self.final)
 
 
 class KeptPatches(L.Callback):
@@ -88,7 +86,7 @@ class KeptPatches(L.Callback):
     W&B some `logged` of them, from the first to the last.
     """
 
-    def __init__(self, model: EViT, path: Path, num_images: int = 8, logged: int = 20):
+    def __init__(self, model: Any, path: Path, num_images: int = 8, logged: int = 20):
         self.model, self.path = model, path
         self.num_images, self.logged = num_images, logged
         self.images: list[Tensor] = []

@@ -11,10 +11,10 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from evit.data.batch import erase
+from evit.recipe import Recipe
 from evit.training.nonfinite import WAYS_OUT
 from evit.training.objectives import Classification
-from evit.training.optimizer import make_optimizer
-from evit.recipe import Recipe
+from evit.training.optimizer import make_optimizer, new_parts
 
 
 def mix_seed(*parts: int) -> int:
@@ -40,7 +40,7 @@ class Classifier(L.LightningModule):
         super().__init__()
         self.model, self.recipe, self.seed = model, recipe, seed
         self.objective = objective
-        parameters, parts = dict(model.named_parameters()), getattr(model, "new_parts", ())
+        parameters, parts = dict(model.named_parameters()), new_parts(model)
         if (recipe.backbone_lr != 1 or recipe.backbone_frozen_epochs) and not parts:
             raise ValueError(
                 f"recipe.backbone_lr and recipe.backbone_frozen_epochs set DynamicViT's backbone "

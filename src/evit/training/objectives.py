@@ -6,24 +6,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from evit.data.batch import make_mixup
 from evit.data.label_maps import token_targets
-from evit.models import DynamicViT, LVViT
 from evit.recipe import Recipe
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Cross-entropy with distributions as targets, (..., K) both, to (...)."""
     return -(targets * logits.float().log_softmax(-1)).sum(-1)
-
-
-def divergence(logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """KL(teacher || student) of logits (..., K), to (...)."""
-    student, teacher = logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
-    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)
 
 
 def mean_where(values: Tensor, weight: Tensor) -> Tensor:
@@ -72,10 +64,10 @@ class Classification:
 
 
 class DynamicTokens(Classification):
-    """DynamicViT's: cross-entropy, the shares of kept tokens and, with a teacher, distillation.
+    """The losses of a reducer that trains in a way of its own (Reducer.losses).
 
-    The teacher is a dense model of the same architecture; the student follows its class logits, and
-    its kept tokens (features after the last norm; LV-ViT: logits of the auxiliary head).
+    Args:
+        teacher: the dense model that it is distilled from, if there is one.
     """
 
     def __init__(self, *args: Any, teacher: nn.Module | None = None):
@@ -86,51 +78,18 @@ class DynamicTokens(Classification):
         if self.teacher is not None:
             self.teacher.to(device)
 
-    def outputs(self, model: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Class logits, and what the teacher is compared by at each image token (B, N, ...)."""
-        if isinstance(model, LVViT):
-            return model.heads(x)
-        return model.forward_head(x), x[:, model.num_prefix_tokens :]
-
     def losses(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        recipe = self.recipe
-        x, decisions = self.model.forward_masked(images)
-        ratio_loss = torch.stack(
-            [
-                (kept.float().mean(1) - share).square().mean()
-                for kept, share in zip(decisions, self.model.kept_shares(), strict=True)
-            ]
-        ).mean()
-        if self.teacher is None:
-            class_loss = self.cross_entropy(self.model.forward_head(x), targets)
-            return dict(loss=class_loss + recipe.ratio_weight * ratio_loss, ratio_loss=ratio_loss)
-        logits, features = self.outputs(self.model, x)
-        with torch.no_grad():
-            teacher_logits, teacher_features = self.outputs(
-                self.teacher, self.teacher.forward_features(images)
-            )
-        if isinstance(self.model, LVViT):
-            distance = divergence(features, teacher_features)
-        else:
-            distance = (features.float() - teacher_features.float()).square().mean(-1)
-        class_distillation = divergence(logits, teacher_logits).mean()
-        token_distillation = mean_where(distance, decisions[-1].detach())
-        distillation = class_distillation + token_distillation
-        loss = self.cross_entropy(logits, targets) + recipe.ratio_weight * ratio_loss
-        return dict(
-            loss=loss + recipe.distill_weight * distillation,
-            ratio_loss=ratio_loss,
-            class_distillation=class_distillation,
-            token_distillation=token_distillation,
-        )
+        model, common = self.model, (self.cross_entropy, self.teacher, self.recipe)
+        return model.reducer.losses(model, images, targets, *common)
 
 
 class TokenLabels(Classification):
     """LV-ViT's token labelling with MixToken, for batches (images, labels, label maps, crops), and
     RandAugment's maps where it is on.
 
-    The class token learns the label of the crop, every surviving patch its own; a fused token has
-    none. Each patch takes the label of the image that it came from before it was mixed.
+    The class token learns the label of the crop, every surviving token that of its own patch; a
+    fused token has none, a merged one that of the token it continues. Each patch takes the label
+    of the image that it came from before it was mixed.
     """
 
     def __init__(self, model: Any, recipe: Recipe, num_classes: int, batch_size: int):
@@ -164,7 +123,10 @@ class TokenLabels(Classification):
     ) -> dict[str, Tensor]:
         model = self.model
         x = model.embed(images, swapped)
-        x, ids, _ = model.encode(x, model.patch_ids(x))
+        ids = model.patch_ids(x)
+        x, reductions = model.encode(x)
+        for reduction in reductions:
+            ids = reduction.ids(ids)
         class_logits, token_logits = model.heads(model.norm(x))
         index = ids.clamp(0)[:, :, None].expand(-1, -1, self.num_classes)
         token_loss = mean_where(
@@ -194,7 +156,7 @@ def mix_token_box(grid: tuple[int, int]) -> Tensor:
     return inside
 
 
-def dense_teacher(model: DynamicViT) -> VisionTransformer:
+def dense_teacher(model: Any) -> Any:
     """A frozen copy of a model that keeps every token."""
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
     teacher.set_keep_rate(1.0)
@@ -209,10 +171,11 @@ def make_objective(
     label_maps: bool = False,
     teacher: nn.Module | None = None,
 ) -> Classification:
-    """The objective of a model, given what there is to learn from."""
+    """The objective of a model: its reducer's own, token labels if it has a head for them and there
+    are label maps, or plain classification."""
     common = (model, recipe, num_classes, batch_size)
-    if isinstance(model, DynamicViT):
+    if getattr(getattr(model, "reducer", None), "masked", False):
         return DynamicTokens(*common, teacher=teacher)
-    if isinstance(model, LVViT) and label_maps:
+    if hasattr(model, "heads") and label_maps:
         return TokenLabels(*common)
     return Classification(*common)

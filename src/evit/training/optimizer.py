@@ -39,14 +39,20 @@ def backbone_lr_at(epoch: float, recipe: Recipe) -> float:
     )
 
 
+def new_parts(model: Any) -> tuple[str, ...]:
+    """The parts of a model that a dense checkpoint lacks: a reducer with parameters."""
+    new = any(name.startswith("reducer.") for name, _ in model.named_parameters())
+    return ("reducer",) if new else ()
+
+
 def make_optimizer(
     model: Any, recipe: Recipe, total_steps: int
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
     """AdamW without decay of biases, norms and embeddings, and its schedule over total_steps.
 
-    A model's new_parts learn at recipe.lr, the rest at recipe.backbone_lr times that.
+    The new_parts of a model learn at recipe.lr, the rest at recipe.backbone_lr times that.
     """
-    parts = getattr(model, "new_parts", ())
+    parts = new_parts(model)
     is_new = {p: not parts or n.split(".")[0] in parts for n, p in model.named_parameters()}
     decayed = param_groups_weight_decay(
         model, recipe.weight_decay, no_weight_decay_list=model.no_weight_decay()

@@ -1,4 +1,4 @@
-"""One export: build a model, write it as a file, and compare what the file computes with it."""
+"""Export a model as a file that runs without this code, checked against PyTorch."""
 
 import importlib.util
 import json
@@ -10,17 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from evit import load_checkpoint
-from evit.config import folder_name
-from evit.data.batch import MEAN, STD
-from evit.evaluation import complete_model, model_name
-from evit.models import DynamicViT, EViT
-from evit.models.weights import read_state_dict
-from evit.report import results
+from evit.commands import checkpoint
 from evit.report.evaluations import rate
 
 SUFFIXES = dict(onnx=".onnx", torch_export=".pt2")
@@ -38,14 +31,19 @@ def run(cfg: DictConfig) -> Path:
         RuntimeError: the file computes something else.
     """
     require(cfg)
-    model, about = build(cfg)
-    rates = rate(about)
-    name = folder_name(f"{about['model']}-{rates}-{about['img_size']}") + SUFFIXES[cfg.format]
-    target = Path(cfg.target) if cfg.target else Path("outputs/export") / name
+    source = checkpoint.open_source(cfg.checkpoint)
+    model, about = checkpoint.weighted(checkpoint.complete(cfg, source), source)
+    if not getattr(getattr(model, "reducer", None), "static", True):
+        raise ValueError(
+            f"reducer {about['reducer']} keeps as many tokens as an image needs, which cannot be "
+            f"exported: take another reducer"
+        )
+    rates, named = rate(about), checkpoint.file_name(about)
+    target = Path(cfg.target or Path("outputs/export") / (named + SUFFIXES[cfg.format]))
     if target.suffix != SUFFIXES[cfg.format]:
         raise ValueError(f"target={target}: a {cfg.format} file ends in {SUFFIXES[cfg.format]}")
     kept = " with random weights" if cfg.random else ""
-    kept += f" at keep rate {rates}"
+    kept += f", reducer {about['reducer']}" * bool(about["reducer"]) + f" at keep rate {rates}"
     if about["fusion"] is not None:
         kept += ", the rest " + ("fused" if about["fusion"] else "dropped")
     print(f"Exporting {about['model']}{kept}, {about['img_size']} px", flush=True)
@@ -74,7 +72,7 @@ def require(cfg: DictConfig) -> None:
     """Refuse what cannot be exported, before anything is built."""
     if cfg.format not in SUFFIXES:
         raise ValueError(f"format must be {' or '.join(SUFFIXES)}, got {cfg.format!r}")
-    require_weights(cfg)
+    checkpoint.require_weights(cfg)
     packages = ("onnx", "onnxscript", "onnxruntime")
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if cfg.format == "onnx" and missing:
@@ -82,64 +80,6 @@ def require(cfg: DictConfig) -> None:
             f"format=onnx needs {' and '.join(missing)}: pip install 'evit-lab[export]', or take "
             f"format=torch_export"
         )
-
-
-def require_weights(cfg: DictConfig) -> None:
-    """Refuse to guess what the weights or the model are.
-
-    Raises:
-        ValueError: not exactly one source of weights is given, or no model.
-    """
-    sources = [name for name in ("checkpoint", "pretrained", "random") if cfg[name]]
-    if len(sources) != 1:
-        raise ValueError(
-            "give the weights: checkpoint=PATH, pretrained=true (those that timm downloads) or "
-            "random=true (to try out); one of them"
-            + (f", not {' and '.join(sources)}" if sources else "")
-        )
-    if not cfg.checkpoint and "_target_" not in cfg.model:
-        raise ValueError("model=NAME is needed without a checkpoint, as in model=evit_deit")
-
-
-def build(cfg: DictConfig) -> tuple[nn.Module, dict[str, Any]]:
-    """The model with its weights, and what is to be known about it.
-
-    Raises:
-        ValueError: the weights do not fit, or a knob is out of range.
-    """
-    cfg = cfg.copy()
-    weights = read_state_dict(cfg.checkpoint) if cfg.checkpoint else {}
-    complete_model(cfg, results.run_config(cfg.checkpoint) if cfg.checkpoint else {})
-    if "pretrained" in cfg.model:
-        cfg.model.pretrained = cfg.pretrained
-    config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    options = {k: v for k, v in config["model"].items() if k != "keep_rate" and k != "fusion"}
-    if (head := weights.get("head.weight")) is not None:
-        options["num_classes"] = len(head)
-    torch.manual_seed(cfg.seed)
-    model = instantiate(options, _convert_="all")
-    if weights:
-        load_checkpoint(model, weights)
-    rates, fusion = [], None
-    if isinstance(model, EViT):
-        model.set_keep_rate(config["keep_rate"])
-        rates = list(model.keep_rate)
-        if not isinstance(model, DynamicViT):
-            model.fusion = config["fusion"]
-            fusion = model.fusion if set(rates) != {1.0} else None
-    wanted = getattr(model, "pretrained_cfg", None) or {}
-    about = dict(
-        model=model_name(config, cfg.checkpoint),
-        keep_rate=rates,
-        fusion=fusion,
-        img_size=config["img_size"],
-        num_classes=model.num_classes,
-        mean=list(wanted.get("mean", MEAN)),
-        std=list(wanted.get("std", STD)),
-        checkpoint=config["checkpoint"] and Path(config["checkpoint"]).name,
-        commit=results.git_commit(),
-    )
-    return model.eval().requires_grad_(False), about
 
 
 def example(about: dict[str, Any]) -> dict[str, Any]:

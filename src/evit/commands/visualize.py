@@ -1,10 +1,9 @@
-"""One picture: build a model, read some images, draw which of their patches survive."""
+"""Draw which patches of some images survive, and which become one token."""
 
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
@@ -13,13 +12,11 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
 
-from evit.config import folder_name, listed, overridden
+from evit.commands import checkpoint
+from evit.commands.checkpoint import Source
+from evit.config import listed
 from evit.data.batch import normalize
 from evit.data.sources import image_files, load_image
-from evit.evaluation import DEFAULTS, complete_data, complete_model
-from evit.export import build, require_weights
-from evit.models import EViT
-from evit.report import results
 from evit.report.evaluations import rate
 from evit.report.pictures import draw_kept
 
@@ -31,23 +28,18 @@ def run(cfg: DictConfig) -> Path:
         ValueError: the configuration cannot be served; nothing has been written.
     """
     require(cfg)
-    source = results.run_config(cfg.checkpoint) if cfg.checkpoint else {}
-    cfg = cfg.copy()
-    complete_model(cfg, source)
-    if cfg.crop_pct is None:
-        cfg.crop_pct = (DEFAULTS | source)["crop_pct"]
-    if not 0.01 <= cfg.crop_pct <= 1:
-        raise ValueError(f"crop_pct must be from 0.01 to 1, got {cfg.crop_pct}")
-    model, about = build(cfg)
-    if not isinstance(model, EViT):
+    source = checkpoint.open_source(cfg.checkpoint)
+    cfg = checkpoint.complete(cfg, source)
+    checkpoint.complete_crop(cfg, source)
+    model, about = checkpoint.weighted(cfg, source)
+    if not hasattr(model, "reducer"):
         raise ValueError(
-            f"{type(model).__name__} reorganizes no tokens: take it as an EViT with "
-            f"model=timm_vit model.model_name=NAME"
+            f"{type(model).__name__} reduces no tokens: take it with a reducer by model=timm_vit "
+            f"model.model_name=NAME"
         )
-    if min(model.keep_rate, default=1.0) == 1:
+    if about["reducer"] is None:
         raise ValueError("keep rate 1 keeps every patch: give another, as in keep_rate=0.7")
-    name = folder_name(f"{about['model']}-{rate(about)}-{about['img_size']}") + ".png"
-    target = Path(cfg.target) if cfg.target else Path("outputs/pictures") / name
+    target = Path(cfg.target or f"outputs/pictures/{checkpoint.file_name(about)}.png")
     pixels = read_files(cfg) if cfg.images else read_validation(cfg, source)
     print(f"Drawing {len(pixels)} images at keep rate {rate(about)}", flush=True)
     picture = draw_kept(model, normalize(pixels, about["mean"], about["std"]), pixels)
@@ -59,7 +51,7 @@ def run(cfg: DictConfig) -> Path:
 
 def require(cfg: DictConfig) -> None:
     """Refuse what cannot be drawn, before anything is built."""
-    require_weights(cfg)
+    checkpoint.require_weights(cfg)
     if cfg.num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {cfg.num_images}")
     Image.init()
@@ -100,9 +92,9 @@ def spread(values: list[Any], count: int) -> list[Any]:
     return [values[i * len(values) // count] for i in range(count)]
 
 
-def read_validation(cfg: DictConfig, source: dict[str, Any]) -> Tensor:
+def read_validation(cfg: DictConfig, source: Source) -> Tensor:
     """A fixed random choice of the validation images, uint8 (B, 3, img_size, img_size)."""
-    complete_data(cfg, overridden(HydraConfig.get().overrides.task), source)
+    checkpoint.complete_data(cfg, source)
     options: Any = OmegaConf.to_container(cfg.data, resolve=True, throw_on_missing=True)
     data = instantiate(
         options,
