@@ -66,6 +66,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     result: dict[str, Any] = dict(
         checkpoint=str(cfg.checkpoint),
         checkpoint_sha256=results.sha256(Path(cfg.checkpoint)),
+        trained_keep_rate=results.trained_keep_rate(cfg.checkpoint),
         settings=rows,
         images=rows[0]["images"],
         model=dict(
