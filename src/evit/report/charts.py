@@ -115,8 +115,8 @@ def references() -> pd.DataFrame:
     main = theirs.table.isin(["keep_rate_deit_s", "keep_rate_lvvit_s"])
     macs = theirs[theirs.table == "keep_rate_deit_s"].drop_duplicates(["rate", "rest"])
     key = ["rate", "rest"]
-    found = theirs[theirs.table == "off_the_shelf"]
-    shelf = found.assign(macs=found[key].merge(macs, how="left", on=key).macs.values)
+    found = theirs[(theirs.table == "off_the_shelf") & (theirs.rest != "dropped")]
+    shelf = found.assign(macs=found[key].merge(macs, how="left", on=key).macs.values, rest="")
     dynamic = theirs[theirs.model == "dynamicvit_deit_s"]
     return pd.concat([theirs[main], shelf, dynamic], ignore_index=True)
 

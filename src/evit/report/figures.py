@@ -1,7 +1,7 @@
 """Figures: built with plotly for the page, saved with matplotlib as SVG and PNG for a paper."""
 
 from dataclasses import dataclass, field
-from html import escape
+from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,8 @@ class Chart:
         figure.add_scatter(
             name=shown,
             legendgroup=shown,
-            showlegend=shown not in {trace.name for trace in figure.data},
+            showlegend=not faint
+            and shown not in {trace.name for trace in figure.data if trace.showlegend},
             x=list(x),
             y=list(y),
             mode=mode,
@@ -148,18 +149,13 @@ def draw(figure: go.Figure) -> Figure:
         axes.set_xscale("log")
         axes.set_xticks(TICKS, figure.layout.xaxis.ticktext)
         axes.minorticks_off()
-        axes.set_xlim(*limits([x for trace in figure.data for x in trace.x]))
+        values = [x for trace in figure.data for x in trace.x]
+        axes.set_xlim(min(values) / 1.2, max(values) * 1.2)
     axes.set_xlabel(text(figure.layout.xaxis.title.text))
     axes.set_ylabel(text(figure.layout.yaxis.title.text).replace(" (", "\n("))
     drawn.legend(loc="outside lower left", ncols=columns)
     return drawn
 
 
-def limits(values: list[float]) -> tuple[float, float]:
-    return min(values) / 1.2, max(values) * 1.2
-
-
 def text(escaped: str) -> str:
-    from html import unescape
-
     return unescape(escaped).replace("$", r"\$")

@@ -140,8 +140,9 @@ def all_settings(title: str, points: pd.DataFrame, by: str = "start") -> Table:
         "% of dense": (100 * points.macs / points.dense_macs).map(lambda share: number(share, 0)),
         "speed-up": speed.map(lambda ratio: number(ratio, 2)),
     }
-    if points.kl.isna().all():
-        del numbers["KL to dense"]
+    for name, values in {"KL to dense": points.kl, "speed-up": speed}.items():
+        if values.isna().all():
+            del numbers[name]
     note = (
         "The mean over the seeds of a setting, with the standard deviation. To dense: points from "
         "the mean of the dense runs by the same recipe; or from what was fine-tuned or evaluated. "
