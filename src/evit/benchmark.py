@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from evit.config import listed, overridden
 from evit.measure.contest import Entry, Group, contest, dense_entry, facts, is_own
 from evit.measure.steps import PRECISIONS
-from evit.report import benchmarks, field, paper, results
+from evit.report import benchmarks, paper, results
 
 WHAT = ("inference", "training", "loader")
 COMPILE = (False, True, "reduce-overhead")
@@ -168,7 +168,7 @@ def choose(config: dict[str, Any]) -> dict[Entry, Entry]:
     if config["paper"] == "field":
         chosen += [
             Entry(row["timm"], img_size=row.get("img_size", paper.BASE_SIZE), dense=True)
-            for row in field.rows()
+            for row in paper.field()
             if "timm" in row
         ]
         for name, model in paper.MODELS.items():

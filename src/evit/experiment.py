@@ -18,6 +18,7 @@ from evit.config import HOW
 from evit.data import Images
 from evit.models import DynamicViT, EViT, LVViT
 from evit.models.weights import read_state_dict
+from evit.recipe import Recipe
 from evit.report import results, rows
 from evit.tracking import JsonlLogger, start_service, wandb_logger, wandb_mode
 from evit.training import checkpoints, peers
@@ -27,7 +28,6 @@ from evit.training.module import Classifier, mix_seed
 from evit.training.nonfinite import NonFinite
 from evit.training.objectives import Classification, dense_teacher, make_objective
 from evit.training.progress import Throughput, progress
-from evit.recipe import Recipe
 from evit.training.trainer import accumulate, build_trainer, quiet, say
 
 GROUPS = ("model", "data", "recipe", "experiment")

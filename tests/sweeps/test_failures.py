@@ -10,10 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-
-from evit.report import found
 from evit.sweeps import command, jobs
 from evit.sweeps.jobs import Job
+
+from evit.report import found
 
 # What a run leaves, but where keep_rate=0.5 is still to be killed.
 RUN = """

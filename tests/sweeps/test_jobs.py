@@ -5,10 +5,10 @@ import json
 
 import pytest
 import yaml
-
-from evit.report import paper, results
 from evit.sweeps import command
 from evit.sweeps.jobs import SWEEPS, Sweep, expand, make_jobs, names, read
+
+from evit.report import paper, results
 
 # Which sweep is which tables of paper.yaml.
 TABLES = dict(

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
-from evit.signals import Stopped
 from evit.sweeps import local, overview
 from evit.sweeps.jobs import Job
+
+from evit.signals import Stopped
 from tests.conftest import ROOT
 
 DONE = "open('result.json', 'w').write('{}')"

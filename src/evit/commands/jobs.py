@@ -18,8 +18,17 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from evit.config import CONF_DIR, HOW, EvaluateConfig, RunConfig
-from evit.config import check_spelling, folder_name, listed, overridden, register
+from evit.config import (
+    CONF_DIR,
+    HOW,
+    EvaluateConfig,
+    RunConfig,
+    check_spelling,
+    folder_name,
+    listed,
+    overridden,
+    register,
+)
 from evit.report import results
 
 SWEEPS = CONF_DIR.parent / "sweeps"

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from evit.report import collect, tables
+from evit.report import collect, settings, tables
 from evit.report.collect import Found
 
 
 def write(source: Path, target: Path | None, page: bool = True) -> None:
-    """Print the table of the runs below a folder, and what is wrong; write the report.
+    """Print the tables of the runs below a folder, and what is wrong; write the report.
 
     Args:
         source: a folder, or a runs.json.
@@ -21,27 +21,27 @@ def write(source: Path, target: Path | None, page: bool = True) -> None:
         ValueError: nothing has finished there.
     """
     content = collect.read(source)
-    table = tables.of_runs(content.rows) if content.runs else "No run has finished.\n"
+    groups = settings.ours(content).groupby("section", sort=False)
+    sections = [tables.all_settings(str(title), points) for title, points in groups]
+    table = tables.report(content, sections, [])
     print(table)
-    for problem in content.problems:
-        print(f"problem: {problem}")
     if not target:
         return
-    target.mkdir(parents=True, exist_ok=True)
     written = {"runs.json": json.dumps(content.rows, indent=1) + "\n"}
     if page:
         from evit.report import figures  # plotly and matplotlib, which only the page needs
         from evit.report.page import build, html
 
         report = build(content)
-        written["index.html"] = html(content, report)
         sections = [section.table for section in report.sections]
+        written["index.html"] = html(content, report)
         written["tables.md"] = tables.report(content, sections, report.papers)
         written["runs.csv"] = as_csv(content)
         for chart in report.charts:
             figures.save(chart, target / "figures")
     else:
         written["table.md"] = table
+    target.mkdir(parents=True, exist_ok=True)
     for name, text in written.items():
         (target / name).write_text(text)
     print("  ".join(f"{target}/{name}" for name in written))

@@ -80,7 +80,7 @@ def split(arguments: list[str]) -> tuple[SimpleNamespace, list[str]]:
     knobs = OmegaConf.load(KNOBS)
     own = [a for a in arguments if {name.split(".")[0] for name in overridden([a])} <= set(knobs)]
     try:
-        merged = OmegaConf.to_container(OmegaConf.merge(knobs, OmegaConf.from_dotlist(own)))
+        merged: Any = OmegaConf.to_container(OmegaConf.merge(knobs, OmegaConf.from_dotlist(own)))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ValueError(f"{' '.join(own)}: {str(error).splitlines()[0]}") from error
     cfg = SimpleNamespace(**merged)
@@ -160,7 +160,12 @@ def show(name: str, jobs: list[Job], costs: list[Any] | None = None) -> None:
         result = results.finished(job.folder) if state == "finished" else None
         if state == "missing" and (job.folder / processes.FAILED).is_file():
             state = "failed"
-        cells = [str(job.number), escape(job.name), state, f"{result['top1']:.2f}" if result else ""]
+        cells = [
+            str(job.number),
+            escape(job.name),
+            state,
+            f"{result['top1']:.2f}" if result else "",
+        ]
         if costs:
             amount, paper = costs[i]
             cells += [f"{paper or ''}", hours_text(amount)]

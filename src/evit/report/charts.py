@@ -6,9 +6,9 @@ from typing import Any
 import pandas as pd
 
 from evit.report import paper, settings
-from evit.report.collect import Found, Run
+from evit.report.collect import Found
 from evit.report.figures import Chart
-from evit.report.settings import SCRATCH, TUNED
+from evit.report.settings import SCRATCH, TUNED, label
 from evit.report.tables import rate_text, top1_text
 
 TOP1 = "top-1 accuracy (%)"
@@ -22,7 +22,7 @@ FAMILIES = ("DeiT", "LV-ViT")  # of the other models: lines of their own
 def line_names(points: pd.DataFrame) -> pd.Series:
     """Name the line of each setting: lines go through settings that differ in keep rate alone."""
 
-    def name(point: pd.Series) -> str:
+    def name(point: Any) -> str:
         parts = [paper.TITLES.get(point.model, point.model)]
         parts += [point.reducer] * (point.reducer not in ("", "evit", "dynamicvit"))
         parts += [point.rest, point.selection]
@@ -33,6 +33,13 @@ def line_names(points: pd.DataFrame) -> pd.Series:
 
     several_images = points.images.nunique() > 1
     return points.apply(name, axis=1)
+
+
+def names(points: pd.DataFrame) -> pd.Series:
+    """Name each setting."""
+    sizes = points.img_size.map(", {} px".format) if points.img_size.nunique() > 1 else ""
+    rates = points.rate.map(lambda rate: "dense" if rate == 1 else f"keep rate {label(rate)}")
+    return line_names(points) + ", " + rates + sizes
 
 
 def epochs(count: float) -> str:
@@ -50,7 +57,9 @@ def hover(points: pd.DataFrame, names: pd.Series) -> list[str]:
         formats = dict(top5="top-5 {:.2f} %", kl="KL to the dense model {:.4f}")
         formats |= dict(macs="{:.3g} GMACs per image", images_per_s="{:,.4g} images/s")
         formats |= dict(speed="{:.2f} times the dense model's")
-        texts += [text.format(point[key]) for key, text in formats.items() if point[key] == point[key]]
+        texts += [
+            text.format(point[key]) for key, text in formats.items() if point[key] == point[key]
+        ]
         found.append("\n".join(texts))
     return found
 
@@ -88,17 +97,18 @@ def imagenet(content: Found, points: pd.DataFrame) -> Chart:
             lines[False].append(theirs.loc[index].assign(line=name, mode=mode))
             if own.top1[group.index].notna().any():
                 lines[True].append(own.loc[index].assign(line=name, mode=mode))
-    device = "; ".join(dict.fromkeys(filter(None, ways))) or "not measured"
     titles = dict(
         macs=("GMACs", "GMACs per image"),
         speed=("speed-up", "images/s (times the dense model's at 224 px)"),
-        images_per_s=("images/s", f"images/s (paper: GPU; ours: {device})"),
+        images_per_s=("images/s", "images/s (paper: GPU; ours: see below)"),
     )
     chart = Chart(
         "imagenet",
         "ImageNet: accuracy against cost",
         "Hollow and dotted: published. Filled: ours, where runs on all of ImageNet have finished. "
-        "A point for each keep rate; the dense model is the dearest.",
+        "A point for each keep rate; the dense model is the dearest. Our images/s: "
+        + ("; ".join(dict.fromkeys(filter(None, ways))) or "not measured")
+        + ".",
     )
     for cost, (name, title) in titles.items():
         figure = chart.view(name, title, TOP1, log_x=cost != "speed")
@@ -197,7 +207,7 @@ def other_models(found: Found) -> Chart:
     others = settings.frame(
         [
             dict(model=row["name"], reducer="", rate=1.0, img_size=row.get("img_size", 224))
-            | dict(name=settings.canonical(row.get("timm", row["name"])), top1=row["top1"])
+            | dict(name=settings.canonical(str(row.get("timm", row["name"]))), top1=row["top1"])
             | dict(images_per_s=row["throughput"])
             | dict(folder=row["family"] if row["family"] in FAMILIES else "other models")
             for row in paper.field()
@@ -219,7 +229,8 @@ def other_models(found: Found) -> Chart:
     )
     views = dict(published=("published, GPU", points.images_per_s))
     if speeds.speed.notna().any():
-        views["measured"] = way, speeds.images_per_s
+        views["measured"] = "measured here", speeds.images_per_s
+        chart.note += f" Measured on {way}."
     for name, (how, x) in views.items():
         figure = chart.view(name, f"images/s ({how})", TOP1, log_x=True)
         plot(chart, figure, points.assign(x=x, y=points.top1, images_per_s=x, speed=math.nan))

@@ -1,7 +1,7 @@
 """Figures: built with plotly for the page, saved with matplotlib as SVG and PNG for a paper."""
 
+import html
 from dataclasses import dataclass, field
-from html import escape, unescape
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +48,8 @@ class Chart:
         self.views[name] = go.Figure(
             layout=dict(
                 template={},
-                xaxis=dict(title=dict(text=escape(x)), **log),
-                yaxis=dict(title=dict(text=escape(y))),
+                xaxis=dict(title=dict(text=literal(x)), **log),
+                yaxis=dict(title=dict(text=literal(y))),
                 margin=dict(l=10, r=10, t=10, b=10),
                 hovermode="closest",
             )
@@ -74,7 +74,7 @@ class Chart:
         number = self.names.index(name)
         color = PALETTE[number % len(PALETTE)]
         symbol = list(SYMBOLS)[(number + number // len(PALETTE)) % len(SYMBOLS)]
-        shown = escape(name if ours else f"{name} (paper)")
+        shown = literal(name if ours else f"{name} (paper)")
         figure.add_scatter(
             name=shown,
             legendgroup=shown,
@@ -85,7 +85,7 @@ class Chart:
             mode=mode,
             opacity=0.35 if faint else 1,
             hoverinfo="text" if hover is not None else "all",
-            hovertext=None if hover is None else [lines(text) for text in hover],
+            hovertext=None if hover is None else [literal(text) for text in hover],
             line=dict(color=color, width=1 if faint else 2, dash="solid" if ours else "dot"),
             marker=dict(
                 symbol=symbol if ours else f"{symbol}-open",
@@ -105,8 +105,9 @@ class Chart:
         return dict(id=self.id, views=views)
 
 
-def lines(text: str) -> str:
-    return escape(text).replace("\n", "<br>")
+def literal(text: str) -> str:
+    """Text that plotly takes neither for HTML nor for a formula."""
+    return html.escape(text).replace("$", "&#36;").replace("\n", "<br>")
 
 
 def save(chart: Chart, folder: Path) -> None:
@@ -158,4 +159,4 @@ def draw(figure: go.Figure) -> Figure:
 
 
 def text(escaped: str) -> str:
-    return unescape(escaped).replace("$", r"\$")
+    return html.unescape(escaped).replace("$", r"\$")

@@ -5,10 +5,9 @@ from dataclasses import dataclass, field
 from importlib import resources
 
 import jinja2
-import pandas as pd
 import plotly.offline
 
-from evit.report import charts, paper, results, settings, tables
+from evit.report import charts, paper, settings, tables
 from evit.report.collect import Found, Run
 from evit.report.curves import curves
 from evit.report.figures import Chart
@@ -42,10 +41,10 @@ class Report:
 def build(content: Found) -> Report:
     """Make the tables and charts: sections for each data set and for reducers, and the paper."""
     points = settings.ours(content)
-    names = setting_names(content.runs)
     sections, reducers = [], []
     for index, (key, own) in enumerate(points.groupby("section", sort=False)):
         title = str(key)
+        names = dict(zip(own.setting, charts.names(own), strict=True))
         runs = [run for run in content.runs if settings.section(run.row) == title]
         sparse = [run for run in runs if run.picture and run.row["reducer"] != "none"]
         firsts = {run.row["setting"]: run for run in reversed(sparse)}
@@ -59,26 +58,6 @@ def build(content: Found) -> Report:
     beside = [charts.imagenet(content, points), charts.other_models(content)]
     papers = [tables.beside_paper(content, points, name) for name in paper.tables()]
     return Report(tables.cards(content, points), sections + reducers, beside, papers)
-
-
-def setting_names(runs: list[Run]) -> dict[str, str]:
-    """Name each setting's hash; where several have one name, add the folder, or the hash."""
-    made: dict[str, dict[str, str]] = {}  # of each name the settings, with their folders
-    for run in runs:
-        row = run.row
-        dense = results.one_rate(row["keep_rate"]) == 1
-        parts = [row["model"], "dense" if dense else f"keep rate {row['keep_rate']}"]
-        parts += [row["reducer"]] * (row["reducer"] not in ("none", "evit", "dynamicvit"))
-        parts += ["fused" if row["fusion"] else "dropped"] * (row["reducer"] == "evit")
-        parts += ["fine-tuned"] * row["from_checkpoint"] + [charts.epochs(row["epochs"])]
-        made.setdefault(", ".join(parts), {})[row["setting"]] = run.folder
-    names = {}
-    for name, folders in made.items():
-        places = list(folders.values())
-        for key, place in folders.items():
-            unique = place if places.count(place) == 1 else key
-            names[key] = f"{name}, {unique}" if len(folders) > 1 else name
-    return names
 
 
 def data_uri(run: Run) -> str:

@@ -87,7 +87,7 @@ def costs(name: str) -> list[Row]:
 def cost(model: str, keep_rate: float, fusion: bool | None, img_size: int) -> Row | None:
     """The published speed and MACs of one setting of timm's or our model, or None."""
     name = NAMES.get(model)
-    wanted = dict(keep_rate=keep_rate, img_size=img_size)
+    wanted: Row = dict(keep_rate=keep_rate, img_size=img_size)
     wanted |= dict(fusion=None if keep_rate == 1 or name not in MODELS else fusion)
     return next((row for row in costs(name or "") if row.items() >= wanted.items()), None)
 

@@ -9,8 +9,8 @@ The columns of a frame of settings:
 - start: from scratch, fine-tuned, off the shelf, or the keep rate that the evaluated checkpoint was
   trained at; epochs; images: how the images were limited, "" for all; val_images: 0 for all.
 - runs: how many seeds; top1, top5 (%), their means; spread: standard deviation of top1; kl: KL
-  divergence to the dense model's logits; macs (1e9 per image); images_per_s; speed: images/s beside
-  the dense model's at the base size. NaN: not published, not measured.
+  divergence to the dense model's logits; macs (1e9 per image); params (1e6); images_per_s; speed:
+  images/s beside the dense model's at the base size. NaN: not published, not measured.
 - setting, recipe: hashes of rows.py; origin: the setting, or the SHA-256, of the first weights;
   folder; recipe_name: set where lines would look the same otherwise.
 """
@@ -26,6 +26,7 @@ from evit.report.collect import Found
 SCRATCH, TUNED, SHELF = "from scratch", "fine-tuned", "off the shelf"
 NAN = float("nan")
 METRICS = dict(top1=NAN, spread=NAN, top5=NAN, kl=NAN, macs=NAN, images_per_s=NAN, speed=NAN)
+METRICS |= dict(params=NAN)
 DEFAULTS: dict[str, Any] = dict(section="", table="", name="", selection="", rest="", start=SCRATCH)
 DEFAULTS |= dict(epochs=NAN, images="", val_images=0, runs=1, setting="", recipe="", origin="")
 DEFAULTS |= dict(folder="", recipe_name="") | METRICS
@@ -88,53 +89,35 @@ def runs(found: Found) -> list[dict[str, Any]]:
     """The settings of our runs, those with most MACs first."""
     made = []
     folders = {run.row["setting"]: run.folder for run in reversed(found.runs)}
-    for group in groups(found.rows):
-        row = group.iloc[0].to_dict()
-        folder = folders[row["setting"]]
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for row in found.rows:
+        groups.setdefault((row["setting"], row["from_checkpoint"]), []).append(row)
+    for group in sorted(groups.values(), key=lambda group: -group[0]["macs"]):
+        row, folder = group[0], folders[group[0]["setting"]]
+        seeds = pd.DataFrame(group, columns=["top1", "top5", "throughput"]).astype(float)
         made.append(
             {key: row[key] for key in ("model", "img_size", "epochs", "setting")}
             | choices(row["reducer"], row["keep_rate"], row["fusion"])
             | dict(section=section(row), start=TUNED if row["from_checkpoint"] else SCRATCH)
-            | dict(images=images(row), val_images=int(known(row.get("max_val_images")) or 0))
-            | dict(top1=group.top1.mean(), spread=group.top1.std(), top5=group.top5.mean())
-            | dict(macs=row["macs"] / 1e9, runs=len(group), folder=folder)
-            | dict(name=canonical(known(row.get("timm_name")) or ""))
+            | dict(images=images(row), val_images=row.get("max_val_images") or 0)
+            | dict(top1=seeds.top1.mean(), spread=seeds.top1.std(), top5=seeds.top5.mean())
             # A busy machine moves the median less than the mean.
-            | dict(images_per_s=pd.to_numeric(group.get("throughput")).median())
+            | dict(images_per_s=seeds.throughput.median(), runs=len(group), folder=folder)
+            | dict(macs=row["macs"] / 1e9, params=row["params"] / 1e6)
+            | dict(name=canonical(row.get("timm_name") or ""))
             # Files from before recipes had hashes: the runs of one folder of as many epochs.
-            | dict(recipe=known(row.get("recipe")) or f"{folder}, {row['epochs']} epochs")
-            | dict(origin=known(row.get("started_from")) or "")
+            | dict(recipe=row.get("recipe") or rows.digest([folder, row["epochs"]]))
+            | dict(origin=row.get("started_from") or "")
         )
     return made
-
-
-def groups(found: list[rows.Row]) -> list[pd.DataFrame]:
-    """The runs of each setting, the settings with most MACs first.
-
-    Raises:
-        ValueError: two runs of one setting have the same seed.
-    """
-    everything = pd.json_normalize(found)
-    made = [group for _, group in everything.groupby(["setting", "from_checkpoint"], sort=False)]
-    for group in made:
-        if group.seed.duplicated().any():
-            raise ValueError(
-                f"{len(group)} runs of {group.model.iloc[0]} at keep rate "
-                f"{group.keep_rate.iloc[0]} share a seed: give runs=FOLDER with each run once"
-            )
-    return sorted(made, key=lambda group: -group.macs.iloc[0])
-
-
-def known(value: Any) -> Any:
-    """None for what a row does not have: pandas fills in NaN."""
-    return None if value is None or value != value else value
 
 
 def images(row: dict[str, Any]) -> str:
     """How the images of a run were limited."""
     limits = dict(training=row.get("max_train_images"), validation=row.get("max_val_images"))
-    parts = [f"{int(count)} {name}" for name, count in limits.items() if known(count)]
-    return ", ".join(parts) or ("" if known(row.get("whole", True)) else "limited")
+    parts = [f"{count} {name}" for name, count in limits.items() if count]
+    others: dict[Any, str] = {True: "", False: "limited", None: "unknown"}
+    return ", ".join(parts) or others[row.get("whole")]
 
 
 def evaluated(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -155,9 +138,10 @@ def evaluated(result: dict[str, Any]) -> list[dict[str, Any]]:
     data |= dict(img_size=model["img_size"], whole=not limit)
     given = dict(model=model["name"], img_size=model["img_size"], section=section(data))
     given |= dict(start=SHELF if rate == 1 else f"trained at {label(rate)}", val_images=limit)
-    given |= dict(images=images(dict(max_val_images=limit)))
+    given |= dict(images=images(dict(max_val_images=limit, whole=not limit)))
     given |= dict.fromkeys(("recipe", "origin"), result.get("checkpoint_sha256", ""))
     given |= dict(name=canonical(rows.timm_name(config.get("model", {})) or ""))
+    given |= dict(params=model.get("params", NAN) / 1e6)
     return [
         given
         | choices(

@@ -1,7 +1,6 @@
 """The tables of the report, for the terminal, as Markdown and for the page."""
 
 import re
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -137,10 +136,15 @@ def all_settings(title: str, points: pd.DataFrame, by: str = "start") -> Table:
         "top-5 (%)": points.top5.map("{:.2f}".format),
         "KL to dense": points.kl.map(lambda kl: number(kl, 4)),
         "GMACs": points.macs.map("{:.4g}".format),
+        "M parameters": points.params.map(lambda params: number(params, 2)),
         "% of dense": (100 * points.macs / points.dense_macs).map(lambda share: number(share, 0)),
         "speed-up": speed.map(lambda ratio: number(ratio, 2)),
     }
-    for name, values in {"KL to dense": points.kl, "speed-up": speed}.items():
+    for name, values in {
+        "KL to dense": points.kl,
+        "M parameters": points.params,
+        "speed-up": speed,
+    }.items():
         if values.isna().all():
             del numbers[name]
     note = (
@@ -152,58 +156,15 @@ def all_settings(title: str, points: pd.DataFrame, by: str = "start") -> Table:
     return Table(title, note, pd.DataFrame(which | numbers), len(which))
 
 
-def of_runs(found: list[Row]) -> str:
-    """Make the table for the terminal: a line for each setting, its mean and standard deviation.
-
-    Raises:
-        ValueError: two runs of one setting have the same seed.
-    """
-    made = settings.groups(found)
-    lines = []
-    for group in made:
-        first = group.iloc[0]
-        rest = "fused" if first.fusion else "dropped" if first.reducer == "evit" else "-"
-        lines.append(
-            {
-                "model": first.model + ", fine-tuned" * bool(first.from_checkpoint),
-                "reducer": first.reducer,
-                "keep rate": str(first.keep_rate),
-                "the rest": rest,
-                "data": first.data,
-                "px": str(first.img_size),
-                "epochs": str(first.epochs),
-                "images": settings.images(first.to_dict()) or "all",
-                "top-1": spread(group.top1),
-                "top-5": spread(group.top5),
-                "GMACs": f"{first.macs / 1e9:.4f}",
-                "M parameters": f"{first.params / 1e6:.2f}",
-            }
-        )
-    frame = pd.DataFrame(lines)
-    sparse = frame[frame.reducer != "none"]
-    for name in ("reducer", "data", "px", "epochs", "images"):
-        if (sparse if name == "reducer" else frame)[name].nunique() < 2:
-            frame = frame.drop(columns=name)
-    everything = pd.json_normalize(found)
-    kinds = sorted({(r["data"], r["img_size"], r["epochs"], settings.images(r)) for r in found})
-    note = "; ".join(
-        f"{data}, {size} px, {epochs} epoch{'s' * (epochs > 1)}{f' ({limit})' if limit else ''}"
-        for data, size, epochs, limit in kinds
-    )
-    seeds = sorted({len(group) for group in made})
-    means = f"Mean and standard deviation of {'/'.join(map(str, seeds))} runs with seeds of their own."
-    note += f". {means if seeds != [1] else 'One run each.'} "
-    note += "; ".join(
-        f"{text}{', '.join(sorted(everything[column].astype(str).unique()))}"
-        for text, column in {"": "device", "commit ": "commit", "torch ": "packages.torch"}.items()
-    )
-    return f"{markdown(list(frame), frame.values)}\n\n{plain(note)}.\n"
-
-
-def spread(values: pd.Series) -> str:
-    """The mean and, of several runs, the standard deviation."""
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{deviation}"
+def provenance(found: list[Row]) -> str:
+    """Say which devices, commits and versions of torch the runs are from."""
+    frame = pd.json_normalize(found)
+    columns = {"": "device", "commit ": "commit", "torch ": "packages.torch"}
+    texts = [
+        f"{text}{', '.join(sorted(frame[column].astype(str).unique()))}"
+        for text, column in columns.items()
+    ]
+    return plain("; ".join(texts)) + "."
 
 
 def cards(content: Found, points: pd.DataFrame) -> list[tuple[str, str]]:
@@ -214,11 +175,15 @@ def cards(content: Found, points: pd.DataFrame) -> list[tuple[str, str]]:
     chosen = chosen[chosen.start == settings.SCRATCH].sort_values("runs", ascending=False)
     for _, point in chosen.drop_duplicates("section").iterrows():
         text = f"top-1 for {1 - point.macs / point.dense_macs:.0%} fewer MACs: {point.model}, "
-        text += f"keep rate 0.7, {point.section}" + f"; mean of {point.runs} runs" * (point.runs > 1)
+        text += f"keep rate 0.7, {point.section}" + f"; mean of {point.runs} runs" * (
+            point.runs > 1
+        )
         found.append((f"{signed(point.top1 - point.dense_top1)} points", text))
     for name in ("keep_rate_deit_s", "keep_rate_lvvit_s"):
         way, theirs, own = settings.beside_paper(content, points, name)
-        for index, row in theirs[(theirs.rest == "fused") & theirs.rate.isin([0.7, 0.5])].iterrows():
+        for index, row in theirs[
+            (theirs.rest == "fused") & theirs.rate.isin([0.7, 0.5])
+        ].iterrows():
             if pd.notna(speed := own.speed[index]):
                 text = f"as fast as dense {paper.TITLES[row.model]} at keep rate {row.rate}, fused "
                 found.append((f"{speed:.2f} times", f"{text}(paper: {row.speed:.2f}); {way}"))
@@ -228,9 +193,9 @@ def cards(content: Found, points: pd.DataFrame) -> list[tuple[str, str]]:
 def report(content: Found, sections: Sequence[Table], papers: Sequence[Table]) -> str:
     """Every table as Markdown, with where the runs come from, and what could not be read."""
     parts = ["# Results", *(table.markdown() for table in sections)]
-    if content.runs:
-        parts.append(of_runs(content.rows).split("\n\n")[-1])
-    parts += ["# Beside the paper", *(table.markdown() for table in papers)]
+    parts += [provenance(content.rows)] if content.runs else ["No run has finished."]
+    if papers:
+        parts += ["# Beside the paper", *(table.markdown() for table in papers)]
     if content.problems:
         parts += ["# Problems", "\n".join(f"- {plain(problem)}" for problem in content.problems)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
