@@ -60,7 +60,7 @@ class Job:
 
     @property
     def command(self) -> list[str]:
-        """The run's command line: it goes on where it was interrupted, or begins anew if changed."""
+        """The command of the run, which goes on where it stopped, or begins anew if changed."""
         script = CONF_DIR.parent / "src" / f"{self.program}.py"
         command = [sys.executable, str(script), *self.overrides]
         if self.moved:
@@ -125,7 +125,7 @@ def read(name: str) -> Sweep:
 
 
 def expand(line: str, more: list[str]) -> list[list[str]]:
-    """Expand "keep_rate=0.5 img_size=256,288" into runs; of two values for a knob the later wins."""
+    """Expand "keep_rate=0.5 img_size=256,288" into runs; the later value of a knob wins."""
     choices: dict[str, list[str]] = {}
     for one in OverridesParser.create().parse_overrides([*shlex.split(line), *more]):
         key = one.get_key_element()

@@ -12,7 +12,7 @@ from typing import Any
 
 from evit.commands.jobs import Job
 from evit.config import listed
-from evit.report.results import write_json
+from evit.report.results import duration, write_json
 
 # What torchrun, SLURM and MPI tell the processes that they start: a run is to start its own.
 LAUNCHERS = ("SLURM_", "TORCHELASTIC_", "PMI_", "PMIX_", "OMPI_", "GROUP_", "ROLE_")
@@ -175,7 +175,7 @@ def run_all(jobs: list[Job], slots: Any) -> list[tuple[Job, str]]:
                 free.append(process.slot)
                 stop([process.popen])  # what it may have left behind
                 if process.popen.returncode == 0 and job.state() == "finished":
-                    tell(job, "finished", f"{seconds / 60:.1f} min")
+                    tell(job, "finished", duration(seconds))
                 else:
                     fail(job, why(process))
             if running and time.monotonic() - told > QUIET:

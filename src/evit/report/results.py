@@ -163,34 +163,37 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
 
 def show(result: dict[str, Any], folder: Path) -> None:
     """Print a result as a table."""
-    row, recipe = summary(result), result["config"]["recipe"]
+    row, device = summary(result), result["device"]
+    rate = f"{row['keep_rate']}, the rest " + ("fused" if row["fusion"] else "dropped")
+    lines = {"top-1": f"{row['top1']:.2f} %", "top-5": f"{row['top5']:.2f} %"}
+    if row["reducer"] == "none":
+        lines["keep rate"] = "1 (dense)"
+    else:
+        lines["keep rate"] = rate if row["reducer"] == "evit" else str(row["keep_rate"])
+        lines["reducer"] = row["reducer"]
+    lines["epochs"] = str(result["config"]["recipe"]["epochs"])
+    lines["MACs"] = f"{row['macs'] / 1e9:.3f} G per image"
+    lines["parameters"] = f"{row['params'] / 1e6:.2f} M"
+    for name, key in dict(training="train_images_per_s", inference="throughput").items():
+        lines[name] = f"{row[key]:.0f} images/s on {device}" if row[key] else "not measured"
+    if skipped := result.get("skipped_steps"):
+        lines["left out"] = f"{skipped} steps whose loss was not finite"
+    lines["time"] = duration(result["seconds"])
     table = Table(box=box.ROUNDED, show_header=False, title_justify="left")
     table.title = f"{row['model']} on {result['data']['name']}, {row['img_size']} px"
     table.add_column(style="bold")
-    table.add_column()
-    table.add_row("top-1", f"{row['top1']:.2f} %")
-    table.add_row("top-5", f"{row['top5']:.2f} %")
-    if row["reducer"] == "none":
-        table.add_row("keep rate", "1 (dense)")
-    else:
-        rest = ", the rest " + ("fused" if row["fusion"] else "dropped")
-        table.add_row("keep rate", f"{row['keep_rate']}{rest * (row['reducer'] == 'evit')}")
-        table.add_row("reducer", row["reducer"])
-    table.add_row("epochs", str(recipe["epochs"]))
-    table.add_row("MACs", f"{row['macs'] / 1e9:.3f} G per image")
-    table.add_row("parameters", f"{row['params'] / 1e6:.2f} M")
-    for name, key in dict(training="train_images_per_s", inference="throughput").items():
-        speed = f"{row[key]:.0f}" if row[key] else "-"
-        table.add_row(name, f"{speed} images/s on {result['device']}")
-    if skipped := result.get("skipped_steps"):
-        table.add_row("left out", f"{skipped} steps whose loss was not finite")
-    table.add_row("time", f"{result['seconds'] / 60:.1f} min")
+    for line in lines.items():
+        table.add_row(*line)
     console = Console(markup=False)  # [x] is part of a folder's name, not a colour
     console.print(table)
     files = sorted(path.name for path in folder.iterdir())
     console.print(
         f"{os.path.relpath(folder)}/\n  {'  '.join(files)}", highlight=False, soft_wrap=True
     )
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
 
 def one_rate(rates: Any) -> Any:
