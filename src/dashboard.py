@@ -6,7 +6,7 @@ from evit.config import DashboardConfig, entry_point
 
 @entry_point("dashboard", DashboardConfig)
 def main(cfg):
-    from evit.dashboard import run
+    from evit.commands.dashboard import run
 
     run(cfg)
 

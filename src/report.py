@@ -8,9 +8,9 @@ from evit.config import ReportConfig, entry_point
 def main(cfg):
     from pathlib import Path
 
-    from evit.report import files
+    from evit.commands import report
 
-    files.write(Path(cfg.runs), Path(cfg.target) if cfg.target else None, cfg.page)
+    report.write(Path(cfg.runs), Path(cfg.target) if cfg.target else None, cfg.page)
 
 
 if __name__ == "__main__":

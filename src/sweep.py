@@ -10,7 +10,7 @@ from evit.ending import fail, program
 
 
 def main():
-    from evit.sweeps.command import run
+    from evit.commands.sweep import run
 
     gc.enable()
     try:

@@ -10,7 +10,7 @@ import pytest
 import wandb
 import wandb_workspaces.reports.v2.interface as reports
 
-from evit import dashboard
+from evit.commands import dashboard
 from evit.config import CONF_DIR, DashboardConfig
 from evit.report import paper
 from tests.conftest import ROOT

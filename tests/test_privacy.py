@@ -12,7 +12,7 @@ import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
 
 from evit.report import page
-from evit.report.found import read
+from evit.report.collect import read
 from evit.training.trainer import DDP
 from tests.conftest import FORKS, QUICK, command
 
@@ -89,7 +89,7 @@ def test_no_secret_is_in_what_a_run_leaves_or_prints(finished):
 def test_no_secret_is_on_the_page(finished):
     content = read(finished[0])
     assert len(content.runs) == 1
-    assert "5ec4e7" not in page.html(content, *page.build(content))
+    assert "5ec4e7" not in page.html(content, page.build(content))
 
 
 def test_a_run_that_is_tracked_listens_to_this_machine_alone(finished):

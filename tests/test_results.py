@@ -6,7 +6,8 @@ from statistics import mean
 
 import pytest
 
-from evit.report import benchmark, found, tables
+from evit.commands import report
+from evit.report import benchmark
 from tests import soak
 from tests.conftest import ROOT
 
@@ -15,8 +16,9 @@ RATES = (1, 0.7, 0.5, 0.3)
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*/runs.json")), ids=lambda p: p.parent.name)
-def test_the_table_of_runs_is_made_from_the_runs(path):
-    assert path.with_name("table.md").read_text() == tables.markdown(found.read(path).rows)
+def test_the_table_of_runs_is_made_from_the_runs(path, tmp_path):
+    report.write(path, tmp_path, page=False)
+    assert path.with_name("table.md").read_text() == (tmp_path / "table.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -43,7 +45,7 @@ def test_the_table_of_a_benchmark_is_made_from_its_numbers(path):
 def test_a_page_has_the_accuracies_of_the_runs_beside_it(path):
     page, table = path.read_text(), path.with_name("table.md").read_text()
     accuracies = re.findall(r"[\d.]+ ± [\d.]+", table)
-    assert accuracies and all(cell in page for cell in accuracies[::2])
+    assert accuracies and all(cell in page for cell in accuracies)
 
 
 def test_the_soak_run_levelled_off_and_its_table_has_its_numbers():

@@ -37,7 +37,8 @@ def begin(tmp_path_factory):
 # Only FFCV needs numba; the others are for reports, exports, sweeps and data frames.
 UNUSED = (
     "numba ffcv cv2 plotly wandb_workspaces onnx onnxruntime onnxscript submitit pandas sklearn "
-    "IPython tensorboard evit.report.figures evit.export evit.sweeps torch._inductor.compile_fx"
+    "IPython tensorboard evit.report.figures evit.export evit.commands.sweep "
+    "torch._inductor.compile_fx"
 )
 
 

@@ -40,7 +40,7 @@ def test_a_folder_s_name_is_not_run_by_make(tmp_path):
 
 
 def test_a_folder_s_name_is_not_run_by_slurm_nor_by_who_copies_a_command(tmp_path):
-    from evit.sweeps import slurm
+    from evit.commands import slurm
 
     script = slurm.search_path(tmp_path / ODD) + '\nprintf %s "$PYTHONPATH"'
     done = subprocess.run(

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import evit
-from evit.dashboard import KEYS
+from evit.commands.dashboard import KEYS
 from tests.conftest import QUICK, command
 
 

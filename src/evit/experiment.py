@@ -18,7 +18,7 @@ from evit.config import HOW
 from evit.data import Images
 from evit.models.weights import read_state_dict
 from evit.recipe import Recipe
-from evit.report import results, tables
+from evit.report import results, rows
 from evit.tracking import JsonlLogger, start_service, wandb_logger, wandb_mode
 from evit.training import checkpoints, peers
 from evit.training.callbacks import InferenceSpeed, KeepRateSchedule, KeptPatches, Signals
@@ -63,7 +63,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     data, model = build(cfg, recipe)
     teacher = build_teacher(cfg, model)
     announce(cfg, data, model, teacher is not None)
-    started_from = tables.started_from(cfg.checkpoint)
+    started_from = rows.started_from(cfg.checkpoint)
     throughput = Throughput(recipe.batch_size)
     nonfinite = NonFinite(recipe.on_nonfinite_loss == "skip")
     callbacks: list[L.Callback] = [

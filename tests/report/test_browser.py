@@ -5,7 +5,7 @@ import json
 import pytest
 
 from evit.report import page
-from evit.report.found import read
+from evit.report.collect import read
 from tests.report import browser, fake
 
 pytestmark = pytest.mark.skipif(
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 def address(tmp_path_factory) -> str:
     root = tmp_path_factory.mktemp("browser")
     content = read(fake.write_all(root / "outputs"))
-    (root / "index.html").write_text(page.html(content, *page.build(content)))
+    (root / "index.html").write_text(page.html(content, page.build(content)))
     return (root / "index.html").as_uri()
 
 
@@ -57,21 +57,22 @@ def test_the_axes_switch(opened):
         assert pressed == name
 
 
-def test_a_legend_entry_hides_its_line_and_shows_it_again(opened):
-    key = button('[data-chart="field"] .legend', "other models")
-    count = "document.querySelectorAll('#field .scatterlayer .trace').length"
-    before = opened.run(count)
-    for shown, expected in (("false", before - 1), ("true", before)):
-        opened.run(key + ".click()")
-        opened.wait_for(f"{count} === {expected}")
-        assert opened.run(key + '.getAttribute("aria-pressed")') == shown
+def test_the_legend_has_every_line_once(opened):
+    shown, wanted = opened.run("""[
+        [...document.querySelectorAll('#field .legendtext')].map((text) => text.textContent),
+        document.getElementById('field').data.map((trace) => trace.name)]""")
+    assert shown == wanted and len(set(shown)) == len(shown) > 4
 
 
-def test_every_legend_entry_has_a_mark(opened):
-    marks = opened.run(
-        "[...document.querySelectorAll('.legend i')].map((mark) => mark.dataset.mark)"
-    )
-    assert len(marks) > 10 and all(len(mark or "") == 1 for mark in marks)
+def test_a_picture_is_enlarged_by_a_click_and_closed_by_another(opened):
+    size = "document.querySelector('dialog img').getBoundingClientRect().width"
+    assert opened.run(size) == 0
+    opened.run("document.querySelector('.pictures button').click()")
+    small = "document.querySelector('.pictures img')"
+    assert opened.run(f"document.querySelector('dialog img').src === {small}.src")
+    assert opened.run(size) >= 1200
+    opened.run("document.querySelector('dialog').click()")
+    assert opened.run(size) == 0
 
 
 def test_a_tab_shows_its_table_alone(opened):

@@ -9,10 +9,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from evit import export
+from evit.commands import report
 from evit.data import Folder
 from evit.ending import fail
-from evit.report import figures, files, page, results, sheets, tables
-from evit.report.found import read
+from evit.report import figures, page, results, tables
+from evit.report.collect import read
 from tests.conftest import write_photos
 from tests.report import browser, fake
 
@@ -49,18 +50,17 @@ def is_plain(text: str) -> bool:
 
 
 def test_in_tables_they_stay_in_their_cells(content):
-    _, sections = page.build(content)
-    shown = sheets.markdown(content, [section.sheet for section in sections])
-    for text in (shown, tables.markdown(content.rows)):
-        assert is_plain(text) and "<script" not in text and "<img" not in text
-        assert "owned" in text
-        for table in text.split("\n\n"):
-            lines = [line for line in table.splitlines() if line.startswith("|")]
-            assert len({line.replace("\\|", "").count("|") for line in lines}) <= 1
+    made = page.build(content)
+    text = tables.report(content, [section.table for section in made.sections], made.papers)
+    assert is_plain(text) and "<script" not in text and "<img" not in text
+    assert "owned" in text
+    for table in text.split("\n\n"):
+        lines = [line for line in table.splitlines() if line.startswith("|")]
+        assert len({line.replace("\\|", "").count("|") for line in lines}) <= 1
 
 
 def test_in_a_spreadsheet_they_are_not_computed(content):
-    rows = list(csv.reader(io.StringIO(files.as_csv(content))))
+    rows = list(csv.reader(io.StringIO(report.as_csv(content))))
     assert len({len(row) for row in rows}) == 1
     cells = [cell for row in rows for cell in row]
     assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@"))]
@@ -68,8 +68,8 @@ def test_in_a_spreadsheet_they_are_not_computed(content):
 
 
 def test_in_figures_they_are_text(content, tmp_path):
-    chart = page.build(content)[1][0].charts[-1]
-    chart.views = chart.views[:1]
+    chart = page.build(content).sections[0].charts[-1]
+    chart.views = dict(list(chart.views.items())[:1])
     figures.save(chart, tmp_path)
     (path,) = tmp_path.glob("*.svg")
     root = ElementTree.parse(path).getroot()
@@ -79,7 +79,7 @@ def test_in_figures_they_are_text(content, tmp_path):
 
 @pytest.mark.skipif(not browser.CHROMIUM, reason="needs Chromium: apt-get install chromium")
 def test_on_the_page_no_script_of_theirs_runs(content, tmp_path):
-    (tmp_path / "index.html").write_text(page.html(content, *page.build(content)))
+    (tmp_path / "index.html").write_text(page.html(content, page.build(content)))
     opened = browser.Page((tmp_path / "index.html").as_uri(), tmp_path / "chromium")
     try:
         assert opened.run("typeof owned") == "undefined"

@@ -9,8 +9,9 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
-from evit.report import compare, figures, files, page, paper, sheets
-from evit.report.found import read
+from evit.commands import report as command
+from evit.report import figures, page, paper, settings, tables
+from evit.report.collect import Found, read
 from tests.conftest import ROOT
 from tests.report import fake
 
@@ -22,7 +23,7 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def report(root) -> Path:
-    files.write(root, root.parent / "report")
+    command.write(root, root.parent / "report")
     return root.parent / "report"
 
 
@@ -34,7 +35,16 @@ def embedded(text: str, name: str):
 
 def build(root: Path) -> str:
     content = read(root)
-    return page.html(content, *page.build(content))
+    return page.html(content, page.build(content))
+
+
+def beside(content: Found, table: str):
+    """The way that speeds were measured, the paper's rows and ours."""
+    return settings.beside_paper(content, settings.ours(content), table)
+
+
+def sheet(content: Found, name: str) -> list[list[str]]:
+    return tables.beside_paper(content, settings.ours(content), name).frame.values.tolist()
 
 
 def test_the_page_has_the_numbers_of_every_result(root, report):
@@ -75,7 +85,8 @@ def test_a_chart_has_our_points_beside_the_paper_s(report):
     theirs, ours = traces["DeiT-S, fused (paper)"], traces["DeiT-S, fused"]
     assert dict(zip(ours["x"], ours["y"], strict=True)) == {1.0: 79.9, 1.52: 79.43, 1.9: 78.61}
     assert dict(zip(theirs["x"], theirs["y"], strict=True))[4385 / 2923] == 79.5
-    assert theirs["marker"]["symbol"] == "circle-open" and ours["marker"]["symbol"] == "circle"
+    assert theirs["marker"]["symbol"] == ours["marker"]["symbol"] + "-open"
+    assert theirs["line"]["color"] == ours["line"]["color"]
     assert "DeiT-S, dropped" not in traces
 
 
@@ -88,22 +99,23 @@ def test_every_axis_of_every_chart_says_its_unit(report):
 
 
 def test_beside_the_paper_stand_ours_and_the_difference(root):
-    sheet = sheets.paper_sheet(read(root), "keep_rate_deit_s")
-    line = next(r for r in sheet.rows if r[:2] == ["0.7", "fused"])
+    rows = sheet(read(root), "keep_rate_deit_s")
+    line = next(r for r in rows if r[:2] == ["0.7", "fused"])
     assert line[2:5] == ["79.5", "79.43", "-0.07"]
     assert line[8:11] == ["1.50", "1.52", "+0.02"]
-    line = next(r for r in sheet.rows if r[:2] == ["0.7", "dropped"])
+    line = next(r for r in rows if r[:2] == ["0.7", "dropped"])
     assert line[2:5] == ["79.4", "not run", ""]
-    line = next(r for r in sheets.paper_sheet(read(root), "off_the_shelf").rows if r[0] == "0.7")
+    line = next(r for r in sheet(read(root), "off_the_shelf") if r[0] == "0.7")
     assert line[1:] == ["fused", "78.5", "78.55", "+0.05"]
 
 
 def test_every_row_of_the_paper_has_one_in_a_table():
-    found = compare.published()
-    assert found.keys() == paper.tables().keys() == compare.TITLES.keys()
-    for name, rows in found.items():
+    found = settings.published()
+    found = found[(found.table != "off_the_shelf") | (found.rest != "dropped")]
+    assert set(found.table) == paper.tables().keys()
+    for name, rows in found.groupby("table"):
         numbers = re.findall(r"'top1': ([\d.]+)", str(paper.tables()[name]))
-        assert sorted(row.top1 for row in rows) == sorted(map(float, numbers))
+        assert sorted(rows.top1) == sorted(map(float, numbers))
 
 
 @pytest.mark.parametrize(
@@ -120,15 +132,15 @@ def test_every_row_of_the_paper_has_one_in_a_table():
 )
 def test_a_run_of_another_kind_is_not_put_beside_the_paper(tmp_path, changes):
     fake.write(tmp_path / "run", fake.result(**changes))
-    _, pairs = compare.pairs(read(tmp_path), "keep_rate_deit_s")
-    assert not any(own for _, own in pairs)
+    _, _, own = beside(read(tmp_path), "keep_rate_deit_s")
+    assert own.top1.isna().all()
 
 
 def test_a_run_is_put_beside_the_row_of_its_resolution(tmp_path):
     fake.write(tmp_path / "run", fake.result(keep_rate=0.5, img_size=304, top1=80.9))
-    _, pairs = compare.pairs(read(tmp_path), "resolution_deit_s")
-    ((row, own),) = ((row, own) for row, own in pairs if own)
-    assert (row.top1, own.top1) == (81.0, 80.9)
+    _, theirs, own = beside(read(tmp_path), "resolution_deit_s")
+    (index,) = own.index[own.top1.notna()]
+    assert (theirs.top1[index], own.top1[index]) == (81.0, 80.9)
 
 
 def test_speeds_of_a_table_are_of_one_device_and_batch(tmp_path):
@@ -137,9 +149,9 @@ def test_speeds_of_a_table_are_of_one_device_and_batch(tmp_path):
     for name, content in dict(a=few, b=fake.benchmark(*rates)).items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "benchmark.json").write_text(json.dumps(content))
-    way, pairs = compare.pairs(read(tmp_path), "keep_rate_deit_s")
+    way, _, own = beside(read(tmp_path), "keep_rate_deit_s")
     assert way == "CPU (x86_64, 2 threads), batch 8, fp32"
-    assert [own.speed for _, own in pairs if own] == [1.5, 1.5]
+    assert list(own.speed.dropna()) == [1.5, 1.5]
 
 
 def test_speeds_are_never_compared_across_devices(tmp_path):
@@ -152,26 +164,24 @@ def test_speeds_are_never_compared_across_devices(tmp_path):
     )
     other = fake.benchmark(dict(images_per_s=4000.0, ratio=1.5)) | dict(device="a GPU")
     (tmp_path / "a/benchmark.json").write_text(json.dumps(other))
-    points = compare.ours(read(tmp_path))["ImageNet"]
-    assert sum(point.images_per_s is not None for point in points) == 1
+    assert settings.ours(read(tmp_path)).images_per_s.notna().sum() == 1
 
 
 def test_without_a_benchmark_speeds_are_the_runs_own_if_of_one_device(tmp_path):
     for name, rate, speed in (("dense", 1.0, 200.0), ("evit", 0.7, 300.0)):
         fake.write(tmp_path / name, fake.fashion(rate, 84.0, throughput=speed))
-    ((title, points),) = compare.ours(read(tmp_path)).items()
-    assert [row[-1] for row in sheets.runs(title, points).rows] == ["1.00", "1.50"]
+    points = settings.ours(read(tmp_path))
+    assert list(tables.all_settings("28 px", points).frame["speed-up"]) == ["1.00", "1.50"]
     other = fake.fashion(0.5, 83.0, throughput=9000.0, device="a GPU")
     fake.write(tmp_path / "other", other)
-    ((title, points),) = compare.ours(read(tmp_path)).items()
-    assert not any(point.images_per_s for point in points)
+    assert settings.ours(read(tmp_path)).images_per_s.isna().all()
 
 
 def test_an_evaluation_without_the_dense_model_is_not_off_the_shelf(tmp_path):
     content = fake.evaluation()
     content["settings"] = content["settings"][1:]
     (tmp_path / "evaluation.json").write_text(json.dumps(content))
-    assert compare.ours(read(tmp_path)) == {}
+    assert settings.ours(read(tmp_path)).empty
 
 
 def broken(folder: Path) -> None:
@@ -229,7 +239,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_shown(tmp_path, spoil, run
     assert len(content.runs) == runs and sum(bool(run.curves) for run in content.runs) == curves
     (problem,) = content.problems
     assert name in problem and str(tmp_path) not in problem
-    text = page.html(content, *page.build(content))
+    text = page.html(content, page.build(content))
     assert html.escape(name) in text.split('id="problems"')[1]
 
 
@@ -249,7 +259,7 @@ def test_two_runs_of_one_setting_and_seed_are_named_and_counted_once(tmp_path):
 
 def test_a_run_that_is_in_a_runs_json_too_is_one_run(tmp_path):
     fake.write(tmp_path / "outputs/run", fake.fashion(0.7, 83.0))
-    files.write(tmp_path / "outputs", tmp_path / "outputs/report", page=False)
+    command.write(tmp_path / "outputs", tmp_path / "outputs/report", page=False)
     content = read(tmp_path / "outputs")
     assert len(content.runs) == 1 and content.runs[0].curves and not content.problems
 
@@ -262,7 +272,7 @@ def test_names_from_the_data_are_text_and_nothing_else(tmp_path):
     text = build(tmp_path)
     assert "<script>alert" not in text and "<img src=x" not in text and "<b>" not in text
     assert html.escape(name) in text and html.escape("<b>run") in text
-    assert "<script>" not in sheets.markdown(read(tmp_path), [])
+    assert "<script>" not in tables.report(read(tmp_path), [], [])
 
 
 def test_no_path_of_the_machine_is_in_the_report(root, report):
@@ -279,14 +289,13 @@ def test_figures_are_a_column_wide_with_letters_and_the_same_each_time(report, r
     width = float(re.search(r'<svg [^>]*?width="([\d.]+)pt"', svg)[1]) / 72
     assert width == pytest.approx(3.3, abs=0.01)
     assert matplotlib.image.imread(report / "figures/field-published.png").shape[1] > 900
-    content = read(root)
-    charts, _ = page.build(content)
-    charts[0].views = [view for view in charts[0].views if view.name == "speed-up"]
-    figures.save(charts[0], tmp_path)
+    chart, *_ = page.build(read(root)).paper
+    chart.views = {"speed-up": chart.views["speed-up"]}
+    figures.save(chart, tmp_path)
     assert (tmp_path / "imagenet-speed-up.svg").read_text() == svg
 
 
 def test_the_committed_results_make_a_page_without_problems():
     content = read(ROOT / "results")
     assert content.problems == []
-    assert "fashion-mnist, 28 px" in page.html(content, *page.build(content))
+    assert "fashion-mnist, 28 px" in page.html(content, page.build(content))

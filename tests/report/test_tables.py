@@ -1,83 +1,82 @@
-"""Tables of finished runs."""
+"""Tables of finished runs, for the terminal and as Markdown."""
 
 import json
 
 import pytest
 
-from evit.report import figures, files, found, page, results, sheets, tables
+from evit.commands import report
+from evit.report import collect, page, results, rows, settings, tables
 from tests.conftest import QUICK, command
 from tests.report import fake
 
 
-def row(**changes) -> dict:
-    given = dict(
-        top1=80.0,
-        top5=95.0,
-        train_images_per_s=100.0,
-        params=22e6,
-        macs=3.0321e9,
-        model="evit_deit",
-        keep_rate=0.7,
-        fusion=True,
-        img_size=224,
-        data="photos",
-        epochs=2,
-        from_checkpoint=False,
-        seed=0,
-        seconds=9.0,
-        device="CPU",
-        precision="32-true",
-        commit="abc",
-        packages=dict(torch="2.15.0"),
-    )
-    given |= changes
-    return given | dict(setting=f"{given['keep_rate']}{given['fusion']}")
+def frame(folder, *runs):
+    """The table of these runs on Fashion-MNIST."""
+    for i, run in enumerate(runs):
+        fake.write(folder / f"runs/{i}", run)
+    (table,) = terminal(folder)
+    return table
 
 
-def cells(rows: list[dict]) -> list[list[str]]:
-    lines = tables.markdown(rows).split("\n\n")[0].splitlines()[2:]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-
-
-def test_seeds_of_one_setting_are_one_line_with_mean_and_deviation():
-    found = cells([row(top1=80.0), row(top1=81.0, seed=1), row(top1=82.0, seed=2)])
-    assert [line[3] for line in found] == ["81.00 ± 1.00"]
-
-
-def test_every_setting_has_a_line_the_most_expensive_first():
-    rows = [
-        row(keep_rate=0.5, macs=2.3e9),
-        row(keep_rate=1.0, fusion=False, macs=4.6e9),
-        row(fusion=False, macs=2.9997e9),
-        row(),
-        row(from_checkpoint=True),
-    ]
-    found = [line[:3] for line in cells(rows)]
-    assert found == [
-        ["evit_deit", "1.0", "-"],
-        ["evit_deit", "0.7", "fused"],
-        ["evit_deit, fine-tuned", "0.7", "fused"],
-        ["evit_deit", "0.7", "dropped"],
-        ["evit_deit", "0.5", "fused"],
+def terminal(folder):
+    points = settings.ours(collect.read(folder))
+    return [
+        tables.all_settings(str(title), group)
+        for title, group in points.groupby("section", sort=False)
     ]
 
 
-def test_two_runs_of_one_setting_and_seed_are_not_averaged():
-    with pytest.raises(ValueError, match="2 runs of evit_deit at keep rate 0.7 share a seed"):
-        tables.markdown([row(), row()])
+def test_seeds_of_one_setting_are_one_line_with_mean_and_deviation(tmp_path):
+    runs = [fake.fashion(0.7, 80.0 + seed, seed=seed) for seed in range(3)]
+    assert list(frame(tmp_path, *runs).frame["top-1 (%)"]) == ["81.00 ± 1.00"]
+
+
+def test_every_setting_has_a_line_the_most_expensive_first(tmp_path):
+    table = frame(
+        tmp_path,
+        fake.fashion(0.5, 80.0),
+        fake.fashion(1.0, 80.0),
+        fake.fashion(0.7, 80.0, fusion=False, macs=2),
+        fake.fashion(0.7, 80.0),
+        fake.fashion(0.7, 80.0, checkpoint="a.ckpt"),
+    ).frame
+    assert table[["keep rate", "the rest", "weights"]].values.tolist() == [
+        ["0.7", "fused", "fine-tuned"],
+        ["dense", "", "from scratch"],
+        ["0.7", "fused", "from scratch"],
+        ["0.5", "fused", "from scratch"],
+        ["0.7", "dropped", "from scratch"],
+    ]
 
 
 def test_settings_differ_by_the_recipe_and_not_by_chance():
     config = dict(seed=0, name="a", data=dict(seed=0, root="r"), recipe=dict(lr=1e-3))
     other = dict(seed=1, name="b", data=dict(seed=1, root="r"), recipe=dict(lr=1e-3))
-    assert tables.setting(config) == tables.setting(other)
-    assert tables.setting(config) != tables.setting(config | dict(recipe=dict(lr=1e-4)))
+    assert rows.setting(config) == rows.setting(other)
+    assert rows.setting(config) != rows.setting(config | dict(recipe=dict(lr=1e-4)))
 
 
-def test_where_the_numbers_come_from_is_below_the_table():
-    note = tables.markdown([row(), row(seed=1, commit="def")])
-    assert "photos, 224 px, 2 epochs. Mean and standard deviation of 2 runs" in note
-    assert "CPU; commit abc, def; torch 2.15.0" in note
+def test_what_is_the_same_in_all_rows_is_said_once_and_what_differs_is_a_column(tmp_path):
+    same = frame(tmp_path / "a", fake.fashion(1.0, 84.0), fake.fashion(0.7, 83.0))
+    assert same.title == "fashion-mnist, 28 px" and "epochs: 2; runs: 1" in same.note
+    assert not {"epochs", "images", "reducer", "weights", "px"} & set(same.frame)
+    runs = fake.fashion(1.0, 84.0), fake.fashion(0.7, 83.0, epochs=9, max_train_images=500)
+    table = frame(tmp_path / "b", *runs).frame
+    assert list(table["epochs"]) == ["2", "9"] and list(table["images"]) == ["all", "500 training"]
+
+
+def test_runs_of_limited_images_are_marked(tmp_path):
+    runs = [fake.fashion(rate, 80.0, max_train_images=500) for rate in (1.0, 0.7)]
+    assert "images: 500 training" in frame(tmp_path, *runs).note
+
+
+def test_the_terminal_has_a_table_for_each_data_set_and_size(tmp_path, capsys):
+    for size in (28, 56):
+        fake.write(tmp_path / f"{size}", fake.fashion(0.7, 80.0, img_size=size, commit=f"c{size}"))
+    report.write(tmp_path, None)
+    shown = capsys.readouterr().out
+    assert "**fashion-mnist, 28 px**" in shown and "**fashion-mnist, 56 px**" in shown
+    assert "CPU (x86_64, 2 threads); commit c28, c56; torch 2.15.0." in shown
 
 
 def test_the_table_of_a_run_has_both_speeds(tmp_path, capsys):
@@ -86,31 +85,32 @@ def test_the_table_of_a_run_has_both_speeds(tmp_path, capsys):
     lines = [line.strip("│ ").split("│") for line in capsys.readouterr().out.splitlines()]
     shown = {line[0].strip(): line[1].strip() for line in lines if len(line) == 2}
     assert shown["inference"] == "1234 images/s on CPU (x86_64, 2 threads)"
-    assert shown["training"] == "- images/s on CPU (x86_64, 2 threads)"
+    assert shown["training"] == "not measured"
+    assert (shown["reducer"], shown["epochs"]) == ("evit", "2")
 
 
 def test_a_folder_without_finished_runs_is_named(tmp_path):
     with pytest.raises(ValueError, match="no run has finished in .*no result.json"):
-        found.read(tmp_path)
+        collect.read(tmp_path)
 
 
 def test_tables_and_charts_can_be_made_again_from_runs_json_alone(tmp_path):
     for rate, seed in ((1.0, 0), (1.0, 1), (0.7, 0), (0.7, 1)):
         run = fake.fashion(rate, 83.0 + rate + seed, seed=seed)
         fake.write(tmp_path / f"outputs/fashion/{rate}-{seed}", run)
-    files.write(tmp_path / "outputs", tmp_path / "results", page=False)
-    before, again = found.read(tmp_path / "outputs"), found.read(tmp_path / "results")
+    report.write(tmp_path / "outputs", tmp_path / "results", page=False)
+    before, again = collect.read(tmp_path / "outputs"), collect.read(tmp_path / "results")
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
         "runs.json",
         "table.md",
     ]
-    sections = [page.build(content)[1] for content in (before, again)]
+    made = [page.build(content) for content in (before, again)]
     texts = [
-        sheets.markdown(c, [s.sheet for s in own])
-        for c, own in zip((before, again), sections, strict=True)
+        tables.report(content, [section.table for section in one.sections], one.papers)
+        for content, one in zip((before, again), made, strict=True)
     ]
     assert texts[0] == texts[1]
-    drawn = [figures.interactive(own[0].charts[0]) for own in sections]
+    drawn = [one.sections[0].charts[0].json() for one in made]
     assert drawn[0] == drawn[1]
 
 
@@ -122,7 +122,7 @@ def test_the_command_writes_the_table_of_runs_and_can_read_it_again(tmp_path, sh
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "table/table.md").read_text()
     assert table in done.stdout and "| evit_deit_micro | 0.7 | fused |" in table
-    rows = json.loads((tmp_path / "table/runs.json").read_text())
-    assert len(rows) == 1 and str(tmp_path) not in json.dumps(rows)
+    found = json.loads((tmp_path / "table/runs.json").read_text())
+    assert len(found) == 1 and str(tmp_path) not in json.dumps(found)
     again = command("report.py", "runs=table/runs.json", cwd=tmp_path)
     assert table in again.stdout

@@ -21,6 +21,38 @@ SMALL = (
 ).split()
 
 
+# src/train.py, which from its 12th step on (with checkpoints every 5) waits for a file. As `python`
+# in the command line of a job it takes the place of Python.
+WAITING = """#!{python}
+import os, sys, time
+arguments = sys.argv[1:]
+if not arguments[0].endswith("src/train.py"):
+    os.execv({python!r}, [{python!r}, *arguments])
+import runpy
+import lightning as L
+
+class Wait(L.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        while trainer.global_step >= 12 and not os.path.exists({gate!r}):
+            time.sleep(0.1)
+
+def fit(self, *arguments, fit=L.Trainer.fit, **options):
+    self.callbacks.append(Wait())
+    return fit(self, *arguments, **options)
+
+L.Trainer.fit = fit
+sys.executable, sys.argv = {python!r}, arguments
+sys.path.insert(0, os.path.dirname(arguments[0]))
+runpy.run_path(arguments[0], run_name="__main__")
+"""
+# src/sweep.py, for whose jobs another program is Python.
+AS_PYTHON = """import runpy, sys
+_, sys.executable, *sys.argv = sys.argv
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def slurm(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
@@ -30,8 +62,17 @@ def photos(tmp_path_factory) -> Path:
     return write_photos(tmp_path_factory.mktemp("photos"), train=60, val=4)
 
 
-def sweep(folder: Path, photos: Path, *more: str) -> str:
-    words = [sys.executable, str(ROOT / "src/sweep.py"), "quick_keeprate", *SMALL, *more]
+def waiting_python(folder: Path) -> Path:
+    """A Python whose training waits for folder/go."""
+    path = folder / "python"
+    path.write_text(WAITING.format(python=sys.executable, gate=str(folder / "go")))
+    path.chmod(0o755)
+    return path
+
+
+def sweep(folder: Path, photos: Path, *more: str, python: str | Path = sys.executable) -> str:
+    script = str(ROOT / "src/sweep.py")
+    words = [sys.executable, "-c", AS_PYTHON, str(python), script, "quick_keeprate", *SMALL, *more]
     env = os.environ | dict(OMP_NUM_THREADS="1")
     words.append(f"data.root={photos}")
     done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=200)
@@ -50,6 +91,20 @@ def wait(folder: Path, pattern: str, count: int) -> list[Path]:
     return found
 
 
+def wait_for_a_restart() -> None:
+    """Until SLURM has put a job of the array back into the queue."""
+    for _ in range(300):
+        if any("Restarts=1" in job for job in jobs_of_the_array()):
+            return
+        time.sleep(1)
+    raise AssertionError(f"no job was preempted: {jobs_of_the_array()}")
+
+
+def jobs_of_the_array() -> list[str]:
+    found = slurm("scontrol", "show", "job").split("\n\n")
+    return [job for job in found if "ArrayTaskId" in job]
+
+
 def test_two_tasks_are_the_processes_of_one_run_which_goes_on_after_the_end_of_its_time(
     tmp_path, photos
 ):
@@ -66,14 +121,16 @@ def test_two_tasks_are_the_processes_of_one_run_which_goes_on_after_the_end_of_i
 
 def test_a_preempted_job_of_a_sweep_is_requeued_and_goes_on(tmp_path, photos):
     rates = ["keep_rate=0.9,0.7", "seed=0,1", "fusion=true"]
-    shown = sweep(tmp_path, photos, *rates)
+    python = waiting_python(tmp_path)  # no job ends before it is to
+    shown = sweep(tmp_path, photos, *rates, python=python)
     assert "4 runs submitted, 0 in the queue" in shown
-    assert "0 runs submitted, 4 in the queue" in sweep(tmp_path, photos, *rates)
+    assert "0 runs submitted, 4 in the queue" in sweep(tmp_path, photos, *rates, python=python)
     wait(tmp_path, "checkpoints/last.ckpt", 2)  # both that there is room for
     slurm("sbatch", "-p", "high", "-n1", "-o", "/dev/null", "--wrap", "sleep 3")
+    wait_for_a_restart()
+    (tmp_path / "go").touch()
     paths = wait(tmp_path, "result.json", 4)
-    jobs = slurm("scontrol", "show", "job").split("\n\n")
-    assert sum("Restarts=1" in job and "ArrayTaskId" in job for job in jobs) == 1
+    assert sum("Restarts=1" in job for job in jobs_of_the_array()) == 1
     logs = [path.read_text() for path in tmp_path.glob("outputs/slurm/*/*/*.out")]
     assert sum("Going on from" in log for log in logs) == 1
     assert len(paths) == 4

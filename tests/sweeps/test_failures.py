@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from evit.report import found
-from evit.sweeps import command, jobs
-from evit.sweeps.jobs import Job
+from evit.commands import jobs
+from evit.commands import sweep as command
+from evit.commands.jobs import Job
+from evit.report import collect
 
 # What a run leaves, but where keep_rate=0.5 is still to be killed.
 RUN = """
@@ -72,7 +73,7 @@ def test_what_is_killed_or_does_not_compose_is_named_and_alone_repeated(sweep):
         assert [line.split()[-1] for line in out.splitlines() if "keep_rate=0.5" in line][
             -1
         ] == "failed"
-    problems = found.read(Path("outputs")).problems
+    problems = collect.read(Path("outputs")).problems
     assert f"mine/keep_rate-0.5 has not finished: {words}" in problems
     assert any("mine/model-typo+name-mine has not finished: it does not" in p for p in problems)
     status, out, err = sweep(*lines, more=("--dry-run", "job=0"))

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from evit.signals import Stopped
-from evit.sweeps import local, overview
-from evit.sweeps.jobs import Job
+from evit.commands import processes
+from evit.commands.jobs import Job
 from tests.conftest import ROOT
 
 DONE = "open('result.json', 'w').write('{}')"
@@ -42,8 +41,8 @@ def script(folder: Path, code: str, **more) -> Script:
     return Script("train", overrides, cfg=None, config={}, folder=folder, code=BEGIN + code, **more)
 
 
-def run(jobs, slots=1, retries=0, timeout=None, tell=lambda *_: None):
-    return local.run_all(jobs, slots, retries, timeout, tell)
+def run(jobs, slots=1):
+    return processes.run_all(jobs, slots)
 
 
 def begun(job: Job) -> int:
@@ -81,7 +80,8 @@ def test_a_job_without_enough_memory_is_named_with_its_error(tmp_path):
 def test_the_reason_is_of_the_last_try_and_goes_away_with_the_next(tmp_path):
     code = f"n = len(open('begun').read()); n == 1 and 1 / 0; n == 2 and os._exit(3); {DONE}"
     job = script(tmp_path / "job", code)
-    ((_, reason),) = run([job], retries=1)
+    run([job])
+    ((_, reason),) = run([job])
     assert reason == "exit status 3"
     assert not run([job]) and not (job.folder / "failed.json").exists()
 
@@ -91,19 +91,12 @@ def test_a_job_that_ends_well_without_a_result_has_failed(tmp_path):
     assert reason == "exit status 0: bye"
 
 
-def test_what_failed_is_tried_again_as_often_as_asked(tmp_path):
-    job = script(tmp_path / "third", f"len(open('begun').read()) < 3 and os._exit(1); {DONE}")
-    assert run([job], retries=1)
-    assert begun(job) == 2
-    assert not run([job])
-    assert begun(job) == 3
-
-
-def test_a_job_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path):
+def test_what_a_job_has_started_ends_with_it(tmp_path):
     child = "import subprocess; p = subprocess.Popen(['sleep', '600']); "
-    job = script(tmp_path / "long", f"{child}open('pid', 'w').write(str(p.pid)); time.sleep(600)")
-    ((_, reason),) = run([job], timeout=1.5 / 3600)
-    assert "stopped after" in reason
+    child += "f = open('pid', 'w'); f.write(str(p.pid)); f.close(); "
+    job = script(tmp_path / "long", f"{child}os._exit(3)")
+    ((_, reason),) = run([job])
+    assert reason == "exit status 3"
     status = Path(f"/proc/{(job.folder / 'pid').read_text()}/status")
     deadline = time.monotonic() + 10
     while status.exists() and "State:\tZ" not in status.read_text():
@@ -112,38 +105,36 @@ def test_a_job_that_takes_too_long_is_ended_with_all_that_it_started(tmp_path):
 
 
 def test_as_many_jobs_run_at_once_as_there_are_slots(tmp_path):
-    running, most = set(), []
-
-    def tell(job, state, _):
-        if state:
-            (running.add if state == "running" else running.discard)(job.number)
-            most.append(len(running))
-
-    jobs = [script(tmp_path / str(i), f"time.sleep(0.3); {DONE}", number=i) for i in range(5)]
-    assert not run(jobs, slots=2, tell=tell)
-    assert max(most) == 2
+    """Each waits for a second one to begin, and notes how many run beside it."""
+    code = "import glob, time\n"
+    code += "while len(glob.glob('../*/begun')) < 2: time.sleep(0.01)\n"
+    code += "n = len(glob.glob('../*/begun')) - len(glob.glob('../*/result.json'))\n"
+    code += f"open('most', 'w').write(str(n)); {DONE}"
+    jobs = [script(tmp_path / str(i), f"exec({code!r})", number=i) for i in range(5)]
+    assert not run(jobs, slots=2)
+    assert max(int(path.read_text()) for path in tmp_path.glob("*/most")) == 2
 
 
 def test_each_slot_has_its_gpus(tmp_path, monkeypatch):
-    assert local.make_slots([0, [1, 2]]) == [
+    assert processes.make_slots([0, [1, 2]]) == [
         {"CUDA_VISIBLE_DEVICES": "0"},
         {"CUDA_VISIBLE_DEVICES": "1,2"},
     ]
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in local.make_slots(2)] == ["0,2", "1,3"]
-    assert local.make_slots(1) == [{}]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in processes.make_slots(2)] == ["0,2", "1,3"]
+    assert processes.make_slots(1) == [{}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
-    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in local.make_slots(2)] == ["5", "5"]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in processes.make_slots(2)] == ["5", "5"]
     with pytest.raises(ValueError, match="slots must be"):
-        local.make_slots(0)
+        processes.make_slots(0)
 
 
 def test_a_run_does_not_see_the_launcher_of_the_sweep(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("WANDB_SWEEP_ID", "x")
-    env = local.environment({"CUDA_VISIBLE_DEVICES": "3"})
+    env = processes.environment({"CUDA_VISIBLE_DEVICES": "3"})
     assert not {"RANK", "WORLD_SIZE", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID"} & set(env)
     assert env["WANDB_SWEEP_ID"] == "x" and env["CUDA_VISIBLE_DEVICES"] == "3"
 
@@ -170,32 +161,39 @@ def test_a_signal_stops_the_jobs_and_leaves_them_to_be_taken_up_again(tmp_path):
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    threading.Thread(target=stop_it).start()
-    with pytest.raises(Stopped):
-        run([good, long])
-    assert good.state() == "finished" and long.state() == "unfinished"
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        threading.Thread(target=stop_it).start()
+        with pytest.raises(SystemExit):
+            run([good, long])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert good.state() == "finished" and long.state() == "missing"
     (tmp_path / "go").touch()
     assert not run([job for job in (good, long) if job.state() != "finished"])
     assert (begun(good), begun(long)) == (1, 2)
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_job_that_outlives_its_sweep_is_not_begun_twice(tmp_path):
     job = script(tmp_path / "alive", "time.sleep(600)")
-    process = local.start(job, {})
+    process = processes.start(job, {})
     try:
         ((_, reason),) = run([job])
         assert "runs already" in reason
     finally:
-        local.stop([process.popen])
+        processes.stop([process.popen])
 
 
-def test_without_a_terminal_there_is_a_line_for_each_event(tmp_path, capsys):
-    jobs = [script(tmp_path / "a", DONE, number=4)]
-    with overview.Progress(jobs) as tell:
-        run(jobs, tell=tell)
+def test_there_is_a_line_for_each_event(tmp_path, capsys):
+    run([script(tmp_path / "a", DONE, number=4)])
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith("job 4 running: name=a") and second.startswith("job 4 finished: name=a")
+
+
+def test_a_job_that_runs_for_long_is_heard_of(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(processes, "QUIET", 0)
+    run([script(tmp_path / "a", f"print('epoch 3', flush=True); time.sleep(1); {DONE}", number=4)])
+    assert "job 4 running: name=a (epoch 3)" in capsys.readouterr().out
 
 
 @pytest.mark.slow

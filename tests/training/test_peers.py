@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evit.sweeps.local import RANKS
+from evit.commands.processes import RANKS
 from evit.training import peers
 from tests.conftest import FORKS, QUICK, ROOT
 

@@ -70,6 +70,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     result: dict[str, Any] = dict(
         checkpoint=str(source.path),
         checkpoint_sha256=results.sha256(Path(source.path or "")),
+        trained_keep_rate=results.trained_keep_rate(source.run),
         settings=rows,
         images=rows[0]["images"],
         model=dict(

@@ -1,250 +1,237 @@
-"""What the charts show, whatever draws them."""
+"""The charts of the report: accuracy against cost, reducers, training curves, other models."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+import math
+from typing import Any
 
-from evit.report import compare
-from evit.report.compare import TITLES
-from evit.report.found import Found
-from evit.report.points import SCRATCH, SHELF, Point, base, dense_of
+import pandas as pd
 
-NAMES = dict(deit_s="DeiT-S", lvvit_s="LV-ViT-S", dynamicvit_deit_s="DynamicViT-DeiT-S")
+from evit.report import paper, settings
+from evit.report.collect import Found
+from evit.report.figures import Chart
+from evit.report.settings import SCRATCH, TUNED, label
+from evit.report.tables import rate_text, top1_text
+
 TOP1 = "top-1 accuracy (%)"
-MARKERS = dict(lvvit="triangle-up", dynamicvit="diamond")  # so that colour does not matter
-SPARE = "triangle-down", "star", "triangle-left", "triangle-right", "diamond", "circle"
-# A point of a series: the series' name, the point, whether it is ours, where it stands.
-Entry = tuple[str, Point, bool, float | None, float | None]
+SPEED_NOTE = (
+    "Images/s of src/benchmark.py, where models take turns; else what the runs measured at their "
+    "end, the median over seeds."
+)
+FAMILIES = ("DeiT", "LV-ViT")  # of the other models: lines of their own
 
 
-@dataclass
-class Series:
-    """Points of one kind, or a line through them.
+def line_names(points: pd.DataFrame) -> pd.Series:
+    """Name the line of each setting: lines go through settings that differ in keep rate alone."""
 
-    family chooses the colour; ours are solid and the paper's hollow; marker is as plotly names it.
-    """
+    def name(point: Any) -> str:
+        parts = [paper.TITLES.get(point.model, point.model)]
+        parts += [point.reducer] * (point.reducer not in ("", "evit", "dynamicvit"))
+        parts += [point.rest, point.selection]
+        parts += [point.start] * (point.start != SCRATCH)
+        parts += [epochs(point.epochs)] * (point.epochs < 300)
+        parts += [point.images] * several_images
+        return ", ".join(filter(None, [*parts, point.recipe_name]))
 
-    name: str
-    family: str
-    x: list[float] = field(default_factory=list)
-    y: list[float] = field(default_factory=list)
-    labels: list[str] = field(default_factory=list)
-    hover: list[str] = field(default_factory=list)
-    spread: list[float] = field(default_factory=list)  # of y; 0: of one run
-    template: str = ""  # instead of hover: of every point, as plotly fills it in
-    ours: bool = True
-    marker: str = "circle"
-    faint: bool = False
-    line: bool = True
-    markers: bool = True
+    several_images = points.images.nunique() > 1
+    return points.apply(name, axis=1)
 
 
-@dataclass
-class View:
-    """Series over one pair of axes."""
-
-    name: str
-    x_title: str
-    y_title: str
-    series: list[Series]
-    log_x: bool = False
+def names(points: pd.DataFrame) -> pd.Series:
+    """Name each setting."""
+    sizes = points.img_size.map(", {} px".format) if points.img_size.nunique() > 1 else ""
+    rates = points.rate.map(lambda rate: "dense" if rate == 1 else f"keep rate {label(rate)}")
+    return line_names(points) + ", " + rates + sizes
 
 
-@dataclass
-class Chart:
-    id: str
-    title: str
-    note: str
-    views: list[View]
+def epochs(count: float) -> str:
+    return f"{count:.0f} epoch{'s' * (count != 1)}"
 
 
-def family(point: Point) -> str:
-    if point.start == SHELF:
-        return "shelf"
-    if point.model.startswith("dynamicvit"):
-        return "dynamicvit"
-    return next((name for name in ("deit", "lvvit") if base(point).startswith(name)), "other")
-
-
-def group(point: Point) -> str:
-    """What a line of a chart goes through: settings that differ in keep rate alone."""
-    parts = [NAMES.get(point.model, point.model), point.rest]
-    if point.start != SCRATCH:
-        parts.append(point.start)
-    if point.epochs and point.epochs < 300:
-        parts.append(f"{point.epochs} epoch" + "s" * (point.epochs > 1))
-    return ", ".join(filter(None, [*parts, point.recipe_name]))
-
-
-def label(point: Point, size: int = 224) -> str:
-    rates = point.rate if isinstance(point.rate, tuple) else (point.rate,)
-    text = "dense" if point.dense else ",".join(f"{rate:g}" for rate in rates)
-    return text if point.img_size == size else f"{text} at {point.img_size}"
-
-
-def hover(point: Point, name: str) -> str:
-    """All numbers of a point, a line each."""
-    lines = [name, f"keep rate {label(point)}, {point.img_size} px"]
-    if point.top1 is not None:
+def hover(points: pd.DataFrame, names: pd.Series) -> list[str]:
+    """All numbers of each point, a line each."""
+    found = []
+    for (_, point), name in zip(points.iterrows(), names, strict=True):
+        rate = rate_text(point.rate)
+        texts = [name, f"{'' if rate == 'dense' else 'keep rate '}{rate}, {point.img_size} px"]
         runs = f" (mean and standard deviation of {point.runs} runs)" if point.runs > 1 else ""
-        lines.append(f"top-1 {point.top1_text} %{runs}")
-    if point.top5 is not None:
-        lines.append(f"top-5 {point.top5:.2f} %")
-    if point.macs is not None:
-        lines.append(f"{point.macs:.3g} GMACs per image")
-    if point.images_per_s is not None:
-        lines.append(f"{point.images_per_s:,.4g} images/s")
-    if point.speed is not None:
-        lines.append(f"{point.speed:.2f} times the dense model's")
-    return "\n".join(lines)
+        texts += [f"top-1 {top1_text(point)} %{runs}"] * (not math.isnan(point.top1))
+        formats = dict(top5="top-5 {:.2f} %", kl="KL to the dense model {:.4f}")
+        formats |= dict(macs="{:.3g} GMACs per image", images_per_s="{:,.4g} images/s")
+        formats |= dict(speed="{:.2f} times the dense model's")
+        texts += [
+            text.format(point[key]) for key, text in formats.items() if point[key] == point[key]
+        ]
+        found.append("\n".join(texts))
+    return found
 
 
-def plot(entries: Iterable[Entry], sizes: bool = True) -> list[Series]:
-    """Series of points in order of x, without those that have no x or y.
-
-    Args:
-        sizes: labels have the image size where it is not the paper's.
-    """
-    found: dict[tuple[str, bool], list[tuple[float, float, Point]]] = {}
-    for name, point, own, x, y in entries:
-        if x is not None and y is not None:
-            found.setdefault((name, own), []).append((x, y, point))
-    return [_series(*key, members, sizes) for key, members in found.items()]
+def plot(chart: Chart, figure: Any, points: pd.DataFrame, ours: bool = True) -> None:
+    """Draw lines through points that have columns line, x and y, in order of x."""
+    for name, group in points.dropna(subset=["x", "y"]).groupby("line", sort=False):
+        group = group.sort_values("x", kind="stable")
+        shown = group.get("shown", group.line if ours else group.line + " (paper)")
+        spread = group.spread.fillna(0) if ours else None
+        mode = group["mode"].iloc[0] if "mode" in group else "lines+markers"
+        chart.line(figure, str(name), group.x, group.y, hover(group, shown), spread, ours, mode)
 
 
-def marked(series: list[Series]) -> list[Series]:
-    """Give each line a marker that no other of its colour has; ours has that of its paper's line.
-
-    The first of a family has the family's own, and of those that drop tokens a square.
-    """
-    taken: dict[tuple[str, bool], dict[str, str]] = {}
-    for one in series:
-        name = one.name.removesuffix(" (paper)")
-        mine = taken.setdefault((one.family, one.ours), {})
-        twin = taken.get((one.family, not one.ours), {}).get(name)
-        wanted = [twin, one.marker, *SPARE]
-        one.marker = next((m for m in wanted if m and m not in mine.values()), one.marker)
-        mine[name] = one.marker
-    return series
-
-
-def _series(name: str, own: bool, members: list[tuple[float, float, Point]], sizes: bool) -> Series:
-    members.sort(key=lambda member: member[0])
-    xs, ys, points = (list(column) for column in zip(*members, strict=True))
-    style = next((point for point in points if not point.dense), points[0])
-    shown = name if own else f"{name} (paper)"
-    return Series(
-        shown,
-        family(style),
-        xs,
-        ys,
-        [label(point, 224 if sizes else point.img_size) for point in points],
-        [hover(point, shown) for point in points],
-        [point.spread or 0 for point in points],
-        ours=own,
-        marker="square" if style.rest == "dropped" else MARKERS.get(family(style), "circle"),
-        line="resolution" not in name,  # those are points here and there
-    )
-
-
-def imagenet(found: Found) -> Chart:
-    """Top-1 on ImageNet against what an image costs: the paper's rows, and ours where they ran."""
-    lines: list[tuple[str, Point, bool]] = []
+def imagenet(content: Found, points: pd.DataFrame) -> Chart:
+    """Top-1 on ImageNet against the cost of an image: the paper's rows, and ours where they ran."""
+    lines: dict[bool, list[pd.DataFrame]] = {False: [], True: []}
     ways = []
-    for table in (name for name in TITLES if name != "off_the_shelf"):
-        way, matched = compare.pairs(found, table)
-        if way not in ways and any(own and own.top1 is not None for _, own in matched):
+    for table in (name for name in paper.tables() if name != "off_the_shelf"):
+        way, theirs, own = settings.beside_paper(content, points, table)
+        if own.top1.notna().any():
             ways.append(way)
-        rests = sorted({row.rest for row, _ in matched} - {""}, reverse=True)
-        trained = sorted({row.rest for row, own in matched if own and own.top1 is not None})
-        for row, own in matched:
-            names = [group(row)]
+        sparse = theirs.iloc[1:] if theirs.rate.iloc[0] == 1 else theirs
+        names = line_names(sparse)
+        if table.startswith("resolution"):
+            names = theirs.model.map(paper.TITLES) + ", higher resolution"
+        if table == "dynamicvit_deit_s":  # whose other rows are in the main table
+            sparse = sparse[(sparse.start != SCRATCH) | (sparse.model == table)]
+        for name, group in sparse.groupby(names, sort=False):
+            index, mode = list(group.index), "lines+markers"
+            if table.startswith("keep_rate"):  # whose lines begin at the dense model
+                index = [theirs.index[0], *index]
             if table.startswith("resolution"):
-                names = [f"{NAMES[row.model]}, higher resolution"] * (row != matched[0][0])
-            elif row.dense:  # the start of every line
-                names = [f"{names[0]}, {rest}" for rest in rests]
-                lines += [(f"{group(row)}, {rest}", own, True) for rest in trained if own and rest]
-                own = None
-            elif table == "dynamicvit_deit_s" and row.start == SCRATCH and row.model == "deit_s":
-                names = []  # the main table has it
-            lines += [(name, p, p is own) for name in names for p in (row, own) if p]
-    device = "; ".join(filter(None, ways)) or "not measured"
+                mode = "markers"
+            lines[False].append(theirs.loc[index].assign(line=name, mode=mode))
+            if own.top1[group.index].notna().any():
+                lines[True].append(own.loc[index].assign(line=name, mode=mode))
     titles = dict(
-        macs="GMACs per image",
-        speed="images/s (times the dense model's at 224 px)",
-        images_per_s=f"images/s (paper: GPU; ours: {device})",
+        macs=("GMACs", "GMACs per image"),
+        speed=("speed-up", "images/s (times the dense model's at 224 px)"),
+        images_per_s=("images/s", "images/s (paper: GPU; ours: see below)"),
     )
-    views = [
-        View(
-            name,
-            titles[cost],
-            TOP1,
-            marked(plot((*line, getattr(line[1], cost), line[1].top1) for line in lines)),
-            log_x=cost != "speed",
-        )
-        for cost, name in dict(macs="GMACs", speed="speed-up", images_per_s="images/s").items()
-    ]
-    note = (
-        "Hollow: published. Filled: ours, where runs on the whole of ImageNet have finished. "
-        "Squares: the other tokens dropped; else fused. Labels: keep rate."
+    chart = Chart(
+        "imagenet",
+        "ImageNet: accuracy against cost",
+        "Hollow and dotted: published. Filled: ours, where runs on all of ImageNet have finished. "
+        "A point for each keep rate; the dense model is the dearest. Our images/s: "
+        + ("; ".join(dict.fromkeys(filter(None, ways))) or "not measured")
+        + ".",
     )
-    return Chart("imagenet", "ImageNet: accuracy against cost", note, views)
+    for cost, (name, title) in titles.items():
+        figure = chart.view(name, title, TOP1, log_x=cost != "speed")
+        for ours, found in lines.items():
+            if found:
+                both = pd.concat(found)
+                plot(chart, figure, both.assign(x=both[cost], y=both.top1), ours)
+    return chart
 
 
-def references() -> list[Point]:
+def references() -> pd.DataFrame:
     """The paper's rows at 224 px; those off the shelf with the MACs that their models have."""
-    published = compare.published()
-    main = published["keep_rate_deit_s"]
-    macs = {point.rate: point.macs for point in main if point.fusion is not False}
-    shelf = [replace(point, macs=macs[point.rate]) for point in published["off_the_shelf"]]
-    dynamic = [p for p in published["dynamicvit_deit_s"] if p.model.startswith("dynamicvit")]
-    return [*main, *published["keep_rate_lvvit_s"], *shelf, *dynamic]
+    theirs = settings.published()
+    main = theirs.table.isin(["keep_rate_deit_s", "keep_rate_lvvit_s"])
+    macs = theirs[theirs.table == "keep_rate_deit_s"].drop_duplicates(["rate", "rest"])
+    key = ["rate", "rest"]
+    found = theirs[(theirs.table == "off_the_shelf") & (theirs.rest != "dropped")]
+    shelf = found.assign(macs=found[key].merge(macs, how="left", on=key).macs.values, rest="")
+    dynamic = theirs[theirs.model == "dynamicvit_deit_s"]
+    return pd.concat([theirs[main], shelf, dynamic], ignore_index=True)
 
 
-def changes(points: list[Point], own: bool, cost: str) -> list[Entry]:
-    """Each point beside its dense model: cost in percent of it, top-1 in points from it."""
-    groups: dict[tuple[str, Point], list[Point]] = {}
-    for point in points:
-        if not point.dense and (dense := dense_of(point, points)):
-            groups.setdefault((group(point), dense), []).append(point)
-    entries: list[Entry] = []
-    for (name, dense), members in groups.items():
-        assert dense.top1 is not None
-        costs = getattr(dense, cost)
-        for point in [dense, *members]:
-            value = getattr(point, cost)
-            x = 100 * value / costs if value is not None and costs else None
-            y = None if point.top1 is None else point.top1 - dense.top1
-            entries.append((name, point, own, x, y))
-    return entries
-
-
-def relative(index: int, points: list[Point]) -> Chart | None:
-    """Change of top-1 against change of cost, each beside its own dense model; the paper's too."""
-    y_title = "top-1, change to the dense model (points)"
-    views = []
-    for shelf, kind in (False, ""), (True, " off the shelf"):
-        for name, cost in (("GMACs", "macs"), ("images/s", "images_per_s")):
-            both = [
-                plot(changes([p for p in given if (p.start == SHELF) == shelf], own, cost), False)
-                for given, own in ((references(), False), (points, True))
-            ]
-            if any(len(series.x) > 1 for series in both[1]):
-                title = f"{name} (% of the dense model's)"
-                views.append(View(name + kind, title, y_title, marked(both[0] + both[1])))
-    if not views:
-        return None
-    note = (
-        "Every model beside its own dense model, so that runs on other data can stand beside the "
-        "paper's on ImageNet (hollow). Labels: keep rate. Bars: standard deviation over seeds."
-    )
-    if not any("images/s" in view.name for view in views):
-        note += " Images/s have not been measured for these models (src/benchmark.py)."
-    elif any(point.images_per_s and point.speed is None for point in points):
-        note += " Images/s are what the runs measured for a moment at their end, the median over "
-        note += "seeds; src/benchmark.py lets models take turns."
-    return Chart(
+def relative(index: int, points: pd.DataFrame) -> Chart | None:
+    """Change of top-1 against cost, each beside its own dense model; the paper's too."""
+    chart = Chart(
         f"relative-{index}",
         "Accuracy against cost, beside the dense model",
-        note,
-        views,
+        "Every model beside its own dense model, so that runs on other data can stand beside the "
+        "paper's on ImageNet (hollow). A point for each keep rate. Bars: standard deviation over "
+        "seeds.",
     )
+    both = {False: changes(references()), True: changes(points)}
+    for shelf, kind in (False, ""), (True, " off the shelf"):
+        for name, cost in (("GMACs", "macs"), ("images/s", "images_per_s")):
+            found = {}
+            for ours, given in both.items():
+                chosen = given[~given.start.isin([SCRATCH, TUNED]) == shelf]
+                found[ours] = chosen.assign(x=100 * chosen[cost] / chosen[f"dense_{cost}"])
+            if found[True].dropna(subset=["x", "y"]).groupby("line").size().gt(1).any():
+                title = f"{name} (% of the dense model's)"
+                y = "top-1, change to the dense model (points)"
+                figure = chart.view(name + kind, title, y)
+                for ours, chosen in found.items():
+                    plot(chart, figure, chosen, ours)
+    if any("images/s" in name for name in chart.views):
+        chart.note += " " + SPEED_NOTE
+    return chart if chart.views else None
+
+
+def changes(points: pd.DataFrame) -> pd.DataFrame:
+    """Each setting with y, its top-1 beside its dense model's; a line begins with that model."""
+    points = settings.with_dense(points).assign(line=line_names(points))
+    sparse = points[(points.rate != 1) & (points.dense != -1)]
+    made = []
+    for (line, dense), group in sparse.groupby(["line", "dense"], sort=False):
+        start = points.loc[[dense]].assign(line=line, start=group.start.iloc[0])
+        own = {f"dense_{key}": start[key] for key in ("top1", "macs", "images_per_s")}
+        made += [start.assign(**own), group]
+    found = pd.concat(made) if made else points[:0]
+    return found.assign(y=found.top1 - found.dense_top1)
+
+
+def comparable(points: pd.DataFrame) -> pd.DataFrame:
+    """The settings of one training, or of one evaluated checkpoint, that has several reducers."""
+    kind = [points.model.map(settings.base), "start", "origin", "recipe", "images", "img_size"]
+    return points.groupby(kind, sort=False).filter(
+        lambda group: group.reducer[group.rate != 1].nunique() > 1
+    )
+
+
+def reducers(index: int, title: str, points: pd.DataFrame) -> Chart:
+    """Accuracy, KL divergence and images/s of comparable settings against GMACs, by reducer."""
+    dense = points.rate == 1
+    parts = points[["reducer", "rest", "selection"]].mask(dense, "dense")
+    for name in ("start", "images", "recipe_name"):
+        if points[name].nunique() > 1:
+            parts[name] = points[name]
+    names = parts.apply(lambda row: ", ".join(dict.fromkeys(filter(None, row))), axis=1)
+    chart = Chart(
+        f"reducers-{index}",
+        "Token reducers",
+        f"A line for each reducer on {title}, a point for each keep rate. KL: divergence to the "
+        f"dense model's logits, which tells reducers apart on few images. {SPEED_NOTE}",
+    )
+    titles = dict(top1=("top-1", TOP1), kl=("KL", "KL divergence to the dense model (nats)"))
+    titles |= dict(images_per_s=("images/s", "images/s (inference)"))
+    for key, (name, y) in titles.items():
+        found = points.assign(line=names, x=points.macs, y=points[key])
+        if found.y[~dense].notna().any():
+            plot(chart, chart.view(name, "GMACs per image", y), found)
+    return chart
+
+
+def other_models(found: Found) -> Chart:
+    """Published top-1 of other models against images/s, published and, where timed, measured."""
+    others = settings.frame(
+        [
+            dict(model=row["name"], reducer="", rate=1.0, img_size=row.get("img_size", 224))
+            | dict(name=settings.canonical(str(row.get("timm", row["name"]))), top1=row["top1"])
+            | dict(images_per_s=row["throughput"])
+            | dict(folder=row["family"] if row["family"] in FAMILIES else "other models")
+            for row in paper.field()
+        ]
+    )
+    theirs = settings.published()
+    fused = theirs[(theirs.rest == "fused") & theirs.table.str.startswith("keep_rate")]
+    fused = fused.assign(folder="EViT-" + fused.model.map(paper.TITLES))
+    points = pd.concat([others.assign(mode="markers"), fused.assign(mode="lines+markers")])
+    points = points.reset_index(drop=True)
+    names = points.model.map(lambda model: paper.TITLES.get(model, model))
+    points = points.assign(line=points.folder, shown=points.folder + ": " + names)
+    way, speeds = settings.measured(found, points)
+    chart = Chart(
+        "field",
+        "The field: EViT beside other models",
+        "Top-1 of all models and EViT as published, images/s published or measured here by "
+        "src/benchmark.py. Published speeds of others are read off the paper's figure.",
+    )
+    views = dict(published=("published, GPU", points.images_per_s))
+    if speeds.speed.notna().any():
+        views["measured"] = "measured here", speeds.images_per_s
+        chart.note += f" Measured on {way}."
+    for name, (how, x) in views.items():
+        figure = chart.view(name, f"images/s ({how})", TOP1, log_x=True)
+        plot(chart, figure, points.assign(x=x, y=points.top1, images_per_s=x, speed=math.nan))
+    return chart

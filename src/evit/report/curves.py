@@ -1,11 +1,11 @@
-"""How training went: losses, accuracy and keep rate over the steps of each run."""
+"""Training curves: losses, accuracy and keep rate over the steps of each run."""
 
 import math
-import statistics
-from typing import Any
 
-from evit.report.charts import Chart, Series, View
-from evit.report.found import Run
+import pandas as pd
+
+from evit.report.collect import Run
+from evit.report.figures import Chart
 
 MAX_POINTS = 400  # of a curve
 CURVES = {
@@ -19,50 +19,34 @@ CURVES = {
 
 
 def curves(index: int, runs: list[Run], names: dict[str, str]) -> Chart | None:
-    """How runs went, over their steps; a colour for each setting.
+    """Plot how runs went: a line for each setting, the mean of its runs, which are faint.
 
     Args:
-        names: of the settings, by their hash.
+        names: the settings' names, by their hashes.
     """
-    views = []
-    for name, (metric, title) in CURVES.items():
-        series: list[Series] = []
-        several: dict[str, list[Series]] = {}
+    note = "A line for each setting; faint: its runs."
+    chart = Chart(f"curves-{index}", "How training went", note, names=list(names.values()))
+    for view, (metric, title) in CURVES.items():
+        lines: dict[str, list[tuple[Run, pd.Series]]] = {}
         for run in runs:
-            rows = [row for row in run.curves if is_number(row.get(metric))]
-            rows = rows[:: 1 + len(rows) // MAX_POINTS] + rows[-1:] * (len(rows) > MAX_POINTS)
-            shown = names[run.row["setting"]]
-            color = f"#{list(names).index(run.row['setting'])}"
-            x, y = [row["step"] for row in rows], [float(f"{row[metric]:.6g}") for row in rows]
-            text = f"{shown}, seed {run.row['seed']}\nstep %{{x}}\n{title}: %{{y:.4g}}"
-            few = len(rows) <= 30
-            if rows:
-                series.append(Series(shown, color, x, y, markers=few, template=text))
-                several.setdefault(shown, []).append(series[-1])
-        series += [mean(lines, title) for lines in several.values() if len(lines) > 1]
-        if any(len(line.x) > 1 for line in series):
-            views.append(View(name, "training step (optimizer updates)", title, series))
-    if not views:
-        return None
-    return Chart(
-        f"curves-{index}",
-        "How training went",
-        "A line for each setting; faint: its runs.",
-        views,
-    )
-
-
-def mean(lines: list[Series], title: str) -> Series:
-    """The mean of the curves of a setting, which become faint: of the steps that all have."""
-    values = [dict(zip(line.x, line.y, strict=True)) for line in lines]
-    steps = sorted(set.intersection(*(set(line.x) for line in lines)))
-    for line in lines:
-        line.faint, line.markers = True, False
-    y = [float(f"{statistics.mean(value[x] for value in values):.6g}") for x in steps]
-    first = lines[0]
-    text = f"{first.name}, mean of {len(lines)} runs\nstep %{{x}}\n{title}: %{{y:.4g}}"
-    return Series(first.name, first.family, steps, y, markers=len(steps) <= 30, template=text)
-
-
-def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+            curve = pd.Series({row["step"]: row[metric] for row in run.curves if metric in row})
+            curve = pd.to_numeric(curve, errors="coerce")
+            curve = curve[curve.map(math.isfinite)]
+            last = curve[-1:] if len(curve) > MAX_POINTS else curve[:0]
+            curve = pd.concat([curve[:: 1 + len(curve) // MAX_POINTS], last])
+            if len(curve):
+                lines.setdefault(names[run.row["setting"]], []).append((run, curve))
+        if not any(len(curve) > 1 for several in lines.values() for _, curve in several):
+            continue
+        figure = chart.view(view, "training step (optimizer updates)", title)
+        for name, several in lines.items():
+            shown = [(f"seed {run.row['seed']}", curve) for run, curve in several]
+            if len(several) > 1:  # over the steps that all have
+                mean = pd.concat([curve for _, curve in several], axis=1, join="inner").mean(axis=1)
+                shown.append((f"mean of {len(several)} runs", mean))
+            for i, (which, curve) in enumerate(shown):
+                texts = [f"{name}, {which}\nstep {x}\n{title}: {y:.4g}" for x, y in curve.items()]
+                faint = i < len(shown) - 1
+                mode = "lines" if faint or len(curve) > 30 else "lines+markers"
+                chart.line(figure, name, curve.index, curve, texts, mode=mode, faint=faint)
+    return chart if chart.views else None

@@ -1,4 +1,4 @@
-"""result.json: what a finished run leaves, and the table of it."""
+"""result.json: the result of a finished run, and its table for the terminal."""
 
 import hashlib
 import json
@@ -23,11 +23,11 @@ from evit.disk import whole_file
 PACKAGES = "torch torchvision timm lightning hydra-core torchmetrics wandb ffcv".split()
 
 
-START = "start.json"  # of the run that a run's first weights are from: its outcome
+START = "start.json"  # the outcome of the run that a run's first weights come from
 
 
 def start(folder: Path, config: dict[str, Any]) -> None:
-    """Clear a run's folder of what is not to be resumed, and put the configuration there."""
+    """Clear a run's folder of an older run's files, and write the configuration there."""
     for name in ("result.json", "metrics.jsonl", "kept_patches.png", "wandb/run_id", START):
         (folder / name).unlink(missing_ok=True)
     for path in folder.glob("hpc_ckpt_*"):  # Lightning's under SLURM, which it would go on from
@@ -41,13 +41,13 @@ def start(folder: Path, config: dict[str, Any]) -> None:
 
 
 def outcome(folder: Path) -> dict[str, Any] | None:
-    """What a run's result has that another of the same run has not, if one has finished there."""
+    """The metrics that identify a run's outcome, or None if no run has finished there."""
     result = finished(folder)
     return result and {name: result.get(name) for name in ("top1", "top5", "loss")}
 
 
 def check_config(folder: Path, config: dict[str, Any]) -> None:
-    """Refuse a folder in which a run of another configuration has left something.
+    """Refuse a folder that holds a run of another configuration.
 
     Raises:
         ValueError: says how to replace it, and how to keep it.
@@ -61,24 +61,24 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
-    """The result of the run that has finished in this folder, if one has."""
+    """The result of the run that has finished in this folder, or None."""
     path = folder / "result.json"
     return json.loads(path.read_text()) if path.is_file() else None
 
 
 def run_folder(checkpoint: str | Path) -> Path | None:
-    """The folder of the run whose checkpoint this may be; None where it cannot be a run's."""
+    """The folder of the run that a checkpoint's path belongs to; None if it is not a run's."""
     folder = Path(checkpoint).absolute().parent
     return folder.parent if folder.name == "checkpoints" else None
 
 
 def run_config(checkpoint: str | Path) -> dict[str, Any]:
-    """The configuration of the run whose checkpoint this is; {} where it is not a run's.
+    """The configuration of the run that a checkpoint belongs to; {} if it is not a run's.
 
-    The run may be a stranger's, and what is in it is given to Hydra.
+    The file may come from a stranger, and Hydra will instantiate what it names.
 
     Raises:
-        ValueError: it is there and cannot be read, or asks for what no configuration of ours does.
+        ValueError: the file cannot be read, or names a target that conf/ does not.
     """
     folder = run_folder(checkpoint)
     if not folder or not (path := folder / "config.json").is_file():
@@ -100,10 +100,10 @@ def harmless(text: str) -> Any:
 
 
 def _harmless(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, if Hydra calls for it what conf/ names and nothing else, and resolves nothing.
+    """Return a JSON object whose targets are all in conf/ and which has nothing to resolve.
 
-    A prefix would not do: evit.report.results.os.system is os.system. And ${oc.env:NAME} would put
-    a secret of the environment into the result.
+    A check of the prefix would not do: evit.report.results.os.system is os.system. And
+    ${oc.env:NAME} would put a secret of the environment into the result.
     """
     for key, value in pairs:
         if key == "_target_" and value not in _callable():
@@ -130,14 +130,14 @@ def _callable() -> set[str]:
 
 
 def finish(result: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Add where and with what a result was made, and write result.json."""
+    """Add the provenance to a result, and write result.json."""
     result |= provenance()
     write_json(result, folder / "result.json")
     return result
 
 
 def provenance() -> dict[str, Any]:
-    """The code that makes a result: its commit, and the versions of what it stands on."""
+    """The commit of this code, and the versions of its dependencies."""
     return dict(
         commit=git_commit(),
         packages={name: package_version(name) for name in PACKAGES},
@@ -146,15 +146,21 @@ def provenance() -> dict[str, Any]:
 
 
 def write_json(content: dict[str, Any], path: Path) -> None:
-    """Write a file whole or not at all. Not-a-number is a ValueError."""
+    """Write a JSON file whole or not at all; a number that is not finite is a ValueError."""
     with whole_file(path) as file:
         file.write(json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
-    """What runs are compared by; throughput is images/s of inference, None where not measured."""
+    """The numbers that runs are compared by.
+
+    throughput is images/s of inference; None: not measured.
+    """
     config, model = result["config"], result["model"]
-    rates = model.get("keep_rate") or [1.0]
+    name = result["choices"]["model"]
+    if name.startswith("timm_"):  # one file of conf/model for all of timm's models
+        name = config["model"].get("model_name", name)
+    rate = one_rate(model.get("keep_rate") or 1.0)
     return dict(
         top1=result["top1"],
         top5=result["top5"],
@@ -162,41 +168,64 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
         train_images_per_s=result["train_images_per_s"],
         params=model["params"],
         macs=model.get("macs", model["macs_executed"]),
-        model=result["choices"]["model"],
-        keep_rate=rates[0] if len(set(rates)) == 1 else rates,
-        fusion=model.get("fusion", False) and set(rates) != {1.0},
+        model=name,
+        reducer="none" if rate == 1 else reducer_name(model.get("reducer"), name),
+        keep_rate=rate,
+        fusion=model.get("fusion", False) and rate != 1,
         img_size=config["img_size"],
     )
 
 
 def show(result: dict[str, Any], folder: Path) -> None:
     """Print a result as a table."""
-    row = summary(result)
-    fusion = "fused" if row["fusion"] else "dropped"
+    row, device = summary(result), result["device"]
+    rate = f"{row['keep_rate']}, the rest " + ("fused" if row["fusion"] else "dropped")
+    lines = {"top-1": f"{row['top1']:.2f} %", "top-5": f"{row['top5']:.2f} %"}
+    if row["reducer"] == "none":
+        lines["keep rate"] = "1 (dense)"
+    else:
+        lines["keep rate"] = rate if row["reducer"] == "evit" else str(row["keep_rate"])
+        lines["reducer"] = row["reducer"]
+    lines["epochs"] = str(result["config"]["recipe"]["epochs"])
+    lines["MACs"] = f"{row['macs'] / 1e9:.3f} G per image"
+    lines["parameters"] = f"{row['params'] / 1e6:.2f} M"
+    for name, key in dict(training="train_images_per_s", inference="throughput").items():
+        lines[name] = f"{row[key]:.0f} images/s on {device}" if row[key] else "not measured"
+    if skipped := result.get("skipped_steps"):
+        lines["left out"] = f"{skipped} steps whose loss was not finite"
+    lines["time"] = duration(result["seconds"])
     table = Table(box=box.ROUNDED, show_header=False, title_justify="left")
     table.title = f"{row['model']} on {result['data']['name']}, {row['img_size']} px"
     table.add_column(style="bold")
-    table.add_column()
-    table.add_row("top-1", f"{row['top1']:.2f} %")
-    table.add_row("top-5", f"{row['top5']:.2f} %")
-    table.add_row(
-        "keep rate",
-        "1 (dense)" if row["keep_rate"] == 1 else f"{row['keep_rate']}, the rest {fusion}",
-    )
-    table.add_row("MACs", f"{row['macs'] / 1e9:.3f} G per image")
-    table.add_row("parameters", f"{row['params'] / 1e6:.2f} M")
-    for name, key in dict(training="train_images_per_s", inference="throughput").items():
-        speed = f"{row[key]:.0f}" if row[key] else "-"
-        table.add_row(name, f"{speed} images/s on {result['device']}")
-    if skipped := result.get("skipped_steps"):
-        table.add_row("left out", f"{skipped} steps whose loss was not finite")
-    table.add_row("time", f"{result['seconds'] / 60:.1f} min")
-    console = Console(markup=False)  # [x] is of the name of a folder, and no colour
+    for line in lines.items():
+        table.add_row(*line)
+    console = Console(markup=False)  # [x] is part of a folder's name, not a colour
     console.print(table)
     files = sorted(path.name for path in folder.iterdir())
     console.print(
         f"{os.path.relpath(folder)}/\n  {'  '.join(files)}", highlight=False, soft_wrap=True
     )
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
+
+
+def one_rate(rates: Any) -> Any:
+    """One number where all locations have the same keep rate."""
+    return rates[0] if isinstance(rates, list) and len(set(rates)) == 1 else rates
+
+
+def reducer_name(name: str | None, model: str) -> str:
+    """The reducer's name; results from before reducers had names are EViT's or DynamicViT's."""
+    return name or ("dynamicvit" if "dynamicvit" in model else "evit")
+
+
+def trained_keep_rate(run: dict[str, Any]) -> Any:
+    """The keep rate, or rates, that a run was trained at; None: not known."""
+    if "reducer" in run.get("model", {}):
+        return (run["model"]["reducer"] or dict(keep_rate=1.0)).get("keep_rate")
+    return run["model"].get("keep_rate", run.get("keep_rate")) if "model" in run else None
 
 
 def device_name(device: torch.device) -> str:

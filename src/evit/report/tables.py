@@ -1,152 +1,201 @@
-"""Finished runs as one table: a line for each setting, the mean over its seeds."""
+"""The tables of the report, for the terminal, as Markdown and for the page."""
 
-import hashlib
-import json
 import re
-import statistics
-from collections import defaultdict
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from evit.report import results
+import pandas as pd
 
-Row = dict[str, Any]
-# What runs of one setting may differ in.
-OWN = {"seed", "name", "logger", "checkpoint", "overwrite"}
-OWN_DATA = {"seed", "cache_dir", "num_workers", "batches_ahead"}
-# What an EViT or a DynamicViT may differ in from the dense run that it is compared with.
-OWN_MODEL = {"_target_", "model_name", "pretrained", "keep_rate", "drop_loc", "fusion", "img_size"}
-OWN_RECIPE = {"shrink_start_epoch", "shrink_epochs", "token_multiple", "ratio_weight"}
-OWN_RECIPE |= {"distill_weight", "teacher", "max_batch_per_process", "eval_every"}
+from evit.report import paper, settings
+from evit.report.collect import Found
+from evit.report.rows import Row
 
-
-def row(result: dict[str, Any]) -> Row:
-    """The numbers of a run, and where they come from; nothing of the machine's folders."""
-    config = result["config"]
-    recipe = config["recipe"]
-    return results.summary(result) | dict(
-        timm_name=timm_name(config["model"]),
-        data=result["data"]["name"],
-        num_classes=result["data"]["num_classes"],
-        whole=not (recipe["max_train_images"] or recipe["max_val_images"]),
-        epochs=recipe["epochs"],
-        from_checkpoint=bool(config["checkpoint"] or config.get("pretrained")),
-        setting=setting(config),
-        recipe=training(config, result["choices"].get("experiment")),
-        started_from=result.get("started_from"),
-        seed=config["seed"],
-        **{key: result[key] for key in ("seconds", "device", "precision", "commit", "packages")},
-    )
+NOT_RUN = "not run"
+METRICS = (  # of a table of the paper: title, column, decimals
+    ("top-1 (%)", "top1", 1),
+    ("top-5 (%)", "top5", 1),
+    ("speed-up (x dense)", "speed", 2),
+    ("GMACs", "macs", 1),
+)
 
 
-def setting(config: dict[str, Any]) -> str:
-    """A hash of a run's configuration, the same for runs that differ by chance alone."""
-    same = {key: value for key, value in config.items() if key not in OWN}
-    same["data"] = {key: value for key, value in same["data"].items() if key not in OWN_DATA}
-    return digest(same)
+@dataclass
+class Table:
+    """A table of texts whose first columns say what a row is; columns may be (group, name)."""
+
+    title: str
+    note: str
+    frame: pd.DataFrame
+    labels: int
+
+    @property
+    def groups(self) -> list[tuple[str, int]]:
+        """The titles over groups of columns, each with how many it spans."""
+        titles = [name[0] if isinstance(name, tuple) else "" for name in self.frame]
+        return [(title, titles.count(title)) for title in dict.fromkeys(titles)]
+
+    @property
+    def columns(self) -> list[str]:
+        return [name[1] if isinstance(name, tuple) else name for name in self.frame]
+
+    def markdown(self) -> str:
+        names = (name if isinstance(name, tuple) else ("", name) for name in self.frame)
+        text = markdown([" ".join(name).strip() for name in names], self.frame.values)
+        return f"**{plain(self.title)}**\n\n{text}\n\n{plain(self.note)}\n"
 
 
-def training(config: dict[str, Any], experiment: str | None) -> str:
-    """A hash of how a run was trained, the same for a dense model and for its EViT: all that
-    chance and keeping fewer tokens do not change.
-    """
-    model = {key: value for key, value in config["model"].items() if key not in OWN_MODEL}
-    data = {key: value for key, value in config["data"].items() if key not in OWN_DATA}
-    recipe = {key: value for key, value in config["recipe"].items() if key not in OWN_RECIPE}
-    if experiment == "deit_s" and recipe["batch_size"] == 1024:
-        recipe["batch_size"] = 2048  # as published, with lr in proportion: EViT's is twice DeiT's
-    name = re.sub("^(evit|dynamicvit)_|_224$", "", config["model"].get("model_name", ""))
-    if model.keys() >= {"embed_dim", "depth", "num_heads"}:
-        name = ""  # which only says the size
-    fine_tuned = bool(config["checkpoint"] or config.get("pretrained"))
-    content = name, config["img_size"], fine_tuned, model, data, recipe
-    return digest(content)
-
-
-def started_from(checkpoint: str | None) -> str | None:
-    """What a run began with: the setting of the run that left the checkpoint, else its SHA-256."""
-    if not checkpoint:
-        return None
-    if folder := results.run_folder(checkpoint):
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            return setting(json.loads((folder / "config.json").read_text()))
-    return results.sha256(Path(checkpoint))
-
-
-def digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def timm_name(model: dict[str, Any]) -> str | None:
-    """The model's name in timm's registry, if nothing of its architecture was changed."""
-    plain = {"_target_", "model_name", "pretrained", "keep_rate", "fusion", "img_size"}
-    return model.get("model_name") if model.keys() <= plain else None
-
-
-def settings(rows: list[Row]) -> list[list[Row]]:
-    """The runs of each setting, the settings with most MACs first.
-
-    Raises:
-        ValueError: two runs of one setting have the same seed.
-    """
-    groups: dict[Any, list[Row]] = defaultdict(list)
-    for r in rows:
-        groups[r["setting"], r["from_checkpoint"]].append(r)
-    for group in groups.values():
-        if len({r["seed"] for r in group}) < len(group):
-            raise ValueError(
-                f"{len(group)} runs of {group[0]['model']} at keep rate {group[0]['keep_rate']} "
-                f"share a seed: give runs=FOLDER with each run once"
-            )
-    return sorted(groups.values(), key=lambda group: -group[0]["macs"])
-
-
-def markdown(rows: list[Row]) -> str:
-    """A Markdown table: a line for each setting, the mean and standard deviation over its seeds.
-
-    Raises:
-        ValueError: two runs of one setting have the same seed.
-    """
-    groups = settings(rows)
-    lines = [
-        "| model | keep rate | the rest | top-1 | top-5 | GMACs | M parameters |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for group in groups:
-        first = group[0]
-        rest = "-" if first["keep_rate"] == 1 else "fused" if first["fusion"] else "dropped"
-        start = ", fine-tuned" if first["from_checkpoint"] else ""
-        lines.append(
-            f"| {plain(first['model'])}{start} | {first['keep_rate']} | {rest} "
-            f"| {spread(group, 'top1')} "
-            f"| {spread(group, 'top5')} | {first['macs'] / 1e9:.4f} "
-            f"| {first['params'] / 1e6:.2f} |"
-        )
-    runs = {len(group) for group in groups}
-    seeds = "/".join(map(str, sorted(runs)))
-    devices = ", ".join(sorted({r["device"] for r in rows}))
-    commits = ", ".join(sorted({str(r["commit"]) for r in rows}))
-    torch = ", ".join(sorted({str(r["packages"]["torch"]) for r in rows}))
-    data = "; ".join(
-        sorted(
-            f"{name}, {size} px, {epochs} epoch" + "s" * (epochs > 1)
-            for name, size, epochs in {(r["data"], r["img_size"], r["epochs"]) for r in rows}
-        )
-    )
-    means = f"Mean and standard deviation of {seeds} runs with seeds of their own."
-    note = f"{data}. {means if runs != {1} else 'One run each.'} "
-    note += f"{devices}; commit {commits}; torch {torch}."
-    return "\n".join([*lines, "", plain(note)]) + "\n"
+def markdown(head: Sequence[str], body: Iterable[Iterable[str]]) -> str:
+    first, *others = ("| " + " | ".join(map(plain, cells)) + " |" for cells in (head, *body))
+    return "\n".join([first, "|" + "---|" * len(head), *others])
 
 
 def plain(text: str) -> str:
-    """What neither Markdown nor HTML in it takes for its own."""
+    """Text without what Markdown, or HTML in it, would take for its own."""
     return re.sub(r"([|\[])", r"\\\1", text).replace("<", "&lt;")
 
 
-def spread(group: list[Row], key: str) -> str:
-    """The mean and, of several runs, the standard deviation."""
-    values = [r[key] for r in group]
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{deviation}"
+def beside_paper(content: Found, points: pd.DataFrame, name: str) -> Table:
+    """Make a table of the paper: each number, ours, and ours less the paper's."""
+    way, theirs, own = settings.beside_paper(content, points, name)
+    models = name == "dynamicvit_deit_s"
+    columns = {("", "model"): theirs.model.map(paper.TITLES), ("", "weights"): theirs.start}
+    columns |= {("", "epochs"): theirs.epochs.map("{:.0f}".format)}
+    columns = columns if models else {}
+    columns["", "keep rate"] = theirs.rate.map(rate_text)
+    if theirs.rest.replace("", None).nunique() > 1 and not models:
+        columns["", "the rest"] = theirs.rest
+    if theirs.img_size.nunique() > 1:
+        columns["", "px"] = theirs.img_size.map(str)
+    labels = len(columns)
+    for title, key, digits in METRICS:
+        if theirs[key].isna().all():
+            continue
+        columns[title, "paper"] = theirs[key].map(lambda x, n=digits: number(x, n, "-"))
+        columns[title, "ours"] = own[key].map(lambda x, n=digits: number(x, max(n, 2), NOT_RUN))
+        columns[title, "difference"] = (own[key] - theirs[key]).map(signed)
+        if key == "top1":
+            several = own.spread.notna()
+            text = own.apply(lambda row: f"{top1_text(row)}, {row.runs:.0f} runs", axis=1)
+            columns[title, "ours"] = columns[title, "ours"].mask(several, text)
+    note = "Speed is relative to the dense model of the same table at 224 px"
+    note += f", ours on {way}." if way else "; ours has not been measured (src/benchmark.py)."
+    if name == "off_the_shelf":
+        note = "The paper does not say what becomes of the other tokens."
+    return Table(paper.tables()[name]["title"], note, pd.DataFrame(columns), labels)
+
+
+def rate_text(rate: object) -> str:
+    return "dense" if rate == 1 else settings.label(rate)
+
+
+def number(value: float, digits: int, missing: str = "") -> str:
+    return missing if pd.isna(value) else f"{value:.{digits}f}"
+
+
+def signed(difference: float) -> str:
+    return "" if pd.isna(difference) else f"{round(difference, 2) + 0.0:+.2f}"  # no -0.00
+
+
+def top1_text(point: pd.Series) -> str:
+    return f"{point.top1:.2f}" + ("" if pd.isna(point.spread) else f" ± {point.spread:.2f}")
+
+
+def all_settings(title: str, points: pd.DataFrame, by: str = "start") -> Table:
+    """Make the table of our settings on one data set, beside their dense models.
+
+    A column whose value is the same everywhere is said below the table instead.
+    """
+    points = settings.with_dense(points).sort_values(
+        [by, "macs"], ascending=[True, False], kind="stable"
+    )
+    which = {
+        "model": points.model,
+        "reducer": points.reducer,
+        "keep rate": points.rate.map(rate_text),
+        "the rest": points.rest,
+        "kept": points.selection.mask((points.selection + points.reducer) == "evit", "attentive"),
+        "px": points.img_size.map(str),
+        "weights": points.start,
+        "epochs": points.epochs.map(lambda count: number(count, 0)),
+        "images": points.images.replace("", "all"),
+        "recipe": points.recipe_name,
+        "runs": points.runs.map(str),
+    }
+    usual = dict(reducer="evit", kept="attentive", images="all", recipe="")
+    usual["px"] = title.removesuffix(" px").split()[-1]
+    said = []
+    for name in [name for name in which if name not in ("keep rate", "the rest")]:
+        values = set(which[name]) - ({""} if name in ("reducer", "kept") else set())
+        if len(values) < 2 and (len(points) > 1 or values <= {usual.get(name)}):
+            del which[name]
+            said += [f"{name}: {value}" for value in values - {usual.get(name), ""}]
+    speed = points.speed.fillna(points.images_per_s / points.dense_images_per_s)
+    numbers = {
+        "top-1 (%)": points.apply(top1_text, axis=1),
+        "to dense": (points.top1 - points.dense_top1).map(signed),
+        "top-5 (%)": points.top5.map("{:.2f}".format),
+        "KL to dense": points.kl.map(lambda kl: number(kl, 4)),
+        "GMACs": points.macs.map("{:.4g}".format),
+        "M parameters": points.params.map(lambda params: number(params, 2)),
+        "% of dense": (100 * points.macs / points.dense_macs).map(lambda share: number(share, 0)),
+        "speed-up": speed.map(lambda ratio: number(ratio, 2)),
+    }
+    for name, values in {
+        "KL to dense": points.kl,
+        "M parameters": points.params,
+        "speed-up": speed,
+    }.items():
+        if values.isna().all():
+            del numbers[name]
+    note = (
+        "The mean over the seeds of a setting, with the standard deviation. To dense: points from "
+        "the mean of the dense runs by the same recipe; or from what was fine-tuned or evaluated. "
+        "Speed-up: images/s beside the dense model's, by src/benchmark.py, else by the runs."
+    )
+    note = f"{'; '.join(said).capitalize()}. {note}" if said else note
+    return Table(title, note, pd.DataFrame(which | numbers), len(which))
+
+
+def provenance(found: list[Row]) -> str:
+    """Say which devices, commits and versions of torch the runs are from."""
+    frame = pd.json_normalize(found)
+    columns = {"": "device", "commit ": "commit", "torch ": "packages.torch"}
+    texts = [
+        f"{text}{', '.join(sorted(frame[column].astype(str).unique()))}"
+        for text, column in columns.items()
+    ]
+    return plain("; ".join(texts)) + "."
+
+
+def cards(content: Found, points: pd.DataFrame) -> list[tuple[str, str]]:
+    """The headline: what keep rate 0.7, fused, costs and gains; values, and what they are."""
+    found = []
+    points = settings.with_dense(points)
+    chosen = points[(points.rate == 0.7) & (points.rest == "fused") & (points.dense != -1)]
+    chosen = chosen[chosen.start == settings.SCRATCH].sort_values("runs", ascending=False)
+    for _, point in chosen.drop_duplicates("section").iterrows():
+        text = f"top-1 for {1 - point.macs / point.dense_macs:.0%} fewer MACs: {point.model}, "
+        text += f"keep rate 0.7, {point.section}" + f"; mean of {point.runs} runs" * (
+            point.runs > 1
+        )
+        found.append((f"{signed(point.top1 - point.dense_top1)} points", text))
+    for name in ("keep_rate_deit_s", "keep_rate_lvvit_s"):
+        way, theirs, own = settings.beside_paper(content, points, name)
+        for index, row in theirs[
+            (theirs.rest == "fused") & theirs.rate.isin([0.7, 0.5])
+        ].iterrows():
+            if pd.notna(speed := own.speed[index]):
+                text = f"as fast as dense {paper.TITLES[row.model]} at keep rate {row.rate}, fused "
+                found.append((f"{speed:.2f} times", f"{text}(paper: {row.speed:.2f}); {way}"))
+    return found
+
+
+def report(content: Found, sections: Sequence[Table], papers: Sequence[Table]) -> str:
+    """Every table as Markdown, with where the runs come from, and what could not be read."""
+    parts = ["# Results", *(table.markdown() for table in sections)]
+    parts += [provenance(content.rows)] if content.runs else ["No run has finished."]
+    if papers:
+        parts += ["# Beside the paper", *(table.markdown() for table in papers)]
+    if content.problems:
+        parts += ["# Problems", "\n".join(f"- {plain(problem)}" for problem in content.problems)]
+    return "\n\n".join(part.strip() for part in parts) + "\n"

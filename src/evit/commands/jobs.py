@@ -1,5 +1,6 @@
-"""A file of sweeps/ as jobs: which runs, where each leaves its result, and what has finished."""
+"""The files of sweeps/ as jobs: which runs, where each leaves its result, what has finished."""
 
+import itertools
 import json
 import re
 import shlex
@@ -9,12 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from evit.config import (
@@ -31,21 +32,12 @@ from evit.config import (
 from evit.report import results
 
 SWEEPS = CONF_DIR.parent / "sweeps"
-# Of each program: its knobs, its configuration, and what a run of it leaves.
-SCHEMAS = {"train": RunConfig, "evaluate": EvaluateConfig}
-CONFIGS = {"train": "config", "evaluate": "evaluate"}
-RESULTS = {"train": "result.json", "evaluate": "evaluation.json"}
-NOT_COMPOSED = (HydraException, OmegaConfBaseException, ValueError)
-
-
-@dataclass
-class Sweep:
-    """What is in a file of sweeps/."""
-
-    runs: list[Any] = MISSING  # each a Hydra multirun; or {run: ..., starts_from: ...}
-    program: str = "train"
-    overrides: str = ""  # of every run
-    needs: list[str] = field(default_factory=list)  # knobs that the file leaves to the user
+# The programs: their knobs, their configuration, and the file that a run of them leaves.
+PROGRAMS = {
+    "train": (RunConfig, "config", "result.json"),
+    "evaluate": (EvaluateConfig, "evaluate", "evaluation.json"),
+}
+NOT_COMPOSED = (HydraException, OmegaConfBaseException, ValueError, OSError)
 
 
 @dataclass
@@ -55,10 +47,10 @@ class Job:
     program: str
     overrides: list[str]
     cfg: DictConfig
-    config: dict[str, Any]  # its plain values, as the run writes them
+    config: dict[str, Any]  # plain values, as the run writes them
     folder: Path
     source: Path | None = None  # folder of the run whose best checkpoint this one starts from
-    moved: bool = False  # from where the same command alone would leave it
+    moved: bool = False  # from the folder that the same command alone would choose
     number: int = 0
     error: str = ""  # why it does not compose
 
@@ -68,7 +60,7 @@ class Job:
 
     @property
     def command(self) -> list[str]:
-        """What runs it: it goes on where it was interrupted, and begins anew if it has changed."""
+        """The command of the run, which goes on where it stopped, or begins anew if changed."""
         script = CONF_DIR.parent / "src" / f"{self.program}.py"
         command = [sys.executable, str(script), *self.overrides]
         if self.moved:
@@ -78,13 +70,11 @@ class Job:
         return command
 
     def state(self) -> str:
-        """missing, unfinished (and can go on), finished, or broken: it does not compose.
+        """Say whether it is missing, finished, or changed.
 
-        Or changed: of another configuration, or begun with another result of its source.
+        Changed: what is there is of another configuration, or from another result of its source.
         """
-        if self.error:
-            return "broken"
-        result, config = self.folder / RESULTS[self.program], self.folder / "config.json"
+        result, config = self.folder / PROGRAMS[self.program][2], self.folder / "config.json"
         if self.program == "evaluate":
             if not result.is_file():
                 return "missing"
@@ -93,22 +83,23 @@ class Job:
             return "finished" if given.items() <= before.items() else "changed"
         if not config.is_file():
             return "missing"
-        if json.loads(config.read_text()) != self.config or self.is_stale():
-            return "changed"
-        return "finished" if result.is_file() else "unfinished"
-
-    def is_stale(self) -> bool:
-        """Whether the run that this one has started from has another result by now."""
         noted = self.folder / results.START
-        if not self.source or not noted.is_file():
-            return False
-        return results.outcome(self.source) not in (None, json.loads(noted.read_text()))
+        if self.source and noted.is_file():
+            if results.outcome(self.source) not in (None, json.loads(noted.read_text())):
+                return "changed"
+        if json.loads(config.read_text()) != self.config:
+            return "changed"
+        return "finished" if result.is_file() else "missing"
 
-    def result(self) -> dict[str, Any] | None:
-        """What the run has left, if it has finished."""
-        if self.state() != "finished":
-            return None
-        return json.loads((self.folder / RESULTS[self.program]).read_text())
+
+@dataclass
+class Sweep:
+    """A file of sweeps/."""
+
+    runs: list[Any]  # each a line with commas, as for a multirun; or {run: ..., starts_from: ...}
+    program: str = "train"
+    overrides: str = ""  # of every run
+    needs: list[str] = field(default_factory=list)  # knobs that the file leaves to the user
 
 
 def names() -> list[str]:
@@ -116,31 +107,33 @@ def names() -> list[str]:
 
 
 def read(name: str) -> Sweep:
-    """The file of a sweep.
+    """Read a file of sweeps/.
 
     Raises:
-        ValueError: there is none, or something else is in it.
+        ValueError: there is none, or it has an unknown entry or program.
     """
     path = SWEEPS / f"{name}.yaml"
     if not path.is_file():
         raise ValueError(f"there is no sweep {name!r} in sweeps/, but {', '.join(names())}")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Sweep), OmegaConf.load(path))
-    except OmegaConfBaseException as error:
+        sweep = Sweep(**yaml.safe_load(path.read_text()))
+    except (yaml.YAMLError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    sweep: Any = OmegaConf.to_object(merged)
-    if sweep.program not in CONFIGS:
-        raise ValueError(f"{path}: program must be of {', '.join(CONFIGS)}, got {sweep.program!r}")
+    if sweep.program not in PROGRAMS:
+        raise ValueError(f"{path}: program must be of {', '.join(PROGRAMS)}, got {sweep.program!r}")
     return sweep
 
 
 def expand(line: str, more: list[str]) -> list[list[str]]:
-    """The runs of a Hydra multirun, "keep_rate=0.5 img_size=256,288". What comes later wins."""
-    parsed = OverridesParser.create().parse_overrides([*shlex.split(line), *more])
-    (runs,) = BasicSweeper.split_arguments(parsed, None)
-    return [
-        [re.sub(r"(?<=[=[,])(True|False)(?=[],]|$)", lower, text) for text in run] for run in runs
-    ]
+    """Expand "keep_rate=0.5 img_size=256,288" into runs; the later value of a knob wins."""
+    choices: dict[str, list[str]] = {}
+    for one in OverridesParser.create().parse_overrides([*shlex.split(line), *more]):
+        key = one.get_key_element()
+        choices[key] = [one.input_line or ""]
+        if one.is_sweep_override():
+            values = [re.sub("^(True|False)$", lower, v) for v in one.sweep_string_iterator()]
+            choices[key] = [f"{key}={value}" for value in values]
+    return [list(run) for run in itertools.product(*choices.values())]
 
 
 def lower(found: re.Match) -> str:
@@ -149,7 +142,7 @@ def lower(found: re.Match) -> str:
 
 
 def make_jobs(name: str, sweep: Sweep, more: list[str]) -> list[Job]:
-    """The runs of a sweep, each once, with more overrides for all of them.
+    """Make the runs of a sweep, each once, with more overrides for all of them.
 
     Raises:
         ValueError: none of them composes.
@@ -159,33 +152,34 @@ def make_jobs(name: str, sweep: Sweep, more: list[str]) -> list[Job]:
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         for entry in sweep.runs:
             for job in jobs_of(entry, name, sweep, more):
+                job.number = len(found)
                 found.setdefault(job.folder, job)
     jobs = list(found.values())
-    for number, job in enumerate(jobs):
-        job.number = number
     if all(job.error for job in jobs):
         raise ValueError(jobs[0].error if jobs else f"sweeps/{name}.yaml has no runs")
     return jobs
 
 
 def jobs_of(entry: Any, name: str, sweep: Sweep, more: list[str]) -> Iterator[Job]:
-    """The runs of an entry of a sweep; one that does not compose is a job with an error."""
+    """Make the runs of an entry of a sweep; one that does not compose is a job with an error."""
+    entry = dict(run=entry) if isinstance(entry, str) else entry
+    if not {"run"} <= set(entry) <= {"run", "starts_from"}:
+        raise ValueError(f"a run of a sweep has run and starts_from, got {', '.join(entry)}")
 
     def broken(overrides: list[str], error: Exception) -> Job:
         folder = Path("outputs", name, folder_name("+".join(overrides).replace("=", "-")))
         text = " ".join(str(error).split())
         return Job(sweep.program, overrides, OmegaConf.create(), {}, folder, error=text)
 
-    run, first = (entry, None) if isinstance(entry, str) else with_source(entry)
     own, source = more, None
     try:
-        if first and "checkpoint" not in overridden(more):
-            (overrides,) = expand(f"{sweep.overrides} {first}", more)
+        if "starts_from" in entry and "checkpoint" not in overridden(more):
+            (overrides,) = expand(f"{sweep.overrides} {entry['starts_from']}", more)
             source = make_job("train", overrides).folder
             own = [f"checkpoint={source}/checkpoints/best.ckpt", *more]
-        runs = expand(f"{sweep.overrides} {run}", own)
+        runs = expand(f"{sweep.overrides} {entry['run']}", own)
     except NOT_COMPOSED as error:
-        yield broken([run], error)
+        yield broken([entry["run"]], error)
         return
     for overrides in runs:
         try:
@@ -194,18 +188,13 @@ def jobs_of(entry: Any, name: str, sweep: Sweep, more: list[str]) -> Iterator[Jo
             yield broken(overrides, error)
 
 
-def with_source(entry: dict[str, str]) -> tuple[str, str]:
-    if set(entry) != {"run", "starts_from"}:
-        raise ValueError(f"a run of a sweep has run and starts_from, got {', '.join(entry)}")
-    return entry["run"], entry["starts_from"]
-
-
 def make_job(program: str, overrides: list[str], source: Path | None = None) -> Job:
-    check_spelling(overrides, SCHEMAS[program])
-    cfg = compose(CONFIGS[program], overrides, return_hydra_config=True)
+    schema, config_name, _ = PROGRAMS[program]
+    check_spelling(overrides, schema)
+    cfg = compose(config_name, overrides, return_hydra_config=True)
     HydraConfig.instance().set_config(cfg)
     knobs = [str(knob) for knob in cfg if knob != "hydra"]
-    if program == "evaluate":  # completes its groups from the checkpoint's run
+    if program == "evaluate":  # which completes its groups from the checkpoint's run
         knobs = [knob for knob in knobs if not isinstance(cfg[knob], DictConfig)]
     config: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, knobs), resolve=True)
     fewer = [override for override in overrides if not override.startswith("fusion=")]
@@ -219,7 +208,7 @@ def make_job(program: str, overrides: list[str], source: Path | None = None) -> 
 
 
 def check_needs(name: str, sweep: Sweep, jobs: list[Job]) -> None:
-    """Refuse to begin where runs would train on something else than they are for, or not at all.
+    """Refuse to begin without a knob that the runs need.
 
     Raises:
         ValueError: names the knob.

@@ -10,11 +10,11 @@ from typing import Any
 
 import submitit
 
+from evit.commands import processes
+from evit.commands.jobs import Job
 from evit.config import CONF_DIR
-from evit.sweeps import local
-from evit.sweeps.jobs import Job
 
-JOB_ID = "slurm_job"  # in the folder of a run: where it was submitted as
+JOB_ID = "slurm_job"  # in the folder of a run: its id in SLURM
 
 
 class Task:
@@ -40,14 +40,14 @@ class Task:
         self.popen = subprocess.Popen(self.command, start_new_session=True)
         status = self.popen.wait()
         if status == 128 + signal.SIGTERM:
-            time.sleep(local.GRACE)  # SLURM preempts or requeues this job, and is about to end it
+            time.sleep(processes.GRACE)  # SLURM preempts this job, and is about to end it
         if status:
             raise RuntimeError(f"exit status {status}: {' '.join(self.command)}")
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """Stop, before the end of time or preemption; submitit requeues the job."""
+        """Stop before the end of time or preemption; submitit requeues the job."""
         if self.popen:
-            local.stop([self.popen])
+            processes.stop([self.popen])
         self.popen = None
         return submitit.helpers.DelayedSubmission(self)
 
@@ -63,7 +63,7 @@ def queued() -> set[str]:
 
 
 def job_id(folder: Path | None) -> str | None:
-    """As what the run of a folder was last submitted."""
+    """The id under which the run of a folder was last submitted."""
     path = folder / JOB_ID if folder else None
     return path.read_text().strip() if path and path.is_file() else None
 
@@ -83,24 +83,26 @@ def submit(name: str, jobs: list[Job], options: dict[str, Any]) -> list[Job]:
     logs = Path("outputs", "slurm", name, "%j")
     executor = submitit.AutoExecutor(logs, cluster="slurm", slurm_max_num_timeout=1000)
     more = dict(requeue=True) | options.get("slurm_additional_parameters", {})
-    paths = search_path(CONF_DIR.parent / "src")
-    own = dict(name=name, slurm_setup=[paths]) | {k: v for k, v in options.items() if v is not None}
+    own = dict(name=name, slurm_setup=[search_path(CONF_DIR.parent / "src")])
+    own |= {key: value for key, value in options.items() if value is not None}
     tasks = options["nodes"] * options["tasks_per_node"]
     folders = {job.folder for job in todo}
     later = [job for job in todo if job.source in folders or job_id(job.source) in there]
     first = [job for job in todo if job not in later]
     try:
-        set_options(executor, own | dict(slurm_additional_parameters=more))
-        if first:
-            with executor.batch():  # one job array
-                sent = [executor.submit(Task(job, tasks)) for job in first]
-            note(first, sent)
+        executor.update_parameters(**own | dict(slurm_additional_parameters=more))
+        with executor.batch():  # one job array
+            sent = [executor.submit(Task(job, tasks)) for job in first]
         for job in later:
+            note(first, sent)
             after = more | dict(dependency=f"afterok:{job_id(job.source)}")
             executor.update_parameters(slurm_additional_parameters=after)
-            note([job], [executor.submit(Task(job, tasks))])
+            first, sent = [*first, job], [*sent, executor.submit(Task(job, tasks))]
     except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
         raise ValueError(f"SLURM refuses: {error}") from error
+    except (NameError, TypeError) as error:
+        raise ValueError(f"slurm: {error}") from error
+    note(first, sent)
     return todo
 
 
@@ -109,14 +111,8 @@ def search_path(source: Path) -> str:
     return f'export PYTHONPATH={shlex.quote(str(source))}:"$PYTHONPATH"'
 
 
-def note(jobs: list[Job], submitted: list[Any]) -> None:
-    for job, sent in zip(jobs, submitted, strict=True):
+def note(jobs: list[Job], sent: list[Any]) -> None:
+    """Leave the jobs' ids in their folders."""
+    for job, one in zip(jobs, sent, strict=True):
         job.folder.mkdir(parents=True, exist_ok=True)
-        (job.folder / JOB_ID).write_text(f"{sent.job_id}\n")
-
-
-def set_options(executor: Any, options: dict[str, Any]) -> None:
-    try:
-        executor.update_parameters(**options)
-    except (NameError, TypeError) as error:
-        raise ValueError(f"slurm: {error}") from error
+        (job.folder / JOB_ID).write_text(f"{one.job_id}\n")

@@ -6,17 +6,11 @@ from typing import Any
 import wandb
 from omegaconf import DictConfig
 
-from evit.report import paper
+from evit.report import paper, results
 from evit.tracking import wandb_mode
 
-KEYS = ("model", "keep_rate", "fusion", "img_size", "macs", "throughput", "top1", "top5")
-MODELS = dict(
-    deit_s="deit",
-    evit_deit_s="evit_deit",
-    lvvit_s="lvvit",
-    evit_lvvit_s="evit_lvvit",
-    dynamicvit_deit_s="dynamicvit_deit",
-)  # the paper's names to those of conf/model
+KEYS = ("model", "reducer", "keep_rate", "fusion", "img_size", "macs", "throughput", "top1", "top5")
+ACCURACY = "Accuracy and cost"
 
 
 def run(cfg: DictConfig) -> None:
@@ -54,38 +48,27 @@ def run(cfg: DictConfig) -> None:
 def paper_runs() -> list[dict[str, Any]]:
     """The published rows that say top-1, with the summary keys of runs, each once.
 
-    `name` says what the row is; params and epochs only where the paper's table has them.
+    `name` says what the row is; params only where the paper's table has it.
     """
     found: dict[str, dict[str, Any]] = {}
-    for title, table in paper.tables().items():
-        if title == "off_the_shelf":
-            continue
-        base = [row | dict(fusion=False) for key, row in table.items() if "baseline" in key]
-        dropped = [row | dict(fusion=False) for row in table.get("drop", [])]
-        fused = [row | dict(fusion=True) for row in table.get("fuse", [])]
-        others = [row | dict(fusion="evit" in row["model"]) for row in table.get("rows", [])]
-        for row in base + dropped + fused + others:
-            dense = row["keep_rate"] == 1
-            name = row.get("model") or ("" if dense else "evit_") + table["model"]
-            summary = dict(
-                model=MODELS[name],
-                keep_rate=row["keep_rate"],
-                fusion=row["fusion"],
-                img_size=row.get("img_size", paper.BASE_SIZE),
-                macs=row["macs"] * 1e9,
-                throughput=row["throughput"],
-                top1=row["top1"],
-                top5=row.get("top5"),
-            )
-            if "params" in row:
-                summary["params"] = row["params"] * 1e6
-            words = [name, row["keep_rate"], f"{summary['img_size']} px"]
-            words += [] if dense else ["fused" if row["fusion"] else "dropped"]
-            if "epochs" in row:
-                start = "from DeiT" if row["pretrained"] else "from scratch"
-                words += [f"{row['epochs']} epochs {start}"]
-            label = " ".join(map(str, words))
-            found.setdefault(label, summary | dict(name=label))
+    for row in paper.training_runs():
+        dense, dynamic = row["keep_rate"] == 1, row["model"] not in paper.MODELS
+        reducer = "none" if dense else results.reducer_name(None, row["model"])
+        summary = {key: row.get(key) for key in KEYS} | dict(
+            model=paper.MODEL_LIST[row["model"]]["conf"][0 if dense else -1],
+            reducer=reducer,
+            fusion=bool(row["fusion"]),
+            macs=row["macs"] * 1e9,
+        )
+        words = ["" if dense or dynamic else "evit_", row["model"], f" {row['keep_rate']} "]
+        words += [f"{row['img_size']} px"]
+        words += [] if dense else [" fused" if row["fusion"] else " dropped"]
+        if "params" in row:
+            summary["params"] = row["params"] * 1e6
+            start = "from DeiT" if row["finetuned"] else "from scratch"
+            words += [f" {row['epochs']} epochs {start}"]
+        label = "".join(words)
+        found.setdefault(label, summary | dict(name=label))
     return list(found.values())
 
 
@@ -152,9 +135,6 @@ def report(entity: str, project: str) -> Any:
         blocks=blocks,
         width="fluid",
     )
-
-
-ACCURACY = "Accuracy and cost"
 
 
 def all_panels() -> dict[str, list[Any]]:

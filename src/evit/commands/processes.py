@@ -1,4 +1,4 @@
-"""A sweep on this machine: as many runs at once as there are slots, each a process of its own."""
+"""Jobs on this machine: as many at once as there are slots, each a process of its own."""
 
 import fcntl
 import os
@@ -6,24 +6,21 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from evit.commands.jobs import Job
 from evit.config import listed
-from evit.report.results import write_json
-from evit.signals import ENDING, stopping
-from evit.sweeps.jobs import Job
+from evit.report.results import duration, write_json
 
 # What torchrun, SLURM and MPI tell the processes that they start: a run is to start its own.
 LAUNCHERS = ("SLURM_", "TORCHELASTIC_", "PMI_", "PMIX_", "OMPI_", "GROUP_", "ROLE_")
 RANKS = "RANK LOCAL_RANK NODE_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
 LOG = "run.log"
 FAILED = "failed.json"  # in the folder of a job that failed: why, for the report
-GRACE = 60  # seconds to end by itself, after SIGTERM
+GRACE = 60  # seconds for a run to end after SIGTERM
+QUIET = 30  # seconds without a line
 
 
 @dataclass
@@ -33,13 +30,12 @@ class Process:
     job: Job
     slot: dict[str, str]  # environment of its own
     popen: subprocess.Popen
-    tries: int
     started: float
     offset: int  # in the log
 
 
 def make_slots(slots: Any) -> list[dict[str, str]]:
-    """The environment of each slot, from a number of them or from a list of their GPUs.
+    """Make the environment of each slot from a number of slots, or a list of their GPUs.
 
     Raises:
         ValueError: it is neither.
@@ -52,11 +48,12 @@ def make_slots(slots: Any) -> list[dict[str, str]]:
         )
     if slots == 1:
         return [{}]
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    gpus = visible.split(",") if visible else [str(i) for i in range(torch.cuda.device_count())]
-    if not torch.cuda.device_count():
-        threads = max(1, (os.cpu_count() or 1) // slots)
-        return [{"OMP_NUM_THREADS": str(threads)}] * slots
+    import torch
+
+    if not (count := torch.cuda.device_count()):
+        return [{"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // slots))}] * slots
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    gpus = visible.split(",")
     shares = [gpus[i::slots] or [gpus[i % len(gpus)]] for i in range(slots)]
     return [{"CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
 
@@ -66,11 +63,11 @@ def environment(slot: dict[str, str]) -> dict[str, str]:
     return own | {"PYTHONUNBUFFERED": "1"} | slot
 
 
-def start(job: Job, slot: dict[str, str], tries: int = 0) -> Process | None:
-    """Start a job; None where it runs already.
+def start(job: Job, slot: dict[str, str]) -> Process | None:
+    """Start a job; return None if it runs already.
 
-    Its output goes to the log in its folder. The log is locked for as long as a process of the run
-    is alive, even if the sweep has ended before it.
+    The log in its folder is locked for as long as a process of the run is alive, even if the sweep
+    has ended before it.
     """
     command = job.command
     job.folder.mkdir(parents=True, exist_ok=True)
@@ -81,15 +78,9 @@ def start(job: Job, slot: dict[str, str], tries: int = 0) -> Process | None:
             return None
         (job.folder / FAILED).unlink(missing_ok=True)
         offset = log.seek(0, os.SEEK_END)
-        popen = subprocess.Popen(
-            command,
-            env=environment(slot),
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    return Process(job, slot, popen, tries, time.monotonic(), offset)
+        where: Any = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        popen = subprocess.Popen(command, env=environment(slot), start_new_session=True, **where)
+    return Process(job, slot, popen, time.monotonic(), offset)
 
 
 def stop(popens: list[subprocess.Popen]) -> None:
@@ -107,8 +98,6 @@ def stop(popens: list[subprocess.Popen]) -> None:
 
 def last_lines(path: Path, offset: int = 0) -> list[str]:
     """The last lines of a log, from an offset on, that are not empty."""
-    if not path.is_file():
-        return []
     with path.open("rb") as file:
         file.seek(max(offset, path.stat().st_size - 8192))
         lines = file.read().decode(errors="replace").replace("\r", "\n").split("\n")
@@ -116,13 +105,12 @@ def last_lines(path: Path, offset: int = 0) -> list[str]:
 
 
 def why(process: Process) -> str:
-    """How a process has ended, in words, with the last error or line in its log."""
+    """Say how a process has ended, with the last error or line in its log."""
     status, lines = process.popen.returncode, last_lines(process.job.folder / LOG, process.offset)
     number = -status if status < 0 else status - 128  # a shell's
-    names = {int(known): known.name for known in signal.Signals}
     ended = f"exit status {status}"
-    if number in names:
-        ended = f"killed by signal {number} ({names[number]})"
+    if number in (known := {int(one): one.name for one in signal.Signals}):
+        ended = f"killed by signal {number} ({known[number]})"
     if number == signal.SIGKILL:
         return f"{ended}: out of memory?"
     errors = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception)\b", line)]
@@ -143,83 +131,56 @@ def forget_failures(folder: Path) -> None:
             path.parent.rmdir()
 
 
-@stopping(*ENDING)
-def run_all(
-    jobs: list[Job],
-    slots: Any,
-    retries: int,
-    timeout: float | None,
-    tell: Callable[[Job, str, str], None],
-) -> list[tuple[Job, str]]:
-    """Run jobs, and return those that failed, with the reason.
+def run_all(jobs: list[Job], slots: Any) -> list[tuple[Job, str]]:
+    """Run jobs, telling of each on a line; return those that failed, with the reason.
 
     Args:
         jobs: in the order in which they are started; one that starts from another of them waits.
         slots: see make_slots.
-        retries: how often a job that fails is tried again.
-        timeout: hours for one try.
-        tell: called with a job, its new state and more about it; and with "" for the state while
-            it runs.
-
-    Raises:
-        Stopped: by a signal; the jobs have been stopped.
     """
     free, waiting = make_slots(slots), list(jobs)
     running: list[Process] = []
     failed: list[tuple[Job, str]] = []
+    told = time.monotonic()
 
-    def end(job: Job, state: str, text: str) -> None:
-        if state == "failed":
-            failed.append((job, text))
-        tell(job, state, text)
+    def tell(job: Job, state: str, text: str) -> None:
+        nonlocal told
+        told = time.monotonic()
+        print(f"job {job.number} {state}: {job.name} ({text})", flush=True)
 
-    def fail(job: Job, reason: str) -> None:
-        note_failure(job, reason)
-        end(job, "failed", reason)
+    def fail(job: Job, reason: str, noted: bool = True) -> None:
+        if noted:
+            note_failure(job, reason)
+        failed.append((job, reason))
+        tell(job, "failed", reason)
 
     try:
-        while waiting or running:
-            failures = {job.folder for job, _ in failed}
-            unfinished = {job.folder for job in waiting} | {p.job.folder for p in running}
-            for job in list(waiting):
-                if job.source in failures:
-                    waiting.remove(job)
+        while running or waiting:
+            unfinished = {job.folder for job in waiting + [process.job for process in running]}
+            for job in [job for job in waiting if job.source not in unfinished][: len(free)]:
+                waiting.remove(job)
+                if any(job.source == other.folder for other, _ in failed):
                     fail(job, f"not begun: it starts from {job.source}, which failed")
-                elif job.source and job.source not in unfinished and job.state() == "finished":
-                    waiting.remove(job)
-                    end(job, "finished", f"with the same result of {job.source}")
-                elif free and job.source not in unfinished:
-                    waiting.remove(job)
-                    slot = free.pop(0)
-                    if process := start(job, slot):
-                        running.append(process)
-                        tell(job, "running", str(job.folder / LOG))
-                    else:
-                        free.append(slot)
-                        end(job, "failed", f"it runs already, see {job.folder / LOG}")
-            for process in list(running):
-                job, seconds = process.job, time.monotonic() - process.started
-                if timeout and seconds > timeout * 3600 and process.popen.poll() is None:
-                    stop([process.popen])
-                    reason = f"stopped after {timeout:g} h"
-                elif process.popen.poll() is None:
-                    tell(job, "", "".join(last_lines(job.folder / LOG)[-1:]))
-                    continue
+                elif job.state() == "finished":  # its source has come to the same result
+                    tell(job, "finished", "it starts from the same result as before")
+                elif process := start(job, free[0]):
+                    running.append(process)
+                    free.pop(0)
+                    tell(job, "running", str(job.folder / LOG))
                 else:
-                    reason = why(process)
+                    fail(job, f"it runs already, see {job.folder / LOG}", noted=False)
+            for process in [process for process in running if process.popen.poll() is not None]:
+                job, seconds = process.job, time.monotonic() - process.started
                 running.remove(process)
+                free.append(process.slot)
                 stop([process.popen])  # what it may have left behind
                 if process.popen.returncode == 0 and job.state() == "finished":
-                    end(job, "finished", f"{seconds / 60:.1f} min")
-                elif process.tries < retries and (
-                    again := start(job, process.slot, process.tries + 1)
-                ):
-                    running.append(again)
-                    tell(job, "running", f"again, after {reason}")
-                    continue
+                    tell(job, "finished", duration(seconds))
                 else:
-                    fail(job, reason)
-                free.append(process.slot)
+                    fail(job, why(process))
+            if running and time.monotonic() - told > QUIET:
+                job = running[0].job
+                tell(job, "running", "".join(last_lines(job.folder / LOG)[-1:]))
             time.sleep(0.2)
     finally:
         stop([process.popen for process in running])

@@ -1,0 +1,56 @@
+"""src/report.py: every finished run beside the paper."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from evit.report import collect, settings, tables
+from evit.report.collect import Found
+
+
+def write(source: Path, target: Path | None, page: bool = True) -> None:
+    """Print the tables of the runs below a folder, and what is wrong; write the report.
+
+    Args:
+        source: a folder, or a runs.json.
+        target: the folder of the report; without it nothing is written.
+        page: whether to write the page and figures, or table.md and runs.json alone.
+
+    Raises:
+        ValueError: nothing has finished there.
+    """
+    content = collect.read(source)
+    groups = settings.ours(content).groupby("section", sort=False)
+    sections = [tables.all_settings(str(title), points) for title, points in groups]
+    table = tables.report(content, sections, [])
+    print(table)
+    if not target:
+        return
+    written = {"runs.json": json.dumps(content.rows, indent=1) + "\n"}
+    if page:
+        from evit.report import figures  # plotly and matplotlib, which only the page needs
+        from evit.report.page import build, html
+
+        report = build(content)
+        sections = [section.table for section in report.sections]
+        written["index.html"] = html(content, report)
+        written["tables.md"] = tables.report(content, sections, report.papers)
+        written["runs.csv"] = as_csv(content)
+        for chart in report.charts:
+            figures.save(chart, target / "figures")
+    else:
+        written["table.md"] = table
+    target.mkdir(parents=True, exist_ok=True)
+    for name, text in written.items():
+        (target / name).write_text(text)
+    print("  ".join(f"{target}/{name}" for name in written))
+
+
+def as_csv(content: Found) -> str:
+    """A line for each run; no text in it is a spreadsheet's formula."""
+    frame = pd.json_normalize([dict(run=run.name) | run.row for run in content.runs])
+    for name in frame.select_dtypes(exclude="number"):
+        risky = frame[name].astype(str).str.startswith(("=", "+", "-", "@"))
+        frame[name] = frame[name].mask(risky, "'" + frame[name].astype(str))
+    return frame.to_csv(index=False, lineterminator="\r\n")
