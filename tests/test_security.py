@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from evit.data import beton, sources
+from evit.data import folders as sources
+from evit.data.ffcv import format as beton
 from evit.data.archives import tar_members
+from evit.data.ffcv.write import write_beton
 from evit.data.label_maps import read_label_map
-from evit.data.writer import write_beton
 from evit.models.weights import read_state_dict
 from evit.report import results
 from evit.training import checkpoints

@@ -9,14 +9,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from evit import measure
 from evit.config import by_data
-from evit.data.sources import epoch_length
+from evit.data.folders import epoch_length
 from evit.models import DynamicViT, EViT, LVViT
+from evit.recipe import Recipe
 from evit.report import paper, plans
 from evit.schedule import keep_rate_at
 from evit.training.module import Classifier
 from evit.training.objectives import Classification, DynamicTokens, TokenLabels, make_objective
 from evit.training.optimizer import make_optimizer
-from evit.recipe import Recipe
 
 IMAGENET = dict(name="ImageNet", num_classes=1000, train_images=1_281_167, val_images=50_000)
 PROCESSES = (1, 4, 8, 16)

@@ -15,7 +15,7 @@ from torchvision.transforms import v2 as T
 
 from evit.config import folder_name, listed, overridden
 from evit.data.batch import normalize
-from evit.data.sources import image_files, load_image
+from evit.data.folders import image_files, load_image
 from evit.evaluation import DEFAULTS, complete_data, complete_model
 from evit.export import build, require_weights
 from evit.models import EViT

@@ -10,9 +10,11 @@ from PIL import Image
 from timm.data import auto_augment
 from torchvision.transforms import functional as F
 
-from evit.data.augment import Augmentation, argument_of
-from evit.data.operations import NOTHING, apply_operation
-from evit.data.rand_augment import (
+from evit.data.ffcv.augment import NOTHING, apply_operation
+from evit.data.ffcv.draw import Augmentation, argument_of
+from evit.data.ffcv.stream import FFCVStream
+from evit.data.folders import repeated_order
+from evit.data.randaugment import (
     OPERATIONS,
     PILRandAugment,
     RandAugment,
@@ -20,8 +22,6 @@ from evit.data.rand_augment import (
     source_of,
     warp_of,
 )
-from evit.data.sources import repeated_order
-from evit.data.stream import FFCVStream
 from tests.data.test_pixels import photo
 
 DEIT = "rand-m9-mstd0.5-inc1"

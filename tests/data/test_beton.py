@@ -3,8 +3,8 @@ import json
 import numpy as np
 import pytest
 
-from evit.data import beton
-from evit.data.beton import BetonError, check_beton, sidecar_path
+from evit.data.ffcv import format as beton
+from evit.data.ffcv.format import BetonError, check_beton, sidecar_path
 
 
 def change(path, dtype, offset, **values):

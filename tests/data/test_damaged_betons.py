@@ -17,10 +17,10 @@ import torch
 from ffcv import fields as ffcv_fields
 from ffcv.writer import DatasetWriter
 
-from evit.data import beton
-from evit.data.beton import BetonError, sidecar_path
-from evit.data.stream import FFCVStream
-from evit.data.writer import write_beton
+from evit.data.ffcv import format as beton
+from evit.data.ffcv.format import BetonError, sidecar_path
+from evit.data.ffcv.stream import FFCVStream
+from evit.data.ffcv.write import write_beton
 from tests.conftest import FORKS
 
 CLASSES = ["a", "b", "c"]
@@ -389,4 +389,4 @@ def test_a_file_that_is_cut_while_it_is_read_ends_the_process_which_says_where(c
     child.join(TIMEOUT)
     assert child.exitcode == -signal.SIGBUS
     errors = (tmp_path / "errors").read_text()
-    assert "Fatal Python error: Bus error" in errors and "evit/data/ops.py" in errors
+    assert "Fatal Python error: Bus error" in errors and "evit/data/ffcv/decode.py" in errors

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from timm.data import ImageNetInfo
 
+from evit.commands.prepare import prepare
 from evit.data import Folder, imagenet
 from evit.data.archives import TarMember, tar_members
 from evit.data.imagenet import DEVKIT, GROUND_TRUTH, META, find_images, require_imagenet
-from evit.data.prepare import prepare
 
 WNIDS = ["n01440764", "n01443537", "n01484850"]
 # The devkit's order, in meta.mat, is not the sorted one, and it knows more than the classes.

@@ -13,14 +13,15 @@ from ffcv.types import get_metadata_type
 from PIL import Image
 
 import evit
-from evit.data import FashionMNIST, Folder, auto, beton
-from evit.data._ffcv import Compiler, Loader, NDArrayDecoder, ToTensor
-from evit.data.beton import BetonError, check_beton, sidecar_path
-from evit.data.prepare import prepare
-from evit.data.stream import FFCVStream
-from evit.data.writer import write_beton
-from evit.training.objectives import make_objective
+from evit.commands.prepare import prepare
+from evit.data import FashionMNIST, Folder, auto
+from evit.data.ffcv import format as beton
+from evit.data.ffcv._ffcv import Compiler, Loader, NDArrayDecoder, ToTensor
+from evit.data.ffcv.format import BetonError, check_beton, sidecar_path
+from evit.data.ffcv.stream import FFCVStream
+from evit.data.ffcv.write import write_beton
 from evit.recipe import Recipe
+from evit.training.objectives import make_objective
 from tests.conftest import write_photos
 
 CLASSES = ["a", "b", "c"]

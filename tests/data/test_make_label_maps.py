@@ -8,9 +8,9 @@ from huggingface_hub import constants
 from PIL import Image
 
 import evit  # noqa: F401
+from evit.commands.label_maps import dense_logits, make_label_maps
 from evit.data import Folder
 from evit.data.label_maps import read_label_map
-from evit.data.make_label_maps import dense_logits, make_label_maps
 from tests.conftest import command
 
 CLASSES = [*"abcdef"]
@@ -202,7 +202,7 @@ def test_a_model_for_other_classes_is_named(tree, checkpoint, tmp_path):
 
 def test_pretrained_for_other_classes_is_named(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "evit.data.make_label_maps.create_model", lambda name, _, **options: build(name, 1000)
+        "evit.commands.label_maps.create_model", lambda name, _, **options: build(name, 1000)
     )
     with pytest.raises(ValueError, match="knows 1000 classes and the tree has 6"):
         make(tree, tmp_path / "maps", None, img_size=None)

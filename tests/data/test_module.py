@@ -10,12 +10,12 @@ import timm
 import torch
 from PIL import Image
 
+from evit.commands.prepare import prepare
 from evit.data import Folder, auto
 from evit.data.batch import denormalize, erase, make_mixup, normalize
-from evit.data.beton import METADATA, METADATA_START, BetonError
-from evit.data.folder_loader import folder_loader
-from evit.data.prepare import prepare
-from evit.data.sources import ClassFolders, choose_samples, repeated_order, tree_classes
+from evit.data.ffcv.format import METADATA, METADATA_START, BetonError
+from evit.data.folders import ClassFolders, choose_samples, repeated_order, tree_classes
+from evit.data.imagefolder import folder_loader
 from tests.conftest import ROOT
 
 OPTIONS = dict(img_size=28, batch_size=4, crop_pct=1.0)
@@ -51,7 +51,7 @@ def test_prepared_files_are_checked_before_anything_else(photos, tmp_path, backe
 
 
 def test_betons_are_opened_in_one_place_which_checks_them():
-    """FFCV is imported by evit.data._ffcv alone, and its loader used by the stream alone."""
+    """FFCV is imported by evit.data.ffcv._ffcv alone, and its loader used by the stream alone."""
     found = {path: path.read_text() for path in (ROOT / "src").rglob("*.py")}
     from_ffcv = [path.name for path, text in found.items() if re.search("(from|import) ffcv", text)]
     assert from_ffcv == ["_ffcv.py"]
@@ -100,8 +100,8 @@ def test_auto_takes_the_folder_or_says_that_it_has_none(photos, capsys):
 
 
 def test_missing_ffcv_is_named_with_the_way_out(photos, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "evit.data._ffcv", None)
-    monkeypatch.delattr("evit.data._ffcv", raising=False)
+    monkeypatch.setitem(__import__("sys").modules, "evit.data.ffcv._ffcv", None)
+    monkeypatch.delattr("evit.data.ffcv._ffcv", raising=False)
     with pytest.raises(ValueError, match="data.backend=imagefolder"):
         Folder(photos, **OPTIONS)
     Folder(photos, backend="imagefolder", **OPTIONS)

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from evit.commands.prepare import prepare
 from evit.data import Folder
-from evit.data.beton import BetonError, check_beton, sidecar_path
-from evit.data.prepare import prepare
-from evit.data.sources import image_files, tree_classes
+from evit.data.ffcv.format import BetonError, check_beton, sidecar_path
+from evit.data.folders import image_files, tree_classes
 from tests.conftest import write_photos
 
 SIZE = 28

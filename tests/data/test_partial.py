@@ -11,9 +11,9 @@ import sys
 
 import pytest
 
-from evit.data import partial
-from evit.data.beton import check_beton
-from evit.data.writer import write_beton
+from evit.data.ffcv import partial
+from evit.data.ffcv.format import check_beton
+from evit.data.ffcv.write import write_beton
 
 PROCESSES = multiprocessing.get_context("fork")
 

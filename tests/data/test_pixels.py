@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evit.data import _jpeg
-from evit.data.pixels import choose_shrink, crop_image, decode_jpeg
-from evit.data.stream import FFCVStream
-from evit.data.writer import write_beton
+from evit.data.ffcv import jpeg as _jpeg
+from evit.data.ffcv.pixels import choose_shrink, crop_image, decode_jpeg
+from evit.data.ffcv.stream import FFCVStream
+from evit.data.ffcv.write import write_beton
 
 SUBSAMPLINGS = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2, "gray": 3, "4:4:0": 4, "4:1:1": 5}
 PROGRESSIVE = 16384
@@ -227,7 +227,7 @@ def test_no_damaged_jpeg_is_written_beyond_its_buffer(count):
         shrink = 2 ** int(rng.integers(4))
         top, bottom = sorted(rng.integers(0, -(-height // shrink) + 1, 2).tolist())
         left, right = sorted(rng.integers(0, -(-width // shrink) + 1, 2).tolist())
-        stride = 3 * (right - left + 36)  # as evit.data.pixels has it
+        stride = 3 * (right - left + 36)  # as evit.data.ffcv.pixels has it
         memory = np.full(2 * guard + stride * (bottom - top), 0xA5, np.uint8)
         data = mutated(data, rng)
         status = function(

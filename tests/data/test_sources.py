@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from evit.data import sources
+from evit.data import folders as sources
 
 
 @pytest.mark.skipif(not sources.DEBIAN_FASHION_MNIST.is_dir(), reason="needs the Debian package")

@@ -16,10 +16,10 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import center_crop, resize
 
 import evit
-from evit.data import beton
-from evit.data.ops import center_crops, random_crops
-from evit.data.stream import FFCVStream
-from evit.data.writer import write_beton
+from evit.data.ffcv import format as beton
+from evit.data.ffcv.decode import center_crops, random_crops
+from evit.data.ffcv.stream import FFCVStream
+from evit.data.ffcv.write import write_beton
 
 SIZE = 32
 
@@ -156,7 +156,7 @@ def test_import_keeps_pytorchs_threads_and_workqueue_is_refused(written):
     code = f"""
 import torch
 before = torch.get_num_threads()
-from evit.data.stream import FFCVStream
+from evit.data.ffcv.stream import FFCVStream
 assert torch.get_num_threads() == before
 try:
     FFCVStream({str(written)!r}, img_size=32, batch_size=8, train=True)

@@ -8,11 +8,11 @@ from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
 from ffcv.reader import Reader
 from PIL import Image
 
-from evit.data import beton, index, writer
-from evit.data._ffcv import Compiler, Loader, ToTensor
-from evit.data.beton import check_beton, sidecar_path
-from evit.data.pixels import decode_jpeg
-from evit.data.writer import write_beton
+from evit.data.ffcv import format as beton, index, write as writer
+from evit.data.ffcv._ffcv import Compiler, Loader, ToTensor
+from evit.data.ffcv.format import check_beton, sidecar_path
+from evit.data.ffcv.pixels import decode_jpeg
+from evit.data.ffcv.write import write_beton
 
 CLASSES = ["a", "b", "c"]
 

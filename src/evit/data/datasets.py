@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 
-from evit.data import sources
+from evit.data import folders as sources
 from evit.data.imagenet import require_imagenet
 from evit.data.label_maps import label_map_paths, require_label_maps
 from evit.data.module import Images
@@ -36,7 +36,7 @@ class Folder(Images):
         with sources.readable():
             self.prepared = all((self.root / f"{split}.beton").is_file() for split in self.splits)
         if self.prepared:
-            from evit.data.beton import check_beton
+            from evit.data.ffcv.format import check_beton
 
             sidecars = [check_beton(self.root / f"{split}.beton") for split in self.splits]
             self.classes = sidecars[0]["classes"]
@@ -80,7 +80,7 @@ class Folder(Images):
     def num_images(self, split: str) -> int:
         if not self.prepared:
             return super().num_images(split)
-        from evit.data.beton import check_beton
+        from evit.data.ffcv.format import check_beton
 
         return check_beton(self.root / f"{split}.beton")["num_samples"]
 

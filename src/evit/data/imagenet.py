@@ -11,8 +11,8 @@ from timm.data import ImageNetInfo
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from evit.data.archives import TarMember, tar_members
+from evit.data.folders import SPLITS, ClassFolders, class_names, tree_classes
 from evit.data.matlab import read_matlab
-from evit.data.sources import SPLITS, ClassFolders, class_names, tree_classes
 
 ARCHIVES = dict(train="ILSVRC2012_img_train.tar", val="ILSVRC2012_img_val.tar")
 DEVKIT = "ILSVRC2012_devkit_t12"

@@ -14,8 +14,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from evit.data.batch import MEAN, STD, normalize
-from evit.data.rand_augment import RandAugment, fill_color
-from evit.data.sources import SPLITS
+from evit.data.folders import SPLITS
+from evit.data.randaugment import RandAugment, fill_color
 
 
 class Images(L.LightningDataModule):
@@ -37,10 +37,10 @@ class Images(L.LightningDataModule):
             no RandAugment.
         repeated_augmentations: how often an epoch shows each of its images, which are fewer.
         crop_pct: in evaluation the short side becomes img_size / crop_pct before the centre crop.
-        mode, max_resolution, jpeg_quality: how .beton files are written (evit.data.writer).
+        mode, max_resolution, jpeg_quality: how .beton files are written (evit.data.ffcv.write).
         splits: which are used; nothing is asked of the others. Evaluations need val alone.
         label_maps: a folder with one label map for each training image (evit.data.label_maps).
-            Training batches are then (images, labels, maps, crops): evit.data.stream.
+            Training batches are then (images, labels, maps, crops): evit.data.ffcv.stream.
     """
 
     name = "images"
@@ -151,8 +151,8 @@ class Images(L.LightningDataModule):
                 self.dataset(split, None)
             self.map_paths()
             return
-        from evit.data.beton import check_beton
-        from evit.data.writer import write_beton
+        from evit.data.ffcv.format import check_beton
+        from evit.data.ffcv.write import write_beton
 
         for split in self.splits:
             path = self.beton_dir / f"{split}.beton"
@@ -240,13 +240,13 @@ class Images(L.LightningDataModule):
             crop_pct=self.crop_pct,
         )
         if self.backend == "imagefolder":
-            from evit.data.folder_loader import folder_loader
+            from evit.data.imagefolder import folder_loader
 
             label_maps = self.map_paths() if split == "train" else None
             return folder_loader(
                 self.dataset, split, label_maps=label_maps, num_classes=self.num_classes, **common
             )
-        from evit.data.stream import FFCVStream
+        from evit.data.ffcv.stream import FFCVStream
 
         device = trainer.strategy.root_device if trainer else torch.device("cpu")
         return FFCVStream(
@@ -267,8 +267,8 @@ def require_ffcv() -> None:
         ValueError: it is not installed, or its system libraries are missing.
     """
     try:
-        import evit.data._ffcv
-        import evit.data._jpeg  # noqa: F401
+        import evit.data.ffcv._ffcv
+        import evit.data.ffcv.jpeg  # noqa: F401
     except ImportError as error:
         raise ValueError(f"{error}; or take data.backend=imagefolder") from error
 

@@ -13,8 +13,8 @@ from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
 from evit.data import Folder
+from evit.data.folders import SPLITS, choose_samples
 from evit.data.module import require_ffcv
-from evit.data.sources import SPLITS, choose_samples
 
 PAIRS = ("decoded in part", "decoded whole"), ("Pillow bilinear", "Pillow bicubic")
 
@@ -83,8 +83,8 @@ def evaluation_differences(
 
 def _crops(data: bytes, img_size: int, seed: int) -> tuple[int, dict[str, np.ndarray]]:
     """The fraction's denominator, and (img_size, img_size, 3) by each way; none if not a JPEG."""
-    from evit.data.ops import random_crops
-    from evit.data.pixels import choose_shrink, crop_image, decode_jpeg
+    from evit.data.ffcv.decode import random_crops
+    from evit.data.ffcv.pixels import choose_shrink, crop_image, decode_jpeg
 
     image = Image.open(io.BytesIO(data))
     size = image.height, image.width

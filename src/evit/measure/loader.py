@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
+from evit.data.folders import SPLITS, choose_samples
 from evit.data.module import available_cores, require_ffcv
-from evit.data.sources import SPLITS, choose_samples
 
 BATCH_SIZE = 64
 BASELINE = "ImageFolder, PIL bilinear"
@@ -74,7 +74,7 @@ def time_loaders(
 
 
 def _kept(samples: list[tuple[str, int]], num_classes: int) -> list[tuple[str, int]]:
-    from evit.data.encode import Encoded, Encoder
+    from evit.data.ffcv.encode import Encoded, Encoder
 
     encode = Encoder(samples, num_classes, None, 95, "jpg", skip_bad=True)
     kept = []
@@ -109,8 +109,8 @@ def _image_folder(
 
 
 def _ffcv(folder: ImageFolder, target: Path, img_size: int, num_workers: int) -> Iterable[Any]:
-    from evit.data.stream import FFCVStream
-    from evit.data.writer import write_beton
+    from evit.data.ffcv.stream import FFCVStream
+    from evit.data.ffcv.write import write_beton
 
     path = target / "train.beton"
     write_beton(

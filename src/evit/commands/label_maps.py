@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from evit import load_checkpoint
+from evit.data.folders import ClassFolders, class_names, load_image
 from evit.data.label_maps import (
     MAX_ID,
     TOP,
@@ -25,7 +26,6 @@ from evit.data.label_maps import (
 )
 from evit.data.module import available_cores
 from evit.data.progress import shown
-from evit.data.sources import ClassFolders, class_names, load_image
 from evit.models.pretrained import create_model
 
 DESCRIPTION = "label_maps.json"

@@ -15,7 +15,7 @@ import numba
 import numpy as np
 import torch
 
-from evit.data._ffcv import (
+from evit.data.ffcv._ffcv import (
     Compiler,
     EpochIterator,
     Loader,
@@ -26,9 +26,7 @@ from evit.data._ffcv import (
     ToTorchImage,
     config,
 )
-from evit.data.augment import Augmentation
-from evit.data.beton import BetonError, DamagedSample, check_beton
-from evit.data.ops import (
+from evit.data.ffcv.decode import (
     SAMPLE_BITS,
     SAMPLE_MASK,
     CenterCrop,
@@ -38,8 +36,10 @@ from evit.data.ops import (
     RandomResizedCropFlip,
     WarpRecord,
 )
+from evit.data.ffcv.draw import Augmentation
+from evit.data.ffcv.format import BetonError, DamagedSample, check_beton
+from evit.data.folders import choose_samples, epoch_length, repeated_order
 from evit.data.resumable import Resumable, empty_batch
-from evit.data.sources import choose_samples, epoch_length, repeated_order
 
 Batch = tuple[torch.Tensor, ...]
 
@@ -54,13 +54,13 @@ class FFCVStream(Resumable):
 
     Training: every epoch another permutation, cut into `world_size` equal and disjoint parts, whole
     batches only, and whole optimizer steps of `batches_per_step` of them; with `repeats` above 1
-    evit.data.sources.repeated_order. A batch is a function of (seed, epoch, rank), never of
+    evit.data.folders.repeated_order. A batch is a function of (seed, epoch, rank), never of
     `num_workers`. Evaluation: sample rank, rank + world_size, ... of the file, each exactly once
     over all ranks; a rank without any has one empty batch.
 
     `num_workers` are threads (-1: one per core), `batches_ahead` the batches decoded in advance.
     `max_samples` keeps a random subset, always the same one. `crop_pct` is for evaluation; `scale`,
-    `ratio`, `flip`, `rand_augment`, `color_jitter` (evit.data.augment), `fill` (the colour where a
+    `ratio`, `flip`, `rand_augment`, `color_jitter` (evit.data.ffcv.draw), `fill` (the colour where a
     geometric operation leaves nothing) and `repeats` are for training. The file is opened at the
     first batch.
 
@@ -152,7 +152,7 @@ class FFCVStream(Resumable):
         return (self._order(epoch) & SAMPLE_MASK).astype(np.int64)
 
     def _order(self, epoch: int) -> np.ndarray:
-        """The epoch's entries `seed << 32 | sample`, as evit.data.ops wants them."""
+        """The epoch's entries `seed << 32 | sample`, as evit.data.ffcv.decode wants them."""
         if not self.train:
             return self.indices[self.rank :: self.world_size]
         rng = np.random.default_rng((self.seed, epoch))

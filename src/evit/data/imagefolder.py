@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
 
+from evit.data.folders import choose_samples, epoch_length, repeated_order
 from evit.data.label_maps import Shape, read_label_map
-from evit.data.rand_augment import PILRandAugment
+from evit.data.randaugment import PILRandAugment
 from evit.data.resumable import Resumable, empty_batch
-from evit.data.sources import choose_samples, epoch_length, repeated_order
 
 
 class EpochSampler(DistributedSampler):
@@ -33,7 +33,7 @@ class EpochSampler(DistributedSampler):
 
 
 class RepeatedSampler(EpochSampler):
-    """Yields (epoch, index, view), in the order of evit.data.sources.repeated_order."""
+    """Yields (epoch, index, view), in the order of evit.data.folders.repeated_order."""
 
     def __init__(self, dataset: Any, repeats: int, *args: Any, **options: Any):
         super().__init__(dataset, *args, **options)

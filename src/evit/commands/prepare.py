@@ -29,14 +29,14 @@ def prepare(
         num_workers: processes; None: one per core.
         label_maps: a folder with a label map for each training image; train.beton will hold them.
         imagenet: refuse other classes than ImageNet-1k's, and warn of other numbers of images.
-        **options: evit.data.writer.write_beton's mode, max_resolution, jpeg_quality, skip_bad.
+        **options: evit.data.ffcv.write.write_beton's mode, max_resolution, jpeg_quality, skip_bad.
 
     Raises:
         ValueError: the tree or an image in it is not as it should be. A file that was whole
             before stays.
     """
     require_ffcv()
-    from evit.data.writer import write_beton
+    from evit.data.ffcv.write import write_beton
 
     source = Path(source).expanduser().resolve()
     folder = Path(target).expanduser() if target else source.with_name(source.name + "-ffcv")

@@ -13,10 +13,10 @@ from typing import Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from evit.data import beton
 from evit.data.archives import TarMember
+from evit.data.ffcv import format as beton
+from evit.data.folders import WAY_OUT, open_image
 from evit.data.label_maps import Shape, read_label_map
-from evit.data.sources import WAY_OUT, open_image
 
 Picture = str | Path | TarMember | Image.Image | np.ndarray
 Samples = Sequence[tuple[Picture, int]]
@@ -177,7 +177,7 @@ def _load(picture: Picture) -> tuple[Image.Image, bytes | None]:
 
 def _is_sound_jpeg(image: Image.Image, data: bytes) -> bool:
     """Whether training would see these bytes as Pillow does, and without a warning."""
-    from evit.data.pixels import decode_jpeg
+    from evit.data.ffcv.pixels import decode_jpeg
 
     if image.format != "JPEG" or image.mode not in ("RGB", "L"):
         return False

@@ -23,11 +23,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from evit.data import beton
-from evit.data.encode import Encoded, Encoder, Samples, Skipped, Stored
-from evit.data.index import Index
+from evit.data.ffcv import format as beton
+from evit.data.ffcv.encode import Encoded, Encoder, Samples, Skipped, Stored
+from evit.data.ffcv.index import Index
+from evit.data.ffcv.partial import Partial, only_writer
 from evit.data.label_maps import read_label_map
-from evit.data.partial import Partial, only_writer
 from evit.data.progress import shown
 
 CHUNK = 32  # images that a process is sent at a time
@@ -60,7 +60,7 @@ def write_beton(
     are the files (evit.data.label_maps) of the samples, in order; they all have one shape.
 
     A file that is there already, written from the same samples in the same way, is left as it is.
-    Where an earlier call was stopped, this one goes on (evit.data.partial).
+    Where an earlier call was stopped, this one goes on (evit.data.ffcv.partial).
 
     Raises ValueError for what the caller can mend (an image, a label, an argument, a full disk)
     and RuntimeError if a worker process dies; then `path` is as it was before.
@@ -190,7 +190,7 @@ def _encode_chunk(indices: range) -> list[Encoded | Skipped]:
 @contextmanager
 def _pool(encoder: Encoder, num_workers: int) -> Iterator[ProcessPoolExecutor]:
     """Worker processes; forked, so that the samples need not be pickled."""
-    from evit.data import ops  # noqa: F401  (load FFCV once, before the fork)
+    from evit.data.ffcv import decode  # noqa: F401
 
     context = multiprocessing.get_context("fork")
     pool = ProcessPoolExecutor(num_workers, context, _start_worker, (encoder,))

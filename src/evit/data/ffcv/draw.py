@@ -5,7 +5,7 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from evit.data.operations import (
+from evit.data.ffcv.augment import (
     BRIGHTNESS,
     COLOR,
     CONTRAST,
@@ -16,7 +16,7 @@ from evit.data.operations import (
     SOLARIZE_ADD,
     augment_batch,
 )
-from evit.data.rand_augment import (
+from evit.data.randaugment import (
     OPERATIONS,
     ROTATE,
     SHEAR_X,
@@ -117,5 +117,5 @@ class Augmentation:
             augment_batch(images, operations, arguments, np.array(affines), self.fill)
 
     def warps(self, seeds: np.ndarray) -> np.ndarray:
-        """Where the pixels of each image come from (B, 2, 3): evit.data.rand_augment.warp_of."""
+        """Where the pixels of each image come from (B, 2, 3): evit.data.randaugment.warp_of."""
         return np.stack([warp_of(*drawn) for drawn in zip(*self.draw(seeds), strict=True)])

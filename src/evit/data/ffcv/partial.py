@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from evit.data.beton import sidecar_path
-from evit.data.encode import Skipped, Stored
+from evit.data.ffcv.encode import Skipped, Stored
+from evit.data.ffcv.format import sidecar_path
 from evit.disk import sync_folder
 
 COMMIT_BYTES = 2**28  # data that may have to be written again

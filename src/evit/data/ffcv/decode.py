@@ -18,7 +18,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from evit.data._ffcv import (
+from evit.data.ffcv._ffcv import (
     AllocationQuery,
     IntDecoder,
     NDArrayDecoder,
@@ -26,9 +26,9 @@ from evit.data._ffcv import (
     State,
     get_random_crop,
 )
-from evit.data.augment import Augmentation
-from evit.data.beton import ALLOCATION, CRC, DamagedSample
-from evit.data.pixels import crop_batch
+from evit.data.ffcv.draw import Augmentation
+from evit.data.ffcv.format import ALLOCATION, CRC, DamagedSample
+from evit.data.ffcv.pixels import crop_batch
 
 _get_random_crop = numba.njit(get_random_crop)  # torchvision's RandomResizedCrop.get_params
 

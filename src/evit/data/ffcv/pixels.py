@@ -12,8 +12,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-from evit.data._jpeg import jpeg_crop
-from evit.data.beton import JPEG
+from evit.data.ffcv.format import JPEG
+from evit.data.ffcv.jpeg import jpeg_crop
 
 _BESIDE = 2 * 2 + 32  # columns that jpeg_crop may add to a crop: two margins and the widest MCU
 _ONE, _TWO, _THREE = np.uintp(1), np.uintp(2), np.uintp(3)  # numba checks signed indices for < 0

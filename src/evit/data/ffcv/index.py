@@ -7,8 +7,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from evit.data import beton
-from evit.data.encode import Skipped, Stored
+from evit.data.ffcv import format as beton
+from evit.data.ffcv.encode import Skipped, Stored
 
 PAGE_SIZE = 2**23
 
