@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from evit.config import listed, overridden
 from evit.measure.contest import Entry, Group, contest, dense_entry, facts, is_own
 from evit.measure.steps import PRECISIONS
+from evit.recipe import Recipe
 from evit.report import benchmarks, field, paper, results
 
 WHAT = ("inference", "training", "loader")
@@ -91,10 +92,14 @@ def open_data(config: dict[str, Any], img_size: int, device: torch.device, folde
     batch_size = config["batch_sizes"][0]
     data = instantiate(
         config["data"] | dict(img_size=img_size, seed=config["seed"]),
-        batch_size=batch_size,
-        max_train_images=config["max_images"] or BATCHES[device.type] * batch_size,
+        recipe=Recipe(
+            epochs=1,
+            lr=1,
+            batch_size=batch_size,
+            max_train_images=config["max_images"] or BATCHES[device.type] * batch_size,
+        ),
         splits=["train"],
-        _convert_="all",
+        _convert_="object",
     )
     options: Any = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False)
     data.trainer = L.Trainer(

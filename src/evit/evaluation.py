@@ -20,6 +20,7 @@ from evit.data import Images
 from evit.models import EViT
 from evit.models.vit import per_reorganization
 from evit.models.weights import read_state_dict
+from evit.recipe import Recipe
 from evit.report import evaluations, results
 from evit.tokens import SELECTIONS
 from evit.training import peers
@@ -176,14 +177,14 @@ def build(
     config: dict[str, Any], weights: Mapping[str, Tensor], trainer: L.Trainer
 ) -> tuple[Images, nn.Module]:
     """The data module and the model, with its weights; nothing is written yet."""
-    data = instantiate(
-        config["data"],
+    recipe = Recipe(
+        epochs=1,
+        lr=1,
         batch_size=config["batch_size"] * trainer.world_size * trainer.accumulate_grad_batches,
         max_val_images=config["max_val_images"],
         crop_pct=config["crop_pct"],
-        splits=["val"],
-        _convert_="all",
     )
+    data = instantiate(config["data"], recipe=recipe, splits=["val"], _convert_="object")
     data.trainer = trainer
     head = weights.get("head.weight")
     if head is not None and len(head) != data.num_classes:

@@ -12,8 +12,10 @@ from torch.utils.data import DataLoader
 from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
-from evit.data.folders import SPLITS, choose_samples
+from evit.data.folders import SPLITS
 from evit.data.module import available_cores, require_ffcv
+from evit.data.order import Shard, choose_samples
+from evit.recipe import Recipe
 
 BATCH_SIZE = 64
 BASELINE = "ImageFolder, PIL bilinear"
@@ -52,7 +54,7 @@ def time_loaders(
     root = Path(root).expanduser()
     folder = ImageFolder(str(root / SPLITS[0] if (root / SPLITS[0]).is_dir() else root))
     chosen = choose_samples(len(folder), max_images)
-    folder.samples = _kept([folder.samples[i] for i in chosen], len(folder.classes))
+    folder.samples = _kept([folder.samples[i] for i in chosen])
     if not folder.samples:
         raise ValueError(f"{root} holds no JPEG that FFCV stores as it is")
     with tempfile.TemporaryDirectory() as temporary:
@@ -73,16 +75,11 @@ def time_loaders(
     return [_summary(name, timings) for name in loaders]
 
 
-def _kept(samples: list[tuple[str, int]], num_classes: int) -> list[tuple[str, int]]:
-    from evit.data.ffcv.encode import Encoded, Encoder
+def _kept(samples: list[tuple[str, int]]) -> list[tuple[str, int]]:
+    from evit.data.ffcv.encode import Encoder
 
-    encode = Encoder(samples, num_classes, None, 95, "jpg", skip_bad=True)
-    kept = []
-    for index, sample in enumerate(samples):
-        encoded = encode(index)
-        if isinstance(encoded, Encoded) and encoded.original:
-            kept.append(sample)
-    return kept
+    encode = Encoder(max_resolution=None)
+    return [(path, label) for path, label in samples if encode(path).original]
 
 
 def _image_folder(
@@ -116,10 +113,12 @@ def _ffcv(folder: ImageFolder, target: Path, img_size: int, num_workers: int) ->
     write_beton(
         path, folder.samples, classes=folder.classes, source=folder.root, max_resolution=None
     )
+    batch_size = min(BATCH_SIZE, len(folder))
     return FFCVStream(
         path,
+        Recipe(epochs=1, lr=1, batch_size=batch_size),
+        Shard(batch_size=batch_size),
         img_size=img_size,
-        batch_size=min(BATCH_SIZE, len(folder)),
         train=True,
         num_workers=num_workers,
     )
