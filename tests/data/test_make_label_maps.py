@@ -9,9 +9,9 @@ from PIL import Image
 
 import evit  # noqa: F401
 from evit.commands.label_maps import dense_logits, make_label_maps
-from evit.data import Folder
 from evit.data.label_maps import read_label_map
 from tests.conftest import command
+from tests.data.build import folder
 
 CLASSES = [*"abcdef"]
 SIZE = 64
@@ -235,9 +235,5 @@ def test_the_command_makes_maps_that_training_reads(tree, checkpoint, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "12 images in 6 classes, 0 have their" in done.stdout and "images/s" in done.stdout
-    data = Folder(
-        tree, img_size=28, batch_size=4, cache_dir=tmp_path / "cache", label_maps=tmp_path / "maps"
-    )
-    data.prepare_data()
-    data.setup()
+    data = folder(tree, tmp_path / "cache", label_maps=tmp_path / "maps")
     assert data.label_map_shape == (3, 3)

@@ -17,10 +17,10 @@ import pytest
 from PIL import Image
 
 from evit.commands.prepare import prepare
-from evit.data import Folder
 from evit.data.ffcv.format import BetonError, check_beton, sidecar_path
 from evit.data.folders import image_files, tree_classes
 from tests.conftest import write_photos
+from tests.data import build
 
 SIZE = 28
 OPTIONS = dict(img_size=SIZE, batch_size=4, crop_pct=1.0, num_workers=1)
@@ -128,10 +128,7 @@ def shown(data):
 
 
 def ready(root, tmp_path, **options):
-    data = Folder(root, **OPTIONS | dict(cache_dir=tmp_path / "cache") | options)
-    data.prepare_data()
-    data.setup()
-    return data
+    return build.folder(root, tmp_path / "cache", **OPTIONS | options)
 
 
 @pytest.mark.parametrize("way", ["imagefolder", "ffcv, raw", "ffcv, jpg", "prepared"])

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evit.measure.crops import crop_differences
 from evit.measure.loader import BASELINE, _cpu_seconds, time_loaders
 
 
@@ -74,16 +73,3 @@ def test_the_cpu_time_of_a_child_counts_and_waiting_does_not():
     child.kill()
     child.join()
     assert 0.3 <= spent < 0.5
-
-
-def test_crops_are_those_of_the_whole_image_until_the_scale_changes(photos):
-    rows = {(row["decoded_at"], row["pair"]): row for row in crop_differences(photos, 16)}
-    ours, filters = (
-        "decoded in part against decoded whole",
-        "Pillow bilinear against Pillow bicubic",
-    )
-    assert {at for at, _ in rows} == {"1", "1/2"}
-    assert rows["1", ours]["grey_levels"] == 0 and rows["1", ours]["psnr"] == float("inf")
-    assert 0 < rows["1/2", ours]["grey_levels"] < rows["1/2", filters]["grey_levels"]
-    assert rows["1/2", ours]["psnr"] > rows["1/2", filters]["psnr"]
-    assert rows["1", ours]["crops"] + rows["1/2", ours]["crops"] == 12

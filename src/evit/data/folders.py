@@ -65,8 +65,8 @@ def tree_classes(root: str | Path, needed: Sequence[str] = SPLITS) -> list[str]:
         found[split] = class_names(root / split)
         if not found[split]:
             raise ValueError(f"{str(root / split)!r} has no class folders: {layout}")
-    classes = found.get("train", found["val"])
-    strange = sorted(set(found["val"]) - set(classes))
+    classes = next(iter(found.values()))
+    strange = sorted(set(found.get("val", ())) - set(classes))
     if strange:
         raise ValueError(
             f"{str(root / 'val')!r} has classes that train/ lacks: {', '.join(strange[:5])}. "

@@ -30,7 +30,7 @@ from evit.data.ffcv.jpeg import jpeg_crop
 SAMPLE_BITS = np.uint64(32)
 SAMPLE_MASK = np.uint64(2**32 - 1)
 RATIO = np.array([3 / 4, 4 / 3])  # width / height of random crops
-_BESIDE = 2 * 2 + 32  # columns that jpeg_crop may add to a crop: two margins and the widest MCU
+_BESIDE = 8 + 2 + 32  # columns that jpeg_crop may add to a crop: margins and the widest MCU
 _ONE, _TWO, _THREE = np.uintp(1), np.uintp(2), np.uintp(3)  # numba checks signed indices for < 0
 
 
