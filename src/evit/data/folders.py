@@ -202,8 +202,12 @@ def fingerprint(samples: Sequence[tuple[str, int]], root: Path) -> str:
     for path, label in samples:
         # relpath would be most of the wait for a folder of a million images.
         name = path[len(inside) :] if path.startswith(inside) else os.path.relpath(path, root)
-        found = os.stat(path)
-        digest.update(os.fsencode(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0{label}\n"))
+        try:
+            found = os.stat(path)
+            said = f"{found.st_size}\0{found.st_mtime_ns}"
+        except FileNotFoundError:  # a dangling link, which is told when it is read
+            said = "missing"
+        digest.update(os.fsencode(f"{name}\0{said}\0{label}\n"))
     return digest.hexdigest()
 
 
