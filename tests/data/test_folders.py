@@ -4,6 +4,7 @@ import gzip
 import itertools
 import os
 
+import numpy as np
 import pytest
 
 from evit.data import datasets, folders
@@ -42,3 +43,55 @@ def test_a_fingerprint_is_of_names_below_the_root_sizes_times_and_labels(tmp_pat
     assert fingerprint(tmp_path / "there" / "photos") == found
     for change in dict(size=4), dict(time=1_000_001), dict(label=1):
         assert fingerprint(tmp_path / "there" / "photos", **change) != found
+
+
+class Small(list):
+    """What torchvision's CIFAR10 is once it is there."""
+
+    classes = ["a", "b"]
+
+    def __init__(self, root, train, transform, download):
+        assert download
+        self.data = (
+            np.arange(8 * 32 * 32 * 3, dtype=np.uint32).astype(np.uint8).reshape(8, 32, 32, 3)
+        )
+        self.targets = [k % 2 for k in range(8)]
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
+def test_what_torchvision_downloads_is_written_once_and_streamed(name, tmp_path, monkeypatch):
+    kind = getattr(datasets, name)
+    monkeypatch.setattr(kind, "source", Small)
+    options = dict(cache_dir=tmp_path, dataset=name, img_size=32, batch_size=8, crop_pct=1.0)
+    data = module(datasets.auto, **options)
+    assert (
+        data.num_classes == int(name.removeprefix("CIFAR")) and data.num_images("train") == 50_000
+    )
+    data.prepare_data()
+    written = data.beton_dir / "train.beton"
+    before = written.stat().st_mtime_ns
+    data.prepare_data()
+    data.setup()
+    ((images, labels),) = data.val_dataloader()
+    assert written.stat().st_mtime_ns == before and data.classes == ["a", "b"]
+    assert labels.tolist() == [0, 1] * 4
+    assert (images.permute(0, 2, 3, 1).numpy() == Small("", True, None, True).data).all()
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100", "FashionMNIST"])
+def test_without_a_network_it_is_said_where_to_put_the_files(name, tmp_path, monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError("no network\nhere")
+
+    kind = getattr(datasets, name)
+    monkeypatch.setattr(kind, "source", unreachable)
+    monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", tmp_path / "none")
+    with pytest.raises(ValueError) as refusal:
+        module(datasets.auto, dataset=name, cache_dir=tmp_path).samples("train")
+    message = str(refusal.value)
+    assert f"put {kind.files} into {tmp_path}" in message and "\n" not in message
+    assert "data.root=DIR" in message
+
+
+def test_class_folders_take_the_place_of_the_download(shared_photos):
+    assert module(datasets.auto, shared_photos, dataset="CIFAR10").classes == ["cat", "dog"]

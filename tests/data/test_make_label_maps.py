@@ -1,5 +1,7 @@
 """Making label maps: dense logits of many kinds of models, the files, what is refused."""
 
+import os
+
 import numpy as np
 import pytest
 import timm
@@ -147,6 +149,15 @@ def test_maps_that_are_there_are_kept_and_damaged_ones_made_again(tree, checkpoi
     assert [path.read_bytes() for path in paths] == before
     again = [path.stat().st_mtime_ns for path in paths]
     assert [i for i in range(12) if again[i] != times[i]] == [3, 5]
+
+
+def test_a_map_that_is_older_than_its_image_is_made_again(tree, checkpoint, tmp_path):
+    target = make(tree, tmp_path / "maps", checkpoint)
+    old, kept = target / "a/0.pt", target / "a/1.pt"
+    os.utime(old, ns=(0, 1))
+    before = kept.stat().st_mtime_ns
+    make(tree, target, checkpoint)
+    assert old.stat().st_mtime_ns > 1 and kept.stat().st_mtime_ns == before
 
 
 def test_a_folder_of_other_maps_is_not_mixed(tree, checkpoint, tmp_path):
