@@ -44,6 +44,6 @@ echo "setup: installing the pinned packages into .venv"
 # Compiled once here, and not in every process where Python may not write beside its modules.
 "$uv" pip install -q --compile-bytecode --python .venv/bin/python -r requirements.txt
 "$uv" pip install -q --python .venv/bin/python --no-deps --editable .
-.venv/bin/python -c "import evit.data.pixels, ffcv.libffcv, torchvision.ops" ||
+.venv/bin/python -c "import evit.data.ffcv.decode, ffcv.libffcv, torchvision.ops" ||
   fail "FFCV, torchvision or evit.data do not import"
 touch .venv/.ready

@@ -6,7 +6,7 @@ from evit.config import LabelMapsConfig, entry_point
 
 @entry_point("label_maps", LabelMapsConfig)
 def main(cfg):
-    from evit.data.make_label_maps import make_label_maps
+    from evit.commands.label_maps import make_label_maps
 
     make_label_maps(**cfg)
 

@@ -6,7 +6,7 @@ from evit.config import PrepareConfig, entry_point
 
 @entry_point("prepare", PrepareConfig)
 def main(cfg):
-    from evit.data.prepare import prepare
+    from evit.commands.prepare import prepare
 
     prepare(**cfg)
 

@@ -196,7 +196,7 @@ def test_the_classes_are_those_of_train_where_it_is_there(weights, photos, evalu
 
 
 def test_prepared_files_are_read_without_being_asked_for(weights, photos, evaluate, tmp_path):
-    from evit.data.prepare import prepare
+    from evit.commands.prepare import prepare
 
     folder = prepare(photos, tmp_path / "betons", mode="jpg", max_resolution=None, jpeg_quality=95)
     for path in folder.glob("train*"):

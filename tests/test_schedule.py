@@ -1,9 +1,9 @@
 """The keep rate over training, against the values of the published schedule."""
 
 import pytest
+from evit.schedule import at_multiples, keep_rate_at
 
 import evit
-from evit.schedule import at_multiples, keep_rate_at
 
 STEPS = 625  # per epoch: ImageNet in batches of 2048
 

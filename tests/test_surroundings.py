@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from evit import compiling
-from evit.data.prepare import train_command
+from evit.commands.prepare import train_command
 from tests.conftest import ROOT
 
 ODD = "it's $(touch owned) `touch owned` \"; touch owned; $$(shell touch owned)"
@@ -74,7 +74,8 @@ def test_the_cache_of_torch_compile_is_ours_alone(tmp_path, monkeypatch):
 
 
 def test_what_is_compiled_of_ours_is_loaded_from_no_folder_of_all_users():
-    from evit.data import _jpeg, operations
+    from evit.data.ffcv import augment as operations
+    from evit.data.ffcv import jpeg as _jpeg
 
     library = re.search(r"'(\S+\.so)'", str(_jpeg._load()))[1]
     for path in (Path(library), Path(operations.augment_batch._cache.cache_path)):
@@ -88,7 +89,9 @@ LIGHTNING = ["2.6.2", "2.6.3"]  # with malware: GHSA-w37p-236h-pfx3
 
 def test_dependencies_are_pinned_and_the_malicious_ones_excluded():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    groups = [project["dependencies"], *project["optional-dependencies"].values()]
+    extras = project["optional-dependencies"]
+    assert extras.pop("imagenet") == ["scipy"]  # not installed unless it is wanted
+    groups = [project["dependencies"], *extras.values()]
     needed = [Requirement(text) for group in groups for text in group]
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     pinned = [Requirement(line) for line in lines if not line.startswith("#")]

@@ -205,7 +205,7 @@ def test_a_data_folder_that_cannot_serve_is_named_and_nothing_is_left(
 
 
 def test_a_beton_cut_in_half_is_named(photos, tmp_path, in_process):
-    from evit.data.prepare import prepare
+    from evit.commands.prepare import prepare
 
     folder = prepare(photos, tmp_path / "betons", mode="jpg", max_resolution=None, jpeg_quality=95)
     path = folder / "train.beton"
@@ -217,8 +217,8 @@ def test_a_beton_cut_in_half_is_named(photos, tmp_path, in_process):
 @pytest.mark.parametrize("backend", ["ffcv", "imagefolder"])
 def test_a_damaged_image_ends_an_epoch_with_its_name_and_no_traceback(backend, photos, tmp_path):
     if backend == "ffcv":
-        from evit.data.beton import ALLOCATION, HEADER
-        from evit.data.prepare import prepare
+        from evit.commands.prepare import prepare
+        from evit.data.ffcv.format import ALLOCATION, HEADER
 
         root = prepare(photos, tmp_path / "betons", mode="jpg", max_resolution=None)
         content = bytearray((root / "train.beton").read_bytes())

@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from evit.config import VisualizeConfig
 from evit.data.batch import normalize
 from evit.models import create_model
 from evit.report.pictures import draw_kept

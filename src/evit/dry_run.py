@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from evit import measure
 from evit.config import by_data
-from evit.data.sources import epoch_length
+from evit.data.order import epoch_length
 from evit.recipe import Recipe
 from evit.reducers.schedule import keep_rate_at
 from evit.report import paper, plans
@@ -92,7 +92,7 @@ def data_facts(cfg: DictConfig, recipe: Recipe) -> dict[str, Any]:
     if by_data(True, False, False, _root_=cfg):
         facts: dict[str, Any] = IMAGENET | dict(label_maps=bool(cfg.data.label_maps))
     else:
-        data = instantiate(cfg.data, batch_size=recipe.batch_size, _convert_="all")
+        data = instantiate(cfg.data, recipe=recipe, _convert_="object")
         facts = dict(name=data.name, num_classes=data.num_classes)
         facts |= {f"{split}_images": data.num_images(split) for split in data.splits}
         facts |= dict(label_maps=data.has_label_maps)

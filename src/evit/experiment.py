@@ -166,16 +166,8 @@ def build(cfg: DictConfig, recipe: Recipe) -> tuple[Images, torch.nn.Module]:
     recipe.check_start(cfg.checkpoint, cfg.pretrained)
     data = instantiate(
         cfg.data,
-        batch_size=recipe.batch_size,
-        max_train_images=recipe.max_train_images,
-        max_val_images=recipe.max_val_images,
-        crop_scale=recipe.crop_scale,
-        flip=recipe.flip,
-        rand_augment=recipe.rand_augment,
-        color_jitter=recipe.color_jitter,
-        repeated_augmentations=recipe.repeated_augmentations,
-        crop_pct=recipe.crop_pct,
-        _convert_="all",
+        recipe=recipe,
+        _convert_="object",
     )
     torch.manual_seed(mix_seed(cfg.seed))
     model = instantiate(

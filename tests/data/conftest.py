@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evit.data import _ffcv  # noqa: F401  (before any other import of FFCV)
-from evit.data.beton import sidecar_path
-from evit.data.writer import write_beton
+from evit.data.ffcv import _ffcv  # noqa: F401  (before any other import of FFCV)
+from evit.data.ffcv.format import sidecar_path
+from evit.data.ffcv.write import write_beton
 
 CLASSES = ["a", "b", "c"]
 

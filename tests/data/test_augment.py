@@ -10,9 +10,10 @@ from PIL import Image
 from timm.data import auto_augment
 from torchvision.transforms import functional as F
 
-from evit.data.augment import Augmentation, argument_of
-from evit.data.operations import NOTHING, apply_operation
-from evit.data.rand_augment import (
+from evit.data.ffcv.augment import NOTHING, apply_operation
+from evit.data.ffcv.draw import Augmentation, argument_of
+from evit.data.order import repeated_order
+from evit.data.randaugment import (
     OPERATIONS,
     PILRandAugment,
     RandAugment,
@@ -20,8 +21,7 @@ from evit.data.rand_augment import (
     source_of,
     warp_of,
 )
-from evit.data.sources import repeated_order
-from evit.data.stream import FFCVStream
+from tests.data import build
 from tests.data.test_pixels import photo
 
 DEIT = "rand-m9-mstd0.5-inc1"
@@ -225,7 +225,7 @@ def test_posterize_to_no_bits_is_black_whatever_pillow_says():
 
 
 def stream(path, **options):
-    return FFCVStream(path, train=True, **dict(img_size=32, batch_size=8, fill=FILL) | options)
+    return build.stream(path, **dict(fill=FILL) | options)
 
 
 def pixels_of(batches):
@@ -273,7 +273,7 @@ def test_repeated_augmentation_is_deits_index_for_index(world_size, epoch):
 
 
 def test_streamed_views_of_an_image_follow_each_other_and_differ(written):
-    one = stream(written, repeats=3)
+    one = stream(written, repeated_augmentations=3)
     assert len(one) == 8
     samples = one.samples(1)
     groups = samples[:63].reshape(-1, 3)
@@ -282,6 +282,9 @@ def test_streamed_views_of_an_image_follow_each_other_and_differ(written):
     one.set_epoch(1)
     seen = pixels_of(one)
     assert len({image.tobytes() for image in seen}) == 64
-    ranks = [stream(written, repeats=3, rank=r, world_size=2, batch_size=5) for r in range(2)]
+    ranks = [
+        stream(written, repeated_augmentations=3, rank=r, world_size=2, batch_size=5)
+        for r in range(2)
+    ]
     both = np.stack([rank.samples(1) for rank in ranks], 1).flatten()
     assert both.tolist() == repeated_order(71, 3, 1)[: len(both)].tolist()

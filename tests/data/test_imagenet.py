@@ -1,23 +1,29 @@
-"""ImageNet as it is found: every layout gives the same images, in the same order."""
+"""ImageNet as people have it: every layout gives the same images, in the same order."""
 
+import csv
+import hashlib
 import io
 import shutil
+import sys
 import tarfile
 from pathlib import Path
 
 import pytest
+import torch
 from timm.data import ImageNetInfo
+from torchvision.datasets import imagenet as torchvision_imagenet
 
-from evit.data import Folder, imagenet
-from evit.data.archives import TarMember, tar_members
-from evit.data.imagenet import DEVKIT, GROUND_TRUTH, META, find_images, require_imagenet
-from evit.data.prepare import prepare
+from evit.commands import prepare as command
+from evit.commands.prepare import find_images, prepare
+from evit.data import Folder
+from evit.data.ffcv.format import check_beton
+from evit.data.folders import require_imagenet
+from tests.data.build import folder, module
 
 WNIDS = ["n01440764", "n01443537", "n01484850"]
-# The devkit's order, in meta.mat, is not the sorted one, and it knows more than the classes.
-SYNSETS = [WNIDS[2], WNIDS[0], WNIDS[1], "n00001740"]
-TRUTH = [3, 1, 2, 2, 1, 3, 1]  # the class of each validation image, in the devkit's numbers
+TRUTH = [WNIDS[i] for i in (2, 0, 1, 1, 0, 2, 0)]  # the class of each validation image
 OPTIONS = dict(mode="jpg", max_resolution=None, jpeg_quality=95, num_workers=1)
+TRAIN, VAL, DEVKIT = (torchvision_imagenet.ARCHIVE_META[k][0] for k in ("train", "val", "devkit"))
 
 
 @pytest.fixture(scope="module")
@@ -29,25 +35,15 @@ def tree(picture, tmp_path_factory) -> Path:
         path = root / "train" / wnid / f"{wnid}_{k * 7}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture(k, 40 + k, 50).save(path)
-    for number, synset in enumerate(TRUTH, 1):
-        path = root / "val" / SYNSETS[synset - 1] / f"ILSVRC2012_val_{number:08}.JPEG"
+    for number, wnid in enumerate(TRUTH, 1):
+        path = root / "val" / wnid / f"ILSVRC2012_val_{number:08}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
         picture(100 + number, 50, 40 + number).save(path)
     return root
 
 
-@pytest.fixture(scope="module")
-def devkit(tmp_path_factory) -> Path:
-    """DEVKIT/data/, as it comes out of its archive."""
-    data = tmp_path_factory.mktemp("devkit") / DEVKIT / "data"
-    data.mkdir(parents=True)
-    shutil.copy(Path(__file__).with_name(META), data)
-    (data / GROUND_TRUTH).write_text("".join(f"{synset}\n" for synset in TRUTH))
-    return data.parent
-
-
-def packed(path: Path, files: dict[str, bytes], mode: str = "w") -> Path:
-    with tarfile.open(path, mode) as archive:
+def packed(path: Path, files: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as archive:
         for name, content in files.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
@@ -60,78 +56,90 @@ def contents(folder: Path, pattern: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob(pattern), reverse=True)}
 
 
-def pack_train(tree: Path, root: Path) -> None:
-    tars = {}
-    for wnid in reversed(WNIDS):
-        path = packed(root / "class.tar", contents(tree / "train" / wnid, "*"))
-        tars[f"{wnid}.tar"] = path.read_bytes()
-        path.unlink()
-    packed(root / "ILSVRC2012_img_train.tar", tars)
+def write_solution(root: Path) -> None:
+    with open(root / command.SOLUTION, "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["ImageId", "PredictionString"])
+        for number, wnid in reversed([*enumerate(TRUTH, 1)]):
+            rows.writerow([f"ILSVRC2012_val_{number:08}", f"{wnid} 1 2 3 4 {WNIDS[0]} 1 2 3 4"])
 
 
-def flatten_val(tree: Path, root: Path) -> None:
-    (root / "val").mkdir()
+def flatten(tree: Path, folder: Path) -> None:
+    folder.mkdir()
     for path in (tree / "val").glob("*/*"):
-        shutil.copy(path, root / "val")
-
-
-LAYOUTS = ["flat val", "flat val, devkit's files", "flat val, unpacked devkit", "archives", "mixed"]
+        shutil.copy(path, folder)
 
 
 @pytest.fixture
-def layout(tree, devkit, tmp_path):
+def layout(tree, tmp_path, monkeypatch):
+    """Makes a layout; the archives have their own checksums, the devkit has been read."""
+
     def make(name: str) -> Path:
         root = tmp_path / "imagenet"
-        root.mkdir()
-        if name.startswith("flat"):
-            shutil.copytree(tree / "train", root / "train")
-            flatten_val(tree, root)
-        else:
-            pack_train(tree, root)
+        base = root / command.KAGGLE if name == "kaggle" else root
+        base.mkdir(parents=True)
         if name == "archives":
-            packed(root / "ILSVRC2012_img_val.tar", contents(tree / "val", "*/*"))
-        if name == "mixed":
-            shutil.copytree(tree / "val", root / "val")
-        if name.endswith("files"):
-            shutil.copytree(devkit / "data", root, dirs_exist_ok=True)
-        elif name.endswith("unpacked devkit"):
-            shutil.copytree(devkit, root / DEVKIT)
-        elif name != "mixed":
-            with tarfile.open(root / f"{DEVKIT}.tar.gz", "w:gz") as archive:
-                archive.add(devkit, DEVKIT)
+            tars = {}
+            for wnid in reversed(WNIDS):
+                path = packed(root / "class.tar", contents(tree / "train" / wnid, "*"))
+                tars[f"{wnid}.tar"] = path.read_bytes()
+                path.unlink()
+            archives = packed(root / TRAIN, tars), packed(root / VAL, contents(tree / "val", "*/*"))
+            for split, path in zip(("train", "val"), archives, strict=True):
+                md5 = hashlib.md5(path.read_bytes()).hexdigest()
+                monkeypatch.setitem(torchvision_imagenet.ARCHIVE_META, split, (path.name, md5))
+        else:
+            shutil.copytree(tree / "train", base / "train")
+            flatten(tree, base / "val")
+        if name == "kaggle":
+            write_solution(root)
+        else:
+            words = {wnid: (wnid,) for wnid in WNIDS}
+            torch.save((words, TRUTH), root / torchvision_imagenet.META_FILE)
         return root
 
     return make
 
 
 def read(samples):
-    return [
-        (label, image.read() if isinstance(image, TarMember) else Path(image).read_bytes())
-        for image, label in samples
-    ]
+    return [(label, Path(image).read_bytes()) for image, label in samples]
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", ["flat val", "kaggle", "archives"])
 def test_every_layout_has_the_images_labels_and_order_of_the_tree(tree, layout, name):
     classes, expected = find_images(tree)
-    found_classes, found = find_images(layout(name))
-    assert found_classes == classes == WNIDS
-    for split in "train", "val":
-        assert read(found[split]) == read(expected[split])
-    assert [label for _, label in found["val"]] == [0, 0, 1, 1, 2, 2, 2]
+    root = layout(name)
+    for _ in range(2):  # what is unpacked is read as it is
+        found_classes, found = find_images(root)
+        assert found_classes == classes == WNIDS
+        for split in "train", "val":
+            assert read(found[split]) == read(expected[split])
+        assert [label for _, label in found["val"]] == [0, 0, 0, 1, 1, 2, 2]
+        for archive in root.glob("*.tar"):
+            archive.unlink()
 
 
-def test_archives_become_the_very_files_that_the_tree_becomes(tree, layout, tmp_path):
-    first = prepare(tree, tmp_path / "a", **OPTIONS)
-    second = prepare(layout("archives"), tmp_path / "b", **OPTIONS)
-    for split in "train", "val":
-        assert (first / f"{split}.beton").read_bytes() == (second / f"{split}.beton").read_bytes()
+def test_kaggles_layout_is_prepared_as_it_is(layout, tmp_path):
+    found = prepare(layout("kaggle"), tmp_path / "b", **OPTIONS)
+    assert check_beton(found / "val.beton")["num_samples"] == 7
+    assert check_beton(found / "train.beton")["classes"] == WNIDS
 
 
-def test_label_maps_of_images_in_an_archive_are_found_by_class_and_name(layout, tmp_path):
-    root = layout("archives")
-    with pytest.raises(ValueError, match="10 of 10 .*maps/n01440764/n01440764_0.pt"):
-        prepare(root, tmp_path / "b", label_maps=tmp_path / "maps", **OPTIONS)
+def test_the_devkit_is_read_by_torchvision(layout, tmp_path):
+    pytest.importorskip("scipy")
+    root = layout("flat val")
+    (root / torchvision_imagenet.META_FILE).unlink()
+    with pytest.raises(ValueError, match="classes of the validation images are missing"):
+        find_images(root)
+
+
+def test_without_scipy_it_is_said_how_to_get_it(layout, monkeypatch):
+    root = layout("flat val")
+    (root / torchvision_imagenet.META_FILE).unlink()
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    with pytest.raises(ValueError, match="takes scipy: .*pip install scipy"):
+        find_images(root)
 
 
 def cut(path: Path) -> None:
@@ -141,38 +149,17 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "harm", "message"),
     [
-        ("archives", lambda r: (r / f"{DEVKIT}.tar.gz").unlink(), f"missing. Put {DEVKIT}.tar.gz"),
-        ("archives", lambda r: cut(r / f"{DEVKIT}.tar.gz"), f"{DEVKIT}.tar.gz is damaged"),
-        ("archives", lambda r: cut(r / "ILSVRC2012_img_train.tar"), "_train.tar is not a whole"),
+        ("archives", lambda r: cut(r / TRAIN), f"{TRAIN}.* is corrupted"),
+        ("archives", lambda r: (r / VAL).write_bytes(b"<html>" * 999), f"{VAL}.* is corrupted"),
+        ("archives", lambda r: (r / TRAIN).unlink(), "has no train/.*as downloaded .*Kaggle"),
+        ("archives", lambda r: (r / VAL).unlink(), "has no val/.*as downloaded .*Kaggle"),
+        ("flat val", lambda r: shutil.rmtree(r / "train" / WNIDS[1]), f"{WNIDS[1]}, which train/"),
+        ("flat val", lambda r: (r / "train/n1.tar").touch(), "n1.tar has not been unpacked"),
         (
-            "archives",
-            lambda r: (r / "ILSVRC2012_img_val.tar").write_bytes(b"<html>" * 999),
-            "_val.tar is not a whole",
+            "kaggle",
+            lambda r: (r / command.SOLUTION).write_text("ImageId,PredictionString\n"),
+            "of class unknown, which train/ lacks",
         ),
-        (
-            "archives",
-            lambda r: packed(r / "ILSVRC2012_img_val.tar", {"README": b"none"}),
-            "holds no images",
-        ),
-        (
-            "archives",
-            lambda r: (r / "ILSVRC2012_img_train.tar").unlink(),
-            "neither train/CLASS/.* nor ILSVRC2012_img_train.tar",
-        ),
-        (
-            "archives",
-            lambda r: (r / "ILSVRC2012_img_val.tar").unlink(),
-            "neither val/CLASS/.* nor ILSVRC2012_img_val.tar",
-        ),
-        ("flat val, devkit's files", lambda r: (r / GROUND_TRUTH).write_text("1\n2\n"), "to _0000"),
-        (
-            "flat val, devkit's files",
-            lambda r: (r / GROUND_TRUTH).write_text("9\n" * 7),
-            "cannot be understood",
-        ),
-        ("flat val, devkit's files", lambda r: (r / META).write_text("?"), "cannot be understood"),
-        ("flat val", lambda r: shutil.rmtree(r / "train" / WNIDS[1]), f"train lacks: {WNIDS[1]}"),
-        ("mixed", lambda r: (r / "val" / "n09999999").mkdir(), "train lacks: n09999999"),
     ],
 )
 def test_what_is_missing_or_damaged_is_named(layout, name, harm, message):
@@ -182,8 +169,15 @@ def test_what_is_missing_or_damaged_is_named(layout, name, harm, message):
         find_images(root)
 
 
+def test_without_a_solution_or_a_devkit_it_is_said_what_is_missing(layout):
+    root = layout("kaggle")
+    (root / command.SOLUTION).unlink()
+    with pytest.raises(ValueError, match=f"scipy|{command.SOLUTION}"):
+        find_images(root)
+
+
 def test_an_empty_folder_is_told_what_it_may_hold(tmp_path):
-    with pytest.raises(ValueError, match="no train/.*ILSVRC2012_img_train.tar.*devkit_t12.tar.gz"):
+    with pytest.raises(ValueError, match=f"no train/.*{TRAIN}.*Kaggle has it"):
         find_images(tmp_path)
 
 
@@ -202,27 +196,77 @@ def test_a_thousand_classes_in_words_are_not_data_imagenet(tmp_path):
         for label in range(1000):
             (tmp_path / split / f"word {label:03}").mkdir(parents=True)
     with pytest.raises(ValueError, match="class 0 is 'word 000', where .* WordNet ids"):
-        Folder(tmp_path, num_classes=1000, img_size=28, batch_size=1)
+        module(Folder, tmp_path, num_classes=1000)
 
 
-def test_training_on_archives_is_told_to_prepare_them(layout):
+def test_training_on_what_is_to_be_prepared_says_so(layout):
     with pytest.raises(ValueError, match="has no train/.*make imagenet ROOT="):
-        Folder(layout("archives"), img_size=28, batch_size=1)
+        module(Folder, layout("kaggle"))
 
 
 def test_other_numbers_of_images_are_told(monkeypatch):
     samples = {"train": [("a", 0)], "val": [("b", 0)] * 50 + [("c", 1)] * 49}
-    train, val, each = imagenet.strange_counts(["x", "y"], samples)
+    train, val, each = command.strange_counts(["x", "y"], samples)
     assert train == "train has 1 images, ImageNet-1k has 1281167" and val.startswith("val has 99")
     assert "1 classes have more or fewer, y has 49" in each
     samples = {"train": [("a", 0)] * 3, "val": [("b", 0)] * 50}
-    monkeypatch.setattr(imagenet, "NUM_IMAGES", {"train": 3, "val": 50})
-    assert imagenet.strange_counts(["x"], samples) == []
+    monkeypatch.setattr(command, "NUM_IMAGES", {"train": 3, "val": 50})
+    assert command.strange_counts(["x"], samples) == []
 
 
-def test_a_member_that_the_archive_has_lost_is_not_read_short(tree, layout):
-    path = layout("archives") / "ILSVRC2012_img_val.tar"
-    members = list(tar_members(path))
-    cut(path)
-    with pytest.raises(OSError, match="ends within it"):
-        [member.read() for member in members]
+def test_a_changed_image_is_prepared_again_and_others_are_not(tree, tmp_path, capsys):
+    root = shutil.copytree(tree, tmp_path / "copy")
+    prepare(root, tmp_path / "b", **OPTIONS)
+    prepare(root, tmp_path / "b", **OPTIONS)
+    assert capsys.readouterr().out.count("is there already") == 2
+    image = next((root / "val" / WNIDS[0]).iterdir())
+    image.write_bytes(image.read_bytes())
+    prepare(root, tmp_path / "b", **OPTIONS)
+    assert capsys.readouterr().out.count("is there already") == 1
+
+
+SOURCE = """
+import io
+import numpy as np
+from PIL import Image
+
+class Two(list):
+    classes = ["dark", "light"]
+
+def pictures(count):
+    for k in range(count):
+        image = Image.new("RGB", (20, 30), (90 * k % 250,) * 3)
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        yield (image, buffer.getvalue(), np.asarray(image))[k % 3], k % 2
+
+def make_train():
+    return Two(pictures(8))
+
+def make_val():
+    return Two(pictures(3))
+
+def no_train_classes():
+    return [*pictures(3)]
+
+no_val_classes = no_train_classes
+"""
+
+
+def test_a_data_set_in_python_is_a_source(tmp_path, monkeypatch):
+    (tmp_path / "own_pictures.py").write_text(SOURCE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    found = prepare("own_pictures:make_train", tmp_path / "own", **OPTIONS | dict(mode="raw"))
+    data = folder(found, tmp_path, crop_pct=1.0, batch_size=3)
+    ((images, labels),) = data.val_dataloader()
+    assert data.classes == ["dark", "light"] and labels.tolist() == [0, 1, 0]
+    assert images.float().mean((1, 2, 3)).tolist() == [0, 90, 180]
+    for source, message in (
+        ("own_pictures:nothing_train", "has no attribute 'nothing_train'"),
+        ("no_such_pictures:make_train", "No module named 'no_such_pictures'"),
+        ("own_pictures:no_train_classes", "need `classes`"),
+        ("own_pictures:pictures", "name the function of train"),
+    ):
+        with pytest.raises(ValueError, match=f"source={source}: .*{message}"):
+            prepare(source, tmp_path / "own", **OPTIONS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from evit.data.label_maps import label_map_paths, read_label_map, token_targets
-from evit.data.rand_augment import warp_of
+from evit.data.randaugment import warp_of
 
 K = 7
 

@@ -1,5 +1,7 @@
 """Making label maps: dense logits of many kinds of models, the files, what is refused."""
 
+import os
+
 import numpy as np
 import pytest
 import timm
@@ -8,10 +10,10 @@ from huggingface_hub import constants
 from PIL import Image
 
 import evit  # noqa: F401
-from evit.data import Folder
+from evit.commands.label_maps import dense_logits, make_label_maps
 from evit.data.label_maps import read_label_map
-from evit.data.make_label_maps import dense_logits, make_label_maps
 from tests.conftest import command
+from tests.data.build import folder
 
 CLASSES = [*"abcdef"]
 SIZE = 64
@@ -149,6 +151,15 @@ def test_maps_that_are_there_are_kept_and_damaged_ones_made_again(tree, checkpoi
     assert [i for i in range(12) if again[i] != times[i]] == [3, 5]
 
 
+def test_a_map_that_is_older_than_its_image_is_made_again(tree, checkpoint, tmp_path):
+    target = make(tree, tmp_path / "maps", checkpoint)
+    old, kept = target / "a/0.pt", target / "a/1.pt"
+    os.utime(old, ns=(0, 1))
+    before = kept.stat().st_mtime_ns
+    make(tree, target, checkpoint)
+    assert old.stat().st_mtime_ns > 1 and kept.stat().st_mtime_ns == before
+
+
 def test_a_folder_of_other_maps_is_not_mixed(tree, checkpoint, tmp_path):
     target = make(tree, tmp_path / "maps", checkpoint)
     with pytest.raises(ValueError, match=r"holds label maps with img_size \[64, 64\], not \[96"):
@@ -202,7 +213,7 @@ def test_a_model_for_other_classes_is_named(tree, checkpoint, tmp_path):
 
 def test_pretrained_for_other_classes_is_named(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "evit.data.make_label_maps.create_model", lambda name, _, **options: build(name, 1000)
+        "evit.commands.label_maps.create_model", lambda name, _, **options: build(name, 1000)
     )
     with pytest.raises(ValueError, match="knows 1000 classes and the tree has 6"):
         make(tree, tmp_path / "maps", None, img_size=None)
@@ -235,9 +246,5 @@ def test_the_command_makes_maps_that_training_reads(tree, checkpoint, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "12 images in 6 classes, 0 have their" in done.stdout and "images/s" in done.stdout
-    data = Folder(
-        tree, img_size=28, batch_size=4, cache_dir=tmp_path / "cache", label_maps=tmp_path / "maps"
-    )
-    data.prepare_data()
-    data.setup()
+    data = folder(tree, tmp_path / "cache", label_maps=tmp_path / "maps")
     assert data.label_map_shape == (3, 3)

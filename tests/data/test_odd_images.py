@@ -14,13 +14,17 @@ from multiprocessing import active_children
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import v2 as T
 
-from evit.data import Folder
-from evit.data.beton import BetonError, check_beton, sidecar_path
-from evit.data.prepare import prepare
-from evit.data.sources import image_files, tree_classes
+from evit.commands.prepare import prepare
+from evit.data.ffcv.format import BetonError, check_beton, sidecar_path
+from evit.data.folders import cut_long, image_files, to_rgb
+from evit.data.imagefolder import evaluation_transform
 from tests.conftest import write_photos
+from tests.data import build
 
 SIZE = 28
 OPTIONS = dict(img_size=SIZE, batch_size=4, crop_pct=1.0, num_workers=1)
@@ -61,12 +65,13 @@ def transparent(image, path):
 
 def deep(image, path):
     gray = np.asarray(image.convert("L")).astype(np.uint16)
-    Image.fromarray(gray * 2).save(path)  # in 16 bits, of which Pillow keeps what is below 256
+    Image.fromarray(gray * 257).save(path)
 
 
 def link(image, path):
-    image.save(f"{path}.bin", "PNG")
-    os.symlink(f"{path}.bin", path)
+    target = os.path.join(os.path.dirname(path), ".target")
+    image.save(target, "PNG")
+    os.symlink(target, path)
 
 
 READABLE = {
@@ -128,10 +133,7 @@ def shown(data):
 
 
 def ready(root, tmp_path, **options):
-    data = Folder(root, **OPTIONS | dict(cache_dir=tmp_path / "cache") | options)
-    data.prepare_data()
-    data.setup()
-    return data
+    return build.folder(root, tmp_path / "cache", **OPTIONS | options)
 
 
 @pytest.mark.parametrize("way", ["imagefolder", "ffcv, raw", "ffcv, jpg", "prepared"])
@@ -148,7 +150,7 @@ def test_odd_images_look_as_pillow_reads_them_under_their_labels(odd, tmp_path, 
     for path, image, label in zip(paths, images, labels, strict=True):
         assert label == ("/dog/" in path), path
         with Image.open(path) as opened:
-            right = opened.convert("RGB")
+            right = to_rgb(opened)
         if "wide" in path:
             right = right.crop((9900, 0, 10100, 200))
         right = np.asarray(right.resize((SIZE, SIZE), Image.Resampling.BICUBIC)).astype(int)
@@ -306,8 +308,107 @@ def test_a_beton_that_may_not_be_read_is_named(name, copied):
     assert sidecar_path(copied).is_file()
 
 
-def test_a_class_of_images_that_are_all_left_out_has_none(photos):
-    for path in (photos / "val/cat").iterdir():
-        path.rename(path.with_name(f".{path.name}"))
-    assert image_files(f"{photos}/val/cat") == []
-    assert tree_classes(photos) == ["cat", "dog"]
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["hidden", "no image", "none"])
+def test_a_class_without_images_is_named(backend, kind, photos, tmp_path):
+    for path in (photos / "train/cat").iterdir():
+        path.unlink()
+    if kind != "none":
+        name = ".x.jpg" if kind == "hidden" else "film.mp4"
+        (photos / "train/cat" / name).write_bytes(b"no image")
+    with pytest.raises(ValueError, match="class folder .*train/cat holds no images: add some"):
+        ready(photos, tmp_path, backend=backend)
+
+
+ENDINGS = {"x.jfif": "JPEG", "x.gif": "GIF", "x.avif": "AVIF", "x.jp2": "JPEG2000", "x": "PNG"}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_opens_as_an_image_is_one_whatever_its_ending(
+    backend, photos, picture, tmp_path, capfd
+):
+    for name, kind in ENDINGS.items():
+        picture(1, 40, 40).save(photos / "val/cat" / name, kind)
+    (photos / "val/cat/notes").write_text("no image")
+    images, labels = shown(ready(photos, tmp_path, backend=backend, mode="raw", splits=["val"]))
+    assert labels.tolist() == [0] * (3 + len(ENDINGS)) + [1] * 3
+    right = np.asarray(picture(1, 40, 40).resize((SIZE, SIZE), Image.Resampling.BOX)).astype(int)
+    for image in images[3:-3]:
+        assert np.abs(image - right).mean() < 12
+    assert "No images, left out: 1 files" in capfd.readouterr().out
+
+
+RAMP = np.linspace(8000, 60000, 40 * 40).reshape(40, 40)
+DEEP = {
+    "16 bits.png": RAMP.astype(np.uint16),
+    "16 bits.tif": RAMP.astype(np.uint16),
+    "big endian.tif": RAMP.astype(">u2"),
+    "32 bits.tif": RAMP.astype(np.int32),
+    "floats.tif": (RAMP / 65535).astype(np.float32),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_deep_images_keep_their_shades(backend, photos, tmp_path):
+    for name, pixels in DEEP.items():
+        Image.fromarray(pixels).save(photos / "val/cat" / name)
+    options = dict(backend=backend, mode="raw", splits=["val"], img_size=40)
+    images, _ = shown(ready(photos, tmp_path, **options))
+    right = np.rint(RAMP / 257)[..., None]
+    places = [n for n, path in enumerate(image_files(f"{photos}/val/cat")) if path[-1] in "gf"]
+    deep = [n for n in places if os.path.basename(image_files(f"{photos}/val/cat")[n]) in DEEP]
+    assert len(deep) == len(DEEP)
+    for n in deep:
+        assert np.abs(images[n] - right).max() <= 1
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_classes_that_differ_above_255_differ(backend, tmp_path):
+    for split in "train", "val":
+        for name, level in ("cat", 300), ("dog", 40_000):
+            folder = tmp_path / "tree" / split / name
+            folder.mkdir(parents=True)
+            for k in range(4):
+                Image.fromarray(np.full((40, 40), level + k, np.uint16)).save(folder / f"{k}.png")
+    images, labels = shown(ready(tmp_path / "tree", tmp_path, backend=backend))
+    means = [images[labels == label].mean() for label in (0, 1)]
+    assert means[0] == pytest.approx(300 / 257, abs=1) and means[1] == pytest.approx(155.6, abs=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pixels", [RAMP.astype(np.float32), -RAMP.astype(np.int32), RAMP * np.nan])
+def test_deep_images_of_unknown_range_are_refused(backend, pixels, photos, tmp_path):
+    kind = np.int32 if pixels.dtype == np.int32 else np.float32
+    Image.fromarray(pixels.astype(kind)).save(photos / "train/cat/deep.tif")
+    with pytest.raises(ValueError, match="deep.tif is not a readable image .*expected 0 to"):
+        list(ready(photos, tmp_path, backend=backend).train_dataloader())
+
+
+def test_a_changed_image_of_the_same_size_is_seen(photos, tmp_path):
+    def files():
+        return ready(photos, tmp_path).beton_dir
+
+    path, first = photos / "val/cat/0.jpg", files()
+    assert files() == first
+    path.write_bytes(bytes(reversed(path.read_bytes())))
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    path.write_bytes((photos / "val/dog/0.jpg").read_bytes())
+    assert files() != first
+
+
+@pytest.mark.parametrize("size", [(1, 12_000), (12_000, 1), (3, 60_000)])
+def test_the_longest_images_are_cut_before_they_are_enlarged(size):
+    transform, image = evaluation_transform(224, 0.875), Image.new("RGB", size, (9, 80, 200))
+    pixels = transform(image)
+    small = cut_long(image)
+    assert pixels.shape == (3, 224, 224) and (pixels.flatten(1).T == pixels[:, 0, 0]).all()
+    assert max(small.size) <= 17 * min(size)
+
+
+def test_images_of_usual_shape_are_evaluated_as_published(picture):
+    published = T.Compose(
+        [T.Resize(64, InterpolationMode.BICUBIC), T.CenterCrop(56), T.PILToTensor()]
+    )
+    for size in (40, 50), (300, 31), (20, 320), (100, 100):
+        image = picture(3, *size)
+        assert torch.equal(evaluation_transform(56, 0.875)(image), published(image))

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evit.data import _jpeg
-from evit.data.pixels import choose_shrink, crop_image, decode_jpeg
-from evit.data.stream import FFCVStream
-from evit.data.writer import write_beton
+from evit.data.ffcv import jpeg as _jpeg
+from evit.data.ffcv.decode import _decode_jpeg, choose_shrink, crop_image, decode_jpeg
+from evit.data.ffcv.write import write_beton
+from tests.data.build import stream
 
 SUBSAMPLINGS = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2, "gray": 3, "4:4:0": 4, "4:1:1": 5}
 PROGRESSIVE = 16384
@@ -148,10 +148,10 @@ def test_training_decodes_at_a_lower_scale_and_evaluation_does_not(tmp_path):
     whole = pillow((tmp_path / "x.jpg").read_bytes())
     mean = area_mean(whole, (0, 0, 300, 300), (32, 32))
     options = {"img_size": 32, "batch_size": 1, "crop_pct": 1.0, "flip": 0.0}
-    options |= {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)}
+    options |= {"crop_scale": [1.0, 1.0]}
     differences = []
     for train in True, False:
-        [(images, _)] = FFCVStream(path, train=train, **options)
+        [(images, _)] = stream(path, train, **options)
         differences.append(np.abs(images[0].permute(1, 2, 0).numpy() - mean).max())
     assert differences[1] < 0.51 < differences[0] < 20
 
@@ -227,7 +227,7 @@ def test_no_damaged_jpeg_is_written_beyond_its_buffer(count):
         shrink = 2 ** int(rng.integers(4))
         top, bottom = sorted(rng.integers(0, -(-height // shrink) + 1, 2).tolist())
         left, right = sorted(rng.integers(0, -(-width // shrink) + 1, 2).tolist())
-        stride = 3 * (right - left + 36)  # as evit.data.pixels has it
+        stride = 3 * (right - left + 42)  # as evit.data.ffcv.decode has it
         memory = np.full(2 * guard + stride * (bottom - top), 0xA5, np.uint8)
         data = mutated(data, rng)
         status = function(
@@ -274,3 +274,79 @@ def test_without_a_compiler_it_is_said_what_to_install(elsewhere, monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.raises(ImportError, match="no-such-compiler.*make setup.*libjpeg-dev"):
         _jpeg._load()
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """make_jpeg.c, compiled as jpeg_crop.c is."""
+    path = tmp_path_factory.mktemp("library") / "make_jpeg.so"
+    flags = _jpeg._run("pkg-config", "--cflags", "--libs", "libjpeg").split()
+    source = Path(__file__).with_name("make_jpeg.c")
+    _jpeg._run("cc", "-O2", "-shared", "-fPIC", str(source), "-o", str(path), *flags)
+    found = ctypes.CDLL(str(path))
+    found.make_jpeg.restype = ctypes.c_ulong
+    return found
+
+
+GRAY, RGB, YCBCR, CMYK, YCCK = 1, 2, 3, 4, 5  # libjpeg's J_COLOR_SPACE
+SPACES = {GRAY: (GRAY, 1), RGB: (RGB, 3), YCBCR: (RGB, 3), CMYK: (CMYK, 4), YCCK: (CMYK, 4)}
+LUMA = [(h, v) for h in range(1, 5) for v in range(1, 5) if h * v <= 8]
+
+
+def make(library, rng, size, space, factors, progressive, arithmetic, restart):
+    """A JPEG of blocks of random colours, None where libjpeg writes no such file."""
+    source, channels = SPACES[space]
+    coarse = rng.integers(0, 256, (size[0] // 4 + 1, size[1] // 4 + 1, channels), dtype=np.uint8)
+    pixels = np.ascontiguousarray(coarse.repeat(4, 0).repeat(4, 1)[: size[0], : size[1]])
+    data = ctypes.c_void_p()
+    count = library.make_jpeg(
+        *(pixels.ctypes.data_as(ctypes.c_void_p), size[1], size[0], channels, source, space),
+        *((ctypes.c_int * len(factors))(*factors), progressive, arithmetic, restart),
+        ctypes.byref(data),
+    )
+    found = ctypes.string_at(data, count) if count else None
+    if data:
+        library.free_jpeg(data)
+    return found
+
+
+def whole(library, data, size, shrink):
+    """All of it by libjpeg, None where it fails."""
+    found = np.zeros((*(-(-side // shrink) for side in size), 3), np.uint8)
+    target = found.ctypes.data_as(ctypes.c_void_p)
+    failed = library.whole_jpeg(data, ctypes.c_ulong(len(data)), shrink, target)
+    return None if failed else found
+
+
+@pytest.mark.parametrize("count", [400, pytest.param(8000, marks=pytest.mark.slow)])
+def test_a_part_of_any_jpeg_is_that_part_of_the_whole(library, count):
+    """Any sampling of each component, progressive, arithmetic, restart markers, colour spaces."""
+    rng, seen, refused = np.random.default_rng(0), 0, 0
+    for _ in range(count):
+        space = int(rng.choice([GRAY, RGB, YCBCR, YCBCR, YCBCR, CMYK, YCCK]))
+        components = SPACES[space][1]
+        factors = list(rng.integers(1, 5, 2 * components))
+        if rng.random() < 0.7:  # as cameras and programs write it
+            factors = [*LUMA[rng.integers(len(LUMA))], *[1] * (2 * components - 2)]
+        size = tuple(rng.integers(1, 150, 2).tolist())
+        kind = rng.integers(2), rng.integers(2), rng.integers(3)
+        data = make(library, rng, size, space, factors, *map(int, kind))
+        if data is None:
+            continue
+        for shrink in 1, 2, 4, 8:
+            expected = whole(library, data, size, shrink)
+            for top, left, height, width in boxes(seen, [-(-side // shrink) for side in size], 3):
+                part = top, top + height, left, left + width
+                pixels, found, status = _decode_jpeg(
+                    np.frombuffer(data, np.uint8), *size, shrink, *part
+                )
+                seen += 1
+                refused += status != 0
+                assert (expected is None) == (status != 0)
+                if expected is not None:
+                    right = expected[top : top + height, left : left + width]
+                    assert np.array_equal(pixels[:, found : found + width], right), (
+                        factors,
+                        shrink,
+                    )
+    assert seen > 4 * count and 0 < refused < seen / 2  # CMYK is left to Pillow

@@ -1,6 +1,7 @@
+import multiprocessing
 import os
 import time
-from types import SimpleNamespace
+from multiprocessing import active_children
 
 import numpy as np
 import pytest
@@ -8,11 +9,13 @@ from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
 from ffcv.reader import Reader
 from PIL import Image
 
-from evit.data import beton, index, writer
-from evit.data._ffcv import Compiler, Loader, ToTensor
-from evit.data.beton import check_beton, sidecar_path
-from evit.data.pixels import decode_jpeg
-from evit.data.writer import write_beton
+from evit.data.ffcv import encode
+from evit.data.ffcv import format as beton
+from evit.data.ffcv import write as write_module
+from evit.data.ffcv._ffcv import Compiler, Loader, ToTensor
+from evit.data.ffcv.decode import decode_jpeg
+from evit.data.ffcv.format import check_beton, sidecar_path
+from evit.data.ffcv.write import write_beton
 
 CLASSES = ["a", "b", "c"]
 
@@ -53,20 +56,13 @@ def test_the_bytes_of_a_small_jpeg_are_kept(samples, written):
     assert check_beton(written)["kept_original"] == len(samples)
 
 
-def test_the_file_is_the_same_for_every_number_of_workers(samples, written, tmp_path):
-    for num_workers in 1, 3:
-        path = tmp_path / f"{num_workers}.beton"
-        write(path, samples, num_workers=num_workers)
-        assert path.read_bytes() == written.read_bytes()
-
-
 def test_a_large_image_shrinks_to_max_resolution_and_keeps_its_shape(picture, tmp_path):
     picture(0, 300, 150).save(tmp_path / "large.jpg")
     sidecar = write(tmp_path / "x.beton", [(tmp_path / "large.jpg", 0)], max_resolution=100)
     (found,) = pixels(tmp_path / "x.beton")
     assert found.shape == (50, 100, 3)
     assert difference(found, picture(0, 300, 150).resize((100, 50))) < 3
-    assert sidecar["kept_original"] == 0 and sidecar["median_short_side"] == 50
+    assert sidecar["kept_original"] == 0
 
 
 def test_a_strip_shrinks_to_no_less_than_a_pixel(picture, tmp_path):
@@ -139,12 +135,12 @@ def test_bad_images_can_be_skipped_and_are_listed(samples, bad_images, tmp_path)
     mixed = [samples[0], *((path, 0) for path in bad_images), samples[1]]
     sidecar = write(tmp_path / "x.beton", mixed, skip_bad=True)
     assert [skipped["name"] for skipped in sidecar["skipped"]] == [str(path) for path in bad_images]
-    assert check_beton(tmp_path / "x.beton", deep=True)["num_samples"] == 2
+    assert check_beton(tmp_path / "x.beton")["num_samples"] == 2
     assert stored(tmp_path / "x.beton")[1][1] == samples[1][0].read_bytes()
 
 
 def test_a_file_of_bad_images_only_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="none of test is a readable image"):
+    with pytest.raises(ValueError, match="nothing to write, it has no readable image"):
         write(tmp_path / "x.beton", [(tmp_path / "missing.jpg", 0)], skip_bad=True)
 
 
@@ -165,12 +161,37 @@ def test_an_interrupted_writer_leaves_the_old_file_as_it_was(copied, samples, mo
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    before = sorted(copied.parent.iterdir())
-    monkeypatch.setattr(writer, "_write", interrupt)
+    before = {path: path.read_bytes() for path in copied.parent.iterdir()}
+    monkeypatch.setattr(write_module._Writer, "_finish", interrupt)
     with pytest.raises(KeyboardInterrupt):
         write(copied, samples[:5])
-    assert check_beton(copied, deep=True)["num_samples"] == 71
-    assert sorted(copied.parent.iterdir()) == before
+    assert {path: path.read_bytes() for path in copied.parent.iterdir()} == before
+    assert active_children() == []
+
+
+def killed_writer(path, samples):
+    write(path, Slow(samples), num_workers=1)
+
+
+class Slow(list):
+    def __getitem__(self, index):
+        time.sleep(0.05)
+        return super().__getitem__(index)
+
+
+def test_a_killed_writer_leaves_no_process_and_is_begun_anew(samples, tmp_path):
+    path = tmp_path / "x.beton"
+    child = multiprocessing.get_context("fork").Process(target=killed_writer, args=(path, samples))
+    child.start()
+    while not (tmp_path / ".x.beton.tmp").exists():
+        time.sleep(0.01)
+    time.sleep(0.3)
+    child.kill()
+    child.join()
+    assert not path.exists()
+    write(path, samples)
+    assert check_beton(path)["num_samples"] == 71
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.beton", "x.beton.json"]
 
 
 def test_a_pair_caught_between_its_two_renames_is_refused(copied, samples, tmp_path):
@@ -180,26 +201,46 @@ def test_a_pair_caught_between_its_two_renames_is_refused(copied, samples, tmp_p
         check_beton(copied)
 
 
-def test_a_full_disk_is_told_before_writing(samples, tmp_path, monkeypatch):
-    monkeypatch.setattr(writer.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(ValueError, match="free: make room"):
-        write(tmp_path / "x.beton", samples)
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize("small_disk", ["1m", "5m", "6m"], indirect=True)
+def test_a_full_disk_is_told_with_the_way_out(samples, small_disk):
+    with pytest.raises(ValueError, match="is full: make room, lower max_resolution .*target=DIR"):
+        write(small_disk / "x.beton", samples)
+    assert list(small_disk.iterdir()) == []
 
 
-@pytest.mark.parametrize("options", [{}, {"mode": "raw"}, {"max_resolution": 30}])
-def test_the_room_that_is_asked_for_is_what_the_file_takes(samples, tmp_path, monkeypatch, options):
-    size = write(tmp_path / "x.beton", samples, **options)["bytes"]
-    for part in 0.9, 1.3:
-        free = SimpleNamespace(free=part * size)
-        monkeypatch.setattr(writer.shutil, "disk_usage", lambda _, free=free: free)
-        if part < 1:
-            with pytest.raises(
-                ValueError, match="GB more and .* lower max_resolution .*target=DIR"
-            ):
-                write(tmp_path / "y.beton", samples, **options)
-        else:
-            write(tmp_path / "y.beton", samples, **options)
+def test_a_file_of_the_same_identity_and_settings_is_left_as_it_is(samples, tmp_path, capsys):
+    path = tmp_path / "x.beton"
+    first = write(path, samples, identity="one")
+    assert write(path, samples, identity="one") == first
+    assert "is there already" in capsys.readouterr().out
+    for options in dict(identity="two"), dict(identity="two", jpeg_quality=50), dict():
+        before = path.stat().st_mtime_ns
+        write(path, samples, **options)
+        assert path.stat().st_mtime_ns > before
+
+
+def test_two_writers_of_one_file_take_turns(samples, tmp_path):
+    path, context = tmp_path / "x.beton", multiprocessing.get_context("fork")
+    options = dict(num_workers=1, identity="one")
+    twins = [
+        context.Process(target=write, args=(path, Slow(samples[:8])), kwargs=options)
+        for _ in range(2)
+    ]
+    for twin in twins:
+        twin.start()
+    for twin in twins:
+        twin.join()
+    assert [twin.exitcode for twin in twins] == [0, 0]
+    assert check_beton(path)["num_samples"] == 8
+
+
+@pytest.mark.parametrize("quality", [95, 100])
+def test_what_is_encoded_anew_keeps_its_colours(tmp_path, quality):
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255, 0, 0
+    stripes[:, 1::2] = 0, 0, 255
+    write(tmp_path / "x.beton", [(stripes, 0)], jpeg_quality=quality)
+    assert difference(pixels(tmp_path / "x.beton")[0], stripes) < 3
 
 
 @pytest.mark.parametrize(
@@ -217,12 +258,6 @@ def test_a_wrong_argument_is_named(samples, tmp_path, options, reason):
         write(tmp_path / "x.beton", **{"samples": samples, **options})
 
 
-def test_the_sidecar_keeps_what_the_caller_adds(samples, tmp_path):
-    write(tmp_path / "x.beton", samples[:3], extra={"split": "train"})
-    sidecar = check_beton(tmp_path / "x.beton")
-    assert (sidecar["split"], sidecar["classes"], sidecar["source"]) == ("train", CLASSES, "test")
-
-
 def test_progress_shows_speed(samples, tmp_path, capsys):
     write(tmp_path / "x.beton", samples, progress=True)
     assert "71/71" in (shown := capsys.readouterr().out) and "images/s" in shown
@@ -230,7 +265,7 @@ def test_progress_shows_speed(samples, tmp_path, capsys):
 
 @pytest.mark.parametrize("os_cache", [True, False])
 def test_ffcv_itself_reads_samples_larger_than_a_page(picture, tmp_path, monkeypatch, os_cache):
-    monkeypatch.setattr(index, "PAGE_SIZE", beton.MIN_PAGE_SIZE)
+    monkeypatch.setattr(encode, "LARGEST_PAGE", 2**23)
     sizes = [(700, 700), (300, 300), (1000, 1000), (600, 800), (20, 20), (900, 400)]
     images = [picture(k, *size) for k, size in enumerate(sizes)]
     labelled = [(image, k % 3) for k, image in enumerate(images)]

@@ -15,6 +15,7 @@ from evit.ending import fail
 from evit.report import figures, page, results, tables
 from evit.report.collect import read
 from tests.conftest import write_photos
+from tests.data.build import module
 from tests.report import browser, fake
 
 SCRIPT = "</script><img src=x onerror=\"owned=1\"><script>owned=1</script>' onload='owned=1"
@@ -107,7 +108,7 @@ def test_on_a_terminal_they_are_text(content, tmp_path, capsys):
 
 def test_the_name_of_a_data_set_is_printable(tmp_path):
     root = write_photos(tmp_path / "photos\x1b[2J\n", train=1, val=1)
-    data = Folder(root, batch_size=1, img_size=28, backend="imagefolder")
+    data = module(Folder, root, backend="imagefolder")
     assert data.name == "photos?[2J?"
 
 

@@ -19,6 +19,7 @@ from evit.commands import checkpoint
 from evit.commands.checkpoint import Source
 from evit.config import listed
 from evit.data import Images
+from evit.recipe import Recipe
 from evit.reducers import Reducer
 from evit.reducers.evit import SELECTIONS
 from evit.report import evaluations, results
@@ -121,14 +122,14 @@ def build_data(config: dict[str, Any], source: Source, trainer: L.Trainer) -> Im
     Raises:
         ValueError: the checkpoint has another number of classes.
     """
-    data = instantiate(
-        config["data"],
+    recipe = Recipe(
+        epochs=1,
+        lr=1,
         batch_size=config["batch_size"] * trainer.world_size * trainer.accumulate_grad_batches,
         max_val_images=config["max_val_images"],
         crop_pct=config["crop_pct"],
-        splits=["val"],
-        _convert_="all",
     )
+    data = instantiate(config["data"], recipe=recipe, splits=["val"], _convert_="object")
     data.trainer = trainer
     head = source.weights.get("head.weight")
     if head is not None and len(head) != data.num_classes:

@@ -9,14 +9,14 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import v2 as T
 
 from evit.commands import checkpoint
 from evit.commands.checkpoint import Source
 from evit.config import listed
 from evit.data.batch import normalize
-from evit.data.sources import image_files, load_image
+from evit.data.folders import image_files, load_image
+from evit.data.imagefolder import evaluation_transform
+from evit.recipe import Recipe
 from evit.report.evaluations import rate
 from evit.report.pictures import draw_kept
 
@@ -75,14 +75,7 @@ def read_files(cfg: DictConfig) -> Tensor:
             paths.append(path)
     if not paths:
         raise ValueError(f"images={given}: there are no images ({', '.join(IMG_EXTENSIONS)})")
-    crop = T.Compose(
-        [
-            T.RGB(),
-            T.Resize(int(cfg.img_size / cfg.crop_pct), InterpolationMode.BICUBIC),
-            T.CenterCrop(cfg.img_size),
-            T.PILToTensor(),
-        ]
-    )
+    crop = evaluation_transform(cfg.img_size, cfg.crop_pct)
     return torch.stack([crop(load_image(path)) for path in paths])
 
 
@@ -96,14 +89,14 @@ def read_validation(cfg: DictConfig, source: Source) -> Tensor:
     """A fixed random choice of the validation images, uint8 (B, 3, img_size, img_size)."""
     checkpoint.complete_data(cfg, source)
     options: Any = OmegaConf.to_container(cfg.data, resolve=True, throw_on_missing=True)
-    data = instantiate(
-        options,
+    recipe = Recipe(
+        epochs=1,
+        lr=1,
         batch_size=cfg.num_images,
         max_val_images=cfg.num_images,
         crop_pct=cfg.crop_pct,
-        splits=["val"],
-        _convert_="all",
     )
+    data = instantiate(options, recipe=recipe, splits=["val"], _convert_="object")
     data.prepare_data()
     data.setup()
     return next(iter(data.val_dataloader()))[0]

@@ -1,7 +1,9 @@
-"""What happens to a whole batch, on the device that trains: normalisation, erasing, mixup."""
+"""What happens to a whole batch, on the device that trains: normalise, erase, mix."""
 
 import functools
+from typing import Any
 
+import numpy as np
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
 from timm.data import IMAGENET_DEFAULT_STD as STD
@@ -28,6 +30,23 @@ def denormalize(images: Tensor, mean: Colour = MEAN, std: Colour = STD) -> Tenso
     """The uint8 images that normalize() was given."""
     shift, scale = (per_channel(tuple(v), images.device) for v in (mean, std))
     return (255 * (images * scale + shift)).round().clamp(0, 255).to(torch.uint8)
+
+
+def augment_batch(
+    images: Tensor, labels: Tensor, *more: Any, random_erasing: float = 0.0, mixup: Any = None
+) -> tuple[Any, ...]:
+    """Erase and mix normalised images (B, 3, H, W), in place.
+
+    Args:
+        more: the rest of the batch (label maps, crops), which is handed on.
+        random_erasing: probability.
+        mixup: of make_mixup, or None; with it the labels (B,) become targets (B, classes).
+    """
+    if random_erasing:
+        images = erase(images, random_erasing)
+    if mixup is not None:
+        images, labels = mixup(images, labels)
+    return images, labels, *more
 
 
 def erase(images: Tensor, probability: float) -> Tensor:
@@ -68,3 +87,19 @@ def make_mixup(
         label_smoothing=label_smoothing,
         num_classes=num_classes,
     )
+
+
+def mix_token_box(grid: tuple[int, int]) -> Tensor:
+    """MixToken's patches (H, W), True where those of the flipped batch go: a box, as in CutMix.
+
+    Its area is 1 - Beta(1, 1) of the grid where the border does not cut it. Drawn from numpy's
+    global generator, one for a batch.
+    """
+    side = (1 - np.random.beta(1.0, 1.0)) ** 0.5
+    inside = torch.ones(grid, dtype=torch.bool)
+    for axis, size in enumerate(grid):
+        centre, half = np.random.randint(size), int(size * side) // 2
+        position = torch.arange(size)
+        within = (position >= centre - half) & (position < centre + half)
+        inside &= within[:, None] if axis == 0 else within
+    return inside

@@ -1,16 +1,23 @@
-"""The data sets: class folders, and the embedded one."""
+"""The data sets: class folders, and those that torchvision downloads."""
 
+import copy
 import functools
+import gzip
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torchvision
 from lightning.pytorch.utilities import rank_zero_only
 
-from evit.data import sources
-from evit.data.imagenet import require_imagenet
+from evit.data import folders
+from evit.data.folders import ClassFolders, fingerprint, require_imagenet
 from evit.data.label_maps import label_map_paths, require_label_maps
 from evit.data.module import Images
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
 
 
 class Folder(Images):
@@ -32,13 +39,12 @@ class Folder(Images):
         if not root:
             raise ValueError("no images are configured: data.root=DIR, or IMAGENET_DIR=DIR")
         self.root = Path(root).expanduser().resolve()
+        self._listed: dict[str, ClassFolders] = {}
         self.name = "".join(c if c.isprintable() else "?" for c in self.root.name)
-        with sources.readable():
+        with folders.readable():
             self.prepared = all((self.root / f"{split}.beton").is_file() for split in self.splits)
         if self.prepared:
-            from evit.data.beton import check_beton
-
-            sidecars = [check_beton(self.root / f"{split}.beton") for split in self.splits]
+            sidecars = [self._sidecar(split) for split in self.splits]
             self.classes = sidecars[0]["classes"]
             if sidecars[-1]["classes"] != self.classes:
                 raise ValueError(
@@ -57,7 +63,7 @@ class Folder(Images):
                     f"The label maps are those in {self.root}/train.beton, not {self.label_maps}"
                 )
         else:
-            self.classes = sources.tree_classes(self.root, self.splits)
+            self.classes = folders.tree_classes(self.root, self.splits)
         if num_classes is not None and len(self.classes) != num_classes:
             raise ValueError(
                 f"{self.root} has {len(self.classes)} classes, not {num_classes}: for a data set "
@@ -66,23 +72,23 @@ class Folder(Images):
         if num_classes == 1000:
             require_imagenet(self.classes, self.root)
 
-    def dataset(self, split: str, transform: Any) -> sources.ClassFolders:
-        return sources.ClassFolders(self.root / split, self.classes, transform=transform)
+    def _sidecar(self, split: str) -> dict[str, Any]:
+        from evit.data.ffcv.format import check_beton
+
+        return check_beton(self.root / f"{split}.beton")
+
+    def dataset(self, split: str, transform: Any) -> ClassFolders:
+        if split not in self._listed:
+            self._listed[split] = ClassFolders(self.root / split, self.classes)
+        found = copy.copy(self._listed[split])
+        found.transform = transform
+        return found
 
     def samples(self, split: str) -> list[tuple[str, int]]:
         return self.dataset(split, None).samples
 
-    def train_names(self) -> list[str] | None:
-        if self.prepared and self.backend == "ffcv":
-            return None
-        return [os.path.relpath(path, self.root / "train") for path, _ in self.samples("train")]
-
     def num_images(self, split: str) -> int:
-        if not self.prepared:
-            return super().num_images(split)
-        from evit.data.beton import check_beton
-
-        return check_beton(self.root / f"{split}.beton")["num_samples"]
+        return self._sidecar(split)["num_samples"] if self.prepared else super().num_images(split)
 
     def map_paths(self) -> list[str] | None:
         if not self.label_maps:
@@ -93,12 +99,11 @@ class Folder(Images):
         return paths
 
     def identity(self) -> dict[str, Any]:
-        splits = sources.splits_there(self.root, self.splits)
+        splits = folders.splits_there(self.root, self.splits)
         images = [sample for split in splits for sample in self.samples(split)]
-        found = dict(root=str(self.root), tree=sources.fingerprint(images, self.root))
+        found = dict(root=str(self.root), tree=fingerprint(images, self.root))
         if paths := self.map_paths():
-            maps = sources.fingerprint([(path, 0) for path in paths], self.root)
-            found |= dict(label_maps=maps)
+            found |= dict(label_maps=fingerprint([(path, 0) for path in paths], self.root))
         return found
 
     @functools.cached_property
@@ -106,40 +111,116 @@ class Folder(Images):
         return self.root if self.prepared else super().beton_dir
 
 
-class FashionMNIST(Images):
-    """The embedded data set: 60,000 + 10,000 gray images of 28 px in 10 classes."""
+class Downloaded(Images):
+    """A data set of small images, which torchvision downloads into cache_dir."""
 
-    name = "fashion-mnist"
-    classes = sources.FASHION_MNIST_CLASSES
+    source: Any  # torchvision's class
+    files: str  # where they go by hand
+    sizes: dict[str, int]
+    known_classes: int
 
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, **options)
+    def __init__(self, **options: Any):
+        super().__init__(**options)
         if self.label_maps:
             raise ValueError(
-                "Fashion-MNIST's images are no files, so they have no label maps: give images of "
-                "your own with data.root=DIR, or leave data.label_maps out"
+                f"The images of {self.name} are no files, so they have no label maps: give images "
+                f"of your own with data.root=DIR, or leave data.label_maps out"
             )
 
-    def dataset(self, split: str, transform: Any) -> Any:
-        return sources.fashion_mnist(self.cache_dir, split == "train", transform)
+    @property
+    def num_classes(self) -> int:
+        return self.known_classes
 
-    def samples(self, split: str) -> sources.Pixels:
-        return sources.Pixels(self.dataset(split, None))
+    @functools.cached_property
+    def classes(self) -> list[str]:  # type: ignore[override]
+        return list(self.dataset("val", None).classes)
+
+    def dataset(self, split: str, transform: Any) -> Any:
+        try:
+            return self.source(str(self.cache_dir), split == "train", transform, download=True)
+        except (OSError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"{self.name} cannot be downloaded ({reason}): put {self.files} into "
+                f"{self.cache_dir}, or give class folders with data.root=DIR"
+            ) from error
+
+    def samples(self, split: str) -> "Pixels":
+        return Pixels(self.dataset(split, None))
 
     def num_images(self, split: str) -> int:
-        return 60_000 if split == "train" else 10_000
+        return self.sizes[split]
 
     def identity(self) -> dict[str, Any]:
         return {}
 
 
-def auto(root: str | Path | None = None, **options: Any) -> Images:
-    """The images under root; without a root the embedded data set, which is said."""
+class FashionMNIST(Downloaded):
+    """The embedded data set: 60,000 + 10,000 gray images of 28 px in 10 classes."""
+
+    name, source, known_classes = "fashion-mnist", torchvision.datasets.FashionMNIST, 10
+    files = "FashionMNIST/raw/*-ubyte.gz (or install Debian's dataset-fashion-mnist)"
+    sizes = dict(train=60_000, val=10_000)
+    classes = source.classes  # type: ignore[assignment]
+
+    def dataset(self, split: str, transform: Any) -> Any:
+        unpack_fashion_mnist(self.cache_dir / "FashionMNIST" / "raw")
+        return super().dataset(split, transform)
+
+
+class CIFAR10(Downloaded):
+    """50,000 + 10,000 colour images of 32 px in 10 classes."""
+
+    name, source, known_classes = "cifar10", torchvision.datasets.CIFAR10, 10
+    files, sizes = source.filename, dict(train=50_000, val=10_000)
+
+
+class CIFAR100(CIFAR10):
+    """The same in 100 classes."""
+
+    name, source, known_classes = "cifar100", torchvision.datasets.CIFAR100, 100
+    files = source.filename
+
+
+class Pixels:
+    """The (image (H, W, 3) uint8, label) pairs of a torchvision data set, for a writer."""
+
+    def __init__(self, dataset: Any):
+        self.images, self.labels = np.asarray(dataset.data), np.asarray(dataset.targets).tolist()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
+        return self.images[i], self.labels[i]
+
+
+def unpack_fashion_mnist(raw: Path) -> None:
+    """Take Fashion-MNIST from Debian's package, where it is installed."""
+    if raw.is_dir() or not DEBIAN_FASHION_MNIST.is_dir():
+        return
+    partial = raw.with_name(f"raw.{os.getpid()}.tmp")
+    partial.mkdir(parents=True)
+    for packed in DEBIAN_FASHION_MNIST.glob("*-ubyte.gz"):
+        (partial / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
+    try:
+        partial.rename(raw)
+    except OSError:
+        if not raw.is_dir():
+            raise
+        shutil.rmtree(partial)  # another run was faster
+
+
+def auto(root: str | Path | None = None, dataset: str | None = None, **options: Any) -> Images:
+    """The images under root; without a root FashionMNIST, CIFAR10 or CIFAR100, the first unless
+    `dataset` says another."""
     if root:
         return Folder(root, **options)
-    rank_zero_only(print)(
-        "No ImageNet is configured: this is the embedded Fashion-MNIST. For images of your own: "
-        "data.root=DIR, or IMAGENET_DIR=DIR, with train/ and val/ in it.",
-        flush=True,
-    )
-    return FashionMNIST(**options | dict(mode="raw"))
+    if dataset is None:
+        rank_zero_only(print)(
+            "No ImageNet is configured: this is the embedded Fashion-MNIST. For images of your "
+            "own: data.root=DIR, or IMAGENET_DIR=DIR, with train/ and val/ in it.",
+            flush=True,
+        )
+    kinds = {kind.__name__: kind for kind in (FashionMNIST, CIFAR10, CIFAR100)}
+    return kinds[dataset or "FashionMNIST"](**options | dict(mode="raw"))

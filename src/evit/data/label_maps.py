@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 TOP = 5
@@ -124,8 +125,8 @@ def token_targets(
     """
     B, _, _, H, W = maps.shape
     rows, columns = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
-    logits_BKL = torch.zeros(B, num_classes, H * W, device=maps.device)
-    logits_BKL.scatter_(1, maps[:, 1].long().flatten(2), maps[:, 0].float().flatten(2))
+    logits_BKHW = torch.zeros(B, num_classes, H, W, device=maps.device)
+    logits_BKHW.scatter_(1, maps[:, 1].long(), maps[:, 0].float())
     crops = crops.to(maps.device).float()
     mirrored_B = crops[:, 4].bool()
     if warps is None:
@@ -137,57 +138,48 @@ def token_targets(
     turned[:, 1, 2] = warps[:, 1, 0] + warps[:, 1, 2]
     warps = torch.where(mirrored_B.view(B, 1, 1), turned, warps)
 
-    def smooth(targets: Tensor) -> Tensor:
+    def labels(grid: Shape) -> Tensor:
+        with torch.autocast(maps.device.type, enabled=False):
+            found = patch_logits(logits_BKHW, crops[:, :4], warps, grid)
+        mirrored = torch.where(mirrored_B.view(B, 1, 1, 1), found.flip(3), found)
+        targets = mirrored.flatten(2).transpose(1, 2).softmax(2)
         return targets * (1 - label_smoothing) + label_smoothing / num_classes
 
-    def labels(rows: int, columns: int) -> Tensor:
-        with torch.autocast(maps.device.type, enabled=False):
-            shares_BrcL = map_shares(crops[:, :4], warps, (rows, columns), (H, W))
-            mirrored_BrcL = shares_BrcL.flip(2)
-            shares_BrcL = torch.where(mirrored_B.view(B, 1, 1, 1), mirrored_BrcL, shares_BrcL)
-            logits_BNK = shares_BrcL.flatten(1, 2) @ logits_BKL.transpose(1, 2)
-        return smooth(logits_BNK.softmax(2))
-
-    return labels(1, 1)[:, 0], labels(rows, columns)
+    return labels((1, 1))[:, 0], labels((rows, columns))
 
 
-def map_shares(boxes: Tensor, warps: Tensor, grid: Shape, size: Shape) -> Tensor:
-    """What share each cell of a map has in each patch of a crop.
+def patch_logits(logits_BKHW: Tensor, boxes: Tensor, warps: Tensor, grid: Shape) -> Tensor:
+    """The mean logits of each patch of a crop, (B, K, rows, columns).
 
     A patch is the mean of the points that RoIAlign takes: equally far apart, as many as the cells
-    that it covers on either side, bilinear between the cells' centres.
+    that it covers on either side, bilinear between the cells' centres. Points outside the crop
+    count as 0.
 
     Args:
+        logits_BKHW: of the cells of each map.
         boxes: (B, 4), x0, y0, x1, y1 of the crops as shares of the map's width and height.
         warps: (B, 2, 3), affine maps from the unit square that is shown to that of the crop.
         grid: rows and columns of patches.
-        size: (H, W), cells of a map.
-
-    Returns:
-        (B, rows, columns, H * W); sums to 1 over the cells where all points lie in the crop.
     """
-    device = boxes.device
-    # The centre of the first cell is 0.
-    corners = boxes * torch.tensor([size[1], size[0]] * 2, device=device) - 0.5
-    start, extent = corners[:, :2], corners[:, 2:] - corners[:, :2]
-    places, inside = [], []
+    B, K, H, W = logits_BKHW.shape
+    start, extent = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
+    cells = torch.tensor([W, H], device=boxes.device)
+    places, shares = [], []
     for axis, patches in enumerate((grid[1], grid[0])):
-        length = (extent * warps[:, :, axis]).norm(dim=1)  # of this side, in cells
-        points = (length / patches).ceil().clamp(1).view(-1, 1, 1)
-        point = torch.arange(int(points.max()), device=device)
-        patch = torch.arange(patches, device=device).view(1, -1, 1)
-        places.append((patch + (point + 0.5) / points) / patches)
-        inside.append(torch.where(point < points, 1 / points, 0.0))
-    x = places[0][:, None, :, None, :]  # (B, rows, columns, points down, points across)
-    y = places[1][:, :, None, :, None]
-    weight = (inside[0][:, None, :, None, :] * inside[1][:, :, None, :, None]).expand_as(x + y)
-    hats = []
-    for axis in range(2):
-        a, b, c = (warps[:, axis, k].view(-1, 1, 1, 1, 1) for k in range(3))
-        place = a * x + b * y + c
-        weight = weight * ((place >= 0) & (place <= 1))
-        cells = size[1 - axis]
-        shift, scale = (t[:, axis].view(-1, 1, 1, 1, 1) for t in (start, extent))
-        place = (shift + scale * place).clamp(0, cells - 1)
-        hats.append((1 - (place[..., None] - torch.arange(cells, device=device)).abs()).clamp(0))
-    return torch.einsum("brcji,brcjih,brcjiw->brchw", weight, hats[1], hats[0]).flatten(3)
+        length = (extent * cells * warps[:, :, axis]).norm(dim=1)  # of this side, in cells
+        points = (length / patches).ceil().clamp(1).view(B, 1, 1)
+        point = torch.arange(int(points.max()), device=boxes.device)
+        patch = torch.arange(patches, device=boxes.device).view(1, -1, 1)
+        places.append(((patch + (point + 0.5) / points) / patches).flatten(1))
+        shares.append(
+            torch.where(point < points, 1 / points, 0.0).expand(B, patches, -1).flatten(1)
+        )
+    x, y = places[0][:, None, :], places[1][:, :, None]  # (B, points down, points across)
+    shown = torch.stack(torch.broadcast_tensors(x, y, torch.ones_like(x)), -1)
+    inner = torch.einsum("bdah,bxh->bdax", shown, warps)  # in the crop's unit square
+    weight = shares[1][:, :, None] * shares[0][:, None, :]
+    weight = weight * ((inner >= 0) & (inner <= 1)).all(-1)
+    at = 2 * (start[:, None, None] + extent[:, None, None] * inner) - 1
+    found = F.grid_sample(logits_BKHW, at, padding_mode="border", align_corners=False)
+    found = (found * weight[:, None]).unflatten(3, (grid[1], -1)).unflatten(2, (grid[0], -1))
+    return found.sum((3, 5))

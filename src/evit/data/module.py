@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from evit.data.batch import MEAN, STD, normalize
-from evit.data.rand_augment import RandAugment, fill_color
-from evit.data.sources import SPLITS
+from evit.data.folders import SPLITS
+from evit.data.order import Shard
+from evit.data.randaugment import RandAugment, fill_color
+from evit.recipe import Recipe
 
 
 class Images(L.LightningDataModule):
@@ -23,34 +24,28 @@ class Images(L.LightningDataModule):
 
     Args:
         img_size: pixels of the square images that come out.
-        batch_size: images per optimizer step over all processes; each takes its share.
+        recipe: batch size (images per optimizer step over all processes; each takes its share),
+            crops, augmentation, and limits of the number of images.
         backend: "ffcv", which first writes the images to .beton files under cache_dir, once; or
             "imagefolder", torchvision and PIL, which needs none of FFCV's libraries and follows
             the published evaluation to the pixel.
+        mode, max_resolution, jpeg_quality: how .beton files are written (evit.data.ffcv.write).
         num_workers: threads (ffcv) or processes (imagefolder) of one training process; None: the
             machine's cores, shared by its training processes.
         batches_ahead: batches that FFCV decodes in advance.
-        max_train_images, max_val_images: use only so many, a fixed random choice.
-        crop_scale, flip: RandomResizedCrop's share of the area, probability of a horizontal flip.
-        rand_augment: timm's name of a RandAugment, such as rand-m9-mstd0.5-inc1.
-        color_jitter: change of brightness, contrast and saturation; as in timm, only where there is
-            no RandAugment.
-        repeated_augmentations: how often an epoch shows each of its images, which are fewer.
-        crop_pct: in evaluation the short side becomes img_size / crop_pct before the centre crop.
-        mode, max_resolution, jpeg_quality: how .beton files are written (evit.data.writer).
-        splits: which are used; nothing is asked of the others. Evaluations need val alone.
+        splits: which are used; the others need not be there. Evaluations need val alone.
         label_maps: a folder with one label map for each training image (evit.data.label_maps).
-            Training batches are then (images, labels, maps, crops): evit.data.stream.
+            Training batches are then (images, labels, maps, crops): evit.data.ffcv.stream.
     """
 
     name = "images"
-    classes: list[str]
+    classes: Any  # names, in the order of their labels
     mean, std = MEAN, STD
 
     def __init__(
         self,
         img_size: int,
-        batch_size: int,
+        recipe: Recipe,
         seed: int = 0,
         cache_dir: str | Path = "data",
         backend: str = "ffcv",
@@ -59,14 +54,6 @@ class Images(L.LightningDataModule):
         jpeg_quality: int = 95,
         num_workers: int | None = None,
         batches_ahead: int = 2,
-        max_train_images: int | None = None,
-        max_val_images: int | None = None,
-        crop_scale: tuple[float, float] = (0.08, 1.0),
-        flip: float = 0.5,
-        rand_augment: str | None = None,
-        color_jitter: float = 0.0,
-        repeated_augmentations: int = 1,
-        crop_pct: float = 0.875,
         splits: Sequence[str] = SPLITS,
         label_maps: str | Path | None = None,
     ):
@@ -75,20 +62,18 @@ class Images(L.LightningDataModule):
             raise ValueError(f"data.backend must be ffcv or imagefolder, got {backend!r}")
         if backend == "ffcv":
             require_ffcv()
-        if rand_augment:
-            RandAugment.parse(rand_augment)  # what is wrong with it is said here
-            if color_jitter:
+        if batches_ahead < 1:
+            raise ValueError(f"data.batches_ahead must be at least 1, got {batches_ahead}")
+        if recipe.rand_augment:
+            RandAugment.parse(recipe.rand_augment)  # what is wrong with it is said here
+            if recipe.color_jitter:
                 rank_zero_only(print)("With RandAugment there is no color jitter, as in timm")
-        self.rand_augment, self.color_jitter = rand_augment, color_jitter
-        self.repeats = repeated_augmentations
-        self.img_size, self.batch_size, self.seed = img_size, batch_size, seed
+        self.img_size, self.recipe, self.seed = img_size, recipe, seed
         self.cache_dir, self.backend = Path(cache_dir), backend
         self.write_options: dict[str, Any] = dict(
             mode=mode, max_resolution=max_resolution, jpeg_quality=jpeg_quality
         )
         self.num_workers, self.batches_ahead = num_workers, batches_ahead
-        self.limits = dict(train=max_train_images, val=max_val_images)
-        self.crop_scale, self.flip, self.crop_pct = tuple(crop_scale), flip, crop_pct
         self.splits = tuple(splits)
         used = label_maps if "train" in self.splits else None
         self.label_maps = Path(used).expanduser().resolve() if used else None
@@ -113,16 +98,12 @@ class Images(L.LightningDataModule):
         """(image path or pixels, label) pairs, for the writer."""
         raise NotImplementedError
 
-    def dataset(self, split: str, transform: Any) -> torch.utils.data.Dataset:
+    def dataset(self, split: str, transform: Any) -> Any:
         """torchvision's data set, for the imagefolder backend."""
         raise NotImplementedError
 
-    def train_names(self) -> list[str] | None:
-        """Names of all training images, if they have any."""
-        return None
-
     def num_images(self, split: str) -> int:
-        """How many images a split has, whatever max_train_images and max_val_images."""
+        """How many images a split has, whatever the recipe's limits."""
         return len(self.samples(split))
 
     def map_paths(self) -> list[str] | None:
@@ -136,23 +117,25 @@ class Images(L.LightningDataModule):
     @functools.cached_property
     def beton_dir(self) -> Path:
         """Where the .beton files are: no other source, content or way of writing shares it."""
-        identity = self.identity() | self.write_options
+        from evit.data.ffcv.format import SIDECAR_FORMAT
+
+        identity = self.identity() | self.write_options | dict(format=SIDECAR_FORMAT)
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
         return self.cache_dir / f"{self.name}-{key}"
 
     def prepare_data(self) -> None:
         """Write the .beton files that are not there yet.
 
-        Lightning calls it in one process of each node. Where nodes share cache_dir, the first
-        writes and the others wait for it.
+        Lightning calls it in one process of each node. Nodes that share cache_dir must not write
+        the same file at once: prepare it first.
         """
         if self.backend == "imagefolder":
             for split in self.splits:
                 self.dataset(split, None)
             self.map_paths()
             return
-        from evit.data.beton import check_beton
-        from evit.data.writer import write_beton
+        from evit.data.ffcv.format import check_beton
+        from evit.data.ffcv.write import write_beton
 
         for split in self.splits:
             path = self.beton_dir / f"{split}.beton"
@@ -168,6 +151,7 @@ class Images(L.LightningDataModule):
                 num_workers=self.num_workers or available_cores(),
                 progress=True,
                 label_maps=self.map_paths() if split == "train" else None,
+                identity=self.beton_dir.name,
                 **self.write_options,
             )
 
@@ -176,28 +160,27 @@ class Images(L.LightningDataModule):
         """Images of one batch of one process.
 
         Raises:
-            ValueError: batch_size cannot be shared evenly.
+            ValueError: the recipe's batch size cannot be shared evenly.
         """
-        trainer = self.trainer
+        trainer, batch_size = self.trainer, self.recipe.batch_size
         shares = trainer.world_size * trainer.accumulate_grad_batches if trainer else 1
-        if self.batch_size % shares:
+        if batch_size % shares:
             raise ValueError(
-                f"recipe.batch_size {self.batch_size} cannot be shared by {shares} "
+                f"recipe.batch_size {batch_size} cannot be shared by {shares} "
                 f"(processes x accumulate_grad_batches): make it a multiple"
             )
-        return self.batch_size // shares
+        return batch_size // shares
 
     def setup(self, stage: str | None = None) -> None:
         if not self._loaders:
             self._loaders = {split: self._loader(split) for split in self.splits}
 
     def describe_batch(self, epoch: int, batch: int) -> str:
-        """Which images a training batch of this process had: at most 8 of them."""
-        loader, names = self._loaders["train"], self.train_names()
+        """Numbers of the images of a training batch of this process: at most 8 of them."""
+        loader = self._loaders["train"]
         samples = loader.samples(epoch)[batch * loader.batch_size :][: loader.batch_size]
-        shown = [f"{i} ({names[i]})" if names else f"{i}" for i in samples[:8]]
         file = f" of {loader.path}" if self.backend == "ffcv" else ""
-        return ", ".join(shown) + ", ..." * (len(samples) > 8) + file
+        return ", ".join(f"{i}" for i in samples[:8]) + ", ..." * (len(samples) > 8) + file
 
     def train_dataloader(self) -> Any:
         return self._loaders["train"]
@@ -215,44 +198,34 @@ class Images(L.LightningDataModule):
 
     def _loader(self, split: str) -> Any:
         trainer = self.trainer
-        rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         # srun gives each process cores of its own; others share the machine's.
         sharing = "SLURM_CPUS_PER_TASK" not in os.environ
-        local = world // trainer.num_nodes if trainer and sharing else 1
+        local = world_size // trainer.num_nodes if trainer and sharing else 1
+        workers = self.num_workers
         common: dict[str, Any] = dict(
             img_size=self.img_size,
-            batch_size=self.local_batch_size,
-            batches_per_step=trainer.accumulate_grad_batches if trainer else 1,
             train=split == "train",
-            seed=self.seed,
-            rank=rank,
-            world_size=world,
-            num_workers=max(1, available_cores() // local)
-            if self.num_workers is None
-            else self.num_workers,
-            max_samples=self.limits[split],
-            scale=self.crop_scale,
-            flip=self.flip,
-            rand_augment=self.rand_augment,
-            color_jitter=self.color_jitter,
+            num_workers=max(1, available_cores() // local) if workers is None else workers,
             fill=fill_color(self.mean),
-            repeats=self.repeats,
-            crop_pct=self.crop_pct,
         )
+        shard = Shard(rank, world_size, self.local_batch_size, self.seed)
         if self.backend == "imagefolder":
-            from evit.data.folder_loader import folder_loader
+            from evit.data.imagefolder import folder_loader
 
-            label_maps = self.map_paths() if split == "train" else None
+            make_dataset = functools.partial(self.dataset, split)
+            common |= dict(label_maps=self.map_paths() if split == "train" else None)
             return folder_loader(
-                self.dataset, split, label_maps=label_maps, num_classes=self.num_classes, **common
+                make_dataset, self.recipe, shard, num_classes=self.num_classes, **common
             )
-        from evit.data.stream import FFCVStream
+        from evit.data.ffcv.stream import FFCVStream
 
-        device = trainer.strategy.root_device if trainer else torch.device("cpu")
         return FFCVStream(
             self.beton_dir / f"{split}.beton",
+            self.recipe,
+            shard,
             batches_ahead=self.batches_ahead,
-            device=device,
+            device=trainer.strategy.root_device if trainer else "cpu",
             **common,
         )
 
@@ -267,8 +240,8 @@ def require_ffcv() -> None:
         ValueError: it is not installed, or its system libraries are missing.
     """
     try:
-        import evit.data._ffcv
-        import evit.data._jpeg  # noqa: F401
+        import evit.data.ffcv._ffcv
+        import evit.data.ffcv.jpeg  # noqa: F401
     except ImportError as error:
         raise ValueError(f"{error}; or take data.backend=imagefolder") from error
 

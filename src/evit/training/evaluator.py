@@ -62,12 +62,13 @@ class Evaluator(L.LightningModule):
         super().__init__()
         self.model, self.seed = model, seed
         self.reducers: Any = nn.ModuleList(reducer for reducer in chosen if reducer is not None)
-        self.settings = [setting_of(reducer) for reducer in self.reducers] or [Setting()]
+        self.settings = [setting_of(r) for r in chosen if r is not None] or [Setting()]
         self.starts, depth = [], 0
         if self.reducers:
             depth, patches = len(model.blocks), model.patch_embed.num_patches
             self.dense = reducers.make("evit", keep_rate=1.0).attach(model)
-            for reducer in self.reducers:
+            own: Any = self.reducers
+            for reducer in own:
                 counts = zip(reducer.at, reducer.kept(patches), strict=True)
                 self.starts.append(next((i for i, kept in counts if kept < patches), depth))
         self.depth = depth

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from evit.data.batch import erase
+from evit.data.batch import augment_batch
 from evit.recipe import Recipe
 from evit.training.nonfinite import WAYS_OUT
 from evit.training.objectives import Classification
@@ -66,8 +66,7 @@ class Classifier(L.LightningModule):
         # process, a run that is resumed draws as one that was not interrupted.
         seed = mix_seed(self.seed, self.current_epoch, batch_idx, self.global_rank)
         L.seed_everything(seed, verbose=False)
-        if self.recipe.random_erasing:
-            batch = erase(batch[0], self.recipe.random_erasing), *batch[1:]
+        batch = augment_batch(*batch, random_erasing=self.recipe.random_erasing)
         losses = self.objective(*batch)
         trainer: Any = self.trainer
         every = trainer.log_every_n_steps if trainer.world_size > 1 else 0

@@ -3,12 +3,11 @@
 import copy
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evit.data.batch import make_mixup
+from evit.data.batch import make_mixup, mix_token_box
 from evit.data.label_maps import token_targets
 from evit.recipe import Recipe
 
@@ -138,22 +137,6 @@ class TokenLabels(Classification):
             class_loss=class_loss,
             token_loss=token_loss,
         )
-
-
-def mix_token_box(grid: tuple[int, int]) -> Tensor:
-    """MixToken's patches (H, W), True where those of the flipped batch go: a box, as in CutMix.
-
-    Its area is 1 - Beta(1, 1) of the grid where the border does not cut it. Drawn from numpy's
-    global generator, one for a batch.
-    """
-    side = (1 - np.random.beta(1.0, 1.0)) ** 0.5
-    inside = torch.ones(grid, dtype=torch.bool)
-    for axis, size in enumerate(grid):
-        centre, half = np.random.randint(size), int(size * side) // 2
-        position = torch.arange(size)
-        within = (position >= centre - half) & (position < centre + half)
-        inside &= within[:, None] if axis == 0 else within
-    return inside
 
 
 def dense_teacher(model: Any) -> Any:

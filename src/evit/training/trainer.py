@@ -23,9 +23,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 
+from evit.recipe import Recipe
 from evit.training import peers
 from evit.training.checkpoints import WholeFiles
-from evit.recipe import Recipe
 
 
 def build_trainer(

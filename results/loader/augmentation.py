@@ -1,5 +1,9 @@
-"""What augmentation costs: in FFCV's own threads, beside decoding, and for whole batches."""
+"""What augmentation costs: python results/loader/augmentation.py DIR, of DIR/train/CLASS/*.jpg
 
+In FFCV's own threads, beside decoding, and for whole batches.
+"""
+
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -11,7 +15,7 @@ import torch
 
 from evit.data import Folder
 from evit.data.batch import erase, make_mixup, normalize
-from evit.measure.loader import time_epoch
+from evit.recipe import Recipe
 
 PLAIN = "crop and flip"
 AUGMENTATIONS: dict[str, dict[str, Any]] = {
@@ -42,11 +46,10 @@ def time_augmentations(
             data = Folder(
                 root,
                 img_size=img_size,
-                batch_size=batch_size,
+                recipe=Recipe(epochs=1, lr=1, batch_size=batch_size, **options),
                 cache_dir=cache_dir,
                 num_workers=num_workers,
                 splits=["train"],
-                **options,
             )
             data.prepare_data()
             data.setup()
@@ -55,8 +58,9 @@ def time_augmentations(
         for _ in range(repetitions + 1):
             turn = {}
             for name, loader in loaders.items():
-                images, cpu_seconds, _ = time_epoch(loader)
-                turn[name] = 1000 * cpu_seconds / images
+                start = time.process_time()
+                images = sum(len(batch[0]) for batch in loader)
+                turn[name] = 1000 * (time.process_time() - start) / images
             turns.append(turn)
     rows = []
     for name in AUGMENTATIONS:
@@ -96,3 +100,8 @@ def time_batch_steps(
         rows.append(dict(name=name, cpu_ms=median(times)))
     torch.set_num_threads(threads)
     return rows
+
+
+if __name__ == "__main__":
+    rows = time_augmentations(sys.argv[1]) + time_batch_steps() + time_batch_steps(batch_size=64)
+    print(*rows, sep="\n")

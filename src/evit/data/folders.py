@@ -1,9 +1,7 @@
-"""Where images come from: trees of class folders, and the embedded data set."""
+"""Images on disk: class folders, what is an image, and what ImageNet's classes are."""
 
-import gzip
 import hashlib
 import os
-import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,18 +9,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import torch
-import torchvision
+from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 SPLITS = ("train", "val")
-DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
-FASHION_MNIST_CLASSES = torchvision.datasets.FashionMNIST.classes
 WAY_OUT = (
     "remove or replace it, or leave such images out: python src/prepare.py source=DIR skip_bad=true"
 )
+MAX_ASPECT = 16  # long side / short side, beyond which an image is cut before it is enlarged
 
 
 @contextmanager
@@ -58,7 +54,7 @@ def tree_classes(root: str | Path, needed: Sequence[str] = SPLITS) -> list[str]:
     """
     root = Path(root).expanduser()
     layout = "expected " + " and ".join(f"{root}/{split}/CLASS/*.jpg" for split in needed)
-    if any(root.glob("ILSVRC2012_*")) or any(root.glob("val/ILSVRC2012_*")):
+    if any(root.glob("ILSVRC*")) or any(root.glob("val/ILSVRC2012_*")):
         layout += f". ImageNet as downloaded can be prepared: make imagenet ROOT={root}"
     if not root.is_dir():
         raise ValueError(f"data folder {str(root)!r} does not exist: {layout}")
@@ -69,8 +65,8 @@ def tree_classes(root: str | Path, needed: Sequence[str] = SPLITS) -> list[str]:
         found[split] = class_names(root / split)
         if not found[split]:
             raise ValueError(f"{str(root / split)!r} has no class folders: {layout}")
-    classes = found.get("train", found["val"])
-    strange = sorted(set(found["val"]) - set(classes))
+    classes = next(iter(found.values()))
+    strange = sorted(set(found.get("val", ())) - set(classes))
     if strange:
         raise ValueError(
             f"{str(root / 'val')!r} has classes that train/ lacks: {', '.join(strange[:5])}. "
@@ -80,10 +76,13 @@ def tree_classes(root: str | Path, needed: Sequence[str] = SPLITS) -> list[str]:
 
 
 @readable()
-def image_files(folder: str, above: tuple[str, ...] = ()) -> list[str]:
+def image_files(
+    folder: str, others: list[str] | None = None, above: tuple[str, ...] = ()
+) -> list[str]:
     """Image files in a folder and its subfolders, in the order of torchvision's ImageFolder.
 
-    Hidden ones are left out: what macOS and editors leave behind is no image, or a second one.
+    Files with another ending than the usual ones are images if Pillow opens them; the rest is added
+    to `others`. Hidden files are left out: macOS and editors leave them behind.
 
     Raises:
         ValueError: a folder cannot be read, or links to one that it is in.
@@ -97,10 +96,20 @@ def image_files(folder: str, above: tuple[str, ...] = ()) -> list[str]:
             if entry.name.startswith("."):
                 continue
             if entry.is_dir():
-                found += image_files(entry.path, (*above, real))
-            elif entry.name.lower().endswith(IMG_EXTENSIONS):
+                found += image_files(entry.path, others, (*above, real))
+            elif entry.name.lower().endswith(IMG_EXTENSIONS) or _opens(entry.path):
                 found.append(entry.path)
+            elif others is not None:
+                others.append(entry.path)
     return sorted(found, key=os.path.split)
+
+
+def _opens(path: str) -> bool:
+    try:
+        with open_image(path) as file, Image.open(file):
+            return True
+    except Exception:  # Pillow raises nearly anything on what is no image
+        return False
 
 
 def open_image(path: str | Path) -> BinaryIO:
@@ -112,6 +121,22 @@ def open_image(path: str | Path) -> BinaryIO:
     return file
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any kind as RGB. 16 bits become 8, floats are taken as 0 to 1.
+
+    Raises:
+        ValueError: integers beyond 16 bits, or floats outside 0 to 1.
+    """
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image).astype(np.float64)
+        low, high = values.min(), values.max()
+        top = 1.0 if image.mode == "F" else 65535.0
+        if not 0 <= low <= high <= top:
+            raise ValueError(f"values from {low:g} to {high:g}, expected 0 to {top:g}")
+        image = Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
+    return image.convert("RGB")
+
+
 def load_image(path: str | Path) -> Image.Image:
     """An image file as RGB, as torchvision's ImageFolder reads it: EXIF orientation is left aside.
 
@@ -120,105 +145,85 @@ def load_image(path: str | Path) -> Image.Image:
     """
     try:
         with open_image(path) as file:
-            return Image.open(file).convert("RGB")
+            return to_rgb(Image.open(file))
     except Exception as error:  # Pillow raises nearly anything on a bad file
         reason = f"{type(error).__name__}: {error}"
         raise ValueError(f"{path} is not a readable image ({reason}): {WAY_OUT}") from error
 
 
+def cut_long(image: Image.Image) -> Image.Image:
+    """The middle of an image that is longer than MAX_ASPECT times its short side.
+
+    Resizing the short side would otherwise make the long one as large as one likes.
+    """
+    short = min(image.size)
+    left, top = ((side - min(side, MAX_ASPECT * short)) // 2 for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top)) if left + top else image
+
+
 class ClassFolders(ImageFolder):
     """torchvision's ImageFolder with the labels of given classes, whichever of them it holds, and
-    the images of image_files."""
+    the images of image_files. Files that are no images are counted, and left out.
 
-    def __init__(self, root: Path, classes: list[str], **kwargs):
+    Raises:
+        ValueError: a class folder holds no images.
+    """
+
+    def __init__(self, root: str | Path, classes: list[str], transform: Any = None):
         self._given = classes
-        super().__init__(str(root), loader=load_image, allow_empty=True, **kwargs)
-        if not self.samples:
-            raise ValueError(
-                f"{str(root)!r} holds no images (.jpg, .png, ...) in its class folders"
-            )
+        super().__init__(str(root), transform, loader=load_image, allow_empty=True)
 
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         return self._given, {name: label for label, name in enumerate(self._given)}
 
-    @staticmethod
-    def make_dataset(directory: Any, class_to_idx: Any, *_: Any, **__: Any) -> Any:
-        there = sorted(class_to_idx.keys() & set(class_names(Path(directory))))
-        return [
-            (path, class_to_idx[name])
-            for name in there
-            for path in image_files(os.path.join(directory, name))
-        ]
-
-
-def choose_samples(num_samples: int, max_samples: int | None) -> np.ndarray:
-    """Ascending indices of at most max_samples images, drawn once and for all (no seed)."""
-    if max_samples is None or max_samples >= num_samples:
-        return np.arange(num_samples)
-    if max_samples < 1:
-        raise ValueError(f"at least 1 image is needed, got a limit of {max_samples}")
-    return np.sort(np.random.default_rng(0).choice(num_samples, max_samples, replace=False))
-
-
-def epoch_length(num_samples: int, repeats: int) -> int:
-    """Images that an epoch shows; with repeats DeiT rounds down to a multiple of 256."""
-    return num_samples if repeats == 1 else num_samples // 256 * 256 or num_samples
-
-
-def repeated_order(num_samples: int, repeats: int, seed: int) -> np.ndarray:
-    """The samples of an epoch, shuffled, each `repeats` times in a row: to be dealt out to the
-    processes one by one. An epoch shows a share of the samples, not more images than without.
-
-    For 3 repeats and the epoch as seed it is DeiT's RASampler (facebookresearch/deit, samplers.py).
-    """
-    order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed)).numpy()
-    return order.repeat(repeats)[: epoch_length(num_samples, repeats)]
+    def make_dataset(  # type: ignore[override]
+        self, directory: Any, class_to_idx: Any, *_: Any, **__: Any
+    ) -> Any:
+        found, others = [], list[str]()
+        for name in sorted(class_to_idx.keys() & set(class_names(Path(directory)))):
+            files = image_files(os.path.join(directory, name), others)
+            if not files:
+                raise ValueError(
+                    f"class folder {os.path.join(directory, name)} holds no images: add some, or "
+                    f"remove it"
+                )
+            found += [(path, class_to_idx[name]) for path in files]
+        if others:
+            some = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
+            rank_zero_only(print)(f"No images, left out: {len(others)} files ({some})", flush=True)
+        return found
 
 
 @readable()
 def fingerprint(samples: Sequence[tuple[str, int]], root: Path) -> str:
-    """A hash of the names, sizes and labels of image files: it tells whether a tree has changed."""
+    """A hash of the names, sizes, modification times and labels of files: it tells whether a tree
+    has changed."""
     digest, inside = hashlib.sha256(), f"{root}/"
     for path, label in samples:
         # relpath would be most of the wait for a folder of a million images.
         name = path[len(inside) :] if path.startswith(inside) else os.path.relpath(path, root)
-        digest.update(os.fsencode(f"{name}\0{os.path.getsize(path)}\0{label}\n"))
+        try:
+            found = os.stat(path)
+            said = f"{found.st_size}\0{found.st_mtime_ns}"
+        except FileNotFoundError:  # a dangling link, which is told when it is read
+            said = "missing"
+        digest.update(os.fsencode(f"{name}\0{said}\0{label}\n"))
     return digest.hexdigest()
 
 
-def fashion_mnist(
-    cache_dir: Path, train: bool, transform: Any = None
-) -> torchvision.datasets.FashionMNIST:
-    """Fashion-MNIST from Debian's package where it is installed, else downloaded by torchvision."""
-    raw = cache_dir / "FashionMNIST" / "raw"
-    if not raw.is_dir() and DEBIAN_FASHION_MNIST.is_dir():
-        partial = raw.with_name(f"raw.{os.getpid()}.tmp")
-        partial.mkdir(parents=True)
-        for packed in DEBIAN_FASHION_MNIST.glob("*-ubyte.gz"):
-            (partial / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
-        try:
-            partial.rename(raw)
-        except OSError:
-            if not raw.is_dir():
-                raise
-            shutil.rmtree(partial)  # another run was faster
-    try:
-        return torchvision.datasets.FashionMNIST(str(cache_dir), train, transform, download=True)
-    except (OSError, RuntimeError) as error:
+def require_imagenet(classes: Sequence[str], root: Path) -> None:
+    """Raise ValueError for other classes than ImageNet-1k's, or for another order of them."""
+    from timm.data import ImageNetInfo
+
+    expected = ImageNetInfo("imagenet-1k").label_names()
+    if len(classes) != len(expected):
         raise ValueError(
-            f"Fashion-MNIST cannot be had ({error}): install Debian's dataset-fashion-mnist, or "
-            f"give images of your own with data.root=DIR"
-        ) from error
-
-
-class Pixels:
-    """The (image (H, W, 3) uint8, label) pairs of a torchvision MNIST, for a writer."""
-
-    def __init__(self, mnist: torchvision.datasets.MNIST):
-        self.images, self.labels = mnist.data.numpy(), mnist.targets.tolist()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
-        return np.repeat(self.images[i][:, :, None], 3, axis=2), self.labels[i]
+            f"{root} has {len(classes)} classes, not {len(expected)}: for a data set of your own "
+            f"use data=folder data.root={root}, and imagenet=false to prepare it"
+        )
+    for label, (name, wnid) in enumerate(zip(classes, expected, strict=True)):
+        if name != wnid:
+            raise ValueError(
+                f"{root}: class {label} is {name!r}, where ImageNet-1k has {wnid!r}. Published "
+                f"checkpoints need its order: name the class folders by their WordNet ids"
+            )

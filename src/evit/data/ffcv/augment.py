@@ -11,7 +11,7 @@ import math
 import numba
 import numpy as np
 
-from evit.data.rand_augment import ROTATE, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y
+from evit.data.randaugment import ROTATE, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y
 
 AUTO_CONTRAST, EQUALIZE, INVERT, POSTERIZE, SOLARIZE, SOLARIZE_ADD = 0, 1, 2, 4, 5, 6
 COLOR, CONTRAST, BRIGHTNESS, SHARPNESS = 7, 8, 9, 10

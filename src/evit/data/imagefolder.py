@@ -10,54 +10,39 @@ import torch
 from lightning.pytorch.utilities import CombinedLoader
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
 
+from evit.data.folders import cut_long
 from evit.data.label_maps import Shape, read_label_map
-from evit.data.rand_augment import PILRandAugment
+from evit.data.order import Shard, choose_samples, repeated_order
+from evit.data.randaugment import PILRandAugment
 from evit.data.resumable import Resumable, empty_batch
-from evit.data.sources import choose_samples, epoch_length, repeated_order
+from evit.recipe import Recipe
 
 
 class EpochSampler(DistributedSampler):
-    """Yields (epoch, index): a data set can then draw its augmentation from both.
-
-    The first `start` are left out.
-    """
+    """Yields (epoch, index), or with repeats (epoch, index, view): a data set can then draw its
+    augmentation from them. The first `start` are left out."""
 
     start = 0
 
-    def __iter__(self) -> Iterator[Any]:
-        return ((self.epoch, i) for i in list(super().__iter__())[self.start :])
-
-
-class RepeatedSampler(EpochSampler):
-    """Yields (epoch, index, view), in the order of evit.data.sources.repeated_order."""
-
-    def __init__(self, dataset: Any, repeats: int, *args: Any, **options: Any):
-        super().__init__(dataset, *args, **options)
-        self.repeats, length = repeats, epoch_length(len(dataset), repeats)
-        self.num_samples = length // self.num_replicas
+    def __init__(self, dataset: Any, shard: Shard, recipe: Recipe):
+        rank, world_size, batch_size, seed = shard
+        super().__init__(dataset, world_size, rank, seed=seed * 100_003, drop_last=True)
+        self.repeats = recipe.repeated_augmentations
+        self.num_samples = shard.train_batches(len(dataset), recipe) * batch_size
+        self.total_size = self.num_samples * world_size
 
     def __iter__(self) -> Iterator[Any]:
+        if self.repeats == 1:
+            yield from ((self.epoch, i) for i in list(super().__iter__())[self.start :])
+            return
         seed = self.seed + self.epoch
         order = repeated_order(len(self.dataset), self.repeats, seed)  # type: ignore[arg-type]
-        places = range(self.rank, self.num_samples * self.num_replicas, self.num_replicas)
-        return ((self.epoch, int(order[i]), i) for i in places[self.start :])
-
-
-class ExactShard(Sampler):
-    """rank, rank + world, ...: every image once over all processes, none padded."""
-
-    def __init__(self, num_samples: int, rank: int, world_size: int):
-        self.indices = range(rank, num_samples, world_size)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)
-
-    def __len__(self) -> int:
-        return len(self.indices)
+        places = range(self.rank, self.total_size, self.num_replicas)
+        yield from ((self.epoch, int(order[i]), i) for i in places[self.start :])
 
 
 class RandomResizedCropFlip:
@@ -69,17 +54,12 @@ class RandomResizedCropFlip:
     its geometric operations.
     """
 
-    def __init__(
-        self,
-        size: int,
-        scale: tuple[float, float],
-        flip: float,
-        rand_augment: PILRandAugment | None = None,
-        color_jitter: float = 0.0,
-    ):
+    def __init__(self, size: int, recipe: Recipe, fill: tuple[int, ...] = (0, 0, 0)):
+        scale, jitter = tuple(recipe.crop_scale), recipe.color_jitter
         self.crop = T.RandomResizedCrop(size, scale, interpolation=InterpolationMode.BICUBIC)
-        self.flip, self.rand_augment = flip, rand_augment
-        self.jitter = T.ColorJitter(*[color_jitter] * 3) if color_jitter else None
+        self.flip, name = recipe.flip, recipe.rand_augment
+        self.rand_augment = PILRandAugment(name, fill) if name else None
+        self.jitter = T.ColorJitter(*[jitter] * 3) if jitter else None
 
     def __call__(self, image: Image.Image) -> tuple[Tensor, ...]:
         box = self.crop.make_params([image])
@@ -97,6 +77,12 @@ class RandomResizedCropFlip:
         elif self.jitter:
             image = self.jitter(image)
         return T.functional.pil_to_tensor(image), *said
+
+
+def evaluation_transform(img_size: int, crop_pct: float) -> Callable[[Image.Image], Tensor]:
+    """DeiT's: short side to img_size / crop_pct, bicubic, and the centre: uint8 (3, size, size)."""
+    resize = T.Resize(int(img_size / crop_pct), interpolation=InterpolationMode.BICUBIC)
+    return T.Compose([T.RGB(), cut_long, resize, T.CenterCrop(img_size), T.PILToTensor()])
 
 
 class SeededAugmentation(Dataset):
@@ -162,61 +148,39 @@ class FolderLoader(Resumable, DataLoader):  # type: ignore[misc]
 
 
 def folder_loader(
-    make_dataset: Callable[[str, Any], Any],
-    split: str,
+    make_dataset: Callable[[Any], Any],
+    recipe: Recipe,
+    shard: Shard,
     *,
     img_size: int,
-    batch_size: int,
     train: bool,
-    seed: int,
-    rank: int,
-    world_size: int,
     num_workers: int,
-    max_samples: int | None,
-    scale: tuple[float, float],
-    flip: float,
-    crop_pct: float,
-    batches_per_step: int = 1,
-    rand_augment: str | None = None,
-    color_jitter: float = 0.0,
     fill: tuple[int, ...] = (0, 0, 0),
-    repeats: int = 1,
     label_maps: Sequence[str] | None = None,
     num_classes: int = 0,
 ) -> FolderLoader:
-    """The images of a split, bicubic as DeiT's; `label_maps` are the files of its images."""
-    steps: list[Any] = [T.RGB()]
+    """Batches of one split, bicubic as DeiT's.
+
+    Args:
+        make_dataset: the images of the split, given their transform.
+        label_maps: the files of its images.
+    """
     if train:
-        operations = PILRandAugment(rand_augment, fill) if rand_augment else None
-        steps += [RandomResizedCropFlip(img_size, scale, flip, operations, color_jitter)]
+        transform: Any = T.Compose([T.RGB(), RandomResizedCropFlip(img_size, recipe, fill)])
     else:
-        resize = T.Resize(int(img_size / crop_pct), interpolation=InterpolationMode.BICUBIC)
-        steps += [resize, T.CenterCrop(img_size), T.PILToTensor()]
-    dataset = make_dataset(split, T.Compose(steps))
-    chosen = choose_samples(len(dataset), max_samples).tolist()
+        transform = evaluation_transform(img_size, recipe.crop_pct)
+    dataset = make_dataset(transform)
+    limit = recipe.max_train_images if train else recipe.max_val_images
+    chosen = choose_samples(len(dataset), limit).tolist()
     dataset = torch.utils.data.Subset(dataset, chosen)
-    sampler: Any
+    sampler: Any = range(shard.rank, len(dataset), shard.world_size)  # every image exactly once
     if train:
-        step = batch_size * batches_per_step
-        if epoch_length(len(dataset), repeats) // world_size < step:
-            raise ValueError(
-                f"{len(dataset)} training images do not fill one batch of {batch_size} x "
-                f"{batches_per_step} on {world_size} processes: lower recipe.batch_size"
-            )
         label_maps = [label_maps[i] for i in chosen] if label_maps else []
-        dataset = SeededAugmentation(dataset, seed, label_maps, num_classes)
-        common: Any = dict(num_replicas=world_size, rank=rank, seed=seed * 100_003, drop_last=True)
-        if repeats == 1:
-            sampler = EpochSampler(dataset, **common)
-        else:
-            sampler = RepeatedSampler(dataset, repeats, **common)
-        sampler.num_samples -= sampler.num_samples % step  # an epoch is of whole steps
-        sampler.total_size = sampler.num_samples * world_size
-    else:
-        sampler = ExactShard(len(dataset), rank, world_size)
+        dataset = SeededAugmentation(dataset, shard.seed, label_maps, num_classes)
+        sampler = EpochSampler(dataset, shard, recipe)
     loader = FolderLoader(
         dataset,
-        batch_size,
+        shard.batch_size,
         sampler=sampler,
         num_workers=num_workers,
         drop_last=train,

@@ -1,6 +1,7 @@
-"""How far the crops of training and evaluation are from those of a whole decode, or PIL's."""
+"""How far crops are from those of a whole decode, or PIL's: python results/loader/crops.py DIR"""
 
 import io
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
 from evit.data import Folder
+from evit.data.folders import SPLITS
 from evit.data.module import require_ffcv
-from evit.data.sources import SPLITS, choose_samples
+from evit.data.order import choose_samples
+from evit.recipe import Recipe
 
 PAIRS = ("decoded in part", "decoded whole"), ("Pillow bilinear", "Pillow bicubic")
 
@@ -63,10 +66,8 @@ def evaluation_differences(
     with tempfile.TemporaryDirectory() as cache_dir:
         for backend in "imagefolder", "ffcv":
             options: Any = dict(cache_dir=cache_dir, num_workers=0, splits=["val"])
-            data = Folder(
-                root, img_size=img_size, batch_size=64, crop_pct=crop_pct, backend=backend,
-                **options,
-            )  # fmt: skip
+            recipe = Recipe(epochs=1, lr=1, batch_size=64, crop_pct=crop_pct)
+            data = Folder(root, img_size=img_size, recipe=recipe, backend=backend, **options)
             data.prepare_data()
             data.setup()
             images[backend] = torch.cat([batch[0] for batch in data.val_dataloader()])
@@ -83,8 +84,8 @@ def evaluation_differences(
 
 def _crops(data: bytes, img_size: int, seed: int) -> tuple[int, dict[str, np.ndarray]]:
     """The fraction's denominator, and (img_size, img_size, 3) by each way; none if not a JPEG."""
-    from evit.data.ops import random_crops
-    from evit.data.pixels import choose_shrink, crop_image, decode_jpeg
+    from evit.data.ffcv.decode import choose_shrink, crop_image, decode_jpeg
+    from evit.data.ffcv.draw import random_crops
 
     image = Image.open(io.BytesIO(data))
     size = image.height, image.width
@@ -105,3 +106,10 @@ def _crops(data: bytes, img_size: int, seed: int) -> tuple[int, dict[str, np.nda
     for name, resample in zip(PAIRS[1], filters, strict=True):
         ways[name] = np.asarray(cut.resize((img_size, img_size), resample))
     return choose_shrink(height, width, img_size, img_size), ways
+
+
+if __name__ == "__main__":
+    for size in 224, 64, 32, 16:
+        print(size, *crop_differences(sys.argv[1], size), sep="\n")
+    for size, crop_pct in (224, 0.875), (224, 1.0), (384, 1.0):
+        print(size, crop_pct, evaluation_differences(sys.argv[1], size, crop_pct))

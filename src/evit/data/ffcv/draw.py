@@ -1,11 +1,12 @@
-"""How RandAugment and colour jitter are drawn for the images of a batch, each from its own seed."""
+"""Crops, RandAugment and colour jitter, drawn for the images of a batch, each from its own seed."""
 
 from __future__ import annotations
 
 import numba
 import numpy as np
 
-from evit.data.operations import (
+from evit.data.ffcv._ffcv import get_random_crop
+from evit.data.ffcv.augment import (
     BRIGHTNESS,
     COLOR,
     CONTRAST,
@@ -16,7 +17,7 @@ from evit.data.operations import (
     SOLARIZE_ADD,
     augment_batch,
 )
-from evit.data.rand_augment import (
+from evit.data.randaugment import (
     OPERATIONS,
     ROTATE,
     SHEAR_X,
@@ -28,9 +29,38 @@ from evit.data.rand_augment import (
     warp_of,
 )
 
+_get_random_crop = numba.njit(get_random_crop)  # torchvision's RandomResizedCrop.get_params
+
 JITTER = np.array([BRIGHTNESS, CONTRAST, COLOR])
 NUM_OPERATIONS = len(OPERATIONS)
 SALT = np.uint32(0x9E3779B9)
+
+
+@numba.njit(cache=True, nogil=True)
+def random_crops(heights, widths, seeds, scale, ratio, flip):
+    """Boxes (B, 4) of top, left, height, width, and flips (B,), each from its own seed."""
+    boxes = np.empty((len(seeds), 4), np.int64)
+    flips = np.empty(len(seeds), np.bool_)
+    for k in range(len(seeds)):
+        np.random.seed(seeds[k])
+        boxes[k] = _get_random_crop(heights[k], widths[k], scale, ratio)
+        flips[k] = np.random.random() < flip
+    return boxes, flips
+
+
+def center_crops(
+    heights: np.ndarray, widths: np.ndarray, img_size: int, crop_pct: float
+) -> np.ndarray:
+    """Boxes (B, 4) of top, left, height, width that torchvision's Resize(int(img_size / crop_pct))
+    and CenterCrop(img_size) leave of each image, to the nearest pixel."""
+    sizes = np.stack([heights, widths]).astype(np.int64)
+    short = sizes.min(0)
+    resized_short = int(img_size / crop_pct)
+    resized = resized_short * sizes // short
+    side = np.clip(np.rint(img_size * short / resized_short), 1, short)
+    offset = np.rint(np.rint((resized - img_size) / 2) * sizes / resized)
+    offset = np.clip(offset, 0, sizes - side)
+    return np.stack([*offset, side, side], axis=1).astype(np.int64)
 
 
 @numba.njit(cache=True, nogil=True)
@@ -89,7 +119,7 @@ def draw_color_jitter(seeds, strength):
 
 
 class Augmentation:
-    """What is done to the pixels of crops: RandAugment; where there is none, colour jitter."""
+    """Change the pixels of crops: by RandAugment or, without it, by colour jitter."""
 
     def __init__(
         self, rand_augment: str | None, color_jitter: float, fill: tuple[int, ...]
@@ -117,5 +147,5 @@ class Augmentation:
             augment_batch(images, operations, arguments, np.array(affines), self.fill)
 
     def warps(self, seeds: np.ndarray) -> np.ndarray:
-        """Where the pixels of each image come from (B, 2, 3): evit.data.rand_augment.warp_of."""
+        """Where the pixels of each image come from (B, 2, 3): evit.data.randaugment.warp_of."""
         return np.stack([warp_of(*drawn) for drawn in zip(*self.draw(seeds), strict=True)])

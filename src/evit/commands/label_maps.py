@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from evit import load_checkpoint
+from evit.data.folders import ClassFolders, class_names, cut_long, load_image
 from evit.data.label_maps import (
     MAX_ID,
     TOP,
@@ -25,7 +26,6 @@ from evit.data.label_maps import (
 )
 from evit.data.module import available_cores
 from evit.data.progress import shown
-from evit.data.sources import ClassFolders, class_names, load_image
 from evit.models import create_model
 
 DESCRIPTION = "label_maps.json"
@@ -45,7 +45,8 @@ def make_label_maps(
 ) -> Path:
     """Write TARGET/CLASS/STEM.pt for every image of SOURCE/train, and return TARGET.
 
-    Maps that are there already are kept, so that an interrupted run goes on.
+    Maps that are there already, and not older than their images, are kept: an interrupted run goes
+    on.
 
     Args:
         model_name: timm's; its own mean, std and interpolation are used.
@@ -93,7 +94,8 @@ def make_label_maps(
         ),
     )
 
-    missing = [i for i in range(len(paths)) if not _is_good(paths[i], len(classes), shape)]
+    pairs = enumerate(zip(images, paths, strict=True))
+    missing = [i for i, pair in pairs if not _is_good(*pair, len(classes), shape)]
     print(
         f"{len(paths)} images in {len(classes)} classes, {len(paths) - len(missing)} have their "
         f"label maps already: {model_name} at {size[1]} x {size[2]} px gives maps of {shape[0]} x "
@@ -101,7 +103,7 @@ def make_label_maps(
         flush=True,
     )
     loader = DataLoader(
-        Pictures([images[i] for i in missing], create_transform(**config)),
+        Pictures([images[i] for i in missing], create_transform(**config), crop_mode == "center"),
         batch_size,
         num_workers=available_cores() if num_workers is None else num_workers,
         pin_memory=device.type == "cuda",
@@ -113,16 +115,17 @@ def make_label_maps(
 
 
 class Pictures(Dataset):
-    """Image files, transformed."""
+    """Image files, transformed; `cut`: of extremely long ones the middle."""
 
-    def __init__(self, paths: list[str], transform: Any):
-        self.paths, self.transform = paths, transform
+    def __init__(self, paths: list[str], transform: Any, cut: bool):
+        self.paths, self.transform, self.cut = paths, transform, cut
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, i: int) -> Tensor:
-        return self.transform(load_image(self.paths[i]))
+        image = load_image(self.paths[i])
+        return self.transform(cut_long(image) if self.cut else image)
 
 
 def _classes(source: Path) -> list[str]:
@@ -250,15 +253,13 @@ def _describe(target: Path, description: dict[str, Any]) -> None:
     path.write_text(json.dumps(description, indent=1))
 
 
-def _is_good(path: str, num_classes: int, shape: Shape) -> bool:
-    """Whether a label map is there and whole; a damaged one is made again."""
-    if not os.path.exists(path):
-        return False
+def _is_good(image: str, path: str, num_classes: int, shape: Shape) -> bool:
+    """Whether a label map is there, whole, and not older than its image."""
     try:
         read_label_map(path, num_classes, shape)
-    except ValueError:
+        return os.path.getmtime(path) >= os.path.getmtime(image)
+    except (ValueError, OSError):
         return False
-    return True
 
 
 @torch.inference_mode()

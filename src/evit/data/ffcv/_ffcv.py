@@ -1,5 +1,7 @@
 """FFCV, imported without its side effects. Import it from here and nowhere else."""
 
+# ruff: noqa: F401
+
 from typing import Any
 
 import numba
@@ -15,16 +17,19 @@ _torch_threads = torch.get_num_threads()
 # FFCV keeps two numbers in numba's dictionary, which takes seconds to compile in every process.
 _numba_dict, numba.typed.Dict = numba.typed.Dict, dict
 try:
-    from ffcv.fields.basics import IntDecoder
-    from ffcv.fields.ndarray import NDArrayDecoder
-    from ffcv.fields.rgb_image import SimpleRGBImageDecoder, get_random_crop
+    from ffcv.fields import IntField, NDArrayField, RGBImageField
+    from ffcv.fields.rgb_image import get_random_crop
     from ffcv.loader import Loader, OrderOption
     from ffcv.loader.epoch_iterator import EpochIterator
+    from ffcv.memory_allocator import MemoryAllocator
     from ffcv.pipeline.allocation_query import AllocationQuery
     from ffcv.pipeline.compiler import Compiler
+    from ffcv.pipeline.operation import Operation
     from ffcv.pipeline.pipeline_spec import PipelineSpec
     from ffcv.pipeline.state import State
     from ffcv.transforms import ToDevice, ToTensor, ToTorchImage
+    from ffcv.utils import chunks
+    from ffcv.writer import DatasetWriter, worker_job_indexed_dataset
 except (ImportError, OSError, ValueError) as error:
     raise ImportError(
         f"FFCV cannot be used here ({error}): run `make setup`, or install libopencv-dev, "
@@ -34,24 +39,6 @@ except (ImportError, OSError, ValueError) as error:
 finally:
     torch.set_num_threads(_torch_threads)
     numba.typed.Dict = _numba_dict
-
-__all__ = [
-    "AllocationQuery",
-    "Compiler",
-    "EpochIterator",
-    "IntDecoder",
-    "Loader",
-    "NDArrayDecoder",
-    "OrderOption",
-    "PipelineSpec",
-    "SimpleRGBImageDecoder",
-    "State",
-    "ToDevice",
-    "ToTensor",
-    "ToTorchImage",
-    "config",
-    "get_random_crop",
-]
 
 
 def _set_num_threads(num_threads: int) -> None:

@@ -15,10 +15,11 @@ import numba
 import numpy as np
 import torch
 
-from evit.data._ffcv import (
+from evit.data.ffcv._ffcv import (
     Compiler,
     EpochIterator,
     Loader,
+    Operation,
     OrderOption,
     PipelineSpec,
     ToDevice,
@@ -26,20 +27,20 @@ from evit.data._ffcv import (
     ToTorchImage,
     config,
 )
-from evit.data.augment import Augmentation
-from evit.data.beton import BetonError, DamagedSample, check_beton
-from evit.data.ops import (
+from evit.data.ffcv.decode import (
     SAMPLE_BITS,
     SAMPLE_MASK,
     CenterCrop,
-    CropRecord,
-    LabelDecoder,
-    LabelMapDecoder,
+    LabelMaps,
+    Labels,
     RandomResizedCropFlip,
-    WarpRecord,
+    Record,
 )
+from evit.data.ffcv.draw import Augmentation
+from evit.data.ffcv.format import BetonError, DamagedSample, check_beton
+from evit.data.order import Shard, choose_samples, repeated_order
 from evit.data.resumable import Resumable, empty_batch
-from evit.data.sources import choose_samples, epoch_length, repeated_order
+from evit.recipe import Recipe
 
 Batch = tuple[torch.Tensor, ...]
 
@@ -52,45 +53,38 @@ class FFCVStream(Resumable):
     the crop was mirrored; and with RandAugment the maps (B, 2, 3) of its geometric operations, from
     the unit square that is shown to the crop's.
 
-    Training: every epoch another permutation, cut into `world_size` equal and disjoint parts, whole
-    batches only, and whole optimizer steps of `batches_per_step` of them; with `repeats` above 1
-    evit.data.sources.repeated_order. A batch is a function of (seed, epoch, rank), never of
-    `num_workers`. Evaluation: sample rank, rank + world_size, ... of the file, each exactly once
-    over all ranks; a rank without any has one empty batch.
+    Training: every epoch another permutation, cut into equal and disjoint parts for the processes,
+    whole batches and whole optimizer steps only; with repeated augmentation
+    evit.data.order.repeated_order. A batch depends on seed, epoch and rank, never on `num_workers`.
+    Evaluation: sample rank, rank + world_size, ... of the file, each exactly once over all
+    processes; a process without any has one empty batch.
 
-    `num_workers` are threads (-1: one per core), `batches_ahead` the batches decoded in advance.
-    `max_samples` keeps a random subset, always the same one. `crop_pct` is for evaluation; `scale`,
-    `ratio`, `flip`, `rand_augment`, `color_jitter` (evit.data.augment), `fill` (the colour where a
-    geometric operation leaves nothing) and `repeats` are for training. The file is opened at the
-    first batch.
+    Args:
+        path: the file, which is opened at the first batch.
+        recipe: crops, flips, augmentation and limits of the number of images.
+        shard: the part of this process.
+        num_workers: threads; -1: one per core.
+        batches_ahead: batches decoded in advance.
+        fill: the colour where a geometric operation leaves nothing.
 
-    Raises what check_beton raises, and ValueError for numbers that do not fit together. A damaged
-    sample is a BetonError at the next batch, any other failure while reading a RuntimeError.
+    Raises:
+        BetonError: of check_beton; or, at the next batch, a sample is damaged.
+        ValueError: the images do not fill one step.
+        RuntimeError: at the next batch, another failure while reading.
     """
 
     def __init__(
         self,
         path: str | Path,
+        recipe: Recipe,
+        shard: Shard,
         *,
         img_size: int,
-        batch_size: int,
-        batches_per_step: int = 1,
         train: bool,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
         num_workers: int = -1,
         batches_ahead: int = 2,
-        max_samples: int | None = None,
-        crop_pct: float = 0.875,
-        scale: tuple[float, float] = (0.08, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        flip: float = 0.5,
-        rand_augment: str | None = None,
-        color_jitter: float = 0.0,
         fill: tuple[int, ...] = (0, 0, 0),
-        repeats: int = 1,
-        device: torch.device | str | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.info = check_beton(path)
         if numba.threading_layer() == "workqueue":
@@ -98,44 +92,30 @@ class FFCVStream(Resumable):
                 "numba's threads are of kind workqueue, which aborts when two loaders run at once: "
                 "set NUMBA_THREADING_LAYER to tbb or omp, or unset it"
             )
-        if not 0 <= rank < world_size:
-            raise ValueError(f"rank={rank} is outside 0 to {world_size - 1} (world_size - 1)")
-        if batch_size < 1 or batches_ahead < 1:
-            raise ValueError(f"{batch_size=} and {batches_ahead=} must be at least 1")
-        if seed < 0:
-            raise ValueError(f"{seed=} must not be negative")
-        if not 0 < crop_pct <= 1:
-            raise ValueError(f"{crop_pct=} must be in (0, 1]")
-        self.path, self.batch_size, self.train = Path(path), batch_size, train
-        self.img_size = img_size
-        self.batches_per_step = batches_per_step
-        self.seed, self.rank, self.world_size, self.repeats = seed, rank, world_size, repeats
-        self.batches_ahead, self.device = batches_ahead, torch.device(device or "cpu")
+        assert 0 <= shard.rank < shard.world_size and shard.batch_size > 0
+        self.path, self.recipe, self.shard, self.train = Path(path), recipe, shard, train
+        self.img_size, self.batch_size = img_size, shard.batch_size
+        self.batches_ahead, self.device = batches_ahead, torch.device(device)
         cores = config.NUMBA_NUM_THREADS
         self.num_workers = cores if num_workers < 0 else min(max(num_workers, 1), cores)
-        self.augmentation = Augmentation(rand_augment, color_jitter, fill)
+        self.augmentation = Augmentation(recipe.rand_augment, recipe.color_jitter, fill)
         self.decoder = (
-            RandomResizedCropFlip(img_size, scale, ratio, flip, self.augmentation)
+            RandomResizedCropFlip(img_size, recipe.crop_scale, recipe.flip, self.augmentation)
             if train
-            else CenterCrop(img_size, crop_pct)
+            else CenterCrop(img_size, recipe.crop_pct)
         )
-        self.indices = choose_samples(self.info["num_samples"], max_samples).astype(np.uint64)
+        limit = recipe.max_train_images if train else recipe.max_val_images
+        self.indices = choose_samples(self.info["num_samples"], limit).astype(np.uint64)
         shape = self.info.get("label_map_shape") if train else None
         self.label_map_shape = shape and tuple(shape)
         self.epoch = 0
         self._loader: Any = None
-        if train and len(self) == 0:
-            raise ValueError(
-                f"{path}: {len(self.indices)} samples over {world_size} processes do not fill one "
-                f"batch of {batch_size} x {batches_per_step}: use a smaller batch_size"
-            )
+        self._length = shard.train_batches(len(self.indices), recipe) if train else None
 
     def __len__(self) -> int:
-        if self.train:
-            step = self.batch_size * self.batches_per_step
-            length = epoch_length(len(self.indices), self.repeats)
-            return length // self.world_size // step * self.batches_per_step
-        own = len(range(self.rank, len(self.indices), self.world_size))
+        if self._length is not None:
+            return self._length
+        own = len(range(self.shard.rank, len(self.indices), self.shard.world_size))
         return max(-(-own // self.batch_size), 1)
 
     @property
@@ -148,24 +128,25 @@ class FFCVStream(Resumable):
         self.epoch = epoch
 
     def samples(self, epoch: int = 0) -> np.ndarray:
-        """Numbers of the samples that this rank sees in an epoch, in order."""
+        """Numbers of the samples that this process sees in an epoch, in order."""
         return (self._order(epoch) & SAMPLE_MASK).astype(np.int64)
 
     def _order(self, epoch: int) -> np.ndarray:
-        """The epoch's entries `seed << 32 | sample`, as evit.data.ops wants them."""
+        """The epoch's entries `seed << 32 | sample`, as evit.data.ffcv.decode wants them."""
+        rank, world_size, batch_size, seed = self.shard
         if not self.train:
-            return self.indices[self.rank :: self.world_size]
-        rng = np.random.default_rng((self.seed, epoch))
-        if self.repeats == 1:
+            return self.indices[rank::world_size]
+        rng, repeats = np.random.default_rng((seed, epoch)), self.recipe.repeated_augmentations
+        if repeats == 1:
             order = rng.permutation(self.indices)
         else:
-            seed = self.seed * 100_003 + epoch  # neighbouring seeds have no order in common
-            order = self.indices[repeated_order(len(self.indices), self.repeats, seed)]
+            seed = seed * 100_003 + epoch  # neighbouring seeds have no order in common
+            order = self.indices[repeated_order(len(self.indices), repeats, seed)]
         order |= rng.integers(2**32, size=len(order), dtype=np.uint64) << SAMPLE_BITS
-        return order[self.rank :: self.world_size][: len(self) * self.batch_size]
+        return order[rank::world_size][: len(self) * batch_size]
 
     def batches(self, start: int) -> Generator[Batch]:
-        if not self.train and self.rank >= len(self.indices):
+        if not self.train and self.shard.rank >= len(self.indices):
             yield empty_batch(self.img_size, self.device)
             return
         if self._loader is None:
@@ -185,18 +166,21 @@ class FFCVStream(Resumable):
             # Cutting a file short while it is read ends the process: it then says where.
             faulthandler.enable(sys.__stderr__)
         to_device = [ToDevice(self.device)] if self.device.type == "cuda" else []
+
+        def pipeline(field: str, decoder: Operation, *more: Operation) -> PipelineSpec:
+            return PipelineSpec(field, decoder, [ToTensor(), *to_device, *more])
+
         pipelines: dict[str, Any] = {
-            "image": [self.decoder, ToTensor(), *to_device, ToTorchImage()],
-            "label": [LabelDecoder(), ToTensor(), *to_device],
+            "image": pipeline("image", self.decoder, ToTorchImage()),
+            "label": pipeline("label", Labels()),
             "label_map": None,
         }
         if self.label_map_shape:
-            pipelines["label_map"] = [LabelMapDecoder(), ToTensor(), *to_device]
-            record = CropRecord(self.decoder)
-            pipelines["crop"] = PipelineSpec("image", record, [ToTensor(), *to_device])
+            maps = LabelMaps(self.label_map_shape, self.info["num_classes"])
+            pipelines["label_map"] = pipeline("label_map", maps)
+            pipelines["crop"] = pipeline("image", Record((5,), self.decoder.record))
             if self.augmentation.rand_augment:
-                warps = WarpRecord(self.augmentation)
-                pipelines["warp"] = PipelineSpec("image", warps, [ToTensor(), *to_device])
+                pipelines["warp"] = pipeline("image", Record((2, 3), self.decoder.warps))
         # The decoders are compiled already. FFCV would compile their callers anew in every process.
         Compiler.set_enabled(False)
         try:

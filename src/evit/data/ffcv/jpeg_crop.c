@@ -5,11 +5,15 @@
 
 #include <setjmp.h>
 #include <stdio.h>
+#include <string.h>
 
 #include <jpeglib.h>
 
 /* Colour is interpolated from its neighbours, so a crop needs more columns than it shows. */
 enum { MARGIN = 2 };
+
+/* In fewer columns jpeg_crop_scanline would interpolate in another way. */
+enum { NARROW = 8 };
 
 typedef struct {
     struct jpeg_error_mgr manager;
@@ -19,6 +23,24 @@ typedef struct {
 static void fail(j_common_ptr info) { longjmp(((Errors *)info->err)->failed, 1); }
 
 static void count(j_common_ptr info, int level) { info->err->num_warnings += level < 0; }
+
+#if JPEG_LIB_VERSION < 70
+#define DCT_h_scaled_size DCT_scaled_size
+#define min_DCT_h_scaled_size min_DCT_scaled_size
+#endif
+
+/* Whether jpeg_crop_scanline is exact. It is not where the transform enlarges a component and
+   leaves it smaller than others still, as it does at 1/2 and 1/4 with sampling 4x2 or 2x4. */
+static int can_crop(const struct jpeg_decompress_struct *info) {
+    for (int i = 0; i < info->num_components; i++) {
+        const jpeg_component_info *part = &info->comp_info[i];
+        int ratio = part->DCT_h_scaled_size / info->min_DCT_h_scaled_size;
+        if (ratio > 1 && (part->h_samp_factor * ratio != info->max_h_samp_factor ||
+                          part->v_samp_factor * ratio != info->max_v_samp_factor))
+            return 0;
+    }
+    return 1;
+}
 
 /* Rows top to bottom and columns left to right (ends excluded) of a JPEG that has width x height
    pixels, all counted after shrinking. `pixels` receives the rows, `stride` bytes apart, beginning
@@ -45,16 +67,31 @@ int evit_jpeg_crop(const unsigned char *data, unsigned long size, unsigned width
     info.scale_num = 1;
     info.scale_denom = shrink;
     jpeg_start_decompress(&info);
+    if (right > info.output_width || bottom > info.output_height) fail((j_common_ptr)&info);
+    if (!can_crop(&info)) {
+        JSAMPARRAY whole = info.mem->alloc_sarray((j_common_ptr)&info, JPOOL_IMAGE,
+                                                  3 * info.output_width, 1);
+        *found = 0;
+        while (info.output_scanline < bottom) {
+            jpeg_read_scanlines(&info, whole, 1);
+            if (info.output_scanline <= top) continue;
+            memcpy(pixels, whole[0] + 3 * left, 3 * (right - left));
+            pixels += stride;
+        }
+        goto done;
+    }
     JDIMENSION start = left < MARGIN ? 0 : left - MARGIN;
-    JDIMENSION end = right + MARGIN < info.output_width ? right + MARGIN : info.output_width;
+    JDIMENSION end = right + MARGIN < start + NARROW ? start + NARROW : right + MARGIN;
+    if (end > info.output_width) end = info.output_width;
     JDIMENSION columns = end - start;
     jpeg_crop_scanline(&info, &start, &columns); /* moves start to the edge of an MCU */
-    if (stride < 3UL * columns || bottom > info.output_height) fail((j_common_ptr)&info);
+    if (stride < 3UL * columns) fail((j_common_ptr)&info);
     *found = left - start;
 
     jpeg_skip_scanlines(&info, top);
     for (unsigned row = top; row < bottom; row++, pixels += stride)
         jpeg_read_scanlines(&info, &pixels, 1);
+done:;
     int warnings = errors.manager.num_warnings;
     jpeg_destroy_decompress(&info);
     return warnings ? -1 : 0;

@@ -1,0 +1,288 @@
+"""FFCV decoders that read, crop, resize and flip a batch in one compiled, parallel loop.
+
+An FFCV decoder is given nothing but sample numbers, and numba's random numbers depend on the
+number of threads. So the order of an epoch carries the randomness: every entry is `seed << 32 |
+sample`, and a crop is a pure function of its entry.
+
+Of a JPEG no more is decoded than the crop shows, and in training at 1/2, 1/4 or 1/8 of the size
+where that leaves at least twice the pixels that are wanted on either side: with fewer, the result
+would differ more than two good resampling filters do. The rest of the way is a mean over areas, as
+OpenCV's INTER_AREA takes it.
+
+The compiled functions live at module level, where numba can keep them on disk: only the first run
+on a machine waits for the compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numba
+import numpy as np
+
+from evit.data.ffcv._ffcv import AllocationQuery, Operation, State
+from evit.data.ffcv.draw import Augmentation, center_crops, random_crops
+from evit.data.ffcv.format import JPEG, DamagedSample, Shape
+from evit.data.ffcv.jpeg import jpeg_crop
+
+SAMPLE_BITS = np.uint64(32)
+SAMPLE_MASK = np.uint64(2**32 - 1)
+RATIO = np.array([3 / 4, 4 / 3])  # width / height of random crops
+_BESIDE = 8 + 2 + 32  # columns that jpeg_crop may add to a crop: margins and the widest MCU
+_ONE, _TWO, _THREE = np.uintp(1), np.uintp(2), np.uintp(3)  # numba checks signed indices for < 0
+
+
+@numba.njit(cache=True, nogil=True)
+def _decode_jpeg(data, height, width, shrink, top, bottom, left, right):
+    """Rows top to bottom and columns left to right of the shrunk image, the column in which they
+    begin, and a status that is not 0 where libjpeg-turbo failed or had to guess."""
+    pixels = np.empty((bottom - top, right - left + _BESIDE, 3), np.uint8)
+    found = np.zeros(1, np.uint32)
+    status = jpeg_crop(
+        *(data.ctypes.data, data.size, width, height, shrink, top, bottom, left, right),
+        *(pixels.ctypes.data, pixels.shape[1] * 3, found.ctypes.data),
+    )
+    return pixels, np.int64(found[0]), status
+
+
+@numba.njit(cache=True, nogil=True)
+def _areas(start, length, scale, size):
+    """What `size` equal parts of start to start + length cover, in pixels `scale` wide: the first
+    pixel of each part, and the shares (size, n) that it and the next ones have in the part."""
+    pixel = scale * size  # in units of 1 / size, everything is whole
+    firsts = np.empty(size, np.int64)
+    shares = np.zeros((size, -(-length // pixel) + 1), np.float32)
+    for k in range(size):
+        begin = start * size + k * length
+        end = begin + length
+        firsts[k] = begin // pixel
+        for n in range(shares.shape[1]):
+            edge = (firsts[k] + n) * pixel
+            shares[k, n] = max(0, min(end, edge + pixel) - max(begin, edge)) / length
+    return firsts, shares
+
+
+@numba.njit(cache=True, nogil=True, error_model="numpy")
+def _resize(pixels, rows, row_shares, columns, column_shares, mirror, output):
+    """Fill output (H, W, 3) with sums of the pixels that _areas names."""
+    taps = np.uintp(column_shares.shape[1])
+    begin = 3 * columns[0]
+    end = min(3 * (columns[-1] + column_shares.shape[1]), 3 * pixels.shape[1])
+    length = np.uintp(end - begin)
+    line = np.zeros(length + _THREE * taps, np.float32)  # shares of 0 reach beyond the edge
+    flat = pixels.reshape(pixels.shape[0], 3 * pixels.shape[1])
+    for y in range(output.shape[0]):
+        share, source = row_shares[y, 0], flat[rows[y], begin:end]
+        for i in range(length):
+            line[i] = share * np.float32(source[i])
+        for n in range(1, row_shares.shape[1]):
+            share = row_shares[y, n]
+            if share > 0:
+                source = flat[rows[y] + n, begin:end]
+                for i in range(length):
+                    line[i] += share * np.float32(source[i])
+        for x in range(output.shape[1]):
+            at = np.uintp(3 * columns[x] - begin)
+            red = green = blue = np.float32(0.5)  # to the nearest whole number
+            for n in range(taps):
+                share = column_shares[x, n]
+                red += share * line[at]
+                green += share * line[at + _ONE]
+                blue += share * line[at + _TWO]
+                at += _THREE
+            pixel = output[y, output.shape[1] - 1 - x if mirror else x]
+            pixel[0], pixel[1], pixel[2] = np.uint8(red), np.uint8(green), np.uint8(blue)
+
+
+@numba.njit(cache=True, nogil=True)
+def choose_shrink(height, width, output_height, output_width):
+    """1, 2, 4 or 8: the largest that leaves twice the output's pixels of a crop, or more."""
+    shrink = 8
+    while shrink > 1 and (height < 2 * shrink * output_height or width < 2 * shrink * output_width):
+        shrink //= 2
+    return shrink
+
+
+@numba.njit(cache=True, nogil=True)
+def crop_image(data, is_jpeg, size, box, flip, shrinks, output):
+    """Fill output (H, W, 3) with the box (top, left, height, width) of an image whose size is
+    (height, width), and return a status that is not 0 for a damaged JPEG.
+
+    `shrinks`: whether a JPEG may be decoded at a fraction of its size.
+    """
+    top, left, height, width = box
+    shrink = 1
+    if is_jpeg and shrinks:
+        shrink = choose_shrink(height, width, output.shape[0], output.shape[1])
+    rows, row_shares = _areas(top, height, shrink, output.shape[0])
+    columns, column_shares = _areas(left, width, shrink, output.shape[1])
+    status = 0
+    if is_jpeg:
+        first_row, end_row = top // shrink, -(-(top + height) // shrink)
+        first_column, end_column = left // shrink, -(-(left + width) // shrink)
+        pixels, found, status = _decode_jpeg(
+            *(data, size[0], size[1], shrink, first_row, end_row, first_column, end_column)
+        )
+        rows -= first_row
+        columns += found - first_column
+    else:
+        pixels = data.reshape((size[0], size[1], 3))
+    if status == 0:
+        _resize(pixels, rows, row_shares, columns, column_shares, flip, output)
+    return status
+
+
+@numba.njit(cache=True, nogil=True, parallel=True)
+def crop_batch(samples, boxes, flips, shrinks, output, metadata, file, ptrs, sizes):
+    """Fill output (B, H, W, 3) and return the statuses (B,) of crop_image."""
+    status = np.zeros(len(samples), np.int32)
+    for k in numba.prange(len(samples)):
+        field = metadata[samples[k]]
+        start = field["data_ptr"]
+        data = file[start : start + sizes[np.searchsorted(ptrs, start)]]
+        size = np.int64(field["height"]), np.int64(field["width"])
+        is_jpeg = field["mode"] == JPEG
+        status[k] = crop_image(data, is_jpeg, size, boxes[k], flips[k], shrinks, output[k])
+    return status
+
+
+def decode_jpeg(data: bytes, height: int, width: int) -> np.ndarray | None:
+    """The pixels (H, W, 3) that a crop is taken from, None if libjpeg-turbo fails or guesses."""
+    whole = 0, height, 0, width
+    pixels, _, status = _decode_jpeg(np.frombuffer(data, np.uint8), height, width, 1, *whole)
+    return None if status else pixels[:, :width]
+
+
+@numba.njit(cache=True, nogil=True)
+def _read_pieces(file, starts, output):
+    """Fill output (B, bytes) with what begins at starts (B,)."""
+    for k in range(len(starts)):
+        output[k] = file[starts[k] : starts[k] + np.uint64(output.shape[1])]
+
+
+class Decoder(Operation):
+    """Makes arrays (B, *shape); a subclass says how they are filled."""
+
+    def __init__(self, shape: Sequence[int], dtype: str) -> None:
+        super().__init__()
+        self.shape, self.dtype = tuple(shape), np.dtype(dtype)
+
+    def fill(self, output: np.ndarray, entries: np.ndarray, metadata: Any, storage: Any) -> None:
+        raise NotImplementedError
+
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
+        state = replace(previous_state, jit_mode=True, shape=self.shape, dtype=self.dtype)
+        return state, AllocationQuery(self.shape, self.dtype)
+
+    def generate_code(self) -> Callable:
+        def decode(entries: np.ndarray, output: np.ndarray, metadata: Any, storage: Any) -> Any:
+            self.fill(output, entries, metadata, storage)
+            return output
+
+        return decode
+
+
+class CenterCrop(Decoder):
+    """Resize the short side to img_size / crop_pct and cut out the centre, cutting first."""
+
+    shrinks = False  # whether large crops may be decoded at a fraction of their size
+
+    def __init__(self, img_size: int, crop_pct: float = 1.0) -> None:
+        super().__init__((img_size, img_size, 3), "u1")
+        self.img_size, self.crop_pct = img_size, crop_pct
+
+    def crops(
+        self, heights: np.ndarray, widths: np.ndarray, seeds: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes (B, 4) of top, left, height, width, and flips (B,)."""
+        boxes = center_crops(heights, widths, self.img_size, self.crop_pct)
+        return boxes, np.zeros(len(boxes), np.bool_)
+
+    def crops_of(
+        self, entries: np.ndarray, metadata: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Sizes (B, 2) of height and width, boxes (B, 4) and flips (B,) of an order's entries."""
+        fields = metadata[entries & SAMPLE_MASK]
+        heights, widths = (fields[side].astype(np.int64) for side in ("height", "width"))
+        boxes, flips = self.crops(heights, widths, entries >> SAMPLE_BITS)
+        return np.stack([heights, widths], 1), boxes, flips
+
+    def fill(self, output: np.ndarray, entries: np.ndarray, metadata: Any, storage: Any) -> None:
+        samples = entries & SAMPLE_MASK
+        _, boxes, flips = self.crops_of(entries, metadata)
+        status = crop_batch(samples, boxes, flips, self.shrinks, output, metadata, *storage)
+        if status.any():
+            raise DamagedSample(f"the JPEG of sample {samples[status.argmin()]} is damaged")
+
+
+class RandomResizedCropFlip(CenterCrop):
+    """torchvision's RandomResizedCrop of `scale` times the area, then a horizontal flip with
+    probability `flip`, then the augmentation of its pixels."""
+
+    shrinks = True
+
+    def __init__(
+        self, img_size: int, scale: Sequence[float], flip: float, augmentation: Augmentation
+    ) -> None:
+        super().__init__(img_size)
+        self.scale, self.flip, self.augmentation = np.array(scale, float), flip, augmentation
+
+    def crops(
+        self, heights: np.ndarray, widths: np.ndarray, seeds: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        seeds = seeds.astype(np.uint32)
+        return random_crops(heights, widths, seeds, self.scale, RATIO, float(self.flip))
+
+    def fill(self, output: np.ndarray, entries: np.ndarray, metadata: Any, storage: Any) -> None:
+        super().fill(output, entries, metadata, storage)
+        self.augmentation(output, entries >> SAMPLE_BITS)
+
+    def record(self, entries: np.ndarray, metadata: np.ndarray) -> np.ndarray:
+        """The crops (B, 5): x0, y0, x1, y1 as shares of the image's width and height, and 1 where
+        it is mirrored."""
+        sizes, boxes, flips = self.crops_of(entries, metadata)
+        starts, ends = boxes[:, :2] / sizes, (boxes[:, :2] + boxes[:, 2:]) / sizes
+        return np.column_stack([starts[:, ::-1], ends[:, ::-1], flips])
+
+    def warps(self, entries: np.ndarray, metadata: np.ndarray) -> np.ndarray:
+        """The affine maps (B, 2, 3) of RandAugment, from the unit square shown to the crop's."""
+        return self.augmentation.warps(entries >> SAMPLE_BITS)
+
+
+class Record(Decoder):
+    """What a function of entries and metadata says of each image, float32."""
+
+    def __init__(self, shape: Sequence[int], describe: Callable[..., np.ndarray]) -> None:
+        super().__init__(shape, "f4")
+        self.describe = describe
+
+    def fill(self, output: np.ndarray, entries: np.ndarray, metadata: Any, storage: Any) -> None:
+        output[:] = self.describe(entries, metadata)
+
+
+class LabelMaps(Decoder):
+    """Label maps (B, 2, 5, H, W), float16; a damaged one is an error."""
+
+    def __init__(self, shape: Shape, num_classes: int) -> None:
+        super().__init__((2, 5, *shape), "f2")
+        self.num_classes = num_classes
+
+    def fill(self, output: np.ndarray, entries: np.ndarray, metadata: Any, storage: Any) -> None:
+        samples = entries & SAMPLE_MASK
+        _read_pieces(storage[0], metadata[samples], output.view(np.uint8).reshape(len(output), -1))
+        logits, ids = output[:, 0], output[:, 1]
+        good = np.isfinite(logits) & (ids >= 0) & (ids < self.num_classes)
+        if not (good := good.all((1, 2, 3))).all():
+            raise DamagedSample(f"the label map of sample {samples[good.argmin()]} is damaged")
+
+
+class Labels(Decoder):
+    """Labels (B,), int64."""
+
+    def __init__(self) -> None:
+        super().__init__((), "i8")
+
+    def fill(self, output: np.ndarray, entries: np.ndarray, metadata: Any, storage: Any) -> None:
+        output[:] = metadata[entries & SAMPLE_MASK]
