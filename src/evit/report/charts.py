@@ -28,7 +28,7 @@ def line_names(points: pd.DataFrame) -> pd.Series:
         parts += [point.rest, point.selection]
         parts += [point.start] * (point.start != SCRATCH)
         parts += [epochs(point.epochs)] * (point.epochs < 300)
-        parts += [point.images] * several_images
+        parts += [f"{point.images} images"] * (several_images and bool(point.images))
         return ", ".join(filter(None, [*parts, point.recipe_name]))
 
     several_images = points.images.nunique() > 1
