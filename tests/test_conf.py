@@ -10,8 +10,8 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from evit.config import CONF_DIR, EvaluateConfig, RunConfig, folder_name, register
-from evit.sweeps.command import SweepConfig
 from evit.recipe import Recipe
+from evit.sweeps.command import SweepConfig
 
 GROUP_FILES = sorted(CONF_DIR.glob("*/[a-z]*.yaml"))
 EXPERIMENTS = sorted(path.stem for path in CONF_DIR.glob("experiment/*.yaml"))

@@ -10,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from evit import disk
 from evit.report import results
 from evit.tracking import JsonlLogger
 from evit.training.checkpoints import WholeFiles

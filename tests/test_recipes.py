@@ -11,13 +11,13 @@ import pytest
 import timm.scheduler
 import torch
 import yaml
+from evit.dry_run import plan
 from omegaconf import OmegaConf
 
 from evit.config import register
-from evit.dry_run import plan
+from evit.recipe import Recipe
 from evit.report import paper
 from evit.training.optimizer import lr_at
-from evit.recipe import Recipe
 from tests.conftest import ROOT
 from tests.test_conf import CONF_DIR, EXPERIMENTS, composed
 

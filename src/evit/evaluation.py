@@ -1,7 +1,6 @@
 """One evaluation: read a checkpoint, build what it needs, measure, write evaluation.json."""
 
 import statistics
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,11 +21,9 @@ from evit.models.vit import per_reorganization
 from evit.models.weights import read_state_dict
 from evit.report import evaluations, results
 from evit.tokens import SELECTIONS
-from evit.training import peers
-from evit.training.callbacks import Signals
 from evit.training.evaluator import Evaluator, Setting, has_choices
-from evit.training.progress import EvaluationBar
-from evit.training.trainer import build_trainer, quiet, say
+from evit.training.progress import progress
+from evit.training.trainer import Signals, build_trainer, quiet, say
 
 # Of a checkpoint that is not of a run, where nothing else is given.
 DEFAULTS = dict(keep_rate=0.7, fusion=True, img_size=224, crop_pct=0.875, max_val_images=None)
@@ -46,9 +43,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         raise ValueError("checkpoint=PATH is needed: a run's checkpoints/best.ckpt, or a .pth file")
     weights = read_state_dict(cfg.checkpoint)
     config = complete(cfg, given, results.run_config(cfg.checkpoint))
-    bar = EvaluationBar() if sys.stdout.isatty() else None
-    options = dict(max_epochs=1, enable_checkpointing=False, enable_progress_bar=bool(bar))
-    callbacks: list[L.Callback] = [Signals(), *([bar] if bar else [])]
+    options = dict(max_epochs=1, enable_checkpointing=False)
+    callbacks: list[L.Callback] = [Signals(), *progress()]
     trainer = build_trainer(cfg.trainer, folder, callbacks, **options)
     data, model = build(config, weights, trainer)
     settings = choose_settings(config, model, given)
@@ -82,10 +78,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         seconds=round(seconds, 3),
     )
     if config["verify"]:
-        if bar:
-            bar.disable()
         result["verify"] = verify(trainer, evaluator, data, config["repeats"])
-    peers.done()
     if trainer.is_global_zero:
         result |= results.provenance()
         folder.mkdir(parents=True, exist_ok=True)
@@ -262,11 +255,7 @@ def cost(model: nn.Module, setting: Setting) -> dict[str, Any]:
 def one_pass(trainer: L.Trainer, evaluator: Evaluator, data: Images) -> float:
     """Evaluate on all validation images; seconds."""
     started = time.perf_counter()
-    try:
-        trainer.validate(evaluator, data, verbose=False)
-    except BaseException as error:
-        peers.end(trainer, error)
-        raise
+    trainer.validate(evaluator, data, verbose=False)
     return time.perf_counter() - started
 
 

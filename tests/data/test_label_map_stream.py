@@ -19,8 +19,8 @@ from evit.data.beton import BetonError, check_beton, sidecar_path
 from evit.data.prepare import prepare
 from evit.data.stream import FFCVStream
 from evit.data.writer import write_beton
-from evit.training.objectives import make_objective
 from evit.recipe import Recipe
+from evit.training.objectives import make_objective
 from tests.conftest import write_photos
 
 CLASSES = ["a", "b", "c"]

@@ -6,11 +6,11 @@ import json
 from xml.etree import ElementTree
 
 import pytest
+from evit.ending import fail
 from omegaconf import OmegaConf
 
 from evit import export
 from evit.data import Folder
-from evit.ending import fail
 from evit.report import figures, files, page, results, sheets, tables
 from evit.report.found import read
 from tests.conftest import write_photos

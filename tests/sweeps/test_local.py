@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
 from evit.signals import Stopped
+
 from evit.sweeps import local, overview
 from evit.sweeps.jobs import Job
 from tests.conftest import ROOT

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+from evit.signals import ENDING
 from wandb.proto.wandb_internal_pb2 import Record
 
-from evit.signals import ENDING
 from evit.training import checkpoints
 from tests.conftest import ROOT
 from tests.training.conftest import ARGUMENTS, assert_equal, only, rows, training_state

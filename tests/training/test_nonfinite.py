@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader
 
 import evit
 from evit import experiment
+from evit.recipe import Recipe
 from evit.tracking import Tracker
 from evit.training.module import Classifier
 from evit.training.nonfinite import MAX_IN_A_ROW, NonFinite
 from evit.training.objectives import Classification, make_objective
-from evit.recipe import Recipe
 from tests.training.conftest import only, training_state
 
 RARELY = "trainer.log_every_n_steps=50"

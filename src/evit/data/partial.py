@@ -21,7 +21,7 @@ import numpy as np
 
 from evit.data.beton import sidecar_path
 from evit.data.encode import Skipped, Stored
-from evit.disk import sync_folder
+from evit.files import sync_folder
 
 COMMIT_BYTES = 2**28  # data that may have to be written again
 

@@ -85,3 +85,8 @@ def _names(samples: Labelled, root: Path) -> list[str]:
     """CLASS/NAME of each image, in a folder or not, as paths under root."""
     images = (image for image, _ in samples)
     return [str(root / i.name) if isinstance(i, TarMember) else i for i in images]
+
+
+def run(cfg: Any) -> None:
+    """What src/prepare.py does."""
+    prepare(**cfg)

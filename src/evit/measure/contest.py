@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,6 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from evit.compiling import private_cache
 from evit.measure import steps
 from evit.measure.macs import count_macs, count_params
 from evit.measure.speed import (
@@ -237,7 +238,7 @@ def many_compiled(count: int) -> Any:
     """torch.compile keeps so many forms of one class, rather than fall back on eager silently."""
     from torch._dynamo import config
 
-    private_cache()
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache/evit-lab/inductor"))
     torch.compiler.reset()
     limits: dict[str, Any] = dict(
         recompile_limit=8 * count + 8, accumulated_recompile_limit=64 * count + 256

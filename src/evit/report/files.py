@@ -66,3 +66,8 @@ def no_formula(value: Any) -> Any:
     return (
         f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@")) else value
     )
+
+
+def run(cfg: Any) -> None:
+    """What src/report.py does."""
+    write(Path(cfg.runs), Path(cfg.target) if cfg.target else None, cfg.page)

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from evit.config import CONF_DIR
-from evit.disk import whole_file
+from evit.files import whole_file
 
 PACKAGES = "torch torchvision timm lightning hydra-core torchmetrics wandb ffcv".split()
 
@@ -173,8 +173,6 @@ def show(result: dict[str, Any], folder: Path) -> None:
     for name, key in dict(training="train_images_per_s", inference="throughput").items():
         speed = f"{row[key]:.0f}" if row[key] else "-"
         table.add_row(name, f"{speed} images/s on {result['device']}")
-    if skipped := result.get("skipped_steps"):
-        table.add_row("left out", f"{skipped} steps whose loss was not finite")
     table.add_row("time", f"{result['seconds'] / 60:.1f} min")
     console = Console(markup=False)  # [x] is of the name of a folder, and no colour
     console.print(table)

@@ -9,10 +9,10 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from evit.config import CONF_DIR, check_spelling, listed, overridden
-from evit.signals import Stopped
+from evit.commands.cli import check_spelling
+from evit.config import CONF_DIR, listed, overridden
 from evit.sweeps import local, overview
-from evit.sweeps.jobs import SCHEMAS, Job, check_needs, make_jobs, names, read
+from evit.sweeps.jobs import CONFIGS, Job, check_needs, make_jobs, names, read
 
 KNOBS = CONF_DIR / "sweep.yaml"
 
@@ -43,7 +43,7 @@ def run(arguments: list[str]) -> int:
     name, *rest = arguments
     cfg, more = split(rest)
     sweep = read(name)
-    check_spelling(more, SCHEMAS[sweep.program])
+    check_spelling(more, CONFIGS[sweep.program])
     jobs = make_jobs(name, sweep, more)
     if cfg.wandb:
         Path(cfg.wandb).write_text(yaml.safe_dump(wandb_sweep(name, more, jobs), sort_keys=False))
@@ -97,12 +97,8 @@ def here(
         local.note_failure(job, reason)
     failed: list[tuple[Job, str]] = []
     if todo:
-        try:
-            with overview.Progress(todo) as tell:
-                failed = local.run_all(todo, cfg.slots, cfg.retries, cfg.timeout, tell)
-        except Stopped as stopped:
-            print("Stopped: the same command goes on.", flush=True)
-            return 128 + stopped.number
+        with overview.Progress(todo) as tell:
+            failed = local.run_all(todo, cfg.slots, cfg.retries, cfg.timeout, tell)
     overview.show(name, jobs)
     return tell_failed(broken + failed)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -17,22 +17,12 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from evit.config import (
-    CONF_DIR,
-    HOW,
-    EvaluateConfig,
-    RunConfig,
-    check_spelling,
-    folder_name,
-    listed,
-    overridden,
-    register,
-)
+from evit.commands.cli import check_spelling, composed, register, with_scale
+from evit.config import CONF_DIR, HOW, folder_name, listed, overridden, plain
 from evit.report import results
 
 SWEEPS = CONF_DIR.parent / "sweeps"
-# Of each program: its knobs, its configuration, and what a run of it leaves.
-SCHEMAS = {"train": RunConfig, "evaluate": EvaluateConfig}
+# Of each program: its configuration, and what a run of it leaves.
 CONFIGS = {"train": "config", "evaluate": "evaluate"}
 RESULTS = {"train": "result.json", "evaluate": "evaluation.json"}
 NOT_COMPOSED = (HydraException, OmegaConfBaseException, ValueError)
@@ -201,13 +191,15 @@ def with_source(entry: dict[str, str]) -> tuple[str, str]:
 
 
 def make_job(program: str, overrides: list[str], source: Path | None = None) -> Job:
-    check_spelling(overrides, SCHEMAS[program])
-    cfg = compose(CONFIGS[program], overrides, return_hydra_config=True)
+    check_spelling(overrides, CONFIGS[program])
+    scaled = with_scale(overrides) if program == "train" else overrides
+    cfg = composed(CONFIGS[program], scaled)
     HydraConfig.instance().set_config(cfg)
-    knobs = [str(knob) for knob in cfg if knob != "hydra"]
     if program == "evaluate":  # completes its groups from the checkpoint's run
-        knobs = [knob for knob in knobs if not isinstance(cfg[knob], DictConfig)]
-    config: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, knobs), resolve=True)
+        knobs = [str(k) for k in cfg if k != "hydra" and not isinstance(cfg[k], DictConfig)]
+        config: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, knobs), resolve=True)
+    else:
+        config = plain(cfg)
     fewer = [override for override in overrides if not override.startswith("fusion=")]
     if program == "train" and set(listed(config["keep_rate"])) == {1} and fewer != overrides:
         return make_job(program, fewer, source)  # there is nothing to fuse

@@ -15,7 +15,6 @@ import torch
 
 from evit.config import listed
 from evit.report.results import write_json
-from evit.signals import ENDING, stopping
 from evit.sweeps.jobs import Job
 
 # What torchrun, SLURM and MPI tell the processes that they start: a run is to start its own.
@@ -143,7 +142,6 @@ def forget_failures(folder: Path) -> None:
             path.parent.rmdir()
 
 
-@stopping(*ENDING)
 def run_all(
     jobs: list[Job],
     slots: Any,
@@ -161,8 +159,7 @@ def run_all(
         tell: called with a job, its new state and more about it; and with "" for the state while
             it runs.
 
-    Raises:
-        Stopped: by a signal; the jobs have been stopped.
+    A signal, which ends the program, stops them.
     """
     free, waiting = make_slots(slots), list(jobs)
     running: list[Process] = []

@@ -26,8 +26,7 @@ def costs(jobs: list[Job], needs: list[str]) -> list[dict[str, Any]]:
         jobs: of a sweep.
         needs: knobs that are taken as given.
     """
-    from evit.dry_run import plan
-    from evit.report.plans import GPUS
+    from evit.commands.plan import GPUS, plan
 
     found: list[dict[str, Any]] = []
     for job in jobs:

@@ -10,7 +10,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from evit.disk import check_zip, sync_folder, whole_file
+from evit.files import check_zip, sync_folder, whole_file
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
