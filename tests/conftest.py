@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evit.signals import ENDING
 from PIL import Image
 
+HEARD = (signal.SIGTERM, signal.SIGUSR1)  # ended with a line, as SIGINT is
 ROOT = Path(__file__).parents[1]
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["evit.experiment", "evit.evaluation", "evit.benchmark", "numba"])
+FORKS.set_forkserver_preload(["evit.commands.train", "evit.evaluation", "evit.benchmark", "numba"])
 # The smallest run that goes through every part.
 QUICK = (
     "model=evit_deit_micro img_size=28 recipe.epochs=1 recipe.batch_size=4 recipe.lr=1e-3 "
@@ -55,7 +55,8 @@ def shared_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def heard() -> Iterator[None]:
     """No signal is ignored, as some are by tests that run in the background."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in ENDING}
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in HEARD}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

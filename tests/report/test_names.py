@@ -6,10 +6,10 @@ import json
 from xml.etree import ElementTree
 
 import pytest
-from evit.ending import fail
 from omegaconf import OmegaConf
 
 from evit import export
+from evit.commands.cli import fail
 from evit.data import Folder
 from evit.report import figures, files, page, results, sheets, tables
 from evit.report.found import read
@@ -100,7 +100,7 @@ def test_on_a_terminal_they_are_text(content, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "photos [red]of[/red] [v2]" in shown and "[bold]run" in shown
     with pytest.raises(SystemExit):
-        fail(ValueError(f"no class {ODD}"))
+        fail(f"no class {ODD}")
     shown = capsys.readouterr().err
     assert is_plain(shown) and "[red]" in shown
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from evit.signals import Stopped
 
+from evit.commands.cli import ended_in_a_line
 from evit.sweeps import local, overview
 from evit.sweeps.jobs import Job
 from tests.conftest import ROOT
@@ -171,7 +171,7 @@ def test_a_signal_stops_the_jobs_and_leaves_them_to_be_taken_up_again(tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop_it).start()
-    with pytest.raises(Stopped):
+    with pytest.raises(SystemExit), ended_in_a_line():
         run([good, long])
     assert good.state() == "finished" and long.state() == "unfinished"
     (tmp_path / "go").touch()

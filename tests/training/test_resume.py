@@ -108,7 +108,7 @@ def test_a_run_whose_metrics_cannot_be_read_is_not_tracked(train, tmp_path, monk
     """For nothing would end W&B's run."""
     train(tmp_path, kill_at=(1, 0))
     only(tmp_path, "metrics.jsonl").write_text("damaged\n")
-    monkeypatch.setattr("evit.experiment.wandb_logger", lambda *_, **__: pytest.fail("tracked"))
+    monkeypatch.setattr("evit.commands.train.wandb_logger", lambda *_, **__: pytest.fail("tracked"))
     with pytest.raises(SystemExit):
         train(tmp_path)
 

@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from evit import files
 from evit.config import CONF_DIR, RunConfig, folder_name, overridden, scale_for
 
+LOOSE = ("keep_rate", "fusion", "compile")  # numbers or true by default, and more
 NOT_COMPOSED = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
@@ -42,15 +43,16 @@ def entry_point(task: str, config: str) -> Callable[[], None]:
     """
 
     def run(cfg: DictConfig) -> Any:
-        if missing := sorted(OmegaConf.missing_keys(cfg)):
-            raise ValueError(f"{missing[0]}=... is needed: conf/{config}.yaml says what it is for")
+        if missing := [knob for knob in cfg if OmegaConf.is_missing(cfg, knob)]:
+            fail(f"{missing[0]}=... is needed: conf/{config}.yaml says what it is for")
         module, function = task.split(":")
         if cfg.get("dry_run"):
             module = "evit.commands.plan"
         work = getattr(importlib.import_module(module), function)
         gc.freeze()
         gc.enable()
-        return work(cfg)
+        with ended_in_a_line():  # or Hydra adds a line of its own
+            return work(cfg)
 
     def main() -> None:
         gc.disable()  # what imports leave is no garbage: a quarter less time until the work begins
@@ -63,9 +65,6 @@ def entry_point(task: str, config: str) -> Callable[[], None]:
             try:
                 hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config)(run)()
             except NOT_COMPOSED as error:
-                wrapped = isinstance(error, InstantiationException)
-                if wrapped and not isinstance(error.__cause__, ValueError | TypeError):
-                    raise
                 raise explained(error, config, given) from error
             finally:
                 sys.argv[1:] = given
@@ -94,14 +93,16 @@ def arguments(given: list[str], config: str) -> list[str]:
 
 
 def quoted(override: str) -> str:
-    """The override, its value in quotes where Hydra's grammar would refuse it: a path, say."""
+    """The override, its value in quotes where Hydra's grammar would refuse or trim it."""
+    knob, equals, value = override.partition("=")
     try:
         OverridesParser.create().parse_override(override)
-        return override
+        if value == value.strip():
+            return override
     except HydraException:
-        knob, equals, value = override.partition("=")
-        escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)
-        return f"{knob}='{escaped}'" if equals else override
+        pass
+    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)
+    return f"{knob}='{escaped}'" if equals else override
 
 
 def with_scale(words: list[str]) -> list[str]:
@@ -153,17 +154,19 @@ def check_spelling(overrides: list[str], config: str) -> None:
     ]
     known = {str(name) for name in content} | {g for g in groups if " " not in str(g)}
     for override in overrides:
-        found = re.match(r"[+~]*(([\w-]+)[\w./@-]*)=(.*)", override)
+        found = re.match(r"[+~]*(([\w-]+)[\w./@-]*)=", override)
         if not found:
             continue
-        path, root, text = found.groups()
+        path, root = found.groups()
         if re.split(r"[/@.]", path)[0] not in known and path.split("/")[0] not in known:
             raise ValueError(f"unknown knob {root!r} in {override!r}: {nearest(root, known)}")
-        value = yaml.safe_load(text) if path in content and "," not in text else None
-        if isinstance(content.get(path), int | float) and isinstance(value, str):
-            kind = "true or false" if isinstance(content[path], bool) else "a number"
-            if path not in ("keep_rate", "fusion", "what", "compile", "slots"):
-                raise ValueError(f"{path} must be {kind}, got {value!r}")
+        default = content.get(path)
+        if not isinstance(default, int | float) or path in LOOSE:
+            continue
+        parsed = OverridesParser.create().parse_override(override)
+        if not parsed.is_sweep_override() and isinstance(value := parsed.value(), str):
+            kind = "true or false" if isinstance(default, bool) else "a number"
+            raise ValueError(f"{path} must be {kind}, got {value!r}")
 
 
 def nearest(name: str, known: Any) -> str:
@@ -177,12 +180,11 @@ def nearest(name: str, known: Any) -> str:
 
 def explained(error: BaseException, config: str, overrides: list[str]) -> ValueError:
     """An error of composing in one line, with the way out."""
-    if isinstance(error, InstantiationException):
-        return ValueError(str(error.__cause__ or error))
     if isinstance(error, MissingConfigException) and error.options:
         wanted = str(error.missing_cfg_file)
-        near = difflib.get_close_matches(wanted.split("/")[-1], error.options, 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(error.options)}"
+        options = [name for name in error.options if not name.startswith("_")]
+        near = difflib.get_close_matches(wanted.split("/")[-1], options, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(options)}"
         return ValueError(f"there is no {wanted.replace('/', '=')}: {hint}")
     for override in overrides:
         found = re.match(r"([\w.]+)\.([\w-]+)=", override)
@@ -192,7 +194,7 @@ def explained(error: BaseException, config: str, overrides: list[str]) -> ValueE
         with suppress(ValueError):
             names = [str(k) for k in OmegaConf.select(composed(config, choices), found[1]) or {}]
             near = difflib.get_close_matches(found[2], names, 1)
-            hint = f"did you mean {found[1]}.{near[0]}?" if near else f"there are {names}"
+            hint = f"did you mean {found[1]}.{near[0]}?" if near else f"{found[1]} has {names}"
             return ValueError(f"unknown knob {found[2]!r} in {override!r}: {hint}")
     texts = dict.fromkeys(str(e) for e in (error, error.__cause__) if e)
     return ValueError(" ".join(" ".join(texts).split()))
@@ -209,9 +211,7 @@ def ended_in_a_line() -> Iterator[None]:
         say_stopped(signal.SIGINT)
         sys.exit(128 + signal.SIGINT)
     except Exception as error:
-        kinds = (ValueError, FloatingPointError, ChildProcessError, HydraException)
-        known = isinstance(error, kinds) and not isinstance(error, InstantiationException)
-        text = files.refused(error, run_folder()) or (str(error) if known else None)
+        text = mistake(error)
         if "TORCHELASTIC_RUN_ID" in os.environ and (os.environ["RANK"] != "0" or not text):
             time.sleep(5)  # torchrun ends this process where another has said why
         if not text:
@@ -221,6 +221,16 @@ def ended_in_a_line() -> Iterator[None]:
         remove_empty(run_folder())
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def mistake(error: BaseException) -> str | None:
+    """What a user can mend of an error; None for others, which need their traceback."""
+    kinds: tuple[type[BaseException], ...] = (ValueError, FloatingPointError, ChildProcessError)
+    if isinstance(error, InstantiationException) and error.__cause__:  # of a constructor
+        error, kinds = error.__cause__, (ValueError, TypeError)
+    if isinstance(error, OmegaConfBaseException):  # a value that has to be given, say
+        return " ".join(str(error).split())
+    return files.refused(error, run_folder()) or (str(error) if isinstance(error, kinds) else None)
 
 
 def terminate(number: int, _: Any) -> NoReturn:
@@ -252,8 +262,10 @@ def fail(text: str) -> NoReturn:
 
 def run_folder() -> Path:
     """The folder that Hydra has made for this run; before that the current one."""
-    known = HydraConfig.initialized()
-    return Path(HydraConfig.get().runtime.output_dir) if known else Path()
+    known = HydraConfig.initialized() and HydraConfig.get().runtime
+    return (
+        Path() if not known or OmegaConf.is_missing(known, "output_dir") else Path(known.output_dir)
+    )
 
 
 def remove_empty(folder: Path) -> None:

@@ -90,6 +90,7 @@ def prepare(cfg: DictConfig, folder: Path, config: dict[str, Any]) -> Run:
     tempfile.TemporaryFile(dir=folder).close()  # is an OSError now, not after hours
     mode = wandb_mode(config["logger"]["mode"])
     recipe: Any = OmegaConf.to_object(cfg.recipe)
+    recipe.check_start(cfg.checkpoint, cfg.pretrained)
     inference = InferenceSpeed()
     trainer = build_trainer(
         cfg.trainer,
@@ -193,7 +194,6 @@ def callbacks(
 
 def build_data(cfg: DictConfig, recipe: Recipe) -> Images:
     """The data module of a configuration; nothing is read or written yet."""
-    recipe.check_start(cfg.checkpoint, cfg.pretrained)
     names = (
         *("batch_size", "max_train_images", "max_val_images", "crop_scale", "flip"),
         *("rand_augment", "color_jitter", "repeated_augmentations", "crop_pct"),
