@@ -62,7 +62,7 @@ WRONG = {
     "visualize image=x": "did you mean images?",
     "prepare": "source=... is needed: conf/prepare.yaml says what it is for",
     "prepare skip_bad=perhaps source=x": "skip_bad must be true or false, got 'perhaps'",
-    "label_maps source=x": "model_name=... is needed",
+    "label_maps source=x": "target=... is needed",
     "report run=x": "did you mean runs?",
     "dashboard projct=x": "did you mean project?",
 }

@@ -105,15 +105,25 @@ class Tracker(Logger):
         self.attempt(lambda: setattr(self, "run", start()))
 
     def attempt(self, step: Callable[[], Any]) -> None:
+        run = self.run
         try:
             step()
         except Exception as error:  # of many types, in W&B
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             where = "the run goes on untracked; metrics.jsonl and result.json have all of it"
-            if self.run:
-                where += f", and `wandb sync {self.run.settings.sync_dir}` uploads what W&B has"
+            if run:
+                where += f", and `wandb sync {run.settings.sync_dir}` uploads what W&B has"
             print(f"W&B has failed ({reason}): {where}", flush=True)
-            self.run = None
+            with suppress(Exception):
+                self.close(1)
+
+    def close(self, exit_code: int) -> None:
+        """End W&B's run, and its process."""
+        run, self.run = self.run, None
+        try:
+            if run:
+                run.finish(exit_code)
+        finally:
             with suppress(Exception, SystemExit):
                 wandb.teardown()
 
