@@ -42,8 +42,9 @@ def build_trainer(
     options["accumulate_grad_batches"] = options["accumulate_grad_batches"] or 1
     check_static_graph(ddp, options["accumulate_grad_batches"])
     options |= (started := processes(options["devices"], options["num_nodes"]))
-    launched = isinstance(started["devices"], int) and started["devices"] * started["num_nodes"] > 1
-    if launched and options["strategy"] in ("auto", "ddp"):
+    count = started["devices"]
+    several = (len(count) if isinstance(count, list) else count) not in (1, "auto")
+    if (several or started["num_nodes"] > 1) and options["strategy"] in ("auto", "ddp"):
         options["strategy"] = DDPStrategy(**ddp)
     try:
         trainer = L.Trainer(
@@ -60,7 +61,8 @@ def build_trainer(
         )
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise ValueError(f"trainer: {error}") from error
-    if trainer.strategy.launcher is not None and trainer.world_size > 1:
+    launched = torch.distributed.is_torchelastic_launched() or SLURMEnvironment.detect()
+    if trainer.world_size > 1 and not launched:
         start_processes(trainer.num_devices, trainer.num_nodes)
     return trainer
 
