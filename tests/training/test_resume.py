@@ -1,5 +1,6 @@
 """An interrupted run goes on as if nothing had happened: from within an epoch, too."""
 
+import json
 import signal
 import time
 from pathlib import Path
@@ -136,6 +137,14 @@ def test_a_run_may_begin_with_the_checkpoint_of_another(train, whole, tmp_path):
     torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
+def test_a_checkpoint_that_has_seen_all_epochs_is_not_gone_on_with(train, whole, tmp_path, capfd):
+    path = only(whole, "checkpoints/last.ckpt")
+    with pytest.raises(SystemExit):
+        train(tmp_path, f"resume={path}")
+    assert f"{path} has seen 9 steps, and this run has 9 in 3 epochs" in capfd.readouterr().err
+    assert not list(tmp_path.glob("outputs/**/*.json"))
+
+
 def test_a_run_that_starts_anew_leaves_nothing_to_go_on_with(tmp_path):
     left = ["checkpoints/last.ckpt", "hpc_ckpt_1.ckpt", "metrics.jsonl", "wandb/run_id"]
     for name in left:
@@ -172,3 +181,15 @@ def test_a_program_that_is_killed_goes_on_from_its_first_checkpoint(
     assert training_state(tmp_path)["step"] < 9
     assert "Going on from" in train(tmp_path)
     assert_equal(tmp_path, whole)
+
+
+def test_a_checkpoint_says_of_itself_what_it_is(whole):
+    """Wherever it is moved; and config.json has the same knobs at its root."""
+    knobs = torch.load(only(whole, "checkpoints/best.ckpt"), weights_only=True)["evit"]
+    assert knobs["model"]["model_name"] == "evit_deit_tiny_patch16"
+    assert (knobs["keep_rate"], knobs["fusion"], knobs["img_size"]) == (0.7, True, 28)
+    assert (knobs["data"], knobs["classes"]) == ("photos", ["cat", "dog"])
+    assert len(knobs["mean"]) == len(knobs["std"]) == 3
+    config = json.loads(only(whole, "config.json").read_text())
+    names = ("keep_rate", "fusion", "img_size", "crop_pct", "model")
+    assert {name: config[name] for name in names} == {name: knobs[name] for name in names}

@@ -227,7 +227,7 @@ def mistake(error: BaseException) -> str | None:
     """What a user can mend of an error; None for others, which need their traceback."""
     kinds: tuple[type[BaseException], ...] = (ValueError, FloatingPointError, ChildProcessError)
     if isinstance(error, InstantiationException) and error.__cause__:  # of a constructor
-        error, kinds = error.__cause__, (ValueError, TypeError)
+        error, kinds = error.__cause__, (ValueError, TypeError, ImportError)
     if isinstance(error, OmegaConfBaseException):  # a value that has to be given, say
         return " ".join(str(error).split())
     return files.refused(error, run_folder()) or (str(error) if isinstance(error, kinds) else None)

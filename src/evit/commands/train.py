@@ -106,6 +106,8 @@ def prepare(cfg: DictConfig, folder: Path, config: dict[str, Any]) -> Run:
     module = build_module(cfg, recipe, data, config)
     for step in data.prepare_data, data.setup:  # what can be wrong with the data is said here
         rank_zero_only(step)()
+    if first and not last:
+        checkpoints.require_unfinished(first, data, recipe.epochs)
     if last:
         say(f"Going on from {last}: overwrite=true starts anew.")
     else:
@@ -115,7 +117,12 @@ def prepare(cfg: DictConfig, folder: Path, config: dict[str, Any]) -> Run:
     job = Run(folder, config, started, trainer, data, module, throughput, inference)
     job.checkpoint = last or first
     if "_target_" in cfg.logger:  # Lightning's own
-        trainer.loggers.append(instantiate(cfg.logger, save_dir=folder, mode=None))
+        kind = dict(
+            _target_=cfg.logger._target_,
+            name="",
+            version=HydraConfig.get().runtime.choices["logger"],
+        )
+        trainer.loggers.append(instantiate(kind, save_dir=folder))
     elif tracker := wandb_logger(
         folder, config=config, **config["logger"] | dict(name=folder.name, mode=mode)
     ):
