@@ -43,7 +43,7 @@ def entry_point(task: str, config: str) -> Callable[[], None]:
     """
 
     def run(cfg: DictConfig) -> Any:
-        if missing := [knob for knob in cfg if OmegaConf.is_missing(cfg, knob)]:
+        if missing := [str(knob) for knob in cfg if OmegaConf.is_missing(cfg, knob)]:
             fail(f"{missing[0]}=... is needed: conf/{config}.yaml says what it is for")
         module, function = task.split(":")
         if cfg.get("dry_run"):

@@ -7,7 +7,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from evit import measure
-from evit.commands.train import build_data, build_model
+from evit.commands.build import build_data, build_model
 from evit.data.sources import epoch_length
 from evit.models import DynamicViT, EViT, LVViT
 from evit.recipe import Recipe

@@ -1,6 +1,5 @@
 """Train a model: prepare, fit, evaluate, and write result.json."""
 
-import os
 import tempfile
 import time
 from dataclasses import dataclass
@@ -15,19 +14,19 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from evit import load_checkpoint, measure
+from evit.commands.build import build_data, build_model, build_teacher, compile_all
 from evit.config import plain
 from evit.data import Images
 from evit.models import DynamicViT, EViT, LVViT
-from evit.models.weights import read_state_dict
 from evit.recipe import Recipe
 from evit.report import results, tables
 from evit.tracking import JsonlLogger, Tracker, wandb_logger, wandb_mode
 from evit.training import checkpoints
 from evit.training.callbacks import InferenceSpeed, KeepRateSchedule, KeptPatches
 from evit.training.ema import EMA
-from evit.training.module import Classifier, mix_seed
+from evit.training.module import Classifier
 from evit.training.nonfinite import NonFinite
-from evit.training.objectives import Classification, dense_teacher, make_objective
+from evit.training.objectives import make_objective
 from evit.training.progress import Throughput, progress
 from evit.training.trainer import Signals, accumulate, build_trainer, quiet, say
 
@@ -107,7 +106,7 @@ def prepare(cfg: DictConfig, folder: Path, config: dict[str, Any]) -> Run:
     for step in data.prepare_data, data.setup:  # what can be wrong with the data is said here
         rank_zero_only(step)()
     if first and not last:
-        checkpoints.require_unfinished(first, data, recipe.epochs)
+        rank_zero_only(checkpoints.require_unfinished)(first, data, recipe.epochs)
     if last:
         say(f"Going on from {last}: overwrite=true starts anew.")
     else:
@@ -116,19 +115,22 @@ def prepare(cfg: DictConfig, folder: Path, config: dict[str, Any]) -> Run:
     trainer.loggers = [JsonlLogger(folder / "metrics.jsonl", steps)]
     job = Run(folder, config, started, trainer, data, module, throughput, inference)
     job.checkpoint = last or first
-    if "_target_" in cfg.logger:  # Lightning's own
-        kind = dict(
-            _target_=cfg.logger._target_,
-            name="",
-            version=HydraConfig.get().runtime.choices["logger"],
-        )
-        trainer.loggers.append(instantiate(kind, save_dir=folder))
-    elif tracker := wandb_logger(
-        folder, config=config, **config["logger"] | dict(name=folder.name, mode=mode)
-    ):
-        job.tracker = tracker
-        trainer.loggers.append(tracker)
+    job.tracker = mirror(job, mode)
     return job
+
+
+def mirror(job: Run, mode: str) -> Tracker | None:
+    """Let the chosen logger mirror metrics.jsonl; return it if it is W&B."""
+    options, loggers = job.config["logger"], job.trainer.loggers
+    if target := options.get("_target_"):  # one of Lightning's own
+        choice = HydraConfig.get().runtime.choices["logger"]
+        kind = dict(_target_=target, save_dir=job.folder, name="", version=choice)
+        loggers.append(instantiate(kind))
+        return None
+    options = options | dict(name=job.folder.name, mode=mode)
+    if tracker := wandb_logger(job.folder, config=job.config, **options):
+        loggers.append(tracker)
+    return tracker
 
 
 def fit(job: Run) -> None:
@@ -199,23 +201,6 @@ def callbacks(
     ]
 
 
-def build_data(cfg: DictConfig, recipe: Recipe) -> Images:
-    """The data module of a configuration; nothing is read or written yet."""
-    names = (
-        *("batch_size", "max_train_images", "max_val_images", "crop_scale", "flip"),
-        *("rand_augment", "color_jitter", "repeated_augmentations", "crop_pct"),
-    )
-    values = {name: getattr(recipe, name) for name in names}
-    return instantiate(cfg.data, **values, _convert_="all")
-
-
-def build_model(cfg: DictConfig, recipe: Recipe, num_classes: int, **options: Any) -> Any:
-    """The model of a configuration, drawn from its seed."""
-    torch.manual_seed(mix_seed(cfg.seed))
-    options |= dict(num_classes=num_classes, drop_path_rate=recipe.drop_path)
-    return instantiate(cfg.model, **options, _convert_="all")
-
-
 def build_module(
     cfg: DictConfig, recipe: Recipe, data: Images, config: dict[str, Any]
 ) -> Classifier:
@@ -236,43 +221,6 @@ def build_module(
     if cfg.compile:
         compile_all(model, objective)
     return module
-
-
-def compile_all(model: torch.nn.Module, objective: Classification) -> None:
-    """torch.compile, in place: one graph for each combination of token counts."""
-    # By default the cache is a folder of /tmp whose name others can guess.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache/evit-lab/inductor"))
-    limits: Any = torch._dynamo.config  # type: ignore[attr-defined]
-    limits.recompile_limit = limits.accumulated_recompile_limit = 4096
-    model.compile(fullgraph=True, dynamic=False)
-    objective.compile()
-
-
-def build_teacher(cfg: DictConfig, model: torch.nn.Module) -> torch.nn.Module | None:
-    """The dense model that DynamicViT is distilled from, where there are weights of one.
-
-    Raises:
-        ValueError: another kind of model has no use for a teacher, or its weights do not fit.
-    """
-    source = cfg.recipe.teacher or cfg.checkpoint
-    if not isinstance(model, DynamicViT):
-        if cfg.recipe.teacher:
-            raise ValueError(
-                f"recipe.teacher={cfg.recipe.teacher} is for DynamicViT: {type(model).__name__} "
-                f"has no distillation; leave it null"
-            )
-        return None
-    if not source and not cfg.pretrained:
-        return None
-    weights = read_state_dict(source) if source else {}
-    own = getattr(model, "pretrained_cfg", None) or {}
-    classes = len(weights["head.weight"]) if "head.weight" in weights else own.get("num_classes")
-    if classes != model.num_classes and not cfg.recipe.teacher:
-        return None  # its logits are of other classes
-    teacher = dense_teacher(model)
-    if source:
-        load_checkpoint(teacher, weights, new_parts=True)
-    return teacher
 
 
 def announce(cfg: DictConfig, data: Images, model: Any, teacher: bool) -> None:
