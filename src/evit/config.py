@@ -47,9 +47,9 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
     A model may set its own keep_rate (model=deit: 1), which then is the run's.
     """
-    config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    for knob in ("hydra", *HOW):
-        config.pop(knob, None)
+    knobs = [str(knob) for knob in cfg if knob != "hydra" and knob not in HOW]
+    masked = OmegaConf.masked_copy(cfg, knobs)
+    config: Any = OmegaConf.to_container(masked, resolve=True, throw_on_missing=True)
     config |= {k: v for k, v in config["model"].items() if k in ("keep_rate", "fusion", "img_size")}
     return config | dict(crop_pct=config["recipe"]["crop_pct"])
 

@@ -213,7 +213,7 @@ def ended_in_a_line() -> Iterator[None]:
     except Exception as error:
         text = mistake(error)
         if "TORCHELASTIC_RUN_ID" in os.environ and (os.environ["RANK"] != "0" or not text):
-            time.sleep(5)  # torchrun ends this process where another has said why
+            time.sleep(20)  # torchrun ends this process where another has said why
         if not text:
             raise
         fail(text)
