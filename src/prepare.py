@@ -1,15 +1,8 @@
 """Write class folders as FFCV files: python src/prepare.py source=DIR"""
 
-import startup  # noqa: F401
-from evit.config import PrepareConfig, entry_point
+from evit.commands.cli import entry_point
 
-
-@entry_point("prepare", PrepareConfig)
-def main(cfg):
-    from evit.commands.prepare import prepare
-
-    prepare(**cfg)
-
+main = entry_point("evit.commands.prepare:run", config="prepare")
 
 if __name__ == "__main__":
     main()

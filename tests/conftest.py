@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evit.signals import ENDING
-
+HEARD = (signal.SIGTERM, signal.SIGUSR1)  # ended with a line, as SIGINT is
 ROOT = Path(__file__).parents[1]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["evit.experiment", "evit.evaluation", "evit.commands.benchmark", "numba"]
+    ["evit.commands.train", "evit.commands.evaluate", "evit.commands.benchmark", "numba"]
 )
 # The smallest run that goes through every part.
 QUICK = (
@@ -58,7 +57,8 @@ def shared_photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def heard() -> Iterator[None]:
     """No signal is ignored, as some are by tests that run in the background."""
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in ENDING}
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in HEARD}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -9,16 +9,18 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from evit.config import CONF_DIR, EvaluateConfig, RunConfig, folder_name, register
+from evit.commands import cli
+from evit.config import CONF_DIR, RunConfig, folder_name
 from evit.recipe import Recipe
 
 GROUP_FILES = sorted(CONF_DIR.glob("*/[a-z]*.yaml"))
+SCALES = sorted(CONF_DIR.glob("scale/*/*.yaml"))
 EXPERIMENTS = sorted(path.stem for path in CONF_DIR.glob("experiment/*.yaml"))
 
 
 @pytest.fixture(autouse=True)
 def resolvers(monkeypatch):
-    register()
+    cli.register()
     monkeypatch.delenv("IMAGENET_DIR", raising=False)
 
 
@@ -59,10 +61,10 @@ def test_prepare_composes():
 
 
 def test_the_knobs_of_an_evaluation_are_these():
-    assert {field.name for field in fields(EvaluateConfig)} == {
+    assert set(OmegaConf.load(CONF_DIR / "evaluate.yaml")) - {"defaults", "hydra"} == {
         *("checkpoint", "name", "keep_rate", "keep_rates", "fusion", "selection", "img_size"),
         *("crop_pct", "max_val_images", "batch_size", "seed", "verify", "repeats"),
-        *("model", "data", "trainer"),
+        "model",
     }
 
 
@@ -149,24 +151,53 @@ def test_hydra_refuses_a_knob_that_is_not_there(typo):
     ],
 )
 def test_the_default_recipe_fits_the_data(overrides, epochs, batch_size, max_train_images):
-    recipe: Recipe = OmegaConf.to_object(composed(*overrides).recipe)
+    recipe: Recipe = OmegaConf.to_object(scaled(*overrides).recipe)
     assert (recipe.epochs, recipe.batch_size) == (epochs, batch_size)
     assert recipe.max_train_images == max_train_images
-    assert composed(*overrides, "recipe.epochs=7").recipe.epochs == 7
+    assert scaled(*overrides, "recipe.epochs=7").recipe.epochs == 7
+    assert scaled(*overrides, "scale=published").recipe.epochs == 300
+
+
+def scaled(*overrides: str):
+    """As src/train.py composes it."""
+    return composed(*cli.with_scale(list(overrides)))
+
+
+@pytest.mark.parametrize("path", SCALES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_scale_of_a_recipe_has_its_values(path):
+    scale, recipe = path.parent.name, path.stem
+    published, found = composed(f"recipe={recipe}"), composed(f"recipe={recipe}", f"scale={scale}")
+    for key, value in yaml.safe_load(path.read_text()).items():
+        if key != "defaults":
+            assert found.recipe[key] == value or float(found.recipe[key]) == float(value), key
+    assert found.recipe != published.recipe
+    assert found.recipe.batch_size == 32
+
+
+def test_a_scale_wins_over_an_experiment_and_leaves_other_recipes_alone():
+    assert scaled("experiment=deit_s", "data=auto", "data.root=/x").recipe.batch_size == 32
+    assert scaled("experiment=deit_s").recipe.batch_size == 1024
+    own = scaled("recipe=fashion_mnist", "data.root=/x").recipe
+    assert own == composed("recipe=fashion_mnist").recipe
+
+
+def test_of_a_multirun_the_first_value_chooses_the_scale():
+    words = cli.with_scale(["-m", "keep_rate=0.5,0.7", "data.root=/a,/b"])
+    assert words == ["-m", "keep_rate=0.5,0.7", "data.root=/a,/b", "scale=own"]
 
 
 def test_imagenet_dir_in_the_environment_makes_it_the_published_recipe(monkeypatch):
     monkeypatch.setenv("IMAGENET_DIR", "/imagenet")
     assert composed().data.root == "/imagenet"
-    assert composed().recipe.epochs == 300
-    assert composed("data.root=/imagenet/").recipe.epochs == 300
-    assert composed("data.root=/photos").recipe.epochs == 30
+    assert scaled().recipe.epochs == 300
+    assert scaled("data.root=/imagenet/").recipe.epochs == 300
+    assert scaled("data.root=/photos").recipe.epochs == 30
 
 
 @pytest.mark.parametrize(("name", "repeats"), [("deit", 3), ("lvvit", 1), ("dynamicvit", 1)])
 def test_the_published_recipes_augment_and_small_data_is_not_repeated(name, repeats):
     for data, expected in (["data=imagenet"], repeats), (["data=folder", "data.root=/i"], 1):
-        recipe = composed(f"recipe={name}", *data).recipe
+        recipe = scaled(f"recipe={name}", *data).recipe
         assert (recipe.rand_augment, recipe.random_erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
         assert recipe.repeated_augmentations == expected
 
@@ -174,5 +205,8 @@ def test_the_published_recipes_augment_and_small_data_is_not_repeated(name, repe
 def test_run_folders_say_what_was_overridden_and_have_no_separators():
     assert folder_name("") == "default"
     assert folder_name("data.root-/a/b+keep_rate-[1,0.5]") == "data.root-_a_b+keep_rate-_1_0.5_"
+    named = folder_name(f"data.root-/für/{'x' * 100}+keep_rate-0.5+seed-3")
+    assert named.startswith("seed-3+keep_rate-0.5+data.root-_f_r_x") and named.isascii()
+    assert folder_name("a-ü") != folder_name("a-ä")
     long = [folder_name(f"data.root={'x' * 300}{i}") for i in range(2)]
     assert len(set(long)) == 2 and max(map(len, long)) < 200

@@ -4,14 +4,14 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import fields
 
 import pytest
 import wandb
 import wandb_workspaces.reports.v2.interface as reports
+from omegaconf import OmegaConf
 
 from evit.commands import dashboard
-from evit.config import CONF_DIR, DashboardConfig
+from evit.config import CONF_DIR
 from evit.report import paper
 from tests.conftest import ROOT
 
@@ -158,4 +158,8 @@ def test_sync_takes_what_was_not_uploaded_and_says_how_to_log_in(tmp_path):
 
 
 def test_the_knobs_are_these():
-    assert {field.name for field in fields(DashboardConfig)} == {"project", "entity", "paper"}
+    assert set(OmegaConf.load(CONF_DIR / "dashboard.yaml")) - {"defaults", "hydra"} == {
+        "project",
+        "entity",
+        "paper",
+    }

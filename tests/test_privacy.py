@@ -1,20 +1,14 @@
 """A run keeps to itself: it tells no secret, and nothing of it can be reached from elsewhere."""
 
-import os
-import socket
 import subprocess
 import threading
-import time
 
 import psutil
 import pytest
-import torch
-from lightning.fabric.plugins.environments import LightningEnvironment
 
 from evit.report import page
 from evit.report.collect import read
-from evit.training.trainer import DDP
-from tests.conftest import FORKS, QUICK, command
+from tests.conftest import QUICK, command
 
 SECRETS = dict(
     WANDB_API_KEY="5ec4e7" * 6 + "abcd",
@@ -96,35 +90,3 @@ def test_a_run_that_is_tracked_listens_to_this_machine_alone(finished):
     watch = finished[2]
     assert "wandb-core" in watch.names
     assert watch.reachable == set()
-
-
-def connect(rank: int, port: int, results) -> None:
-    """Be one of two processes of Lightning's, and tell where it can be reached."""
-    os.environ |= dict(LOCAL_RANK=str(rank), MASTER_PORT=str(port))
-    strategy = DDP(
-        parallel_devices=[torch.device("cpu")] * 2, cluster_environment=LightningEnvironment()
-    )
-    strategy.setup_distributed()
-    total = torch.ones(1)
-    torch.distributed.all_reduce(total)
-    waiting = [c for c in psutil.Process().net_connections("inet") if c.status == "LISTEN"]
-    results.put((rank, int(total), len(waiting), listening(psutil.Process())))
-    torch.distributed.barrier()
-
-
-def test_two_processes_of_one_machine_cannot_be_reached_from_another():
-    results = FORKS.SimpleQueue()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pair = [FORKS.Process(target=connect, args=(rank, port, results)) for rank in range(2)]
-    for process in pair:
-        process.start()
-    until = time.monotonic() + 100
-    for process in pair:
-        process.join(max(0, until - time.monotonic()))
-        assert process.exitcode == 0
-    found = sorted(results.get() for _ in pair)
-    assert [(rank, total) for rank, total, *_ in found] == [(0, 2), (1, 2)]
-    assert found[0][2] >= 2  # the meeting point, and gloo's
-    assert [reachable for *_, reachable in found] == [set(), set()]

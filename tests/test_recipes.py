@@ -13,8 +13,8 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from evit.config import register
-from evit.dry_run import plan
+from evit.commands.cli import register
+from evit.commands.plan import plan
 from evit.recipe import Recipe
 from evit.report import paper
 from evit.training.optimizer import lr_at
@@ -31,7 +31,7 @@ OTHERS = {"data", "paper", "hours"}
 
 
 def planned(name: str, *overrides: str) -> dict[str, Any]:
-    return plan(composed(f"experiment={name}", "data.root=/nowhere", *overrides))
+    return plan(composed(f"experiment={name}", *overrides))
 
 
 def differences(expected: Any, found: Any, path: str = "") -> list[str]:
@@ -158,7 +158,7 @@ def rows() -> list[dict[str, Any]]:
         for words, top1, hours in ROW.findall(header):
             overrides = [] if words == "as it is" else words.split()
             said = dict(name=name, overrides=overrides, top1=float(top1), hours=hours)
-            row = plan(composed("data.root=/nowhere", *command.split(), *overrides))
+            row = plan(composed(*command.split(), *overrides))
             found.append(dict(said=said, plan=row))
     return found
 

@@ -6,12 +6,12 @@ import stat
 import subprocess
 import tomllib
 from pathlib import Path
+from unittest import mock
 
-import pytest
+import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from evit import compiling
 from evit.commands.prepare import train_command
 from tests.conftest import ROOT
 
@@ -58,19 +58,16 @@ def test_a_folder_s_name_is_not_run_by_slurm_nor_by_who_copies_a_command(tmp_pat
     assert not (tmp_path / "owned").exists()
 
 
-def test_the_cache_of_torch_compile_is_ours_alone(tmp_path, monkeypatch):
+def test_the_cache_of_torch_compile_is_in_the_home_folder(monkeypatch, tmp_path):
+    """And not in /tmp, under a name that other users can guess."""
+    from evit.commands import build
+
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    monkeypatch.setattr(compiling, "default_cache_dir", lambda: str(tmp_path / "cache"))
-    compiling.private_cache()
-    assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
-    (tmp_path / "cache").chmod(0o777)
-    with pytest.raises(ValueError, match="cache, where torch.compile keeps code, is not yours al"):
-        compiling.private_cache()
-    if os.getuid() == 0:  # somebody else has made it
-        (tmp_path / "cache").chmod(0o755)
-        os.chown(tmp_path / "cache", 12345, 12345)
-        with pytest.raises(ValueError, match="is not yours alone: remove it, or set TORCHINDUCT"):
-            compiling.private_cache()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model = torch.nn.Linear(1, 1)
+    build.compile_all(model, mock.Mock())
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"].startswith(f"{tmp_path}/")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
 
 
 def test_what_is_compiled_of_ours_is_loaded_from_no_folder_of_all_users():

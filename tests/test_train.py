@@ -262,6 +262,18 @@ def in_process(monkeypatch, tmp_path, capfd):
     return run
 
 
+def test_lightnings_own_loggers_may_be_chosen(photos, tmp_path, monkeypatch):
+    import train
+
+    monkeypatch.chdir(tmp_path)
+    arguments = [*QUICK, f"data.root={photos}", "logger=csv"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    train.main()
+    assert "val/top1" in only(tmp_path, "outputs/*/*/csv/metrics.csv").read_text()
+    assert only(tmp_path, "outputs/*/*/metrics.jsonl").is_file()
+    assert not list(tmp_path.glob("outputs/*/*/wandb"))
+
+
 def test_the_published_recipe_runs_in_every_part(photos, tmp_path):
     """Mixup, EMA, warm-up and annealing together, on photos, for three epochs."""
     overrides = "img_size=28 model=evit_deit_micro trainer=cpu recipe.epochs=3 recipe.batch_size=4 "

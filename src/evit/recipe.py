@@ -63,7 +63,6 @@ class Recipe:
     frozen: list[str] = field(default_factory=list)  # parameters that stay as they are
     weight_decay: float = 0.05
     clip_grad: float | None = None
-    on_nonfinite_loss: str = "stop"  # or skip: leave that step out, up to 10 in a row
     ema_decay: float | None = None
     ema_evaluated: bool = True  # the average is the result; else the trained weights are
     drop_path: float = 0.0
@@ -106,10 +105,6 @@ class Recipe:
         if self.lr_schedule not in LR_SCHEDULES:
             raise ValueError(
                 f"recipe.lr_schedule must be {', '.join(LR_SCHEDULES)}, got {self.lr_schedule!r}"
-            )
-        if self.on_nonfinite_loss not in ("stop", "skip"):
-            raise ValueError(
-                f"recipe.on_nonfinite_loss must be stop or skip, got {self.on_nonfinite_loss!r}"
             )
         if self.mixup_mode not in ("batch", "pair", "elem"):
             raise ValueError(

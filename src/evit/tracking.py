@@ -5,7 +5,6 @@ import logging
 import math
 import os
 import secrets
-import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -15,10 +14,10 @@ from typing import Any
 
 import wandb
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
-from evit.disk import whole_file
+from evit.files import whole_file
 
 STEP = "trainer/global_step"  # as Lightning's own logger names it
 WAITS = dict(init_timeout=30, finish_timeout=30)  # seconds; WANDB_FINISH_TIMEOUT=300 for others
@@ -92,57 +91,53 @@ def wandb_mode(mode: str) -> str:
 
 
 class Tracker(Logger):
-    """Mirrors a run in W&B, whose failures are not the run's: it goes on offline, or untracked.
+    """Mirrors a run in W&B; where W&B fails, the run goes on without it and says so in a line.
 
     Args:
-        start: begins W&B's run in a mode.
+        start: begins W&B's run.
         run_id: of that run.
-        mode: the first that is tried.
     """
 
-    def __init__(self, start: Callable[[str], wandb.Run], run_id: str, mode: str):
+    def __init__(self, start: Callable[[], wandb.Run], run_id: str):
         super().__init__()
-        self.start, self.run_id = start, run_id
-        self.modes = [mode, "offline", "offline"]  # those left
+        self.run_id = run_id
         self.run: wandb.Run | None = None
-        self.attempt(lambda _: None)
+        self.attempt(lambda: setattr(self, "run", start()))
 
-    def attempt(self, step: Callable[[wandb.Run], Any]) -> None:
-        """Do a step with W&B's run; where that fails, with one in the next mode, and say so."""
-        failure = None
-        while self.run or self.modes:
-            try:
-                self.run = self.run or self.start(self.modes.pop(0))
-                step(self.run)
-                break
-            except Exception as error:  # of many types, in W&B
-                failure = failure or error
-                self.end(1)
-        if failure:
-            where = "the run is tracked offline from here, make sync uploads it"
-            if not self.run:
-                where = "the run is not tracked, but metrics.jsonl and result.json have all of it"
-            what = f"{type(failure).__name__}: {failure}".partition("\n")[0]
-            text = f"W&B has failed ({what}): {where}"
-            rank_zero_warn(text)
+    def attempt(self, step: Callable[[], Any]) -> None:
+        run = self.run
+        try:
+            step()
+        except Exception as error:  # of many types, in W&B
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            where = "the run goes on untracked; metrics.jsonl and result.json have all of it"
+            if run:
+                where += f", and `wandb sync {run.settings.sync_dir}` uploads what W&B has"
+            print(f"W&B has failed ({reason}): {where}", flush=True)
+            with suppress(Exception):
+                self.close(1)
 
-    def end(self, exit_code: int = 0) -> None:
-        """End W&B's run and its process; what is not taken in finish_timeout is for make sync."""
+    def close(self, exit_code: int) -> None:
+        """End W&B's run, and its process."""
         run, self.run = self.run, None
-        late = False
         try:
             if run:
                 run.finish(exit_code)
-        except TimeoutError:
-            late = True
-        except Exception:  # the process has ended
-            pass
-        with suppress(Exception, SystemExit):
-            wandb.teardown()
-        if run and late:
-            directory = Path(run.settings.sync_dir)
-            directory.rename(directory.with_name(f"offline-{directory.name}"))
-            rank_zero_warn("W&B has not taken all of the run: make sync uploads it")
+        finally:
+            with suppress(Exception, SystemExit):
+                wandb.teardown()
+
+    def log(self, content: Callable[[], dict[str, Any]]) -> None:
+        if run := self.run:
+            self.attempt(lambda: run.log(content()))
+
+    def end(self, exit_code: int = 0) -> None:
+        """End W&B's run, and its process."""
+        if run := self.run:
+            self.attempt(lambda: run.finish(exit_code))
+            self.run = None
+            with suppress(Exception, SystemExit):
+                wandb.teardown()
 
     @property
     def name(self) -> str:
@@ -158,89 +153,53 @@ class Tracker(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        self.attempt(lambda run: run.log({**metrics, STEP: step}))
+        self.log(lambda: {**metrics, STEP: step})
 
     def log_image(self, key: str, image: Image.Image, step: int) -> None:
-        self.attempt(lambda run: run.log({key: [wandb.Image(image, file_type="jpg")], STEP: step}))
+        self.log(lambda: {key: [wandb.Image(image, file_type="jpg")], STEP: step})
 
     def log_summary(self, summary: dict[str, Any]) -> None:
-        """The numbers that runs are compared by, as the run's summary and as a table of one row.
-
-        W&B shows the tables of a group's runs as one.
-        """
+        """The numbers that runs are compared by, as the run's summary and as a table of one row."""
         row = [str(value) if isinstance(value, list) else value for value in summary.values()]
-
-        def log(run: wandb.Run) -> None:
-            run.summary.update(summary)
-            run.log({"result": wandb.Table(columns=list(summary), data=[row])})
-
-        self.attempt(log)
+        self.log(lambda: {"result": wandb.Table(columns=list(summary), data=[row])})
+        if run := self.run:
+            self.attempt(lambda: run.summary.update(summary))
 
 
 @rank_zero_only
-def start_service(mode: str) -> None:
-    """Let W&B start its process while there is other work: wandb_logger would wait for it."""
+def wandb_logger(directory: Path, *, mode: str, config: dict[str, Any], **options: Any) -> Any:
+    """The Tracker of a run's folder; None where disabled, or in another process than the first.
 
-    @slurm_token_hidden()
-    def start() -> None:
-        with suppress(Exception):  # wandb_logger meets it again, and says so
-            wandb.setup()
+    W&B's run has the id in wandb/run_id, so that a run that goes on stays the same.
 
-    if mode != "disabled":
-        threading.Thread(target=start).start()
-
-
-@rank_zero_only
-def wandb_logger(
-    directory: Path,
-    *,
-    name: str,
-    mode: str,
-    project: str,
-    entity: str | None,
-    group: str,
-    tags: list[str],
-    config: dict[str, Any],
-) -> Tracker | None:
-    """Of a folder's W&B run; None where disabled, or not this process's.
-
-    The run is that of the id in wandb/run_id, so one that goes on stays the same.
+    Args:
+        options: wandb.init's name, project, entity, group, tags.
     """
     if mode == "disabled":
         return None
-
     logging.raiseExceptions = False  # or W&B's own log prints tracebacks where a disk is full
     path = directory / "wandb" / "run_id"
-    known = path.read_text() if path.is_file() else ""
-    run_id = known or secrets.token_hex(4)
+    run_id = path.read_text() if path.is_file() else secrets.token_hex(4)
     waits: Any = {k: v for k, v in WAITS.items() if f"WANDB_{k.upper()}" not in os.environ}
 
     @slurm_token_hidden()
-    def start(mode: Any) -> wandb.Run:
-        if not known:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(run_id)
+    def start() -> wandb.Run:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(run_id)
         run = wandb.init(
             id=run_id,
             resume="allow",
-            project=project,
-            entity=entity,
-            group=group,
             job_type="train",
-            name=name,
-            tags=tags,
             config=config,
             dir=str(directory),
-            mode=mode,
+            mode=mode,  # type: ignore[arg-type]
             reinit="finish_previous",
-            settings=wandb.Settings(
-                silent=mode == "offline",  # online it prints the address of the run
-                finish_timeout_raises=True,
-                **waits,
-            ),
+            # Online it prints the address of the run.
+            settings=wandb.Settings(silent=mode == "offline", finish_timeout_raises=True, **waits),
+            **options,
         )
         run.define_metric(STEP)
         run.define_metric("*", step_metric=STEP, step_sync=True)
         return run
 
-    return Tracker(start, run_id, mode)
+    return Tracker(start, run_id)

@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 
 from evit import export
 from evit.commands import report
+from evit.commands.cli import fail
 from evit.data import Folder
-from evit.ending import fail
 from evit.report import figures, page, results, tables
 from evit.report.collect import read
 from tests.conftest import write_photos
@@ -101,7 +101,7 @@ def test_on_a_terminal_they_are_text(content, tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "photos [red]of[/red] [v2]" in shown and "[bold]run" in shown
     with pytest.raises(SystemExit):
-        fail(ValueError(f"no class {ODD}"))
+        fail(f"no class {ODD}")
     shown = capsys.readouterr().err
     assert is_plain(shown) and "[red]" in shown
 

@@ -67,7 +67,7 @@ def test_what_is_killed_or_does_not_compose_is_named_and_alone_repeated(sweep):
         assert status == 1
         assert f"failed: job 2, keep_rate=0.5 name=mine: {words}" in err
         first, *_, again, _, _ = err.splitlines()
-        assert first == again and "job 0, model=typo" in first and "'model/typo'" in first
+        assert first == again and "job 0, model=typo" in first and "no model=typo" in first
         assert begun() == {"keep_rate-1": 1, "seed-3": 1}
         assert f"of which {finished} have finished before" in out
         assert [line.split()[-1] for line in out.splitlines() if "keep_rate=0.5" in line][
@@ -77,7 +77,7 @@ def test_what_is_killed_or_does_not_compose_is_named_and_alone_repeated(sweep):
     assert f"mine/keep_rate-0.5 has not finished: {words}" in problems
     assert any("mine/model-typo+name-mine has not finished: it does not" in p for p in problems)
     status, out, err = sweep(*lines, more=("--dry-run", "job=0"))
-    assert status == 1 and "broken" in out and "model/typo" in err
+    assert status == 1 and "broken" in out and "no model=typo" in err
 
     Path("fixed").touch()
     status, _, err = sweep("keep_rate=1,0.5", "seed=3")
@@ -141,10 +141,10 @@ def test_of_real_runs_the_one_out_of_memory_and_the_killed_one_fail_alone(
     status, err = sweep()
     assert status == 1
     assert "job 1" in err and ("not enough memory" in err or "can't allocate memory" in err), err
-    assert "killed by signal 9 (SIGKILL): out of memory?" in err and "model/typo" in err
+    assert "killed by signal 9 (SIGKILL): out of memory?" in err and "no model=typo" in err
     (good,) = tmp_path.glob("outputs/mine/*/result.json")
     before = good.stat().st_mtime
     status, err = sweep()
-    assert status == 1 and "SIGKILL" not in err and "model/typo" in err
+    assert status == 1 and "SIGKILL" not in err and "no model=typo" in err
     assert len(list(tmp_path.glob("outputs/mine/*/result.json"))) == 2
     assert good.stat().st_mtime == before

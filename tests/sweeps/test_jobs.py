@@ -172,7 +172,7 @@ def test_a_run_that_does_not_compose_is_a_job_with_the_reason():
     found = make_jobs("mine", Sweep([*runs, dict(run="seed=1", starts_from="model=typo")]), [])
     errors = [job.error for job in found]
     assert [bool(error) for error in errors] == [False, False, True, False, True, True, True, True]
-    assert "did you mean keep_rate" in errors[2] and "Could not find 'model/typo'" in errors[4]
+    assert "did you mean keep_rate" in errors[2] and "no model=typo" in errors[4]
     assert [job.number for job in found] == list(range(8))
     assert str(found[2].folder) == "outputs/mine/keeprate-0.5"
     with pytest.raises(ValueError, match="did you mean keep_rate"):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from evit.commands import processes
+from evit.commands.cli import ended_in_a_line
 from evit.commands.jobs import Job
 from tests.conftest import ROOT
 
@@ -161,13 +162,9 @@ def test_a_signal_stops_the_jobs_and_leaves_them_to_be_taken_up_again(tmp_path):
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        threading.Thread(target=stop_it).start()
-        with pytest.raises(SystemExit):
-            run([good, long])
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    threading.Thread(target=stop_it).start()
+    with pytest.raises(SystemExit), ended_in_a_line():
+        run([good, long])
     assert good.state() == "finished" and long.state() == "missing"
     (tmp_path / "go").touch()
     assert not run([job for job in (good, long) if job.state() != "finished"])

@@ -33,7 +33,8 @@ def test_wandb_gets_some_pictures_from_the_first_evaluation_to_the_last(
         callbacks, "draw_kept", lambda *a: drawn.append(a) or Image.new("RGB", (1, 1))
     )
     model = evit.EViT(28, 7, embed_dim=48, depth=4, num_heads=3, num_classes=2)
-    patches = KeptPatches(model, tmp_path / "kept.png", num_images=3)
+    module = SimpleNamespace(model=model)
+    patches = KeptPatches(tmp_path / "kept.png", num_images=3)
     data = SimpleNamespace(local_batch_size=4, mean=(0.5,) * 3, std=(0.5,) * 3)
     recorder = Recorder()
     trainer = SimpleNamespace(
@@ -49,7 +50,7 @@ def test_wandb_gets_some_pictures_from_the_first_evaluation_to_the_last(
         trainer.current_epoch, trainer.global_step = epoch - 1, epoch
         patches.on_validation_epoch_start(trainer, None)
         for i, batch in enumerate(batches):
-            patches.on_validation_batch_end(trainer, None, None, (batch,), i)
+            patches.on_validation_batch_end(trainer, module, None, (batch,), i)
     assert len(drawn) == len(evaluated) and (tmp_path / "kept.png").is_file()
     assert all(images[:, 0, 0, 0].tolist() == [0, 2, 4] for _, images, _ in drawn)
     assert recorder.steps[0] == evaluated[0] and recorder.steps[-1] == epochs

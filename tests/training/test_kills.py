@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 from wandb.proto.wandb_internal_pb2 import Record
 
-from evit.signals import ENDING
 from evit.training import checkpoints
-from tests.conftest import ROOT
+from tests.conftest import HEARD, ROOT
 from tests.training.conftest import ARGUMENTS, assert_equal, only, rows, training_state
 
 pytestmark = pytest.mark.usefixtures("heard")
+ENDING = (*HEARD, signal.SIGINT)
 SAID = "stopped by {}: the same command goes on\n"
 
 
@@ -29,9 +29,15 @@ def send(number: int):
 @pytest.mark.parametrize("number", ENDING)
 def test_a_signal_ends_a_run_with_one_line(number, train, tmp_path, capfd):
     with pytest.raises(SystemExit) as ended:
-        train(tmp_path, kill_at=(0, 1), kill=send(number))
+        train(tmp_path, kill_at=(1, 1), kill=send(number))
     assert ended.value.code == 128 + number
     assert capfd.readouterr().err == SAID.format(signal.Signals(number).name)
+
+
+def test_before_the_first_checkpoint_it_does_not_promise_to_go_on(train, tmp_path, capfd):
+    with pytest.raises(SystemExit):
+        train(tmp_path, kill_at=(0, 1), kill=send(signal.SIGINT))
+    assert capfd.readouterr().err == "stopped by SIGINT\n"
 
 
 def test_sigusr1_ends_a_job_of_slurm_as_elsewhere_and_requeues_it(
@@ -49,7 +55,7 @@ def test_sigusr1_ends_a_job_of_slurm_as_elsewhere_and_requeues_it(
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", f"{scontrol.parent}:{os.environ['PATH']}")
     with pytest.raises(SystemExit) as ended:
-        train(tmp_path, kill_at=(0, 1), kill=send(signal.SIGUSR1))
+        train(tmp_path, kill_at=(1, 1), kill=send(signal.SIGUSR1))
     assert ended.value.code == 128 + signal.SIGUSR1
     assert capfd.readouterr().err == "requeue 7\n" + SAID.format("SIGUSR1")
     assert not list(tmp_path.rglob("hpc_ckpt*"))
@@ -175,7 +181,7 @@ def test_a_program_killed_at_ten_random_moments_equals_one_that_was_not(
 ):
     """Of the process, or of all that it has started, as a sweep does."""
     rng, folder = random.Random(seed), None
-    numbers = [signal.SIGKILL, *ENDING] * 2
+    numbers = [signal.SIGKILL, signal.SIGHUP, *ENDING] * 2
     rng.shuffle(numbers)
     while numbers:
         folder = folder or tmp_path_factory.mktemp("killed")

@@ -53,7 +53,6 @@ def test_no_decay_on_one_dimensional_parameters_position_and_class_token():
         (dict(repeated_augmentations=0), "recipe.repeated_augmentations must be from 1 to inf"),
         (dict(color_jitter=-0.1), "recipe.color_jitter must be from 0 to inf, got -0.1"),
         (dict(mixup_mode="half"), "recipe.mixup_mode must be batch, pair or elem, got 'half'"),
-        (dict(on_nonfinite_loss="go"), "recipe.on_nonfinite_loss must be stop or skip, got 'go'"),
         (dict(ema_decay=3), "recipe.ema_decay must be from 0 to 1, got 3"),
         (dict(max_train_images=0), "recipe.max_train_images must be from 1 to inf, got 0"),
         (dict(shrink_start_epoch=5, shrink_epochs=5), "only at epoch 10 .* training has 10"),

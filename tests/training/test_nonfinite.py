@@ -1,7 +1,6 @@
 """Numbers that are not finite: named at their step, never saved, never part of a result."""
 
 import itertools
-import json
 import math
 import re
 from unittest.mock import Mock
@@ -14,11 +13,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader
 
 import evit
-from evit import experiment
+from evit.commands import train as training
 from evit.recipe import Recipe
 from evit.tracking import Tracker
 from evit.training.module import Classifier
-from evit.training.nonfinite import MAX_IN_A_ROW, NonFinite
+from evit.training.nonfinite import NonFinite
 from evit.training.objectives import Classification, make_objective
 from tests.training.conftest import only, training_state
 
@@ -35,8 +34,8 @@ def cache(tmp_path_factory):
 def failing(train, tmp_path, cache, capfd, monkeypatch):
     """Train in tmp_path until it fails; what that says. No run that failed has succeeded in W&B."""
     tracked = Mock()  # W&B's run
-    tracker = Tracker(lambda mode: tracked, "id", "offline")
-    monkeypatch.setattr(experiment, "wandb_logger", lambda *_, **__: tracker)
+    tracker = Tracker(lambda: tracked, "id")
+    monkeypatch.setattr(training, "wandb_logger", lambda *_, **__: tracker)
 
     def run(*arguments: str) -> str:
         with pytest.raises(SystemExit) as exit:
@@ -128,47 +127,12 @@ def test_weights_that_are_not_finite_are_not_saved(step, message, failing, tmp_p
     assert all_finite(tmp_path)
 
 
-def test_if_configured_the_step_is_left_out_and_counted(train, not_a_number, tmp_path, cache):
-    not_a_number(6 + 3)
-    after = []
-
-    def remember(optimizer, *_):
-        parameters = itertools.chain(*(group["params"] for group in optimizer.param_groups))
-        after.append(torch.cat([p.detach().flatten() for p in parameters]))
-
-    hook = register_optimizer_step_post_hook(remember)
-    try:
-        shown = train(tmp_path, cache, "recipe.on_nonfinite_loss=skip")
-    finally:
-        hook.remove()
-    same = [torch.equal(a, b) for a, b in itertools.pairwise(after)]
-    assert same == [i == 3 for i in range(8)]  # the fifth of nine steps has changed nothing
-    assert re.search(rf"the loss is nan \({STEP}\).*left out", shown)
-    assert re.search(r"left out +│ 1 steps whose loss was not finite", shown)
-    assert json.loads(only(tmp_path, "result.json").read_text())["skipped_steps"] == 1
-    assert all_finite(tmp_path)
-    lines = only(tmp_path, "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]
-    assert [row["step"] for row in rows if row.get("train/loss", 0) is None] == [4]
-    assert rows[-1].get("train/skipped_steps", 1) == 1
-
-
 def test_a_run_that_has_ended_goes_on_as_is_advised(failing, train, not_a_number, tmp_path, cache):
-    """From last.ckpt, whose optimizer is not the fused one; and the other way round."""
-    not_a_number(9, 12)  # 12: the third batch after step 4
+    not_a_number(9)
     failing()
-    last, other = only(tmp_path, "checkpoints/last.ckpt"), tmp_path / "other"
-    shown = train(other, cache, f"resume={last}", "recipe.on_nonfinite_loss=skip")
-    assert "step 6" in shown and "That step is left out, 1 so far" in shown
-    assert all_finite(other)
-    fused = only(other, "checkpoints/epoch_002.ckpt")
-    assert "top-1" in train(tmp_path / "back", cache, f"resume={fused}")
-
-
-def test_too_many_in_a_row_end_training_all_the_same(failing, not_a_number):
-    not_a_number(*range(2 * MAX_IN_A_ROW))
-    said = failing("recipe.on_nonfinite_loss=skip", "recipe.epochs=4")
-    assert f"step {MAX_IN_A_ROW}, " in said and f"{MAX_IN_A_ROW} steps in a row" in said
+    last = only(tmp_path, "checkpoints/last.ckpt")
+    shown = train(tmp_path / "other", cache, f"resume={last}", "recipe.clip_grad=1")
+    assert "top-1" in shown and all_finite(tmp_path / "other")
 
 
 def test_weights_that_are_not_finite_from_the_start_are_noticed_at_the_first_step(
@@ -184,7 +148,7 @@ def test_weights_that_are_not_finite_from_the_start_are_noticed_at_the_first_ste
 @pytest.mark.parametrize("number", [None, 3], ids=["gradients overflow", "loss is not a number"])
 def test_in_float16_overflowing_gradients_are_left_to_the_scaler(number, tmp_path):
     """It lowers its scale until they do not; a loss is an error all the same."""
-    recipe = Recipe(epochs=1, batch_size=2, lr=1e-3, on_nonfinite_loss="skip", clip_grad=1.0)
+    recipe = Recipe(epochs=1, batch_size=2, lr=1e-3, clip_grad=1.0)
     model = evit.EViT(img_size=8, patch_size=4, embed_dim=24, depth=4, num_heads=2, num_classes=9)
     module = Classifier(model, recipe, 9, make_objective(model, recipe, 9, 2))
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)  # too much
@@ -209,7 +173,7 @@ def test_in_float16_overflowing_gradients_are_left_to_the_scaler(number, tmp_pat
     data.train_dataloader = lambda: DataLoader([(x, torch.arange(2)) for x in images], None)
     if number is None:
         trainer.fit(module, data)
-        assert scaler.get_scale() < 2.0**127 and nonfinite.skipped == 0
+        assert scaler.get_scale() < 2.0**127
         return
     with pytest.raises(FloatingPointError, match="loss is nan .*step 4, .* batch 3"):
         trainer.fit(module, data)

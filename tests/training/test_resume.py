@@ -1,5 +1,6 @@
 """An interrupted run goes on as if nothing had happened: from within an epoch, too."""
 
+import json
 import signal
 import time
 from pathlib import Path
@@ -108,7 +109,7 @@ def test_a_run_whose_metrics_cannot_be_read_is_not_tracked(train, tmp_path, monk
     """For nothing would end W&B's run."""
     train(tmp_path, kill_at=(1, 0))
     only(tmp_path, "metrics.jsonl").write_text("damaged\n")
-    monkeypatch.setattr("evit.experiment.wandb_logger", lambda *_, **__: pytest.fail("tracked"))
+    monkeypatch.setattr("evit.commands.train.wandb_logger", lambda *_, **__: pytest.fail("tracked"))
     with pytest.raises(SystemExit):
         train(tmp_path)
 
@@ -134,6 +135,14 @@ def test_a_run_may_begin_with_the_checkpoint_of_another(train, whole, tmp_path):
     assert rows(tmp_path / "second") == [row for row in rows(whole) if row["step"] >= 4]
     states = [training_state(folder) for folder in (tmp_path / "second", whole)]
     torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+def test_a_checkpoint_that_has_seen_all_epochs_is_not_gone_on_with(train, whole, tmp_path, capfd):
+    path = only(whole, "checkpoints/last.ckpt")
+    with pytest.raises(SystemExit):
+        train(tmp_path, f"resume={path}")
+    assert f"{path} has seen 9 steps, and this run has 9 in 3 epochs" in capfd.readouterr().err
+    assert not list(tmp_path.glob("outputs/**/*.json"))
 
 
 def test_a_run_that_starts_anew_leaves_nothing_to_go_on_with(tmp_path):
@@ -172,3 +181,15 @@ def test_a_program_that_is_killed_goes_on_from_its_first_checkpoint(
     assert training_state(tmp_path)["step"] < 9
     assert "Going on from" in train(tmp_path)
     assert_equal(tmp_path, whole)
+
+
+def test_a_checkpoint_says_of_itself_what_it_is(whole):
+    """Wherever it is moved; and config.json has the same knobs at its root."""
+    knobs = torch.load(only(whole, "checkpoints/best.ckpt"), weights_only=True)["evit"]
+    assert knobs["model"]["model_name"] == "evit_deit_tiny_patch16"
+    assert (knobs["keep_rate"], knobs["fusion"], knobs["img_size"]) == (0.7, True, 28)
+    assert (knobs["data"], knobs["classes"]) == ("photos", ["cat", "dog"])
+    assert len(knobs["mean"]) == len(knobs["std"]) == 3
+    config = json.loads(only(whole, "config.json").read_text())
+    names = ("keep_rate", "fusion", "img_size", "crop_pct", "model")
+    assert {name: config[name] for name in names} == {name: knobs[name] for name in names}

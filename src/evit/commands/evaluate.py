@@ -1,6 +1,5 @@
 """Evaluate a checkpoint with many reducers and keep rates in one pass; write evaluation.json."""
 
-import sys
 import time
 from itertools import product
 from pathlib import Path
@@ -23,11 +22,9 @@ from evit.recipe import Recipe
 from evit.reducers import Reducer
 from evit.reducers.evit import SELECTIONS
 from evit.report import evaluations, results
-from evit.training import peers
-from evit.training.callbacks import Signals
 from evit.training.evaluator import Evaluator, setting_of
-from evit.training.progress import EvaluationBar
-from evit.training.trainer import build_trainer, quiet, say
+from evit.training.progress import progress
+from evit.training.trainer import Signals, build_trainer, quiet, say
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -43,9 +40,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     source = checkpoint.open_source(cfg.checkpoint)
     nodes = reducer_nodes(cfg)
     config = complete(cfg, nodes, source)
-    bar = [EvaluationBar()] if sys.stdout.isatty() else []
-    options = dict(max_epochs=1, enable_checkpointing=False, enable_progress_bar=bool(bar))
-    trainer = build_trainer(cfg.trainer, folder, [Signals(), *bar], **options)
+    options = dict(max_epochs=1, enable_checkpointing=False)
+    trainer = build_trainer(cfg.trainer, folder, [Signals(), *progress()], **options)
     data = build_data(config, source, trainer)
     model = checkpoint.build(config["model"], source, num_classes=data.num_classes)
     data.normalize_for(model)
@@ -58,11 +54,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         rank_zero_only(step)()
 
     started = time.perf_counter()
-    try:
-        trainer.validate(evaluator, data, verbose=False)
-    except BaseException as error:
-        peers.end(trainer, error)
-        raise
+    trainer.validate(evaluator, data, verbose=False)
     seconds = time.perf_counter() - started
     rows = [
         vars(setting) | found | cost
@@ -87,7 +79,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         device=results.device_name(trainer.strategy.root_device),
         seconds=round(seconds, 3),
     )
-    peers.done()
     if trainer.is_global_zero:
         result |= results.provenance()
         folder.mkdir(parents=True, exist_ok=True)

@@ -11,32 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra import compose, initialize_config_dir
+from hydra import initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from evit.config import (
-    CONF_DIR,
-    HOW,
-    EvaluateConfig,
-    RunConfig,
-    check_spelling,
-    folder_name,
-    listed,
-    overridden,
-    register,
-)
+from evit.commands.cli import check_spelling, composed, register, with_scale
+from evit.config import CONF_DIR, HOW, folder_name, listed, overridden, plain
 from evit.report import results
 
 SWEEPS = CONF_DIR.parent / "sweeps"
-# The programs: their knobs, their configuration, and the file that a run of them leaves.
-PROGRAMS = {
-    "train": (RunConfig, "config", "result.json"),
-    "evaluate": (EvaluateConfig, "evaluate", "evaluation.json"),
-}
+# The programs: their configuration, and the file that a run of them leaves.
+PROGRAMS = {"train": ("config", "result.json"), "evaluate": ("evaluate", "evaluation.json")}
 NOT_COMPOSED = (HydraException, OmegaConfBaseException, ValueError, OSError)
 
 
@@ -74,7 +62,7 @@ class Job:
 
         Changed: what is there is of another configuration, or from another result of its source.
         """
-        result, config = self.folder / PROGRAMS[self.program][2], self.folder / "config.json"
+        result, config = self.folder / PROGRAMS[self.program][1], self.folder / "config.json"
         if self.program == "evaluate":
             if not result.is_file():
                 return "missing"
@@ -189,14 +177,15 @@ def jobs_of(entry: Any, name: str, sweep: Sweep, more: list[str]) -> Iterator[Jo
 
 
 def make_job(program: str, overrides: list[str], source: Path | None = None) -> Job:
-    schema, config_name, _ = PROGRAMS[program]
-    check_spelling(overrides, schema)
-    cfg = compose(config_name, overrides, return_hydra_config=True)
+    config_name, _ = PROGRAMS[program]
+    check_spelling(overrides, config_name)
+    cfg = composed(config_name, with_scale(overrides) if program == "train" else overrides)
     HydraConfig.instance().set_config(cfg)
-    knobs = [str(knob) for knob in cfg if knob != "hydra"]
-    if program == "evaluate":  # which completes its groups from the checkpoint's run
-        knobs = [knob for knob in knobs if not isinstance(cfg[knob], DictConfig)]
-    config: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, knobs), resolve=True)
+    if program == "evaluate":  # completes its groups from the checkpoint's run
+        knobs = [str(k) for k in cfg if k != "hydra" and not isinstance(cfg[k], DictConfig)]
+        config: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, knobs), resolve=True)
+    else:
+        config = plain(cfg)
     fewer = [override for override in overrides if not override.startswith("fusion=")]
     if program == "train" and set(listed(config["keep_rate"])) == {1} and fewer != overrides:
         return make_job(program, fewer, source)  # there is nothing to fuse

@@ -280,3 +280,8 @@ def _write(
             torch.save(label_map.clone(), partial)
             os.replace(partial, path)
             yield str(path)
+
+
+def run(cfg: Any) -> None:
+    """What src/label_maps.py does."""
+    make_label_maps(**cfg)

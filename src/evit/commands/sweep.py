@@ -14,8 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from evit.commands import processes
+from evit.commands.cli import check_spelling
 from evit.commands.jobs import NOT_COMPOSED, PROGRAMS, Job, check_needs, make_jobs, names, read
-from evit.config import CONF_DIR, check_spelling, listed, overridden
+from evit.config import CONF_DIR, listed, overridden
 from evit.report import results
 
 KNOBS = CONF_DIR / "sweep.yaml"

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from evit.disk import check_zip
+from evit.files import check_zip
 
 # Where published and Lightning checkpoints keep the weights, and what they prepend to each name.
 CONTAINERS = ("model", "state_dict")

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from evit.config import CONF_DIR
-from evit.disk import whole_file
+from evit.files import whole_file
 
 PACKAGES = "torch torchvision timm lightning hydra-core torchmetrics wandb ffcv".split()
 

@@ -1,45 +1,19 @@
 """What happens beside the training loop."""
 
-import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from evit import signals
 from evit.data.batch import denormalize
-from evit.disk import whole_file
+from evit.files import whole_file
 from evit.measure import speed
 from evit.reducers.schedule import keep_rate_at
 from evit.report.pictures import draw_kept
 from evit.tracking import Tracker
-
-
-class Signals(L.Callback):
-    """Ends training where a signal arrives, and the processes that this one has started.
-
-    Lightning's own handler of SIGTERM would wait for the batch to end, and with several processes
-    for all of them, who may be waiting for this one.
-    """
-
-    def on_train_start(self, *_: Any) -> None:
-        signal.signal(signal.SIGTERM, signals.on_signal)
-
-    def on_validation_start(self, *_: Any) -> None:
-        signal.signal(signal.SIGTERM, signals.on_signal)
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        signals.check()
-
-    def on_validation_batch_start(self, *_: Any) -> None:
-        signals.check()
-
-    def on_exception(self, trainer: L.Trainer, *_: Any) -> None:
-        if signals.received and trainer.strategy.launcher:
-            trainer.strategy.launcher.kill(signals.received.number)
 
 
 class KeepRateSchedule(L.Callback):
@@ -50,11 +24,16 @@ class KeepRateSchedule(L.Callback):
     an image's tokens are rounded up to multiples of token_multiple.
     """
 
-    def __init__(
-        self, model: Any, shrink_start_epoch: int, shrink_epochs: int, token_multiple: int = 1
-    ):
-        self.model, self.final, self.multiple = model, model.keep_rate, token_multiple
-        self.schedule = (shrink_start_epoch, shrink_epochs)
+    def __init__(self, shrink_start_epoch: int, shrink_epochs: int, token_multiple: int = 1):
+        self.schedule, self.multiple = (shrink_start_epoch, shrink_epochs), token_multiple
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        model: Any = pl_module.model
+        self.model = model
+        self.final: tuple[float, ...] = model.keep_rate
+        reducer = model.reducer
+        if reducer.masked or reducer.own or reducer.given:
+            self.schedule = (0, 0)  # as its authors train it
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -86,8 +65,8 @@ class KeptPatches(L.Callback):
     W&B some `logged` of them, from the first to the last.
     """
 
-    def __init__(self, model: Any, path: Path, num_images: int = 8, logged: int = 20):
-        self.model, self.path = model, path
+    def __init__(self, path: Path, num_images: int = 8, logged: int = 20):
+        self.path = path
         self.num_images, self.logged = num_images, logged
         self.images: list[Tensor] = []
         self.next_logged = 0.0  # epochs
@@ -112,12 +91,12 @@ class KeptPatches(L.Callback):
         wanted = self.num_images - len(self.images)
         self.images += batch[0][first::step][:wanted].clone()
         if batch_idx == trainer.num_val_batches[0] - 1:  # before an EMA gives its place back
-            self.draw(trainer)
+            self.draw(trainer, pl_module.model)
 
-    def draw(self, trainer: L.Trainer) -> None:
+    def draw(self, trainer: L.Trainer, model: Any) -> None:
         images = torch.stack(self.images)
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        picture = draw_kept(self.model, images, denormalize(images, data.mean, data.std))
+        picture = draw_kept(model, images, denormalize(images, data.mean, data.std))
         with whole_file(self.path) as file:
             picture.save(file, "png")
         epoch, epochs = trainer.current_epoch + 1, trainer.max_epochs
@@ -139,9 +118,6 @@ class InferenceSpeed(L.Callback):
 
     images_per_s: float | None = None
 
-    def __init__(self, model: nn.Module):
-        self.model = model
-
     @torch.no_grad()
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -150,7 +126,7 @@ class InferenceSpeed(L.Callback):
         batch_size = 8 if device.type == "cpu" else 128
         size = trainer.datamodule.img_size  # type: ignore[attr-defined]
         images = torch.rand(batch_size, 3, size, size, device=device)
-        step = partial(self.model.eval().forward, images)
+        step = partial(pl_module.model.eval().forward, images)  # type: ignore[union-attr]
         with trainer.precision_plugin.forward_context():
             calls = speed.warm_up(step, 0.2, device)
             self.images_per_s = calls * batch_size / speed.timed(step, calls, device)

@@ -10,7 +10,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from evit.disk import check_zip, sync_folder, whole_file
+from evit.files import check_zip, sync_folder, whole_file
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
@@ -178,3 +178,21 @@ def given(resume: str, folder: Path) -> Path | None:
         raise ValueError(f"resume={resume} is a checkpoint of this very run: take resume=auto")
     check(path)
     return path
+
+
+def require_unfinished(path: Path, data: Any, epochs: int) -> None:
+    """Refuse to begin with a checkpoint that has seen all epochs already.
+
+    Args:
+        data: the run's, after setup.
+
+    Raises:
+        ValueError: says how many steps it has seen.
+    """
+    steps = optimizer_steps(path)
+    wanted = len(data.train_dataloader()) // data.trainer.accumulate_grad_batches * epochs
+    if steps >= wanted:
+        raise ValueError(
+            f"resume={path} has seen {steps} steps, and this run has {wanted} in {epochs} epochs: "
+            f"raise recipe.epochs, or start from its weights by checkpoint={path}"
+        )

@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from evit.data.batch import augment_batch
 from evit.recipe import Recipe
-from evit.training.nonfinite import WAYS_OUT
+from evit.training.nonfinite import WAY_OUT
 from evit.training.objectives import Classification
 from evit.training.optimizer import make_optimizer, new_parts
 
@@ -23,7 +23,7 @@ def mix_seed(*parts: int) -> int:
 
 
 class Classifier(L.LightningModule):
-    """A model and how it is trained.
+    """A model and how it is trained; its checkpoints have `knobs` under "evit".
 
     Logs train/loss and lr at steps; val/loss, val/top1 and val/top5 (percent, over the images of
     all processes) at evaluations.
@@ -36,10 +36,11 @@ class Classifier(L.LightningModule):
         num_classes: int,
         objective: Classification,
         seed: int = 0,
+        knobs: dict[str, Any] | None = None,
     ):
         super().__init__()
         self.model, self.recipe, self.seed = model, recipe, seed
-        self.objective = objective
+        self.objective, self.knobs = objective, knobs
         parameters, parts = dict(model.named_parameters()), new_parts(model)
         if (recipe.backbone_lr != 1 or recipe.backbone_frozen_epochs) and not parts:
             raise ValueError(
@@ -90,7 +91,7 @@ class Classifier(L.LightningModule):
         if not loss.isfinite():
             raise FloatingPointError(
                 f"val/loss is {loss} after epoch {self.current_epoch + 1}/{self.recipe.epochs}, "
-                f"{self.global_step} steps: the model has diverged: {WAYS_OUT}"
+                f"{self.global_step} steps: the model has diverged: {WAY_OUT}"
             )
         self.log("val/loss", loss)
         self.log("val/top1", 100 * self.top1.compute())
@@ -116,3 +117,7 @@ class Classifier(L.LightningModule):
     def on_train_batch_end(self, *_: Any) -> None:
         scheduler: Any = self.lr_schedulers()
         self.log("lr", scheduler.get_last_lr()[0])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.knobs:
+            checkpoint["evit"] = self.knobs

@@ -72,14 +72,6 @@ def make_optimizer(
         return lambda step: schedule(step / steps_per_epoch, recipe)
 
     rates = [rate(group.pop("schedule")) for group in groups]
-    skip = recipe.on_nonfinite_loss == "skip"
-    fused = skip or None  # NonFinite says why
-    optimizer = torch.optim.AdamW(groups, lr=1.0, fused=fused)
-
-    def configured(_: Any, state: dict[str, Any]) -> None:
-        """As this run is configured, and not the one whose state is loaded."""
-        state["param_groups"] = [g | dict(fused=fused) for g in state["param_groups"]]
-
-    optimizer.register_load_state_dict_pre_hook(configured)
+    optimizer = torch.optim.AdamW(groups, lr=1.0)
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # or none is clipped
     return optimizer, LambdaLR(optimizer, rates)

@@ -1,30 +1,24 @@
 """Lightning's Trainer: on how many processes, in which precision, and without chatter."""
 
+import ctypes
 import logging
 import os
-import socket
+import signal
 import sys
 import warnings
-from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
-from lightning.fabric.plugins.environments import (
-    LightningEnvironment,
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
-from lightning.fabric.utilities.distributed import _init_dist_connection
-from lightning.pytorch.strategies import DDPStrategy, StrategyRegistry
-from lightning.pytorch.strategies.launchers import subprocess_script
+from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 
 from evit.recipe import Recipe
-from evit.training import peers
 from evit.training.checkpoints import WholeFiles
 
 
@@ -32,6 +26,9 @@ def build_trainer(
     options: Any, folder: Path, callbacks: list[L.Callback], **more: Any
 ) -> L.Trainer:
     """Lightning's Trainer with the configuration's options, and more of them.
+
+    With several devices and no launcher it starts this command once for each device, by torchrun,
+    and ends the program when they have ended: call it early.
 
     Raises:
         ValueError: Lightning does not know an option, or cannot serve it here.
@@ -41,19 +38,19 @@ def build_trainer(
         bf16 = options["accelerator"] != "cpu" and torch.cuda.is_available()
         bf16 = bf16 and torch.cuda.is_bf16_supported(including_emulation=False)
         options["precision"] = "bf16-mixed" if bf16 else "32-true"
-    options |= processes(options["devices"], options["num_nodes"])
-    peers.watch_parent()
-    subprocess_script._launch_process_observer = peers.watch_children  # type: ignore[assignment]
-    # What Lightning's "ddp" and, with several devices, "auto" mean.
     ddp = options.pop("ddp")
     options["accumulate_grad_batches"] = options["accumulate_grad_batches"] or 1
     check_static_graph(ddp, options["accumulate_grad_batches"])
-    StrategyRegistry.register("ddp", DDP, override=True, start_method="popen", **ddp)
-    more = dict(enable_progress_bar=False) | more
+    options |= (started := processes(options["devices"], options["num_nodes"]))
+    count = started["devices"]
+    several = (len(count) if isinstance(count, list) else count) not in (1, "auto")
+    if (several or started["num_nodes"] > 1) and options["strategy"] in ("auto", "ddp"):
+        options["strategy"] = DDPStrategy(**ddp)
     try:
-        return L.Trainer(
+        trainer = L.Trainer(
             **options,
             **more,
+            enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
             default_root_dir=folder,
@@ -64,64 +61,43 @@ def build_trainer(
         )
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise ValueError(f"trainer: {error}") from error
+    launched = torch.distributed.is_torchelastic_launched() or SLURMEnvironment.detect()
+    if trainer.world_size > 1 and not launched:
+        start_processes(trainer.num_devices, trainer.num_nodes)
+    return trainer
 
 
-class DDP(DDPStrategy):
-    """Processes that, where all of them are on one machine, can be reached from it alone.
+def start_processes(count: int, nodes: int) -> NoReturn:
+    """Run this command once for each of `count` devices, by torchrun, and end with its status.
 
-    PyTorch's would listen on every address of the machine; with nothing to tell who may connect.
+    Raises:
+        ChildProcessError: a signal has ended one of the processes; torchrun has ended the others.
+        ValueError: it is to run on several nodes.
     """
-
-    def setup_distributed(self) -> None:
-        environment = self.cluster_environment
-        known = LightningEnvironment | SLURMEnvironment | TorchElasticEnvironment
-        if self.num_nodes > 1 or not isinstance(environment, known) or sys.platform != "linux":
-            return super().setup_distributed()
-        if torch.distributed.is_initialized():  # by an earlier call of the trainer
-            return super().setup_distributed()
-        for backend in ("GLOO", "NCCL"):
-            os.environ.setdefault(f"{backend}_SOCKET_IFNAME", "lo")
-        if isinstance(environment, TorchElasticEnvironment):  # the meeting point is torchrun's
-            return super().setup_distributed()
-        self.set_world_ranks()
-        store = local_store(environment.main_port, self.global_rank, self.world_size, self._timeout)
-        device = self.root_device if self.root_device.type != "cpu" else None
-        self._process_group_backend = self._get_process_group_backend()
-        _init_dist_connection(
-            environment,
-            self._process_group_backend,
-            timeout=self._timeout,
-            device_id=device,
-            store=store,
-        )
-
-
-def local_store(
-    port: int, rank: int, world_size: int, timeout: timedelta | None
-) -> torch.distributed.TCPStore:
-    """The processes' meeting point, on the loopback address."""
-    options: dict[str, Any] = dict(timeout=timeout) if timeout else {}
-    if rank == 0:
-        options |= dict(master_listen_fd=socket.create_server(("127.0.0.1", port)).detach())
-    return torch.distributed.TCPStore(
-        "127.0.0.1", port, world_size, is_master=rank == 0, multi_tenant=True, **options
-    )
-
-
-def check_static_graph(ddp: Any, accumulated: int) -> None:
-    if ddp.get("static_graph") and accumulated != 1:
+    if nodes > 1:
         raise ValueError(
-            "trainer.ddp.static_graph=true does not go with trainer.accumulate_grad_batches above "
-            "1, or with recipe.max_batch_per_process where that is what it comes to, in PyTorch: "
-            "leave it false"
+            f"trainer.num_nodes={nodes} needs a launcher on each node: begin the command with "
+            f"torchrun or srun (docs/training.md)"
         )
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-
-def accumulate(trainer: L.Trainer, options: Any, recipe: Recipe) -> None:
-    """Let the trainer accumulate what the recipe does not put on one process at once."""
-    if options.accumulate_grad_batches is None:
-        trainer.accumulate_grad_batches = recipe.accumulation(trainer.world_size)
-        check_static_graph(options.ddp, trainer.accumulate_grad_batches)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    logging.disable(logging.ERROR)  # torchrun's account of which process it ends
+    try:
+        torchrun.main(["--standalone", f"--nproc-per-node={count}", *sys.argv])
+    except SignalException as error:
+        print(f"stopped by {error.sigval.name}", file=sys.stderr, flush=True)
+        sys.exit(128 + error.sigval)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:  # it has said why
+            sys.exit(failure.exitcode)
+        name = signal.Signals(-failure.exitcode).name
+        text = f"process {rank} has ended ({name}), and so have the others"
+        raise ChildProcessError(text) from None
+    sys.exit()
 
 
 def processes(devices: Any, num_nodes: Any) -> dict[str, Any]:
@@ -145,13 +121,47 @@ def processes(devices: Any, num_nodes: Any) -> dict[str, Any]:
         return dict(devices=devices, num_nodes=1 if num_nodes == "auto" else num_nodes)
     wanted = len(devices) if isinstance(devices, list) else devices
     for name, value, started in (("devices", wanted, local), ("num_nodes", num_nodes, nodes)):
-        if str(value) not in ("auto", str(started)):
+        if str(value) not in ("auto", "-1", str(started)):
             what = "processes on each node" if name == "devices" else "nodes"
             raise ValueError(
                 f"trainer.{name} is {value}, but {launcher} has started {started} {what}: "
                 f"leave it at auto"
             )
-    return dict(devices=local if devices == "auto" else devices, num_nodes=nodes)
+    return dict(devices=devices if isinstance(devices, list) else local, num_nodes=nodes)
+
+
+class Signals(L.Callback):
+    """Keeps the program's own handler of SIGTERM, and ends this process with its torchrun.
+
+    Lightning's handler waits for all processes of a run, which may be waiting for this one.
+    """
+
+    def __init__(self) -> None:
+        self.handler = signal.getsignal(signal.SIGTERM)
+        if torch.distributed.is_torchelastic_launched() and sys.platform == "linux":
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+    def on_train_start(self, *_: Any) -> None:
+        signal.signal(signal.SIGTERM, self.handler)
+
+    def on_validation_start(self, *_: Any) -> None:
+        signal.signal(signal.SIGTERM, self.handler)
+
+
+def check_static_graph(ddp: Any, accumulated: int) -> None:
+    if ddp.get("static_graph") and accumulated != 1:
+        raise ValueError(
+            "trainer.ddp.static_graph=true does not go with trainer.accumulate_grad_batches above "
+            "1, or with recipe.max_batch_per_process where that is what it comes to, in PyTorch: "
+            "leave it false"
+        )
+
+
+def accumulate(trainer: L.Trainer, options: Any, recipe: Recipe) -> None:
+    """Let the trainer accumulate what the recipe does not put on one process at once."""
+    if options.accumulate_grad_batches is None:
+        trainer.accumulate_grad_batches = recipe.accumulation(trainer.world_size)
+        check_static_graph(options.ddp, trainer.accumulate_grad_batches)
 
 
 def say(text: str) -> None:

@@ -1,5 +1,6 @@
-"""When one of two processes ends, so does the other, and the terminal says why."""
+"""A command starts a process for each device; when one ends so do the others, and it says why."""
 
+import json
 import os
 import re
 import signal
@@ -12,11 +13,10 @@ import pytest
 import torch
 
 from evit.commands.processes import RANKS
-from evit.training import peers
-from tests.conftest import FORKS, QUICK, ROOT
+from tests.conftest import QUICK, ROOT
 
 TORCHRUN = [*("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")]
-LAUNCHERS = {"lightning": [], "torchrun": TORCHRUN}
+LAUNCHERS = {"by itself": [], "torchrun": TORCHRUN}
 # A run of src/train.py in which one process has a batch that is not a number.
 SPOILT = f"""
 import math, sys
@@ -113,14 +113,29 @@ def test_when_a_process_is_killed_the_other_ends_with_an_error(launcher, rank, s
     until(pair.trains, 200)
     os.kill(pair.process(rank), signal.SIGKILL)
     said = pair.ended(60)
-    if launcher == "torchrun":  # which ends the other, if that has not noticed before
-        assert re.search(rf"Root Cause.* rank +: {rank} .*Signal 9 \(SIGKILL\)", said, re.DOTALL), (
-            said
-        )
-        assert rank == 0 or "stopped by SIGTERM" in said or "error: the other proc" in said, said
+    if launcher == "torchrun":
+        found = rf"Root Cause.* rank +: {rank} .*Signal 9 \(SIGKILL\)"
+        assert re.search(found, said, re.DOTALL), said
     else:
-        how = " (SIGKILL)" if rank == 1 else ""
-        assert said == f"error: process {rank} has ended{how}, and so do the others\n"
+        assert said == f"error: process {rank} has ended (SIGKILL), and so have the others\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_when_the_command_is_ended_no_process_is_left(number, start):
+    pair = start("by itself")
+    until(pair.trains, 200)
+    pair.popen.send_signal(number)
+    said = pair.ended(60)
+    assert said == ("stopped by SIGTERM\n" if number == signal.SIGTERM else "")
+
+
+def test_a_command_with_two_devices_trains_in_two_processes(start, tmp_path):
+    pair = start("by itself", "recipe.epochs=1")
+    assert pair.popen.wait(timeout=300) == 0, (tmp_path / "stderr").read_text()
+    (path,) = tmp_path.glob("outputs/*/*/result.json")
+    assert json.loads(path.read_text())["processes"] == 2
+    assert (tmp_path / "stderr").read_text() == ""
 
 
 @pytest.mark.slow
@@ -148,60 +163,3 @@ def test_a_loss_of_one_process_that_is_not_finite_ends_both_and_is_said_once(
     said = start(launcher, script=script).ended(200)
     assert said.count("error: the loss is nan (epoch 2/10000, step 4, ") == 1, said
     assert said.count("for images of process 1: ") == 1 and "of process 0" not in said
-
-
-def stuck_with_children(folder: Path) -> None:
-    peers.GRACE = 0.2
-    os.dup2(os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT), 2)
-    children = [subprocess.Popen(["sleep", "100"]) for _ in range(2)]
-    (folder / "pid").write_text(str(children[0].pid))
-    peers.watch_children(children)
-    children[1].kill()
-    time.sleep(100)
-
-
-def test_a_process_that_waits_for_ever_ends_when_one_that_it_has_started_has(tmp_path):
-    """As in a collective operation on GPUs, which does not notice."""
-    process = FORKS.Process(target=stuck_with_children, args=(tmp_path,))
-    process.start()
-    process.join(60)
-    assert process.exitcode == 2
-    said = (tmp_path / "stderr").read_text()
-    assert said == "error: process 2 has ended (SIGKILL), and so do the others\n"
-    other = Path("/proc", (tmp_path / "pid").read_text(), "status")
-    until(lambda: not other.exists() or "State:\tZ" in other.read_text(), 10)
-
-
-def start_another(folder: Path) -> None:
-    peers.GRACE = 0.2
-    peers.watch_parent()
-    if os.fork() == 0:
-        os.dup2(os.open(folder / "stderr", os.O_WRONLY | os.O_CREAT), 2)
-        os.environ["LOCAL_RANK"] = "1"
-        peers.watch_parent()
-        time.sleep(100)
-    os._exit(1)
-
-
-def test_a_process_that_waits_for_ever_ends_when_the_one_that_started_it_has(tmp_path):
-    process = FORKS.Process(target=start_another, args=(tmp_path,))
-    process.start()
-    process.join(60)
-    path = tmp_path / "stderr"
-    until(lambda: path.exists() and path.read_text().endswith("\n"), 30)
-    assert path.read_text() == "error: process 0 has ended, and so do the others\n"
-
-
-def done_before_a_child_fails() -> None:
-    peers.GRACE = 0.1
-    peers.watch_children([subprocess.Popen(["false"])])
-    peers.done()
-    time.sleep(2)
-    os._exit(0)
-
-
-def test_a_process_that_is_done_is_not_ended_by_one_that_fails_later():
-    process = FORKS.Process(target=done_before_a_child_fails)
-    process.start()
-    process.join(60)
-    assert process.exitcode == 0

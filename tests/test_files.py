@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evit import disk
+from evit import files
 from evit.report import results
 from evit.tracking import JsonlLogger
 from evit.training.checkpoints import WholeFiles
@@ -25,7 +25,7 @@ def result(path: Path, size: int) -> None:
 
 
 def picture(path: Path, size: int) -> None:
-    with disk.whole_file(path) as file:
+    with files.whole_file(path) as file:
         Image.effect_noise((size, 8), 50).save(file, "png")
 
 
@@ -38,13 +38,13 @@ def test_a_file_that_does_not_fit_leaves_the_one_before_and_says_why(write, smal
         write(path, 20_000)
     assert path.read_bytes() == before
     assert [path.name for path in small_disk.iterdir()] == ["file"]
-    text = disk.refused(error.value, small_disk)
+    text = files.refused(error.value, small_disk)
     assert "cannot be written: No space left on device, 0.1 MB are free. Make room" in text
 
 
 def test_what_cannot_be_read_is_not_said_to_be_unwritable(tmp_path):
     for number in (errno.EACCES, errno.EIO, errno.ESTALE):
-        text = disk.refused(OSError(number, "", tmp_path / "a.pth"), tmp_path)
+        text = files.refused(OSError(number, "", tmp_path / "a.pth"), tmp_path)
         assert "a.pth cannot be used: " in text and "written" not in text
 
 
@@ -72,7 +72,7 @@ def test_whichever_bit_of_a_checkpoint_flips_it_is_noticed_or_means_nothing(tmp_
         changed[bit // 8] ^= 1 << bit % 8
         path.write_bytes(changed)
         try:
-            disk.check_zip(path)
+            files.check_zip(path)
         except ValueError as error:
             assert "damaged" in str(error)
             continue

@@ -1,31 +1,56 @@
-"""What a configuration would train, and how: printed without data, weights or a folder."""
+"""The plan of a run, printed as YAML by --dry-run: nothing is trained, downloaded or written."""
 
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from evit import measure
-from evit.config import by_data
+from evit.commands.build import build_data, build_model
 from evit.data.order import epoch_length
 from evit.recipe import Recipe
 from evit.reducers.schedule import keep_rate_at
-from evit.report import paper, plans
+from evit.report import paper
 from evit.training.module import Classifier
 from evit.training.objectives import Classification, DynamicTokens, TokenLabels, make_objective
 from evit.training.optimizer import make_optimizer
 
 IMAGENET = dict(name="ImageNet", num_classes=1000, train_images=1_281_167, val_images=50_000)
 PROCESSES = (1, 4, 8, 16)
+GPUS = 8  # of the estimate of hours
+# What is done to training images, in this order.
+AUGMENTATION = (
+    *("repeated_augmentations", "crop_scale", "flip", "rand_augment", "color_jitter"),
+    *("random_erasing", "mix_token", "mixup", "cutmix", "mixup_switch_prob", "mixup_mode"),
+    "label_smoothing",
+)
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Print the plan of a composed configuration, and return it."""
     found = plan(cfg)
-    plans.show(found, f"{HydraConfig.get().runtime.choices['model']}, {cfg.img_size} px")
+    shown = found | dict(schedule={k: sampled(v) for k, v in found["schedule"].items()})
+    shown["paper"] = [f"{row['top1']} top-1 ({row['table']})" for row in found["paper"]]
+    if found["hours"]:
+        shown["hours"] = f"about {found['hours']:.0f} h on {GPUS} A100, from the paper's images/s"
+    print(yaml.safe_dump(shown, sort_keys=False, default_flow_style=None, width=100), end="")
     return found
+
+
+def sampled(values: Any) -> Any:
+    """A rate of every epoch as {epoch: rate}: every tenth epoch and the last, or one for all."""
+    if not isinstance(values, list) or not values:
+        return values
+    values = [v[0] if isinstance(v, list) and len(set(v)) == 1 else v for v in values]
+    if all(value == values[0] for value in values):
+        return values[0]
+    chosen = {*range(0, len(values), 10), len(values) - 1}
+    return {epoch: rounded(values[epoch]) for epoch in sorted(chosen)}
+
+
+def rounded(value: Any) -> Any:
+    return [rounded(v) for v in value] if isinstance(value, list) else float(f"{value:.4g}")
 
 
 def plan(cfg: DictConfig) -> dict[str, Any]:
@@ -44,13 +69,7 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
             f"lower recipe.batch_size"
         )
     with torch.device("meta"):
-        model = instantiate(
-            cfg.model,
-            num_classes=data["num_classes"],
-            drop_path_rate=recipe.drop_path,
-            pretrained=False,
-            _convert_="all",
-        )
+        model = build_model(cfg, recipe, data["num_classes"], pretrained=False)
     dynamic = trains_its_own_way(model)
     start = "checkpoint" if cfg.checkpoint else "pretrained" if cfg.pretrained else "random"
     parts = (model, recipe, data["num_classes"])
@@ -88,12 +107,13 @@ def trains_its_own_way(model: Any) -> bool:
 
 
 def data_facts(cfg: DictConfig, recipe: Recipe) -> dict[str, Any]:
-    """The images and classes that there are, ImageNet's without looking."""
-    if by_data(True, False, False, _root_=cfg):
+    """The images and classes that a run would have; ImageNet's where no folder of it is given."""
+    if cfg.data.get("num_classes") == 1000 and not cfg.data.get("root"):
         facts: dict[str, Any] = IMAGENET | dict(label_maps=bool(cfg.data.label_maps))
     else:
-        data = instantiate(cfg.data, recipe=recipe, _convert_="object")
-        facts = dict(name=data.name, num_classes=data.num_classes)
+        data = build_data(cfg, recipe)
+        name = IMAGENET["name"] if cfg.data.get("num_classes") == 1000 else data.name
+        facts = dict(name=name, num_classes=data.num_classes)
         facts |= {f"{split}_images": data.num_images(split) for split in data.splits}
         facts |= dict(label_maps=data.has_label_maps)
     for split, limit in (("train", recipe.max_train_images), ("val", recipe.max_val_images)):
@@ -143,7 +163,7 @@ def loss_facts(objective: Classification, recipe: Recipe, distilled: bool) -> di
 def augmentation_facts(objective: Classification, recipe: Recipe) -> dict[str, Any]:
     """What is done to training images, in order, where it is on."""
     mix_token = isinstance(objective, TokenLabels)
-    facts = {name: getattr(recipe, name, mix_token) for name in plans.AUGMENTATION}
+    facts = {name: getattr(recipe, name, mix_token) for name in AUGMENTATION}
     if not recipe.mixup and not recipe.cutmix:
         facts |= dict(mixup_switch_prob=None, mixup_mode=None)
     return {name: value for name, value in facts.items() if value}
@@ -190,10 +210,10 @@ def hours(
         return None
     if trains_its_own_way(model):
         throughput = paper.tables()["keep_rate_deit_s"]["baseline"]["throughput"]
-        return len(keep_rates) * images * forwards / (throughput * plans.GPUS) / 3600
+        return len(keep_rates) * images * forwards / (throughput * GPUS) / 3600
     macs = {}
     for rates in {tuple(rates) for rates in keep_rates}:
         model.set_keep_rate(rates)
         macs[rates] = measure.count_macs(model)
     equivalent = images * sum(macs[tuple(r)] for r in keep_rates) / macs[tuple(keep_rates[-1])]
-    return equivalent * forwards / (rows[0]["throughput"] * plans.GPUS) / 3600
+    return equivalent * forwards / (rows[0]["throughput"] * GPUS) / 3600

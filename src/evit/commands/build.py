@@ -1,0 +1,65 @@
+"""The data, the model and the teacher of a configuration, for a run and for its plan."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from evit import load_checkpoint
+from evit.data import Images
+from evit.models.weights import read_state_dict
+from evit.recipe import Recipe
+from evit.training.module import mix_seed
+from evit.training.objectives import Classification, dense_teacher
+
+
+def build_data(cfg: DictConfig, recipe: Recipe) -> Images:
+    """The data module of a configuration; nothing is read or written yet."""
+    return instantiate(cfg.data, recipe=recipe, _convert_="object")
+
+
+def build_model(cfg: DictConfig, recipe: Recipe, num_classes: int, **options: Any) -> Any:
+    """The model of a configuration, drawn from its seed."""
+    torch.manual_seed(mix_seed(cfg.seed))
+    options |= dict(num_classes=num_classes, drop_path_rate=recipe.drop_path)
+    return instantiate(cfg.model, **options, _convert_="all")
+
+
+def build_teacher(cfg: DictConfig, model: Any) -> Any:
+    """The dense model that DynamicViT is distilled from, where there are weights of one.
+
+    Raises:
+        ValueError: another kind of model has no use for a teacher, or its weights do not fit.
+    """
+    source = cfg.recipe.teacher or cfg.checkpoint
+    if not (hasattr(model, "reducer") and model.reducer.masked):
+        if cfg.recipe.teacher:
+            raise ValueError(
+                f"recipe.teacher={cfg.recipe.teacher} is for DynamicViT: {type(model).__name__} "
+                f"has no distillation; leave it null"
+            )
+        return None
+    if not source and not cfg.pretrained:
+        return None
+    weights = read_state_dict(source) if source else {}
+    own = getattr(model, "pretrained_cfg", None) or {}
+    classes = len(weights["head.weight"]) if "head.weight" in weights else own.get("num_classes")
+    if classes != model.num_classes and not cfg.recipe.teacher:
+        return None  # its logits are of other classes
+    teacher = dense_teacher(model)
+    if source:
+        load_checkpoint(teacher, weights, new_parts=True)
+    return teacher
+
+
+def compile_all(model: torch.nn.Module, objective: Classification) -> None:
+    """torch.compile, in place: one graph for each combination of token counts."""
+    # By default the cache is a folder of /tmp whose name others can guess.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache/evit-lab/inductor"))
+    limits: Any = torch._dynamo.config  # type: ignore[attr-defined]
+    limits.recompile_limit = limits.accumulated_recompile_limit = 4096
+    model.compile(fullgraph=True, dynamic=False)
+    objective.compile()

@@ -1,0 +1,277 @@
+"""How every command begins and ends: its knobs, and one line for what a user can mend."""
+
+import atexit
+import difflib
+import gc
+import importlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from evit import files
+from evit.config import CONF_DIR, RunConfig, folder_name, overridden, scale_for
+
+LOOSE = ("keep_rate", "fusion", "compile")  # numbers or true by default, and more
+NOT_COMPOSED = (HydraException, OmegaConfBaseException, yaml.YAMLError)
+
+
+def entry_point(task: str, config: str) -> Callable[[], None]:
+    """The main function of a script.
+
+    Args:
+        task: "module:function", imported once the knobs are known to be right, and called with the
+            composed configuration.
+        config: the file in conf/ without its ending.
+    """
+
+    def run(cfg: DictConfig) -> Any:
+        if missing := [str(knob) for knob in cfg if OmegaConf.is_missing(cfg, knob)]:
+            fail(f"{missing[0]}=... is needed: conf/{config}.yaml says what it is for")
+        module, function = task.split(":")
+        if cfg.get("dry_run"):
+            module = "evit.commands.plan"
+        work = getattr(importlib.import_module(module), function)
+        gc.freeze()
+        gc.enable()
+        with ended_in_a_line():  # or Hydra adds a line of its own
+            return work(cfg)
+
+    def main() -> None:
+        gc.disable()  # what imports leave is no garbage: a quarter less time until the work begins
+        atexit.register(gc.unfreeze)
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints errors itself
+        with ended_in_a_line():
+            register()
+            given = sys.argv[1:]
+            sys.argv[1:] = arguments(given, config)
+            try:
+                hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config)(run)()
+            except NOT_COMPOSED as error:
+                raise explained(error, config, given) from error
+            finally:
+                sys.argv[1:] = given
+                gc.enable()
+
+    return main
+
+
+def register() -> None:
+    """Tell Hydra the schema of a run, and OmegaConf the resolver of conf/."""
+    ConfigStore.instance().store(name="schema", node=RunConfig)
+    OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+
+
+def arguments(given: list[str], config: str) -> list[str]:
+    """The command line for Hydra: flags as they are, overrides quoted and checked, and the scale.
+
+    Raises:
+        ValueError: names a knob that is not there, and the nearest one.
+    """
+    words = ["dry_run=true" if word == "--dry-run" else word for word in given]
+    words = [word if word.startswith("-") else quoted(word) for word in words]
+    check_spelling(words, config)
+    asks = {"--help", "-h", "--hydra-help", "--info", "--shell-completion"} & set(words)
+    return words if config != "config" or asks else with_scale(words)
+
+
+def quoted(override: str) -> str:
+    """The override, its value in quotes where Hydra's grammar would refuse or trim it."""
+    knob, equals, value = override.partition("=")
+    try:
+        OverridesParser.create().parse_override(override)
+        if value == value.strip():
+            return override
+    except HydraException:
+        pass
+    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)
+    return f"{knob}='{escaped}'" if equals else override
+
+
+def with_scale(words: list[str]) -> list[str]:
+    """A run's overrides, and scale=own or scale=demo where the data ask for it and none is given.
+
+    Of the values of a multirun the first counts.
+    """
+    overrides = [word for word in words if not word.startswith("-") and "=" in word]
+    if "scale" in overridden(overrides):
+        return words
+    for option, folder in zip(words, words[1:], strict=False):
+        if option in ("--config-dir", "-cd"):
+            overrides.append(f"hydra.searchpath=['file://{Path(folder).absolute()}']")
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    first = [
+        f"{o.key_or_group}={next(o.sweep_string_iterator())}"
+        if o.is_sweep_override()
+        else o.input_line or ""
+        for o in parsed
+    ]
+    scale = scale_for(composed("config", first))
+    return words if scale == "published" else [*words, f"scale={scale}"]
+
+
+def composed(config: str, overrides: list[str]) -> DictConfig:
+    """A configuration of conf/, with `hydra` in it.
+
+    Raises:
+        ValueError: it does not compose; says why in one line.
+    """
+    register()
+    begun = GlobalHydra.instance().is_initialized()
+    with nullcontext() if begun else initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        try:
+            return compose(config, overrides, return_hydra_config=True)
+        except NOT_COMPOSED as error:
+            raise explained(error, config, overrides) from error
+
+
+def check_spelling(overrides: list[str], config: str) -> None:
+    """Refuse what no configuration has: added with +, it would do nothing.
+
+    Raises:
+        ValueError: names the knob and the nearest one.
+    """
+    content: Any = OmegaConf.load(CONF_DIR / f"{config}.yaml")
+    groups = [
+        k for entry in content.pop("defaults") if isinstance(entry, DictConfig) for k in entry
+    ]
+    known = {str(name) for name in content} | {g for g in groups if " " not in str(g)}
+    for override in overrides:
+        found = re.match(r"[+~]*(([\w-]+)[\w./@-]*)=", override)
+        if not found:
+            continue
+        path, root = found.groups()
+        if re.split(r"[/@.]", path)[0] not in known and path.split("/")[0] not in known:
+            raise ValueError(f"unknown knob {root!r} in {override!r}: {nearest(root, known)}")
+        default = content.get(path)
+        if not isinstance(default, int | float) or path in LOOSE:
+            continue
+        parsed = OverridesParser.create().parse_override(override)
+        if not parsed.is_sweep_override() and isinstance(value := parsed.value(), str):
+            kind = "true or false" if isinstance(default, bool) else "a number"
+            raise ValueError(f"{path} must be {kind}, got {value!r}")
+
+
+def nearest(name: str, known: Any) -> str:
+    """Advice for a name that is not there."""
+    for path in sorted(CONF_DIR.glob("*/*.yaml")):
+        if path.parent.name in known and re.search(rf"^{name}:", path.read_text(), re.MULTILINE):
+            return f"did you mean {path.parent.name}.{name}?"
+    near = difflib.get_close_matches(name, known, 1)
+    return f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
+
+
+def explained(error: BaseException, config: str, overrides: list[str]) -> ValueError:
+    """An error of composing in one line, with the way out."""
+    if isinstance(error, MissingConfigException) and error.options:
+        wanted = str(error.missing_cfg_file)
+        options = [name for name in error.options if not name.startswith("_")]
+        near = difflib.get_close_matches(wanted.split("/")[-1], options, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(options)}"
+        return ValueError(f"there is no {wanted.replace('/', '=')}: {hint}")
+    for override in overrides:
+        found = re.match(r"([\w.]+)\.([\w-]+)=", override)
+        if not found or f"override '{found[1]}.{found[2]}'" not in str(error):
+            continue
+        choices = [o for o in overrides if re.match(r"[\w/@]+=", o) and o != override]
+        with suppress(ValueError):
+            names = [str(k) for k in OmegaConf.select(composed(config, choices), found[1]) or {}]
+            near = difflib.get_close_matches(found[2], names, 1)
+            hint = f"did you mean {found[1]}.{near[0]}?" if near else f"{found[1]} has {names}"
+            return ValueError(f"unknown knob {found[2]!r} in {override!r}: {hint}")
+    texts = dict.fromkeys(str(e) for e in (error, error.__cause__) if e)
+    return ValueError(" ".join(" ".join(texts).split()))
+
+
+@contextmanager
+def ended_in_a_line() -> Iterator[None]:
+    """End the program with one line for a signal, a full disk, or a mistake of the user's."""
+    numbers = [n for n in (signal.SIGTERM, signal.SIGUSR1) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, terminate) for number in numbers}
+    try:
+        yield
+    except KeyboardInterrupt:
+        say_stopped(signal.SIGINT)
+        sys.exit(128 + signal.SIGINT)
+    except Exception as error:
+        text = mistake(error)
+        if "TORCHELASTIC_RUN_ID" in os.environ and (os.environ["RANK"] != "0" or not text):
+            time.sleep(20)  # torchrun ends this process where another has said why
+        if not text:
+            raise
+        fail(text)
+    finally:
+        remove_empty(run_folder())
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def mistake(error: BaseException) -> str | None:
+    """What a user can mend of an error; None for others, which need their traceback."""
+    kinds: tuple[type[BaseException], ...] = (ValueError, FloatingPointError, ChildProcessError)
+    if isinstance(error, InstantiationException) and error.__cause__:  # of a constructor
+        error, kinds = error.__cause__, (ValueError, TypeError, ImportError)
+    if isinstance(error, OmegaConfBaseException):  # a value that has to be given, say
+        return " ".join(str(error).split())
+    return files.refused(error, run_folder()) or (str(error) if isinstance(error, kinds) else None)
+
+
+def terminate(number: int, _: Any) -> NoReturn:
+    """End the program as a signal asks; SIGUSR1 in a job of SLURM's requeues it first."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if number == signal.SIGUSR1 and job and os.environ.get("SLURM_PROCID") == "0":
+        with suppress(OSError):  # some containers have no scontrol
+            subprocess.run(["scontrol", "requeue", job])
+    say_stopped(number)
+    sys.exit(128 + number)
+
+
+def say_stopped(number: int) -> None:
+    """Say which signal has ended the program, once for all processes of a machine."""
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("SLURM_LOCALID", "0") != "0"
+    if not launched:
+        goes_on = (run_folder() / "checkpoints/last.ckpt").is_file()
+        text = f"stopped by {signal.Signals(number).name}"
+        with suppress(OSError):  # the terminal may be gone
+            print(text + ": the same command goes on" * goes_on, file=sys.stderr, flush=True)
+
+
+def fail(text: str) -> NoReturn:
+    """End the program with a user's mistake."""
+    shown = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+    print(f"error: {shown}", file=sys.stderr)
+    sys.exit(2)
+
+
+def run_folder() -> Path:
+    """The folder that Hydra has made for this run; before that the current one."""
+    known = HydraConfig.initialized() and HydraConfig.get().runtime
+    return (
+        Path() if not known or OmegaConf.is_missing(known, "output_dir") else Path(known.output_dir)
+    )
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove Hydra's folder in this one, and its parents, as far as they are empty."""
+    with suppress(OSError):  # another process may remove them too
+        for path in (folder, *folder.parents):
+            if Path.cwd() not in path.parents or any(path.iterdir()):
+                return
+            path.rmdir()
