@@ -1,9 +1,9 @@
 """The keep rate over training, against the values of the published schedule."""
 
 import pytest
-from evit.schedule import at_multiples, keep_rate_at
 
 import evit
+from evit.reducers.schedule import keep_rate_at
 
 STEPS = 625  # per epoch: ImageNet in batches of 2048
 
@@ -38,10 +38,11 @@ def test_at_multiples_the_tokens_of_an_image_are_multiples_and_not_fewer(fusion)
     for percent in range(50, 100):
         model.set_keep_rate(percent / 100)
         exact = model.num_kept(196)
-        model.set_keep_rate(at_multiples([percent / 100] * 3, 196, 1, fusion, 8))
+        model.reducer.multiple = 8
         rounded = model.num_kept(196)
         assert all(r >= e for r, e in zip(rounded, exact, strict=True))
         tokens = [n + 1 for n in model.tokens_per_block()]
         assert all(n % 8 == 0 or n == 197 for n in tokens)
         seen.add(tuple(tokens))
+        model.reducer.multiple = 1
     assert len(seen) < 30

@@ -46,7 +46,7 @@ def begin(tmp_path_factory):
 # Only FFCV needs numba; the others are for reports, exports, sweeps and data frames.
 UNUSED = (
     "numba ffcv cv2 plotly wandb_workspaces onnx onnxruntime onnxscript submitit pandas sklearn "
-    "IPython tensorboard evit.report.figures evit.export evit.commands.sweep "
+    "IPython tensorboard evit.report.figures evit.commands.export evit.commands.sweep "
     "torch._inductor.compile_fx"
 )
 

@@ -257,7 +257,7 @@ def test_one_line_that_cannot_be_planned_does_not_hide_the_list(capsys, monkeypa
             raise ValueError("no such model")
         return dict(hours=None, paper=[])
 
-    monkeypatch.setattr("evit.dry_run.plan", plan)
+    monkeypatch.setattr("evit.commands.plan.plan", plan)
     monkeypatch.setenv("COLUMNS", "200")
     assert command.run(["quick_keeprate", "--dry-run", "keep_rate=1", "seed=0,1"]) == 1
     shown = capsys.readouterr()

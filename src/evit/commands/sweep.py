@@ -126,8 +126,8 @@ def hours(job: Job, needs: list[str]) -> tuple[float | None, float | None]:
     Args:
         needs: knobs that are taken as given.
     """
-    from evit.dry_run import plan
-    from evit.report.plans import GPUS
+    from evit.commands.plan import plan
+    from evit.commands.plan import GPUS
 
     if job.program != "train" or job.error:
         return None, None

@@ -34,7 +34,7 @@ from evit.data.ffcv.encode import FORK, Dataset, Encoded, Encoder, Samples
 from evit.data.folders import WAY_OUT
 from evit.data.label_maps import read_label_map
 from evit.data.progress import shown
-from evit.disk import whole_file
+from evit.files import whole_file
 
 CHUNK = 32  # images that a process takes at a time
 ROOM = (
