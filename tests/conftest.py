@@ -18,7 +18,7 @@ from evit.signals import ENDING
 
 ROOT = Path(__file__).parents[1]
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["evit.experiment", "evit.evaluation", "evit.benchmark", "numba"])
+FORKS.set_forkserver_preload(["evit.experiment", "evit.commands.evaluate", "evit.benchmark", "numba"])
 # The smallest run that goes through every part.
 QUICK = (
     "model=evit_deit_micro img_size=28 recipe.epochs=1 recipe.batch_size=4 recipe.lr=1e-3 "

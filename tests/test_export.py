@@ -4,15 +4,15 @@ import json
 import sys
 from pathlib import Path
 
-from evit.commands import export as command
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
-from evit.models.registry import reduced
 
+from evit.commands import export as command
 from evit.models import create_model
+from evit.models.registry import reduced
 
 TINY = "img_size=32 +model.embed_dim=48 +model.depth=4 +model.num_heads=3"
 SIZE = dict(img_size=32, embed_dim=48, depth=4, num_heads=3)

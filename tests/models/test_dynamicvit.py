@@ -3,11 +3,11 @@
 import pytest
 import timm
 import torch
-from evit.reducers.blocks import Step
-from evit.reducers.dynamicvit import Predictor
 
 import evit
 from evit.measure import count_macs, count_params
+from evit.reducers.blocks import Step
+from evit.reducers.dynamicvit import Predictor
 from tests.models import golden
 
 NAMES = ["dynamicvit_deit_small_patch16", "dynamicvit_lvvit_s"]

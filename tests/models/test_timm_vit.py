@@ -3,9 +3,9 @@
 import pytest
 import timm
 import torch
-from evit.models.registry import reduced
 
 import evit
+from evit.models.registry import reduced
 
 SMALL = dict(img_size=32, depth=4, num_classes=3)
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from evit.models.registry import reduced
 
 import evit
 from evit.models import DynamicViT
+from evit.models.registry import reduced
 from evit.report import pictures
 from evit.report.pictures import FADED, GAP, MIN_SIDE, draw_kept, follow
 from tests.models import published

@@ -50,9 +50,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     result = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     result.add_column("keep\nrate", no_wrap=True)
     for choice in several:
-        result.add_column(
-            HEADS.get(choice, choice), no_wrap=True
-        )
+        result.add_column(HEADS.get(choice, choice), no_wrap=True)
     for name in ("top-1", "to dense", "KL", "top-5", "loss", "GMACs", "executed"):
         if name != "to dense" or dense is not None:
             result.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
