@@ -3,12 +3,12 @@
 import json
 import sys
 
-import command
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from evit.commands import visualize as command
 from evit.data.batch import normalize
 from evit.models import create_model
 from evit.report.pictures import draw_kept

@@ -169,6 +169,19 @@ def attach(model: Any, reducer: dict[str, Any], source: Source) -> Any:
     return model.reducer
 
 
+def heed_rate(reducer: Any) -> None:
+    """Refuse a keep rate where counts or a schedule of the reducer's own win over it.
+
+    Raises:
+        ValueError: one was given on the command line.
+    """
+    if (reducer.own or reducer.given) and given() & {"keep_rate", "keep_rates"}:
+        raise ValueError(
+            f"reducer {reducer.name} has another schedule than keep_rate: leave keep_rate out, or "
+            f"choose the reducer anew, reducer={reducer.name}"
+        )
+
+
 def model_name(config: dict[str, Any], source: Source) -> str:
     """The model's name in conf/model: as chosen, or as the checkpoint's run had it."""
     chosen = HydraConfig.get().runtime.choices.get("model")
@@ -216,6 +229,8 @@ def weighted(cfg: DictConfig, source: Source) -> tuple[nn.Module, dict[str, Any]
     model = build(config["model"], source)
     reducer: Any = getattr(model, "reducer", None)
     wanted = getattr(model, "pretrained_cfg", None) or {}
+    if reducer is not None:
+        heed_rate(reducer)
     rates = list(reducer.keep_rate) if reducer is not None else []
     dense = set(rates) <= {1.0}
     about = dict(

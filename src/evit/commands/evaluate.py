@@ -174,6 +174,7 @@ def choose(
         for values in product(*own.values()):
             wanted = node | dict(zip(own, values, strict=True), keep_rate=rate)
             reducer = checkpoint.attach(model, wanted, source)
+            checkpoint.heed_rate(reducer)
             if budget:
                 measure.match_macs(model, budget)
             chosen.setdefault(setting_of(reducer), reducer)
