@@ -44,7 +44,8 @@ def build_trainer(
     options |= (started := processes(options["devices"], options["num_nodes"]))
     count = started["devices"]
     several = (len(count) if isinstance(count, list) else count) not in (1, "auto")
-    if (several or started["num_nodes"] > 1) and options["strategy"] in ("auto", "ddp"):
+    several = several or started["num_nodes"] > 1
+    if options["strategy"] == "ddp" or several and options["strategy"] == "auto":
         options["strategy"] = DDPStrategy(**ddp)
     try:
         trainer = L.Trainer(
