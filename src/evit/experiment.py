@@ -166,7 +166,9 @@ def build(cfg: DictConfig, recipe: Recipe) -> tuple[Images, torch.nn.Module]:
     """The data module and the model of a configuration; nothing is read or written yet."""
     recipe.check_start(cfg.checkpoint, cfg.pretrained)
     data = instantiate(
-        cfg.data, recipe=recipe, _convert_="object",
+        cfg.data,
+        recipe=recipe,
+        _convert_="object",
     )
     torch.manual_seed(mix_seed(cfg.seed))
     model = instantiate(
