@@ -126,8 +126,7 @@ def hours(job: Job, needs: list[str]) -> tuple[float | None, float | None]:
     Args:
         needs: knobs that are taken as given.
     """
-    from evit.commands.plan import plan
-    from evit.commands.plan import GPUS
+    from evit.commands.plan import GPUS, plan
 
     if job.program != "train" or job.error:
         return None, None
