@@ -5,7 +5,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from evit import reducers
-from evit.config import CONF_DIR, register
+from evit.commands.cli import register
+from evit.config import CONF_DIR
 from evit.models import create_model
 
 MICRO = "model=evit_deit_micro img_size=28"

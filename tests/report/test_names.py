@@ -8,8 +8,7 @@ from xml.etree import ElementTree
 import pytest
 from omegaconf import OmegaConf
 
-from evit import export
-from evit.commands import report
+from evit.commands import export, report
 from evit.commands.cli import fail
 from evit.data import Folder
 from evit.report import figures, page, results, tables
