@@ -10,7 +10,7 @@ from timm.layers import PatchEmbed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evit
-from evit.models.vit import PatchConv2d
+from evit.models.patches import PatchConv2d
 from evit.reducers.blocks import Step
 from tests.models.published import attend, reorganize
 

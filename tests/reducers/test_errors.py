@@ -104,5 +104,3 @@ def test_a_model_that_cannot_be_served_is_named(name, options, reason, method):
         refused(reason, evit.reduce, timm.create_model(name, **options), method)
 
 
-def test_feature_maps_at_a_rate_below_1_are_refused():
-    refused("set_keep_rate.1. before", reduced("tome").forward_intermediates, images())

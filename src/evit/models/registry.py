@@ -15,7 +15,8 @@ from torch import nn
 
 from evit.models.convert import reduce
 from evit.models.lvvit import LVViT
-from evit.models.vit import ReducedViT, check_img_size
+from evit.models.patches import check_img_size
+from evit.models.vit import ReducedViT
 from evit.models.weights import fit_state_dict
 from evit.reducers import KeepRate, Reducer
 

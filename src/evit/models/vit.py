@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.layers import to_2tuple
 from timm.models._features import feature_take_indices
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
@@ -14,39 +12,18 @@ from torch.utils.checkpoint import checkpoint
 
 from evit import reducers
 from evit.models import follow
+from evit.models.patches import PatchConv2d, check_img_size
 from evit.reducers import KeepRate, Reducer, Reduction
 from evit.reducers.blocks import ReducedBlock, Step
 
 
-def check_img_size(img_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> None:
-    """Refuse an image size that whole patches do not tile."""
-    for size, patch in zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True):
-        if size < patch or size % patch:
-            lower = max(size // patch, 1) * patch
-            raise ValueError(
-                f"img_size {size} is not a multiple of the patch size {patch}: "
-                f"take {lower} or {lower + patch}"
-            )
+def of_reducer(name: str, doc: str) -> Any:
+    """An attribute of a model's reducer as one of the model; False where it has none."""
 
+    def change(model: Any, value: Any) -> None:
+        model.set_keep_rate(value) if name == "keep_rate" else setattr(model.reducer, name, value)
 
-class PatchConv2d(nn.Conv2d):
-    """A convolution whose kernels do not overlap, as one matrix product on a GPU.
-
-    The product is the same sum in another order; cuDNN takes ten times as long on an H200.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Images (B, C, H, W) to patches (B, embed_dim, H / p, W / q)."""
-        if not input.is_cuda:
-            return super().forward(input)
-        return self.product(input)
-
-    def product(self, input: Tensor) -> Tensor:
-        """forward() as a matrix product."""
-        (p, q), (H, W) = self.kernel_size, input.shape[2:]
-        x = input[:, :, : H // p * p, : W // q * q].unflatten(3, (-1, q)).unflatten(2, (-1, p))
-        patches = x.permute(0, 2, 4, 1, 3, 5).flatten(3)
-        return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+    return property(lambda model: getattr(model.reducer, name, False), change, doc=doc)
 
 
 class ReducedViT(VisionTransformer):
@@ -111,34 +88,14 @@ class ReducedViT(VisionTransformer):
                 proj.__class__ = PatchConv2d
         self.reducer: Any = reducer.attach(self).to(next(self.blocks.parameters()))
 
-    @property
-    def drop_loc(self) -> tuple[int, ...]:
-        """The blocks that reduce."""
-        return self.reducer.at
-
-    @property
-    def keep_rate(self) -> tuple[float, ...]:
-        """The keep rate of each reduction; to set it acts as set_keep_rate."""
-        return self.reducer.keep_rate
-
-    @keep_rate.setter
-    def keep_rate(self, keep_rate: KeepRate) -> None:
-        self.set_keep_rate(keep_rate)
-
-    @property
-    def fusion(self) -> bool:
-        """Whether tokens that are not kept are fused into one."""
-        return bool(self.reducer.extra)
+    drop_loc = of_reducer("at", "The blocks that reduce.")
+    keep_rate = of_reducer("keep_rate", "The keep rate of each reduction; setting it checks it.")
+    fusion = of_reducer("fusion", "EViT's: whether tokens that are not kept are fused into one.")
+    selection = of_reducer("selection", "EViT's: which tokens are kept.")
 
     def set_keep_rate(self, keep_rate: KeepRate) -> None:
         """Use keep_rate, one number or one for each of drop_loc, from the next forward on."""
-        before = self.reducer.keep_rate, self.reducer.given
         self.reducer.set_keep_rate(keep_rate)
-        try:
-            self.reducer.check(self.patch_embed.num_patches)
-        except ValueError:
-            self.reducer.keep_rate, self.reducer.given = before
-            raise
 
     def num_kept(self, num_patches: int) -> list[int]:
         """How many of an image's tokens each reduction keeps."""

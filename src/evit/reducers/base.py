@@ -109,17 +109,18 @@ class Reducer(nn.Module):
                 f"drop_loc or at must be ascending block numbers from 0 to {depth - 1}, "
                 f"got {list(self.at)}"
             )
-        self.depth, n = depth, model.patch_embed.num_patches
+        self.depth, self.num_patches = depth, model.patch_embed.num_patches
         self.num_heads = model.blocks[0].attn.num_heads
         self.build(model.embed_dim)
         if self.own or self.given is not None:
+            n = self.num_patches
             if self.given is not None:
                 self._check_counts(n)
             left = [n, *self.counts(n)]
             self.keep_rate = tuple(b / a for a, b in itertools.pairwise(left))
+            self.check(n)
         else:
             self.set_keep_rate(self.wanted_rate)
-        self.check(n)
         return self
 
     def quarters(self, depth: int) -> list[int]:
@@ -130,10 +131,23 @@ class Reducer(nn.Module):
         """Make the parameters, if there are any, for tokens of `dim` channels."""
 
     def set_keep_rate(self, keep_rate: KeepRate) -> None:
-        """Use keep_rate, one number or one for each place, from the next forward on."""
-        at = tuple(self.quarters(self.depth)) if self.own and self.at_default else self.at
-        self.keep_rate = per_place(keep_rate, len(at))
-        self.at, self.given, self.own = at, None, False
+        """Use keep_rate, one number or one for each place, from the next forward on.
+
+        It ends counts and a schedule of the method's own, and the default places are EViT's again.
+
+        Raises:
+            ValueError: it is out of range, or leaves fewer tokens than the reducer can.
+        """
+        before = self.at, self.keep_rate, self.given, self.own
+        if self.own and self.at_default:
+            self.at = tuple(self.quarters(self.depth))
+        try:
+            self.keep_rate = per_place(keep_rate, len(self.at))
+            self.given, self.own = None, False
+            self.check(self.num_patches)
+        except ValueError:
+            self.at, self.keep_rate, self.given, self.own = before
+            raise
 
     def _check_counts(self, n: int) -> None:
         assert self.given is not None
