@@ -31,7 +31,7 @@ def test_a_timm_vit_by_name_is_its_evit_and_dense_its_own():
         ("vit_tiny_patch16_223", {}, r"Unknown model \(vit_tiny_patch16_223\)"),
         ("vit_tiny_patch16_224", dict(img_size=40), "img_size 40 is not a multiple .* 32 or 48"),
         ("vit_tiny_patch16_224", dict(keep_rate=2), r"keep_rate must be in \(0, 1\]"),
-        ("vit_medium_patch16_gap_240", {}, "no class token"),
+        ("resnet18", dict(img_size=None, depth=None), "is not a timm VisionTransformer"),
     ],
 )
 def test_what_cannot_be_served_is_named(name, options, message):

@@ -44,7 +44,7 @@ def test_position_embedding_is_resized_and_the_class_position_kept(deit_small):
 
 def test_another_architecture_is_refused_and_the_difference_named(deit_small):
     other = timm.create_model("evit_deit_tiny_patch16", num_classes=10)
-    with pytest.raises(ValueError, match=r"does not fit EViT: cls_token is \(1, 1, 384\), not"):
+    with pytest.raises(ValueError, match=r"fit ReducedViT: cls_token is \(1, 1, 384\), not"):
         evit.load_checkpoint(other, deit_small.state_dict())
 
 

@@ -80,6 +80,8 @@ def complete(cfg: DictConfig, source: Source) -> DictConfig:
             changed = {k: v for k, v in cfg.reducer.items() if f"reducer.{k}" in names}
             cfg.reducer = cfg.reducer if dense else own | changed
     knobs = DEFAULTS | run | (dict(keep_rate=1.0) if dense else {})
+    if cfg.model.get("img_size"):  # a value of the model's own, not ${img_size}
+        knobs["img_size"] = cfg.model.img_size
     for knob in ("keep_rate", "fusion", "img_size"):
         if knob in cfg and cfg[knob] is None:
             cfg[knob] = knobs[knob]

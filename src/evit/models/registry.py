@@ -108,8 +108,9 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
         if "Unknown model" in str(error) or "pretrained" in str(error):
             raise ValueError(f"{error}: timm.list_models() has the names") from error
         raise
-    except OSError as error:  # what downloads raise, a missing network included
-        if not pretrained:
+    except Exception as error:  # downloads raise OSError, or httpx's own
+        network = isinstance(error, OSError) or type(error).__module__.startswith("httpx")
+        if not pretrained or not network:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
