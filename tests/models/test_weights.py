@@ -5,6 +5,7 @@ import argparse
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 import evit
 from evit.models.weights import read_state_dict
@@ -101,3 +102,57 @@ def test_weights_that_have_changed_on_the_disk_are_refused(tmp_path):
 def test_a_file_that_is_not_there_is_named():
     with pytest.raises(ValueError, match="nowhere.pth' does not exist"):
         evit.load_checkpoint(evit_small(), "nowhere.pth")
+
+
+WRAPPED = {
+    "data parallel and compiled": lambda w: {f"module._orig_mod.{k}": v for k, v in w.items()},
+    "backbone and head": lambda w: {
+        k if k.startswith("head") else f"backbone.{k}": v for k, v in w.items()
+    },
+    "encoder in a container": lambda w: {
+        "model_state_dict": {f"model.encoder.{k}": v for k, v in w.items()}
+    },
+    "compiled blocks": lambda w: {k.replace("mlp.", "mlp._orig_mod."): v for k, v in w.items()},
+}
+
+
+@pytest.mark.parametrize("how", WRAPPED)
+def test_weights_come_in_every_wrapping(deit_small, how):
+    model = evit_small()
+    evit.load_checkpoint(model, WRAPPED[how](deit_small.state_dict()))
+    assert torch.equal(model.head.weight, deit_small.head.weight)
+    assert torch.equal(model.blocks[5].mlp.fc1.weight, deit_small.blocks[5].mlp.fc1.weight)
+
+
+def test_safetensors_load(deit_small, tmp_path):
+    save_file(deit_small.state_dict(), tmp_path / "model.safetensors")
+    model = evit_small()
+    evit.load_checkpoint(model, tmp_path / "model.safetensors")
+    assert torch.equal(model.cls_token, deit_small.cls_token)
+
+
+def test_an_average_is_taken_on_request_and_not_passed_over_in_silence(deit_small):
+    weights = deit_small.state_dict()
+    content = dict(model=weights, model_ema={k: v + 1 for k, v in weights.items()})
+    with pytest.warns(UserWarning, match="model_ema is not used: ema=True"):
+        assert torch.equal(read_state_dict(content)["cls_token"], weights["cls_token"])
+    averaged = read_state_dict(content, ema=True)["cls_token"]
+    assert torch.equal(averaged, weights["cls_token"] + 1)
+    with pytest.raises(ValueError, match="no average"):
+        read_state_dict(weights, ema=True)
+
+
+def test_a_checkpoint_without_a_head_starts_a_new_one(deit_small, capsys):
+    weights = {k: v for k, v in deit_small.state_dict().items() if not k.startswith("head")}
+    with pytest.raises(ValueError, match="head.weight is missing.*new_head=True"):
+        evit.load_checkpoint(evit_small(), weights)
+    model = evit_small()
+    evit.load_checkpoint(model, weights, new_head=True)
+    assert torch.equal(model.cls_token, deit_small.cls_token)
+    assert "classifier is new" in capsys.readouterr().out
+
+
+def test_weights_go_into_a_compiled_model(deit_small):
+    model = evit_small()
+    evit.load_checkpoint(torch.compile(model, backend="eager"), deit_small.state_dict())
+    assert torch.equal(model.cls_token, deit_small.cls_token)

@@ -5,7 +5,7 @@ import timm
 import torch
 
 import evit
-from tests.reducers.tiny import AT, images, reduced, vit
+from tests.reducers.tiny import AT, reduced, vit
 
 
 def refused(match, function, *args, **kwargs):

@@ -1,27 +1,36 @@
 """Checkpoints in: ours, and those published by the authors of DeiT and EViT."""
 
 import argparse
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from evit.files import check_zip
 
-# Where published and Lightning checkpoints keep the weights, and what they prepend to each name.
-CONTAINERS = ("model", "state_dict")
-PREFIXES = ("module.", "model.")
+CONTAINERS = ("model", "state_dict", "model_state_dict", "module")
+AVERAGES = ("model_ema", "state_dict_ema", "ema_state_dict")  # of the weights over training
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
+HEADS = ("head", "aux_head", "head_dist")
 
 
 def read_file(path: str | Path) -> Any:
-    """The content of a checkpoint file, read with weights_only: nothing in it is executed."""
+    """The content of a checkpoint file; nothing in it is executed.
+
+    Raises:
+        ValueError: there is no such file, or it cannot be read.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"checkpoint {str(path)!r} does not exist: give the path of a file")
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         check_zip(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -30,21 +39,31 @@ def read_file(path: str | Path) -> Any:
         raise ValueError(f"checkpoint {str(path)!r} cannot be read: {reason}") from error
 
 
-def read_state_dict(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
-    """The weights in a checkpoint file (or its loaded content), by plain parameter names."""
-    if not isinstance(source, Mapping):
-        source = read_file(source)
-    for name in CONTAINERS:
-        if isinstance(source, Mapping) and isinstance(source.get(name), Mapping):
-            source = source[name]
-            break
-    if not isinstance(source, Mapping) or not any(isinstance(v, Tensor) for v in source.values()):
+def read_state_dict(source: str | Path | Mapping[str, Any], ema: bool = False) -> dict[str, Tensor]:
+    """The weights in a checkpoint file (or its loaded content), by plain parameter names.
+
+    Args:
+        ema: take the average of the weights that some checkpoints have beside them.
+    """
+    content: Any = source if isinstance(source, Mapping) else read_file(source)
+    content = content if isinstance(content, Mapping) else {}
+    inside = [n for n in CONTAINERS + AVERAGES if isinstance(content.get(n), Mapping)]
+    averaged = [name for name in inside if name in AVERAGES]
+    if ema and not averaged:
+        raise ValueError(f"checkpoint has no average of its weights ({', '.join(AVERAGES)})")
+    if averaged and not ema and inside[0] not in AVERAGES:
+        warnings.warn(f"{averaged[0]} is not used: ema=True takes it", stacklevel=3)
+    if inside:
+        content = content[averaged[0] if ema else inside[0]]
+    weights = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    if not weights:
         raise ValueError("checkpoint holds no state dict: expected weights, or them under 'model'")
-    weights = {name: value for name, value in source.items() if isinstance(value, Tensor)}
-    for prefix in PREFIXES:
-        if all(name.startswith(prefix) for name in weights):
+    while prefix := next((p for p in PREFIXES if all(n.startswith(p) for n in weights)), None):
+        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    for prefix in PREFIXES[1:]:  # a head may stand beside the backbone
+        if any(f"{prefix}blocks.0.norm1.weight" == name for name in weights):
             weights = {name.removeprefix(prefix): value for name, value in weights.items()}
-    return weights
+    return {name.replace("_orig_mod.", ""): value for name, value in weights.items()}
 
 
 def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], num_prefix: int) -> Tensor:
@@ -80,38 +99,42 @@ def load_checkpoint(
     source: str | Path | Mapping[str, Any],
     new_head: bool = False,
     new_parts: bool = False,
+    ema: bool = False,
 ) -> None:
     """Load the weights of a checkpoint into a model of the same architecture.
 
     Args:
         source: a path or state dict: ours (Lightning's .ckpt; of the EMA where the run evaluated
-            it), or a published one ({"model": ...}). The position embedding is resized to the
-            model's image size.
-        new_head: leave out a classifier whose number of classes differs from the model's.
+            it), a published one, or .safetensors; wrapped, compiled or bare. The position embedding
+            is resized to the model's image size.
+        new_head: start a new classifier where the checkpoint has none, or one of other classes.
         new_parts: leave as they are the reducer's parameters, if the checkpoint has none of them
             (DynamicViT's predictors, from a dense checkpoint).
+        ema: take the average of the weights that some checkpoints have beside them.
 
     Raises:
         ValueError: a weight is missing, surplus or of another shape; it is named.
     """
-    weights, own = fit_state_dict(read_state_dict(source), model), model.state_dict()
-    wrong_shape = [k for k in own if k in weights and weights[k].shape != own[k].shape]
+    model = getattr(model, "_orig_mod", model)
+    weights, own = fit_state_dict(read_state_dict(source, ema), model), model.state_dict()
     if new_head:
-        head = [k for k in wrong_shape if k.split(".")[0] in ("head", "aux_head", "head_dist")]
-        weights |= {k: own[k] for k in head}
-        wrong_shape = [k for k in wrong_shape if k not in head]
+        head = [k for k in own if k.split(".")[0] in HEADS]
+        if any(k not in weights or weights[k].shape != own[k].shape for k in head):
+            weights = {k: w for k, w in weights.items() if k.split(".")[0] not in HEADS}
+            weights |= {k: own[k] for k in head}
+            print("The classifier is new: the checkpoint has none for these classes.", flush=True)
     if new_parts and not any(k.startswith("reducer.") for k in weights):
         weights |= {k: w for k, w in own.items() if k.startswith("reducer.")}
-    problems = [f"{k} is {tuple(weights[k].shape)}, not {tuple(own[k].shape)}" for k in wrong_shape]
+    problems = [
+        f"{k} is {tuple(weights[k].shape)}, not {tuple(own[k].shape)}"
+        for k in own
+        if k in weights and weights[k].shape != own[k].shape
+    ]
     problems += [f"{k} is missing" for k in own if k not in weights]
     problems += [f"{k} is not the model's" for k in weights if k not in own]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        hint = (
-            ""
-            if new_head
-            else " (another number of classes alone: load_checkpoint(..., new_head=True))"
-        )
+        hint = "" if new_head else " (new_head=True starts a new classifier)"
         raise ValueError(
             f"checkpoint does not fit {type(model).__name__}: {'; '.join(problems[:5])}{more}. "
             f"Choose the model that it was trained with{hint}"
