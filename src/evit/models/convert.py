@@ -39,7 +39,7 @@ def reduce(
     check_model(model)
     given = dict(keep_rate=keep_rate, at=at, counts=counts)
     reducer = reducers.make(name, **given, **options)
-    if not isinstance(model, ReducedViT):
+    if not hasattr(model, "reducer"):
         model.__class__ = reduced_class(type(model))
     model._attach(reducer)
     return model

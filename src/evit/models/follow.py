@@ -1,6 +1,7 @@
 """Where patches went: ids of survivors, the final token of each, and maps with all of them back."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def survivors(found: list[Reduction], reducer: Reducer, ids_BN: Tensor) -> list[
     return kept
 
 
-def put_back(states: list[Tensor | Reduction], num_prefix: int) -> Iterator[Tensor]:
+def put_back(states: list[Any], num_prefix: int) -> Iterator[Tensor]:
     """The tokens after each block, (B, P + N, C): each patch has the token that it went into.
 
     Args:
@@ -42,13 +43,12 @@ def put_back(states: list[Tensor | Reduction], num_prefix: int) -> Iterator[Tens
     A patch that was dropped has the state in which it entered the block that dropped it.
     """
     first, *later = states
-    assert isinstance(first, Tensor)
     map_BNC = first[:, num_prefix:]
     n = map_BNC.shape[1]
     place_BN = torch.arange(n, device=first.device).expand(first.shape[0], -1)
     reduced = False
     for state in later:
-        if isinstance(state, Reduction):
+        if type(state) is Reduction:
             place_BN, n, reduced = moved(state, place_BN, n), state.num_left, True
             continue
         if reduced:

@@ -18,7 +18,7 @@ from evit.models.lvvit import LVViT
 from evit.models.patches import check_img_size
 from evit.models.vit import ReducedViT
 from evit.models.weights import fit_state_dict
-from evit.reducers import KeepRate, Reducer
+from evit.reducers import REDUCERS, KeepRate, Reducer
 
 DEIT: dict[str, dict[str, Any]] = {
     "tiny": dict(embed_dim=192, depth=12, num_heads=3),
@@ -109,7 +109,7 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
             raise ValueError(f"{error}: timm.list_models() has the names") from error
         raise
     except Exception as error:  # downloads raise OSError, or httpx's own
-        network = isinstance(error, OSError) or type(error).__module__.startswith("httpx")
+        network = issubclass(type(error), OSError) or type(error).__module__.startswith("httpx")
         if not pretrained or not network:
             raise
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -137,7 +137,7 @@ def reduced(
     fusion = kwargs.pop("fusion", None)
     options = dict(fusion=fusion) if fusion is not None and reducer == "evit" else {}
     model: Any = create_model(model_name, **kwargs)
-    given: Any = dict(keep_rate=keep_rate, at=drop_loc) if isinstance(reducer, str) else {}
+    given: Any = dict(keep_rate=keep_rate, at=drop_loc) if reducer in REDUCERS else {}
     reduce(model, reducer, **given, **options)
     check_img_size(model.patch_embed.img_size, model.patch_embed.patch_size)
     return model

@@ -65,20 +65,22 @@ class ReducedViT(VisionTransformer):
         check_img_size(img_size, patch_size)
         if reducer is None:
             reducer, keep_rate = "evit", 1.0
-        if isinstance(reducer, str):
-            kind = reducers.REDUCERS.get(reducer, Reducer)
+        if reducer in reducers.REDUCERS:
+            kind = reducers.REDUCERS[reducer]
             known = reducers.options(kind) - {"keep_rate", "at", "fusion"}
             own = {name: kwargs.pop(name) for name in known & set(kwargs)}
             if fusion is not None and "fusion" in reducers.options(kind):
                 own["fusion"] = fusion
             reducer = reducers.make(reducer, keep_rate=keep_rate, at=drop_loc, **own)
-        elif drop_loc is not None:
+        elif drop_loc is None:
+            reducer = reducers.make(reducer)
+        else:
             raise ValueError(f"drop_loc={list(drop_loc)} is the reducer's: reducer.at")
         super().__init__(img_size, patch_size, *args, **kwargs)
         self._attach(reducer)
 
     def _attach(self, reducer: Reducer) -> None:
-        if not isinstance(self.patch_drop, nn.Identity):
+        if type(self.patch_drop) is not nn.Identity:
             raise ValueError("patch_drop_rate drops patches at random: set it to 0, or keep_rate")
         for block in self.blocks:
             block.__class__ = ReducedBlock

@@ -45,9 +45,9 @@ def read_state_dict(source: str | Path | Mapping[str, Any], ema: bool = False) -
     Args:
         ema: take the average of the weights that some checkpoints have beside them.
     """
-    content: Any = source if isinstance(source, Mapping) else read_file(source)
-    content = content if isinstance(content, Mapping) else {}
-    inside = [n for n in CONTAINERS + AVERAGES if isinstance(content.get(n), Mapping)]
+    content: Any = source if hasattr(source, "items") else read_file(source)
+    content = content if hasattr(content, "items") else {}
+    inside = [n for n in CONTAINERS + AVERAGES if hasattr(content.get(n), "items")]
     averaged = [name for name in inside if name in AVERAGES]
     if ema and not averaged:
         raise ValueError(f"checkpoint has no average of its weights ({', '.join(AVERAGES)})")
@@ -55,7 +55,7 @@ def read_state_dict(source: str | Path | Mapping[str, Any], ema: bool = False) -
         warnings.warn(f"{averaged[0]} is not used: ema=True takes it", stacklevel=3)
     if inside:
         content = content[averaged[0] if ema else inside[0]]
-    weights = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    weights = {name: value for name, value in content.items() if torch.is_tensor(value)}
     if not weights:
         raise ValueError("checkpoint holds no state dict: expected weights, or them under 'model'")
     while prefix := next((p for p in PREFIXES if all(n.startswith(p) for n in weights)), None):
