@@ -167,15 +167,6 @@ def test_what_does_not_go_with_reorganization_is_refused(kwargs, message):
         tiny(**kwargs)
 
 
-@torch.no_grad()
-def test_feature_maps_are_those_of_the_dense_model_or_refused():
-    model, images = tiny(keep_rate=0.5).eval(), pictures()
-    with pytest.raises(ValueError, match="set_keep_rate.1. before forward_intermediates"):
-        model.forward_intermediates(images)
-    model.set_keep_rate(1)
-    assert model.forward_intermediates(images)[1][-1].shape == (2, 48, 8, 8)
-
-
 def test_a_keep_rate_for_each_reorganization_needs_as_many():
     with pytest.raises(ValueError, match="2 entries for 3 reorganizations"):
         tiny(keep_rate=[0.5, 0.5])

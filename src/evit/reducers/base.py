@@ -88,7 +88,7 @@ class Reducer(nn.Module):
         self.own = False  # a schedule of the method's own is in force
         self.at: tuple[int, ...] = () if at is None else tuple(at)
         self.at_default = at is None
-        self.num_prefix = 1
+        self.num_prefix, self.num_patches = 1, 0  # until it is attached
         self.keep_rate: tuple[float, ...] = ()
 
     def attach(self, model: Any) -> Self:
