@@ -144,7 +144,8 @@ class Reducer(nn.Module):
         try:
             self.keep_rate = per_place(keep_rate, len(self.at))
             self.given, self.own = None, False
-            self.check(self.num_patches)
+            if self.num_patches:
+                self.check(self.num_patches)
         except ValueError:
             self.at, self.keep_rate, self.given, self.own = before
             raise
