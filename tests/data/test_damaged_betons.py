@@ -334,7 +334,7 @@ def test_sidecars_that_were_swapped_are_refused(whole, copied):
     for path, theirs in (copied, ours), (whole, sidecar_path(copied).read_bytes()):
         before = sidecar_path(path).read_bytes()
         sidecar_path(path).write_bytes(theirs)
-        with pytest.raises(BetonError, match="its sidecar was written for another file"):
+        with pytest.raises(BetonError, match="not the file of its sidecar"):
             stream(path, False, img_size=16, batch_size=2)
         sidecar_path(path).write_bytes(before)
 

@@ -167,8 +167,8 @@ def test_a_folder_of_other_maps_is_not_mixed(tree, checkpoint, tmp_path):
 
 
 def test_the_interrupted_file_is_none(tree, checkpoint, tmp_path, monkeypatch):
-    def interrupt(content, path):
-        path.write_bytes(b"half")
+    def interrupt(content, file):
+        file.write(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", interrupt)
@@ -245,6 +245,6 @@ def test_the_command_makes_maps_that_training_reads(tree, checkpoint, tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    assert "12 images in 6 classes, 0 have their" in done.stdout and "images/s" in done.stdout
+    assert "12 images in 6 classes, 0 have their" in done.stdout and "Writing 12" in done.stdout
     data = folder(tree, tmp_path / "cache", label_maps=tmp_path / "maps")
-    assert data.label_map_shape == (3, 3)
+    assert data.train_dataloader().label_map_shape == (3, 3)

@@ -44,7 +44,7 @@ def splits_there(root: Path, needed: Sequence[str]) -> list[str]:
 
 
 @readable()
-def tree_classes(root: str | Path, needed: Sequence[str] = SPLITS) -> list[str]:
+def tree_classes(root: Path, needed: Sequence[str] = SPLITS) -> list[str]:
     """The classes of ROOT/train, once ROOT is seen to be a tree of train/CLASS and val/CLASS.
 
     Where val/ alone is needed and there is no train/, the classes are those of val/.
@@ -52,7 +52,6 @@ def tree_classes(root: str | Path, needed: Sequence[str] = SPLITS) -> list[str]:
     Raises:
         ValueError: a folder is missing or empty, or val/ has a class that train/ lacks.
     """
-    root = Path(root).expanduser()
     layout = "expected " + " and ".join(f"{root}/{split}/CLASS/*.jpg" for split in needed)
     if any(root.glob("ILSVRC*")) or any(root.glob("val/ILSVRC2012_*")):
         layout += f". ImageNet as downloaded can be prepared: make imagenet ROOT={root}"

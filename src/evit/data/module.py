@@ -80,11 +80,6 @@ class Images(L.LightningDataModule):
         self.has_label_maps = bool(used)
         self._loaders: dict[str, Any] = {}
 
-    @property
-    def label_map_shape(self) -> tuple[int, int] | None:
-        """Cells (H, W) of the label maps in training batches, None without; known after setup."""
-        return self._loaders["train"].label_map_shape if self._loaders else None
-
     def normalize_for(self, model: Any) -> None:
         """Normalise images as timm says that the model wants them; ImageNet's way otherwise."""
         wanted = getattr(model, "pretrained_cfg", None) or {}
@@ -112,7 +107,7 @@ class Images(L.LightningDataModule):
 
     def identity(self) -> dict[str, Any]:
         """What tells one content of the source from another."""
-        raise NotImplementedError
+        return {}
 
     @functools.cached_property
     def beton_dir(self) -> Path:
@@ -197,27 +192,23 @@ class Images(L.LightningDataModule):
         self._loaders["train"].load_state_dict(state_dict)
 
     def _loader(self, split: str) -> Any:
-        trainer = self.trainer
+        trainer, train, workers = self.trainer, split == "train", self.num_workers
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        # srun gives each process cores of its own; others share the machine's.
-        sharing = "SLURM_CPUS_PER_TASK" not in os.environ
-        local = world_size // trainer.num_nodes if trainer and sharing else 1
-        workers = self.num_workers
+        if workers is None:  # srun gives each process cores of its own; others share the machine's
+            sharing = trainer and "SLURM_CPUS_PER_TASK" not in os.environ
+            local = world_size // trainer.num_nodes if sharing else 1  # type: ignore[union-attr]
+            workers = max(1, available_cores() // local)
         common: dict[str, Any] = dict(
-            img_size=self.img_size,
-            train=split == "train",
-            num_workers=max(1, available_cores() // local) if workers is None else workers,
-            fill=fill_color(self.mean),
+            img_size=self.img_size, train=train, num_workers=workers, fill=fill_color(self.mean)
         )
         shard = Shard(rank, world_size, self.local_batch_size, self.seed)
         if self.backend == "imagefolder":
             from evit.data.imagefolder import folder_loader
 
-            make_dataset = functools.partial(self.dataset, split)
-            common |= dict(label_maps=self.map_paths() if split == "train" else None)
-            return folder_loader(
-                make_dataset, self.recipe, shard, num_classes=self.num_classes, **common
-            )
+            dataset = functools.partial(self.dataset, split)
+            maps = self.map_paths() if train else None
+            common |= dict(label_maps=maps, num_classes=self.num_classes)
+            return folder_loader(dataset, self.recipe, shard, **common)
         from evit.data.ffcv.stream import FFCVStream
 
         return FFCVStream(
@@ -234,11 +225,7 @@ class Images(L.LightningDataModule):
 
 
 def require_ffcv() -> None:
-    """Import FFCV, or say what can be done without.
-
-    Raises:
-        ValueError: it is not installed, or its system libraries are missing.
-    """
+    """Raise ValueError if FFCV, or a system library that it needs, is not installed."""
     try:
         import evit.data.ffcv._ffcv
         import evit.data.ffcv.jpeg  # noqa: F401
