@@ -78,7 +78,10 @@ DAMAGES = {
     "too many samples": (lambda p: change_header(p, num_samples=2**40), CRC),
     "odd page size": (lambda p: change_header(p, page_size=2**21 + 1), CRC),
     "one field": (lambda p: change_header(p, num_fields=1), CRC),
-    "other field": (lambda p: change(p, beton.FIELD, beton.HEADER.itemsize, name=b"x"), CRC),
+    "other field": (
+        lambda p: change(p, beton.FIELD, beton.HEADER.itemsize, name=b"x"),
+        "its fields are not",
+    ),
     "no width": (lambda p: change(p, beton.IMAGE, METADATA[1], width=0), CRC),
     "data outside the file": (lambda p: change(p, beton.ALLOCATION, table(p), ptr=2**63), CRC),
     "data too long": (lambda p: change(p, beton.ALLOCATION, table(p), size=2**64 - 1), CRC),

@@ -148,7 +148,7 @@ class Deadly(list):
 
 def test_a_worker_that_dies_is_an_error_and_nothing_is_left_behind(samples, tmp_path):
     start = time.monotonic()
-    with pytest.raises(RuntimeError, match="a process that encodes images died"):
+    with pytest.raises(RuntimeError, match="worker .* exited unexpectedly"):
         write(tmp_path / "x.beton", Deadly(samples))
     assert time.monotonic() - start < 5
     assert list(tmp_path.iterdir()) == []
@@ -198,7 +198,7 @@ def test_a_pair_caught_between_its_two_renames_is_refused(copied, samples, tmp_p
         check_beton(copied)
 
 
-@pytest.mark.parametrize("small_disk", ["1m", "5m", "6m"], indirect=True)
+@pytest.mark.parametrize("small_disk", ["32k", "64k"], indirect=True)
 def test_a_full_disk_is_told_with_the_way_out(samples, small_disk):
     with pytest.raises(ValueError, match="is full: make room, lower max_resolution .*target=DIR"):
         write(small_disk / "x.beton", samples)

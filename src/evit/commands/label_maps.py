@@ -37,21 +37,8 @@ def make_label_maps(
 ) -> Path:
     """Write TARGET/CLASS/STEM.pt for every image of SOURCE/train, and return TARGET.
 
-    Maps that are there already, and not older than their images, are kept: an interrupted run goes
-    on.
-
-    Args:
-        model_name: timm's; its own mean, std and interpolation are used.
-        pretrained: timm's weights, where no checkpoint is given.
-        checkpoint: weights for as many classes as the tree has.
-        img_size: pixels; None: the model's size for tests.
-        crop_pct: share of the image's short side that the model sees.
-        crop_mode: "squash", the whole image as a square, where training looks for its crops; or
-            "center", the central square, as the authors do, and their maps of long images are off.
-        num_workers: processes that read images; None: one per core.
-
-    Raises:
-        ValueError: the tree, the model or the target cannot serve; each is named.
+    conf/label_maps.yaml says what the arguments are; the model's own mean, std and interpolation
+    are used. Maps that are there already, and not older than their images, are kept.
     """
     source, target = (Path(path).expanduser().resolve() for path in (source, target))
     if crop_mode not in ("center", "squash") or not 0 < crop_pct <= 1:
@@ -142,18 +129,14 @@ def annotator(
     checkpoint: str | Path | None,
     img_size: int | None,
 ) -> nn.Module:
-    """The classifier, with its weights, and with all of its tokens if it could do with fewer.
-
-    Raises:
-        ValueError: it has no weights, or is for another number of classes.
-    """
+    """The classifier, with its weights, and with all of its tokens if it could do with fewer."""
     if checkpoint is None and not pretrained:
         raise ValueError(
             f"{name} without weights knows nothing: give checkpoint=PATH, or pretrained=true"
         )
     options: dict[str, Any] = dict(num_classes=num_classes) if checkpoint else {}
+    sized = dict(img_size=img_size) if img_size else {}
     try:
-        sized = dict(img_size=img_size) if img_size else {}
         model: Any = create_model(name, checkpoint is None, **options, **sized)
     except TypeError as error:
         if "img_size" not in str(error):
@@ -176,9 +159,6 @@ def dense_logits(model: Any, images: Tensor) -> Tensor:
 
     LV-ViT has a classifier for its positions, which is taken. For any other model the head is given
     the features of one position as if they were all: pooling then changes nothing.
-
-    Raises:
-        ValueError: the features of this model are no grid.
     """
     features = model.forward_features(images)
     channels, B, K = model.num_features, len(images), model.num_classes

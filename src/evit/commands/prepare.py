@@ -34,14 +34,7 @@ def prepare(
 ) -> Path:
     """Write SOURCE's images to TARGET/train.beton and TARGET/val.beton, and return TARGET.
 
-    Args:
-        source: train/ and val/ of class folders; the files of ImageNet (find_images); or
-            PACKAGE.MODULE:FUNCTION, which gives a data set in Python (python_dataset).
-        target: a folder; None: SOURCE-ffcv beside SOURCE, ./FUNCTION-ffcv for a function.
-        num_workers: processes; None: one per core.
-        label_maps: a folder with a label map for each training image; train.beton will hold them.
-        imagenet: refuse other classes than ImageNet-1k's, and warn of other numbers of images.
-        **options: write_beton's mode, max_resolution, jpeg_quality, skip_bad.
+    conf/prepare.yaml says what the arguments are.
 
     Raises:
         ValueError: the tree or an image in it is not as it should be. A file that was whole

@@ -58,9 +58,6 @@ def make_mixup(
 
     One draw for a batch, a pair or each image (mode batch, pair, elem), from numpy's global
     generator. Works on the images in place.
-
-    Raises:
-        ValueError: batch_size is odd, so the images of a batch cannot be paired.
     """
     if not (mixup > 0 or cutmix > 0):
         return None

@@ -65,8 +65,7 @@ def tree_classes(root: Path, needed: Sequence[str] = SPLITS) -> list[str]:
         if not found[split]:
             raise ValueError(f"{str(root / split)!r} has no class folders: {layout}")
     classes = next(iter(found.values()))
-    strange = sorted(set(found.get("val", ())) - set(classes))
-    if strange:
+    if strange := sorted(set(found.get("val", ())) - set(classes)):
         raise ValueError(
             f"{str(root / 'val')!r} has classes that train/ lacks: {', '.join(strange[:5])}. "
             f"Add them to train/, or remove them from val/"
@@ -113,11 +112,9 @@ def _opens(path: str) -> bool:
 
 def open_image(path: str | Path) -> BinaryIO:
     """A file, open for reading. One that is no regular file is refused: a pipe could block."""
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError("not a regular file")
-    return file
+    return open(path, "rb")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -193,7 +190,6 @@ class ClassFolders(ImageFolder):
         return found
 
 
-@readable()
 def fingerprint(samples: Sequence[tuple[str, int]], root: Path) -> str:
     """A hash of the names, sizes, modification times and labels of files: it tells whether a tree
     has changed."""
@@ -204,7 +200,7 @@ def fingerprint(samples: Sequence[tuple[str, int]], root: Path) -> str:
         try:
             found = os.stat(path)
             said = f"{found.st_size}\0{found.st_mtime_ns}"
-        except FileNotFoundError:  # a dangling link, which is told when it is read
+        except OSError:  # a dangling link, which is told when it is read
             said = "missing"
         digest.update(os.fsencode(f"{name}\0{said}\0{label}\n"))
     return digest.hexdigest()

@@ -95,10 +95,8 @@ class SeededAugmentation(Dataset):
     def __init__(self, dataset: Any, seed: int, label_maps: Sequence[str], num_classes: int):
         self.dataset, self.seed = dataset, seed
         self.label_maps, self.num_classes = label_maps, num_classes
-        self.map_shape: Shape | None = None
-        if label_maps:
-            first = read_label_map(label_maps[0], num_classes)
-            self.map_shape = (first.shape[2], first.shape[3])
+        first = read_label_map(label_maps[0], num_classes) if label_maps else None
+        self.map_shape = None if first is None else (first.shape[2], first.shape[3])
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -159,17 +157,10 @@ def folder_loader(
     label_maps: Sequence[str] | None = None,
     num_classes: int = 0,
 ) -> FolderLoader:
-    """Batches of one split, bicubic as DeiT's.
-
-    Args:
-        make_dataset: the images of the split, given their transform.
-        label_maps: the files of its images.
-    """
-    if train:
-        transform: Any = T.Compose([T.RGB(), RandomResizedCropFlip(img_size, recipe, fill)])
-    else:
-        transform = evaluation_transform(img_size, recipe.crop_pct)
-    dataset = make_dataset(transform)
+    """Batches of one split, bicubic as DeiT's; make_dataset(transform) gives its images, whose
+    label maps are the files `label_maps`."""
+    crop = T.Compose([T.RGB(), RandomResizedCropFlip(img_size, recipe, fill)])
+    dataset = make_dataset(crop if train else evaluation_transform(img_size, recipe.crop_pct))
     limit = recipe.max_train_images if train else recipe.max_val_images
     chosen = choose_samples(len(dataset), limit).tolist()
     dataset = torch.utils.data.Subset(dataset, chosen)

@@ -61,12 +61,12 @@ def read_label_map(path: str | Path, num_classes: int, shape: Shape | None = Non
         logits, ids = found.float()
         if not logits.isfinite().all():
             raise ValueError("logits that are not finite")
-        if not ((ids >= 0) & (ids < num_classes) & (ids % 1 == 0)).all():
+        if not ((ids >= 0) & (ids < min(num_classes, MAX_ID + 1)) & (ids % 1 == 0)).all():
             raise ValueError(f"ids that are not classes, 0 to {num_classes - 1}")
     except Exception as error:  # pickle and zip raise nearly anything on a bad file
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
-            f"label map {path} cannot be used ({reason}): make it again, delete the file and run "
+            f"label map {path} cannot be read ({reason}): make it again, delete the file and run "
             f"python src/label_maps.py source=DIR target=LABELS"
         ) from None
     return found.contiguous()

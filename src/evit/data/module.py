@@ -22,20 +22,9 @@ from evit.recipe import Recipe
 class Images(L.LightningDataModule):
     """Training and validation images of one data set, streamed by FFCV or read with PIL.
 
-    Args:
-        img_size: pixels of the square images that come out.
-        recipe: batch size (images per optimizer step over all processes; each takes its share),
-            crops, augmentation, and limits of the number of images.
-        backend: "ffcv", which first writes the images to .beton files under cache_dir, once; or
-            "imagefolder", torchvision and PIL, which needs none of FFCV's libraries and follows
-            the published evaluation to the pixel.
-        mode, max_resolution, jpeg_quality: how .beton files are written (evit.data.ffcv.write).
-        num_workers: threads (ffcv) or processes (imagefolder) of one training process; None: the
-            machine's cores, shared by its training processes.
-        batches_ahead: batches that FFCV decodes in advance.
-        splits: which are used; the others need not be there. Evaluations need val alone.
-        label_maps: a folder with one label map for each training image (evit.data.label_maps).
-            Training batches are then (images, labels, maps, crops): evit.data.ffcv.stream.
+    conf/data/_base.yaml says what the arguments are. `splits` are those that are used; the others
+    need not be there. With label maps training batches are (images, labels, maps, crops), as
+    evit.data.ffcv.stream describes them.
     """
 
     name = "images"
@@ -111,7 +100,7 @@ class Images(L.LightningDataModule):
 
     @functools.cached_property
     def beton_dir(self) -> Path:
-        """Where the .beton files are: no other source, content or way of writing shares it."""
+        """Where the .beton files are, in a folder for each content and way of writing."""
         from evit.data.ffcv.format import SIDECAR_FORMAT
 
         identity = self.identity() | self.write_options | dict(format=SIDECAR_FORMAT)
@@ -119,11 +108,7 @@ class Images(L.LightningDataModule):
         return self.cache_dir / f"{self.name}-{key}"
 
     def prepare_data(self) -> None:
-        """Write the .beton files that are not there yet.
-
-        Lightning calls it in one process of each node. Nodes that share cache_dir must not write
-        the same file at once: prepare it first.
-        """
+        """Write the .beton files that are not there yet; in one process of each node."""
         if self.backend == "imagefolder":
             for split in self.splits:
                 self.dataset(split, None)
@@ -152,11 +137,7 @@ class Images(L.LightningDataModule):
 
     @property
     def local_batch_size(self) -> int:
-        """Images of one batch of one process.
-
-        Raises:
-            ValueError: the recipe's batch size cannot be shared evenly.
-        """
+        """Images of one batch of one process."""
         trainer, batch_size = self.trainer, self.recipe.batch_size
         shares = trainer.world_size * trainer.accumulate_grad_batches if trainer else 1
         if batch_size % shares:

@@ -25,7 +25,6 @@ class Resumable:
     _start = 0
 
     def batches(self, start: int) -> Generator[Any]:
-        """The batches of an epoch from number `start` on."""
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[Any]:

@@ -118,6 +118,9 @@ def check_beton(path: str | Path) -> dict[str, Any]:
         content = np.memmap(path, np.uint8, "r")
     except OSError as error:
         raise BetonError(path, f"cannot be read ({error.strerror})", "make it readable") from error
+    fields = content[HEADER.itemsize : layout.metadata_start].tobytes()
+    if fields != layout.fields.tobytes():  # of a field of another type FFCV unpickles the rest
+        raise BetonError(path, "its fields are not exactly image and label, or these and label_map")
     start_crc32 = zlib.crc32(content[:start].tobytes())
     if zlib.crc32(content[end:].tobytes(), start_crc32) != sidecar["index_crc32"]:
         raise BetonError(path, "damaged, or not the file of its sidecar (the CRC32s differ)")

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
@@ -70,11 +69,6 @@ class FFCVStream(Resumable):
         device: torch.device | str = "cpu",
     ) -> None:
         self.info = check_beton(path)
-        if numba.threading_layer() == "workqueue":
-            raise ValueError(
-                "numba's threads are of kind workqueue, which aborts when two loaders run at once: "
-                "set NUMBA_THREADING_LAYER to tbb or omp, or unset it"
-            )
         self.path, self.recipe, self.shard, self.train = Path(path), recipe, shard, train
         self.img_size, self.batch_size = img_size, shard.batch_size
         self.batches_ahead, self.device = batches_ahead, torch.device(device)

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import io
 import json
-import multiprocessing
 import os
-import signal
 import zlib
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image
 from rich.progress import track
+from torch.utils.data import DataLoader, Dataset
 
 from evit.data.ffcv import format as beton
 from evit.data.ffcv.decode import decode_jpeg
@@ -32,7 +29,6 @@ Picture = str | Path | bytes | Image.Image | np.ndarray
 
 PAGE = 2**26  # bytes; no piece of data crosses from one to the next
 MAX_SIDE = 2**16 - 1
-CHUNK = 8  # images that a process takes at a time
 ROOM = (
     "make room, lower max_resolution or jpeg_quality, or choose another folder (target=DIR of "
     "src/prepare.py, data.cache_dir=DIR of src/train.py)"
@@ -92,17 +88,15 @@ def _is_sound_jpeg(image: Image.Image, data: bytes) -> bool:
     return bool(np.abs(difference).mean() < 1)
 
 
-class _Job(NamedTuple):
-    """What the processes that encode have in common."""
+class _Encoded(Dataset):
+    """What is to be written of each sample."""
 
-    samples: Any
-    options: dict[str, Any]
-    num_classes: int
-    label_maps: Sequence[str] | None
-    map_shape: beton.Shape | None
+    def __init__(self, samples: Any, options: Any, classes: int, maps: Any, shape: Any) -> None:
+        self.samples, self.options, self.num_classes = samples, options, classes
+        self.label_maps, self.map_shape = maps, shape
 
-    def sample(self, index: int) -> tuple[Encoded, int, bytes] | tuple[str, str]:
-        """Image, label and label map; of an image that is bad, its name and what is wrong."""
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        """Image, label and label map; or an error, and the image's name if it is the image's."""
         name = f"sample {index}"
         try:
             picture, label = self.samples[index]
@@ -111,44 +105,16 @@ class _Job(NamedTuple):
             if len(encoded.data) >= PAGE:
                 raise ValueError(f"takes {len(encoded.data)} bytes, too many: set max_resolution")
         except Exception as error:  # Pillow raises nearly anything on a bad file
-            return name, f"{type(error).__name__}: {error}"
+            return f"{type(error).__name__}: {error}", name
         if label not in range(self.num_classes):
-            raise ValueError(f"{name}: label {label!r} is outside 0 to {self.num_classes - 1}")
+            return f"{name}: label {label!r} is outside 0 to {self.num_classes - 1}", None
         if self.label_maps is None:
             return encoded, int(label), b""
-        label_map = read_label_map(self.label_maps[index], self.num_classes, self.map_shape)
-        return encoded, int(label), label_map.numpy().tobytes()
-
-
-_job: _Job  # of a process that encodes
-
-
-def _begin(job: _Job) -> None:
-    """Begin as a process that encodes, and dies with its parent."""
-    global _job
-    _job = job
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops it
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def _sample(index: int) -> Any:
-    return _job.sample(index)
-
-
-def _encoded(job: _Job, num_workers: int) -> Iterator[Any]:
-    """The samples in order, encoded by processes, of which only a few images are under way."""
-    fork = multiprocessing.get_context("fork")  # the samples need not be pickled
-    try:
-        with ProcessPoolExecutor(num_workers, fork, _begin, (job,)) as pool:
-            count, step = len(job.samples), 8 * CHUNK * num_workers
-            for start in range(0, count, step):
-                block = range(start, min(start + step, count))
-                yield from pool.map(_sample, block, chunksize=CHUNK)
-    except BrokenProcessPool as error:
-        raise RuntimeError(
-            "a process that encodes images died: it was killed, perhaps for want of memory (then "
-            "use fewer num_workers), or the data set crashed it"
-        ) from error
+        try:
+            found = read_label_map(self.label_maps[index], self.num_classes, self.map_shape)
+        except ValueError as error:
+            return str(error), None
+        return encoded, int(label), found.numpy().tobytes()
 
 
 def write_beton(
@@ -171,12 +137,8 @@ def write_beton(
     Args:
         samples: a map-style data set; an image is a path, the bytes of a file, a PIL image or an
             array (H, W) or (H, W, 3) of uint8.
-        max_resolution: pixels of the long side; mode jpg keeps the bytes of a JPEG within it, and
-            encodes everything else.
-        jpeg_quality: of what is encoded, at full colour resolution (4:4:4).
-        mode: jpg, or raw pixels.
+        max_resolution, jpeg_quality, mode, skip_bad: as in conf/prepare.yaml.
         num_workers: processes; -1: one per core.
-        skip_bad: leave unreadable images out, and list them in the sidecar.
         label_maps: files (evit.data.label_maps) of the samples, in order, all of one shape.
         identity: what tells these samples from others. A file that is there already, of the same
             identity and settings, is left as it is; None: it is always written.
@@ -201,11 +163,19 @@ def write_beton(
     options = dict(mode=mode, max_resolution=max_resolution, jpeg_quality=jpeg_quality)
     head: dict[str, Any] = dict(format=beton.SIDECAR_FORMAT, source=source, classes=list(classes))
     head |= dict(num_classes=len(classes), identity=identity, **options)
-    job = _Job(samples, options, len(classes), label_maps, shape)
-    cores = num_workers if num_workers > 0 else len(os.sched_getaffinity(0))
-    encoded = _encoded(job, min(cores, -(-len(samples) // CHUNK)))
+    dataset = _Encoded(samples, options, len(classes), label_maps, shape)
+    encoded: Any = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=range(len(samples)),
+        num_workers=num_workers if num_workers > 0 else len(os.sched_getaffinity(0)),
+        collate_fn=tuple,
+        multiprocessing_context="fork",  # the samples need not be pickled
+        prefetch_factor=8,
+        generator=torch.Generator(),  # or it would draw from the global one
+    )
     if progress:
-        encoded = iter(track(encoded, f"Writing {path.name}", total=len(samples)))
+        encoded = track(encoded, f"Writing {path.name}", total=len(samples))
     path.parent.mkdir(parents=True, exist_ok=True)
     folder, partial = os.open(path.parent, os.O_RDONLY), path.with_name(f".{path.name}.tmp")
     try:
@@ -234,7 +204,7 @@ def write_beton(
 
 
 def _write(
-    path: Path, encoded: Iterator[Any], count: int, shape: beton.Shape | None, skip_bad: bool
+    path: Path, encoded: Iterable[Any], count: int, shape: beton.Shape | None, skip_bad: bool
 ) -> dict[str, Any]:
     """Write the file, and say what the sidecar tells of its content."""
     layout, skipped, kept = beton.Layout(shape), list[dict[str, str]](), 0
@@ -243,9 +213,11 @@ def _write(
     with open(path, "wb") as file:
         for image, *rest in encoded:
             if isinstance(image, str):
+                if rest[0] is None:
+                    raise ValueError(image)
                 if not skip_bad:
-                    raise ValueError(f"{image} is not a readable image ({rest[0]}): {WAY_OUT}")
-                skipped.append(dict(name=image, reason=rest[0]))
+                    raise ValueError(f"{rest[0]} is not a readable image ({image}): {WAY_OUT}")
+                skipped.append(dict(name=rest[0], reason=image))
                 continue
             label, label_map = rest
             kept += image.original
