@@ -1,6 +1,5 @@
 """Label maps in .beton files and in training batches."""
 
-import json
 import shutil
 import threading
 
@@ -25,6 +24,7 @@ from evit.training.objectives import make_objective
 from tests.conftest import write_photos
 from tests.data import build
 from tests.data.build import stream
+from tests.data.test_beton import change, change_sidecar, table
 
 CLASSES = ["a", "b", "c"]
 SHAPE = (3, 4)
@@ -105,24 +105,6 @@ def test_images_are_stored_as_in_a_file_without_maps(mapped, written):
         return [content[ptr : ptr + size] for _, ptr, size in first.tolist()]
 
     assert images(mapped) == images(written)
-
-
-def change(path, dtype, offset, **values):
-    content = bytearray(path.read_bytes())
-    record = np.frombuffer(content, dtype, 1, offset)
-    for key, value in values.items():
-        record[key] = value
-    path.write_bytes(content)
-
-
-def table(path):
-    return int(np.fromfile(path, beton.HEADER, 1)["alloc_table_ptr"][0])
-
-
-def change_sidecar(path, **values):
-    sidecar = sidecar_path(path)
-    content = {**json.loads(sidecar.read_text()), **values}
-    sidecar.write_text(json.dumps(content | {"crc32": beton.sidecar_crc32(content)}))
 
 
 START = beton.Layout(SHAPE).metadata_start

@@ -167,8 +167,8 @@ def test_a_folder_of_other_maps_is_not_mixed(tree, checkpoint, tmp_path):
 
 
 def test_the_interrupted_file_is_none(tree, checkpoint, tmp_path, monkeypatch):
-    def interrupt(content, file):
-        file.write(b"half")
+    def interrupt(content, path):
+        path.write_bytes(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", interrupt)

@@ -19,7 +19,6 @@ from evit import load_checkpoint
 from evit.data.folders import ClassFolders, class_names, cut_long, load_image
 from evit.data.label_maps import MAX_ID, TOP, label_map_paths, read_label_map
 from evit.data.module import available_cores
-from evit.files import whole_file
 from evit.models import create_model
 
 
@@ -102,9 +101,11 @@ def make_label_maps(
         if not maps.isfinite().all():
             raise ValueError("the model's logits are not finite, or too large for float16")
         for label_map, name in zip(maps, names, strict=True):
-            Path(name).parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(Path(name)) as file:
-                torch.save(label_map.clone(), file)
+            path = Path(name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f".{path.name}.tmp")
+            torch.save(label_map.clone(), partial)
+            os.replace(partial, path)
     return target
 
 

@@ -31,14 +31,7 @@ class Folder(Images):
     """Images in class folders, ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg.
 
     ROOT may also hold train.beton and val.beton, as src/prepare.py writes them, with or without
-    label maps.
-
-    Args:
-        root: the folder.
-        num_classes: refuse a tree with another number of classes.
-
-    Raises:
-        ValueError: the tree is not as it should be; the folder is named.
+    label maps. A tree of another number of classes than `num_classes` is refused.
     """
 
     def __init__(self, root: str | Path | None, num_classes: int | None = None, **options: Any):

@@ -48,9 +48,6 @@ def tree_classes(root: Path, needed: Sequence[str] = SPLITS) -> list[str]:
     """The classes of ROOT/train, once ROOT is seen to be a tree of train/CLASS and val/CLASS.
 
     Where val/ alone is needed and there is no train/, the classes are those of val/.
-
-    Raises:
-        ValueError: a folder is missing or empty, or val/ has a class that train/ lacks.
     """
     layout = "expected " + " and ".join(f"{root}/{split}/CLASS/*.jpg" for split in needed)
     if any(root.glob("ILSVRC*")) or any(root.glob("val/ILSVRC2012_*")):
@@ -81,9 +78,6 @@ def image_files(
 
     Files with another ending than the usual ones are images if Pillow opens them; the rest is added
     to `others`. Hidden files are left out: macOS and editors leave them behind.
-
-    Raises:
-        ValueError: a folder cannot be read, or links to one that it is in.
     """
     real = os.path.realpath(folder)
     if real in above:
@@ -118,11 +112,7 @@ def open_image(path: str | Path) -> BinaryIO:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any kind as RGB. 16 bits become 8, floats are taken as 0 to 1.
-
-    Raises:
-        ValueError: integers beyond 16 bits, or floats outside 0 to 1.
-    """
+    """An image of any kind as RGB. 16 bits become 8, floats are taken as 0 to 1."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image).astype(np.float64)
         low, high = values.min(), values.max()
@@ -134,11 +124,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """An image file as RGB, as torchvision's ImageFolder reads it: EXIF orientation is left aside.
-
-    Raises:
-        ValueError: the file is damaged or no image; it is named.
-    """
+    """An image file as RGB, as torchvision reads it: EXIF orientation is left aside."""
     try:
         with open_image(path) as file:
             return to_rgb(Image.open(file))
@@ -148,10 +134,7 @@ def load_image(path: str | Path) -> Image.Image:
 
 
 def cut_long(image: Image.Image) -> Image.Image:
-    """The middle of an image that is longer than MAX_ASPECT times its short side.
-
-    Resizing the short side would otherwise make the long one as large as one likes.
-    """
+    """The middle of an image that is longer than MAX_ASPECT times its short side."""
     short = min(image.size)
     left, top = ((side - min(side, MAX_ASPECT * short)) // 2 for side in image.size)
     return image.crop((left, top, image.width - left, image.height - top)) if left + top else image
@@ -159,11 +142,7 @@ def cut_long(image: Image.Image) -> Image.Image:
 
 class ClassFolders(ImageFolder):
     """torchvision's ImageFolder with the labels of given classes, whichever of them it holds, and
-    the images of image_files. Files that are no images are counted, and left out.
-
-    Raises:
-        ValueError: a class folder holds no images.
-    """
+    the images of image_files. Files that are no images are counted, and left out."""
 
     def __init__(self, root: str | Path, classes: list[str], transform: Any = None):
         self._given = classes
@@ -179,10 +158,8 @@ class ClassFolders(ImageFolder):
         for name in sorted(class_to_idx.keys() & set(class_names(Path(directory)))):
             files = image_files(os.path.join(directory, name), others)
             if not files:
-                raise ValueError(
-                    f"class folder {os.path.join(directory, name)} holds no images: add some, or "
-                    f"remove it"
-                )
+                folder = os.path.join(directory, name)
+                raise ValueError(f"class folder {folder} holds no images: add some, or remove it")
             found += [(path, class_to_idx[name]) for path in files]
         if others:
             some = ", ".join(others[:3]) + ", ..." * (len(others) > 3)

@@ -26,8 +26,7 @@ def label_map_paths(
 ) -> list[str]:
     """Where the label map of each image is: root/CLASS/a.jpg -> label_maps/CLASS/a.pt.
 
-    Raises:
-        ValueError: two images would share a map; or one that is needed is not there.
+    Two images that would share a map are refused, and a map that is not there, if it is needed.
     """
     found: dict[str, str] = {}
     for image in images:
@@ -47,11 +46,7 @@ def label_map_paths(
 
 
 def read_label_map(path: str | Path, num_classes: int, shape: Shape | None = None) -> Tensor:
-    """A label map (2, 5, H, W), float16, of `num_classes` classes.
-
-    Raises:
-        ValueError: it is missing, damaged, or not of `shape` (H, W) where one is given.
-    """
+    """A label map (2, 5, H, W), float16; ValueError where it is damaged or of another shape."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
         if found.dtype != torch.float16 or found.ndim != 4 or found.shape[:2] != (2, TOP):
@@ -93,7 +88,6 @@ def token_targets(
         crops: (B, 5), x0, y0, x1, y1 as shares of the image's width and height, and 1 where the
             crop was mirrored.
         grid_size: patches of a side, or (rows, columns).
-        label_smoothing: share of the probability that is spread over all classes.
         warps: (B, 2, 3), affine maps from the unit square that is shown to that of the mirrored
             crop (RandAugment's geometric operations). What lies outside the crop has logits of 0.
 

@@ -51,8 +51,6 @@ class FFCVStream(Resumable):
 
     Raises:
         BetonError: of check_beton; or, at the next batch, a sample is damaged.
-        ValueError: the images do not fill one step.
-        RuntimeError: at the next batch, another failure while reading.
     """
 
     def __init__(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import io
 import json
@@ -29,10 +28,6 @@ Picture = str | Path | bytes | Image.Image | np.ndarray
 
 PAGE = 2**26  # bytes; no piece of data crosses from one to the next
 MAX_SIDE = 2**16 - 1
-ROOM = (
-    "make room, lower max_resolution or jpeg_quality, or choose another folder (target=DIR of "
-    "src/prepare.py, data.cache_dir=DIR of src/train.py)"
-)
 
 
 class Encoded(NamedTuple):
@@ -144,8 +139,8 @@ def write_beton(
             identity and settings, is left as it is; None: it is always written.
 
     Raises:
-        ValueError: an image, a label, an argument, a full disk. `path` is as it was before.
-        RuntimeError: a process that encodes died. `path` is as it was before.
+        ValueError, OSError, RuntimeError: of an image, a label or an argument; of a full disk; of a
+            process that died. `path` is as it was before.
     """
     path = Path(path)
     if mode not in ("jpg", "raw"):
@@ -193,10 +188,6 @@ def write_beton(
         with whole_file(beton.sidecar_path(path)) as file:
             file.write(json.dumps(sidecar, indent=1).encode())
         os.replace(partial, path)
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise ValueError(f"{path.parent} is full: {ROOM}") from error
     finally:
         partial.unlink(missing_ok=True)
         os.close(folder)
