@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import itertools
 import json
 import os
 import zlib
@@ -159,16 +160,16 @@ def write_beton(
     head: dict[str, Any] = dict(format=beton.SIDECAR_FORMAT, source=source, classes=list(classes))
     head |= dict(num_classes=len(classes), identity=identity, **options)
     dataset = _Encoded(samples, options, len(classes), label_maps, shape)
-    encoded: Any = DataLoader(
+    chunks: Any = DataLoader(
         dataset,
-        batch_size=None,
+        batch_size=32,
         sampler=range(len(samples)),
         num_workers=num_workers if num_workers > 0 else len(os.sched_getaffinity(0)),
-        collate_fn=tuple,
+        collate_fn=list,
         multiprocessing_context="fork",  # the samples need not be pickled
-        prefetch_factor=8,
         generator=torch.Generator(),  # or it would draw from the global one
     )
+    encoded: Iterable[Any] = itertools.chain.from_iterable(chunks)
     if progress:
         encoded = track(encoded, f"Writing {path.name}", total=len(samples))
     path.parent.mkdir(parents=True, exist_ok=True)
