@@ -114,7 +114,7 @@ def test_a_beton_of_a_field_of_its_own_is_refused(tmp_path):
         beton.check_beton(path)
     path.write_bytes(whole)
     beton.sidecar_path(path).write_bytes(attack)
-    with pytest.raises(ValueError, match="train.beton.json is not JSON"):
+    with pytest.raises(ValueError, match="train.beton.json cannot be used"):
         beton.check_beton(path)
     assert not (tmp_path / "owned").exists()
 

@@ -35,25 +35,6 @@ def table(path):
     return int(np.fromfile(path, beton.HEADER, 1)["alloc_table_ptr"][0])
 
 
-def random_bytes(path):
-    content = np.random.default_rng(0).integers(0, 256, 10_000, dtype=np.uint8).tobytes()
-    path.write_bytes(b"\x02\x00" + content)
-
-
-def unfinished(path):
-    """What FFCV's own writer leaves when it is killed."""
-    from ffcv.fields import IntField, RGBImageField
-    from ffcv.writer import DatasetWriter
-
-    writer = DatasetWriter(str(path), {"image": RGBImageField(), "label": IntField()})
-    writer.num_samples = 100
-    writer.prepare()
-    writer.metadata_sm.close()
-    writer.metadata_sm.unlink()
-    with open(path, "ab") as file:
-        file.write(bytes(100_000))
-
-
 def test_the_layout_is_that_of_ffcv():
     from ffcv import types
     from ffcv.fields import IntField, RGBImageField
@@ -83,83 +64,43 @@ def test_a_missing_file_is_told(tmp_path):
         check_beton(tmp_path / "none.beton")
 
 
-def test_a_directory_is_refused(tmp_path):
-    with pytest.raises(BetonError, match="not a regular file"):
-        check_beton(tmp_path)
-
-
+SIZE = "truncated, or not the file of its sidecar"
+CRC = "the CRC32s differ"
+DESCRIPTION = "copy.beton.json cannot be used"
+METADATA = beton.Layout().metadata, beton.Layout().metadata_start
 DAMAGES = {
-    "empty": (lambda p: p.write_bytes(b""), "0 bytes, too short"),
-    "text": (lambda p: p.write_text("not images\n" * 1000), "not a .beton file"),
-    "jpeg": (lambda p: p.write_bytes(b"\xff\xd8\xff\xe0" + bytes(5000)), "not a .beton file"),
-    "random": (random_bytes, "bad header"),
-    "cut at 50 %": (lambda p: keep(p, 0.5), "truncated"),
-    "cut at 90 %": (lambda p: keep(p, 0.9), "truncated"),
-    "last entries missing": (
-        lambda p: p.write_bytes(p.read_bytes()[: -24 * 7]),
-        "allocation table has 64 entries, expected 71",
-    ),
-    "writer killed": (unfinished, "unfinished file"),
-    "no samples": (lambda p: change_header(p, num_samples=0), "no samples"),
-    "too many samples": (
-        lambda p: change_header(p, num_samples=2**40),
-        r"truncated \(allocation table has 71",
-    ),
-    "odd page size": (lambda p: change_header(p, page_size=2**21 + 1), "bad header"),
-    "one field": (lambda p: change_header(p, num_fields=1), "1 fields, expected exactly"),
+    "empty": (lambda p: p.write_bytes(b""), f"{SIZE} .0 bytes, not"),
+    "text": (lambda p: p.write_text("not images\n" * 1000), SIZE),
+    "cut at 50 %": (lambda p: keep(p, 0.5), SIZE),
+    "cut at 90 %": (lambda p: keep(p, 0.9), SIZE),
+    "last entries missing": (lambda p: p.write_bytes(p.read_bytes()[: -24 * 7]), SIZE),
+    "no samples": (lambda p: change_header(p, num_samples=0), CRC),
+    "too many samples": (lambda p: change_header(p, num_samples=2**40), CRC),
+    "odd page size": (lambda p: change_header(p, page_size=2**21 + 1), CRC),
+    "one field": (lambda p: change_header(p, num_fields=1), CRC),
     "other field": (
-        lambda p: change(p, beton.FIELD, beton.HEADER.itemsize, name=b"picture"),
-        "not exactly image and label",
+        lambda p: change(p, beton.FIELD, beton.HEADER.itemsize, name=b"x"),
+        "its fields are not",
     ),
-    "no width": (
-        lambda p: change(p, beton.IMAGE, beton.Layout().metadata_start, width=0),
-        "sample 0 has width 0",
-    ),
-    "data outside the file": (
-        lambda p: change(p, beton.ALLOCATION, table(p), ptr=2**63),
-        "data of sample 0",
-    ),
-    "data too long": (
-        lambda p: change(p, beton.ALLOCATION, table(p), size=2**64 - 1),
-        "data of sample 0",
-    ),
-    "data of no bytes": (
-        lambda p: change(p, beton.ALLOCATION, table(p), size=0),
-        "data of sample 0",
-    ),
-    "other label": (
-        lambda p: change(p, beton.Layout().metadata, beton.Layout().metadata_start, label=1),
-        "the CRC32s differ",
-    ),
-    "label too large": (
-        lambda p: change(p, beton.Layout().metadata, beton.Layout().metadata_start, label=3),
-        "labels 0 to 3, outside 0 to 2",
-    ),
-    "negative label": (
-        lambda p: change(p, beton.Layout().metadata, beton.Layout().metadata_start, label=-1),
-        "labels -1 to 2, outside",
-    ),
-    "no sidecar": (lambda p: sidecar_path(p).unlink(), "copy.beton.json is missing"),
-    "half a sidecar": (lambda p: keep(sidecar_path(p), 0.5), "is not JSON"),
+    "no width": (lambda p: change(p, beton.IMAGE, METADATA[1], width=0), CRC),
+    "data outside the file": (lambda p: change(p, beton.ALLOCATION, table(p), ptr=2**63), CRC),
+    "data too long": (lambda p: change(p, beton.ALLOCATION, table(p), size=2**64 - 1), CRC),
+    "other label": (lambda p: change(p, *METADATA, label=1), CRC),
+    "negative label": (lambda p: change(p, *METADATA, label=-1), CRC),
+    "no sidecar": (lambda p: sidecar_path(p).unlink(), DESCRIPTION),
+    "half a sidecar": (lambda p: keep(sidecar_path(p), 0.5), DESCRIPTION),
     "sidecar of another format": (lambda p: change_sidecar(p, format="x"), "not in format"),
     "sidecar without a key": (
         lambda p: sidecar_path(p).write_text(json.dumps({"format": beton.SIDECAR_FORMAT})),
-        "lacks bytes, classes, crc32, index_crc32, num_classes, num_samples",
+        DESCRIPTION,
     ),
-    "sidecar of another size": (lambda p: change_sidecar(p, bytes=1), "another file: bytes 1"),
-    "sidecar of fewer samples": (
-        lambda p: change_sidecar(p, num_samples=70),
-        "another file: num_samples 70",
-    ),
-    "sidecar of other classes": (
-        lambda p: change_sidecar(p, num_classes=4),
-        "num_classes 4, not 3",
-    ),
+    "sidecar of another size": (lambda p: change_sidecar(p, bytes=1), SIZE),
+    "sidecar of fewer samples": (lambda p: change_sidecar(p, num_samples=70), CRC),
     "sidecar with a changed name": (
         lambda p: sidecar_path(p).write_text(sidecar_path(p).read_text().replace('"b"', '"d"')),
-        "copy.beton.json is damaged",
+        "json cannot be used .damaged",
     ),
-    "sidecar of another file": (lambda p: change_sidecar(p, index_crc32=1), "CRC32s differ"),
+    "sidecar of another file": (lambda p: change_sidecar(p, index_crc32=1), CRC),
 }
 
 

@@ -1,7 +1,6 @@
 """Where images come from."""
 
 import gzip
-import itertools
 import os
 
 import numpy as np
@@ -24,7 +23,6 @@ def test_two_runs_may_unpack_the_embedded_data_at_once(tmp_path, monkeypatch):
         return unpack(packed)
 
     monkeypatch.setattr(datasets.gzip, "decompress", overtaken)
-    monkeypatch.setattr(datasets.os, "getpid", itertools.count().__next__)
     images = data.dataset("val", None)
     assert (images.data == unpacked[1].data).all()
     assert [path.name for path in (tmp_path / "FashionMNIST").iterdir()] == ["raw"]
@@ -60,8 +58,7 @@ class Small(list):
 
 @pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
 def test_what_torchvision_downloads_is_written_once_and_streamed(name, tmp_path, monkeypatch):
-    kind = getattr(datasets, name)
-    monkeypatch.setattr(kind, "source", Small)
+    monkeypatch.setattr(datasets.torchvision.datasets, name, Small)
     options = dict(cache_dir=tmp_path, dataset=name, img_size=32, batch_size=8, crop_pct=1.0)
     data = module(datasets.auto, **options)
     assert (
@@ -83,13 +80,12 @@ def test_without_a_network_it_is_said_where_to_put_the_files(name, tmp_path, mon
     def unreachable(*_, **__):
         raise OSError("no network\nhere")
 
-    kind = getattr(datasets, name)
-    monkeypatch.setattr(kind, "source", unreachable)
+    monkeypatch.setattr(datasets.torchvision.datasets, name, unreachable)
     monkeypatch.setattr(datasets, "DEBIAN_FASHION_MNIST", tmp_path / "none")
     with pytest.raises(ValueError) as refusal:
         module(datasets.auto, dataset=name, cache_dir=tmp_path).samples("train")
     message = str(refusal.value)
-    assert f"put {kind.files} into {tmp_path}" in message and "\n" not in message
+    assert f"put {datasets.DOWNLOADS[name][3]} into {tmp_path}" in message and "\n" not in message
     assert "data.root=DIR" in message
 
 

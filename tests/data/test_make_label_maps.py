@@ -245,6 +245,6 @@ def test_the_command_makes_maps_that_training_reads(tree, checkpoint, tmp_path):
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    assert "12 images in 6 classes, 0 have their" in done.stdout and "images/s" in done.stdout
+    assert "12 images in 6 classes, 0 have their" in done.stdout and "Writing 12" in done.stdout
     data = folder(tree, tmp_path / "cache", label_maps=tmp_path / "maps")
-    assert data.label_map_shape == (3, 3)
+    assert data.train_dataloader().label_map_shape == (3, 3)

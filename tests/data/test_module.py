@@ -12,7 +12,7 @@ from PIL import Image
 
 from evit.commands.prepare import prepare
 from evit.data import Folder, auto
-from evit.data.batch import denormalize, erase, make_mixup, normalize
+from evit.data.batch import augment_batch, denormalize, make_mixup, normalize
 from evit.data.ffcv.format import BetonError, Layout
 from evit.data.folders import ClassFolders, tree_classes
 from evit.data.imagefolder import folder_loader
@@ -267,7 +267,10 @@ def test_erasing_is_distributed_as_timm_s_recipe_has_it():
     options = dict(is_training=True, re_prob=0.25, re_mode="pixel", scale=(1, 1), hflip=0.0)
     *_, theirs = timm.data.create_transform(32, **options, color_jitter=None).transforms
     found = []
-    for function in (lambda images: erase(images, 0.25)), (lambda images: theirs(images)):
+    for function in (
+        (lambda images: augment_batch(images, None, random_erasing=0.25)[0]),
+        (lambda images: theirs(images)),
+    ):
         random.seed(0)
         images = function(torch.full((6000, 3, 32, 32), 9.0))
         changed = (images != 9).all(1)

@@ -2,6 +2,8 @@
 
 import ctypes
 import io
+import subprocess
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -280,9 +282,10 @@ def test_without_a_compiler_it_is_said_what_to_install(elsewhere, monkeypatch):
 def library(tmp_path_factory):
     """make_jpeg.c, compiled as jpeg_crop.c is."""
     path = tmp_path_factory.mktemp("library") / "make_jpeg.so"
-    flags = _jpeg._run("pkg-config", "--cflags", "--libs", "libjpeg").split()
+    run = partial(subprocess.run, check=True, capture_output=True, text=True)
+    flags = run(["pkg-config", "--cflags", "--libs", "libjpeg"]).stdout.split()
     source = Path(__file__).with_name("make_jpeg.c")
-    _jpeg._run("cc", "-O2", "-shared", "-fPIC", str(source), "-o", str(path), *flags)
+    run(["cc", "-O2", "-shared", "-fPIC", str(source), "-o", str(path), *flags])
     found = ctypes.CDLL(str(path))
     found.make_jpeg.restype = ctypes.c_ulong
     return found

@@ -6,22 +6,14 @@ import os
 import re
 import shlex
 import sys
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torchvision.datasets import imagenet as torchvision_imagenet
 from torchvision.datasets.imagenet import ARCHIVE_META, META_FILE, load_meta_file
 
-from evit.data.folders import (
-    SPLITS,
-    ClassFolders,
-    fingerprint,
-    require_imagenet,
-    tree_classes,
-)
-from evit.data.label_maps import label_map_paths, require_label_maps
+from evit.data.folders import SPLITS, ClassFolders, fingerprint, require_imagenet, tree_classes
+from evit.data.label_maps import label_map_paths
 from evit.data.module import available_cores, require_ffcv
 
 KAGGLE = Path("ILSVRC/Data/CLS-LOC")
@@ -42,17 +34,7 @@ def prepare(
 ) -> Path:
     """Write SOURCE's images to TARGET/train.beton and TARGET/val.beton, and return TARGET.
 
-    A file that is there, of the same images and settings, is kept. An interrupted one is begun
-    anew.
-
-    Args:
-        source: train/ and val/ of class folders; the files of ImageNet (find_images); or
-            PACKAGE.MODULE:FUNCTION, which gives a data set in Python (python_dataset).
-        target: a folder; None: SOURCE-ffcv beside SOURCE, ./FUNCTION-ffcv for a function.
-        num_workers: processes; None: one per core.
-        label_maps: a folder with a label map for each training image; train.beton will hold them.
-        imagenet: refuse other classes than ImageNet-1k's, and warn of other numbers of images.
-        **options: write_beton's mode, max_resolution, jpeg_quality, skip_bad.
+    conf/prepare.yaml says what the arguments are.
 
     Raises:
         ValueError: the tree or an image in it is not as it should be. A file that was whole
@@ -61,32 +43,25 @@ def prepare(
     require_ffcv()
     from evit.data.ffcv.write import write_beton
 
-    samples: dict[str, Any]
     own = re.fullmatch(r"([\w.]+):(\w+)", str(source))
     root = Path(own[2] if own else source).expanduser().resolve()
     folder = Path(target).expanduser() if target else root.with_name(root.name + "-ffcv")
-    if own:
-        if label_maps:
-            raise ValueError("label_maps needs image files: a source in Python has none")
-        classes, samples = python_dataset(*own.groups())
-    else:
-        classes, samples = find_images(root)
+    if own and label_maps:
+        raise ValueError("label_maps needs image files: a source in Python has none")
+    samples: dict[str, Any]
+    classes, samples = python_dataset(*own.groups()) if own else find_images(root)
     if imagenet:
         require_imagenet(classes, root)
-        for warning in [] if own else strange_counts(classes, samples):
-            print(f"warning: {warning}", flush=True)
-    maps = None
+        for split, expected in NUM_IMAGES.items():
+            if (count := len(samples[split])) != expected:
+                print(f"warning: {split} has {count} images, ImageNet-1k has {expected}")
+    maps: dict[str, list[str] | None] = dict(train=None, val=None)
     if label_maps:
+        train = (root / KAGGLE if (root / KAGGLE).is_dir() else root) / "train"
         images = [path for path, _ in samples["train"]]
-        inside = root / KAGGLE if (root / KAGGLE).is_dir() else root
-        found = Path(label_maps).expanduser().resolve()
-        maps = label_map_paths(images, inside / "train", found)
-        require_label_maps(maps)
+        maps["train"] = label_map_paths(images, train, Path(label_maps).expanduser().resolve())
     for split in "val", "train":  # the small one first, as a trial
-        used = maps if split == "train" else None
-        identity = None
-        if not own:
-            identity = fingerprint([*samples[split], *((path, 0) for path in used or ())], root)
+        files = [] if own else [*samples[split], *((path, 0) for path in maps[split] or ())]
         info = write_beton(
             folder / f"{split}.beton",
             samples[split],
@@ -94,8 +69,8 @@ def prepare(
             source=f"{root.name}/{split}",
             num_workers=num_workers or available_cores(),
             progress=True,
-            label_maps=used,
-            identity=identity,
+            label_maps=maps[split],
+            identity=fingerprint(files, root) if files else None,
             **options,
         )
         print(
@@ -111,10 +86,10 @@ def train_command(folder: Path, imagenet: bool) -> str:
     """What trains on the files in a folder, to be copied into a shell."""
     if imagenet:
         return f"IMAGENET_DIR={shlex.quote(str(folder))} python src/train.py"
-    root = f"data.root={folder}"
-    if not re.fullmatch(r"[\w/.+-]+", str(folder)):  # Hydra's quotes, and the shell's around them
-        root = shlex.quote("data.root='{}'".format(str(folder).replace("'", "\\'")))
-    return f"python src/train.py {root}"
+    root = str(folder)
+    if not re.fullmatch(r"[\w/.+-]+", root):  # Hydra's quotes, and the shell's around them
+        root = "'{}'".format(root.replace("'", "\\'"))
+    return f"python src/train.py {shlex.quote(f'data.root={root}')}"
 
 
 def python_dataset(module: str, function: str) -> tuple[list[str], dict[str, Any]]:
@@ -122,25 +97,17 @@ def python_dataset(module: str, function: str) -> tuple[list[str], dict[str, Any
 
     Each returns a map-style data set of (PIL image, bytes of an image file, or array; label); the
     `classes` of the first are the names of the classes.
-
-    Raises:
-        ValueError: there are no such functions, or no classes.
     """
-    name = f"{module}:{function}"
-    if "train" not in function:
-        raise ValueError(f"source={name}: name the function of train, make_train; val is make_val")
     sys.path.append(os.getcwd())
     try:
         found = importlib.import_module(module)
         samples = {split: getattr(found, function.replace("train", split))() for split in SPLITS}
+        return list(samples["train"].classes), samples
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"source={name}: {error}. It is looked for here and in PYTHONPATH"
+            f"source={module}:{function}: {error}. Name the function of train, make_train, beside "
+            f"make_val, in a module here or in PYTHONPATH; their data sets need `classes`, names"
         ) from error
-    classes = getattr(samples["train"], "classes", None)
-    if not classes:
-        raise ValueError(f"source={name}: its data sets need `classes`, the names of the classes")
-    return list(classes), samples
 
 
 def find_images(root: Path) -> tuple[list[str], dict[str, Labelled]]:
@@ -169,74 +136,49 @@ def find_images(root: Path) -> tuple[list[str], dict[str, Labelled]]:
             f"{error}. ImageNet may be as downloaded ({', '.join(ARCHIVES.values())}), or as "
             f"Kaggle has it ({KAGGLE}/ and {SOLUTION})"
         ) from None
-    splits = [split for split in SPLITS if not (flat and split == "val")]
-    found = {split: ClassFolders(base / split, classes).samples for split in splits}
-    if flat:
-        found["val"] = _labelled(flat, _val_wnids(root), classes)
-    return classes, found
+    found = {"train": ClassFolders(base / "train", classes).samples}
+    if not flat:
+        return classes, found | {"val": ClassFolders(base / "val", classes).samples}
+    wnids, labels = _val_wnids(root), {wnid: label for label, wnid in enumerate(classes)}
+    for image in flat:
+        if (wnid := wnids.get(Path(image).stem)) not in labels:
+            raise ValueError(f"{image} is of class {wnid or 'unknown'}, which train/ lacks")
+    val = [(image, labels[wnids[Path(image).stem]]) for image in flat]
+    return classes, found | {"val": sorted(val, key=lambda sample: (sample[1], sample[0]))}
 
 
 def _unpack(root: Path, split: str) -> None:
     """Unpack one of ImageNet's archives, and check it, by torchvision."""
     print(f"Unpacking {root / ARCHIVES[split]} into {root / split}, once", flush=True)
     try:
-        if split == "val":
-            _read_devkit(root)
-        getattr(torchvision_imagenet, f"parse_{split}_archive")(root)
+        if split == "train":
+            torchvision_imagenet.parse_train_archive(root)
+        else:
+            wnids = [wnid for _, wnid in sorted(_val_wnids(root).items())]
+            torchvision_imagenet.parse_val_archive(root, wnids=wnids)
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{root / ARCHIVES[split]}: {error}") from error
 
 
-def _read_devkit(root: Path) -> list[str]:
-    """The class of each of ImageNet's validation images, in the order of their numbers."""
+def _val_wnids(root: Path) -> dict[str, str]:
+    """The classes of the validation images: ILSVRC2012_val_00000001 -> n01751748, ..."""
+    if (root / SOLUTION).is_file():
+        with open(root / SOLUTION, newline="") as file:
+            rows = csv.DictReader(file)
+            return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
     try:
         if not (root / META_FILE).is_file():
             torchvision_imagenet.parse_devkit_archive(root)
-        return load_meta_file(root)[1]
-    except ImportError as error:
-        raise ValueError(
-            f"reading {ARCHIVES['devkit']} takes scipy: .venv/bin/python -m pip install scipy"
-        ) from error
-    except (OSError, RuntimeError) as error:
+        wnids = load_meta_file(root)[1]
+    except (ImportError, OSError, RuntimeError) as error:
         raise ValueError(
             f"{root}: the classes of the validation images are missing ({error}). Put "
-            f"{ARCHIVES['devkit']} there, or Kaggle's {SOLUTION}; or sort the images by class"
+            f"{ARCHIVES['devkit']} there, which takes .venv/bin/python -m pip install scipy, or "
+            f"Kaggle's {SOLUTION}; or sort the images by class"
         ) from error
+    return {f"ILSVRC2012_val_{i:08}": wnid for i, wnid in enumerate(wnids, 1)}
 
 
-def _val_wnids(root: Path) -> dict[str, str]:
-    """ILSVRC2012_val_00000001 -> n01751748, ..."""
-    if not (root / SOLUTION).is_file():
-        wnids = _read_devkit(root)
-        return {f"ILSVRC2012_val_{i:08}": wnid for i, wnid in enumerate(wnids, 1)}
-    with open(root / SOLUTION, newline="") as file:
-        return {row["ImageId"]: row["PredictionString"].split()[0] for row in csv.DictReader(file)}
-
-
-def _labelled(images: list[str], wnids: dict[str, str], classes: Sequence[str]) -> Labelled:
-    """In the order of torchvision's ImageFolder."""
-    labels = {wnid: label for label, wnid in enumerate(classes)}
-    found = []
-    for image in images:
-        wnid = wnids.get(Path(image).stem)
-        if wnid not in labels:
-            raise ValueError(f"{image} is of class {wnid or 'unknown'}, which train/ lacks")
-        found.append((image, labels[wnid]))
-    return sorted(found, key=lambda sample: (sample[1], sample[0]))
-
-
-def strange_counts(classes: Sequence[str], samples: dict[str, Labelled]) -> list[str]:
-    """Sentences on numbers of images that are not ImageNet-1k's."""
-    found = [
-        f"{split} has {len(samples[split])} images, ImageNet-1k has {expected}"
-        for split, expected in NUM_IMAGES.items()
-        if len(samples[split]) != expected
-    ]
-    counts = Counter(label for _, label in samples["val"])
-    wrong = [label for label in range(len(classes)) if counts[label] != 50]
-    if wrong:
-        found.append(
-            f"val has not 50 images of each class: {len(wrong)} classes have more or fewer, "
-            f"{classes[wrong[0]]} has {counts[wrong[0]]}"
-        )
-    return found
+def run(cfg: Any) -> None:
+    """What src/prepare.py does."""
+    prepare(**cfg)

@@ -33,26 +33,16 @@ def denormalize(images: Tensor, mean: Colour = MEAN, std: Colour = STD) -> Tenso
 
 
 def augment_batch(
-    images: Tensor, labels: Tensor, *more: Any, random_erasing: float = 0.0, mixup: Any = None
+    images: Tensor, labels: Tensor, *more: Any, random_erasing: float = 0.0
 ) -> tuple[Any, ...]:
-    """Erase and mix normalised images (B, 3, H, W), in place.
+    """Erase of normalised images (B, 3, H, W), in place; the rest of the batch is handed on.
 
-    Args:
-        more: the rest of the batch (label maps, crops), which is handed on.
-        random_erasing: probability.
-        mixup: of make_mixup, or None; with it the labels (B,) become targets (B, classes).
+    DeiT's random erasing: of each image, with this probability, noise for a rectangle of 2 to 33 %
+    of it. Draws from the global generators.
     """
     if random_erasing:
-        images = erase(images, random_erasing)
-    if mixup is not None:
-        images, labels = mixup(images, labels)
+        images = RandomErasing(random_erasing, mode="pixel", device=images.device)(images)
     return images, labels, *more
-
-
-def erase(images: Tensor, probability: float) -> Tensor:
-    """DeiT's random erasing of normalised images (B, 3, H, W), in place: of each image, with this
-    probability, noise for a rectangle of 2 to 33 % of it. Draws from the global generators."""
-    return RandomErasing(probability, mode="pixel", device=images.device)(images)
 
 
 def make_mixup(
@@ -68,9 +58,6 @@ def make_mixup(
 
     One draw for a batch, a pair or each image (mode batch, pair, elem), from numpy's global
     generator. Works on the images in place.
-
-    Raises:
-        ValueError: batch_size is odd, so the images of a batch cannot be paired.
     """
     if not (mixup > 0 or cutmix > 0):
         return None

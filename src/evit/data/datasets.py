@@ -3,8 +3,8 @@
 import copy
 import functools
 import gzip
-import os
-import shutil
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,24 +14,24 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from evit.data import folders
 from evit.data.folders import ClassFolders, fingerprint, require_imagenet
-from evit.data.label_maps import label_map_paths, require_label_maps
+from evit.data.label_maps import label_map_paths
 from evit.data.module import Images
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
+FILES = "FashionMNIST/raw/*-ubyte.gz (or install Debian's dataset-fashion-mnist)"
+# Name, number of classes and of training images, and what to put where there is no network.
+DOWNLOADS = dict(
+    FashionMNIST=("fashion-mnist", 10, 60_000, FILES),
+    CIFAR10=("cifar10", 10, 50_000, "cifar-10-python.tar.gz"),
+    CIFAR100=("cifar100", 100, 50_000, "cifar-100-python.tar.gz"),
+)
 
 
 class Folder(Images):
     """Images in class folders, ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg.
 
     ROOT may also hold train.beton and val.beton, as src/prepare.py writes them, with or without
-    label maps.
-
-    Args:
-        root: the folder.
-        num_classes: refuse a tree with another number of classes.
-
-    Raises:
-        ValueError: the tree is not as it should be; the folder is named.
+    label maps. A tree of another number of classes than `num_classes` is refused.
     """
 
     def __init__(self, root: str | Path | None, num_classes: int | None = None, **options: Any):
@@ -44,27 +44,23 @@ class Folder(Images):
         with folders.readable():
             self.prepared = all((self.root / f"{split}.beton").is_file() for split in self.splits)
         if self.prepared:
-            sidecars = [self._sidecar(split) for split in self.splits]
-            self.classes = sidecars[0]["classes"]
-            if sidecars[-1]["classes"] != self.classes:
+            first, *others = [self._sidecar(split) for split in self.splits]
+            self.classes = first["classes"]
+            if any(other["classes"] != self.classes for other in others):
                 raise ValueError(
                     f"train.beton and val.beton in {self.root} have different classes: prepare "
                     f"them again from one folder"
                 )
             if self.backend == "ffcv":
-                self.has_label_maps = "label_map_shape" in sidecars[0]
-            if self.backend == "ffcv" and self.label_maps:
-                if "label_map_shape" not in sidecars[0]:
-                    raise ValueError(
-                        f"{self.root}/train.beton has no label maps in it: write it again with "
-                        f"python src/prepare.py source=DIR label_maps={self.label_maps}"
-                    )
-                rank_zero_only(print)(
-                    f"The label maps are those in {self.root}/train.beton, not {self.label_maps}"
+                self.has_label_maps = "label_map_shape" in first
+            if self.label_maps and not self.has_label_maps:
+                raise ValueError(
+                    f"{self.root}/train.beton has no label maps in it: write it again with "
+                    f"python src/prepare.py source=DIR label_maps={self.label_maps}"
                 )
         else:
             self.classes = folders.tree_classes(self.root, self.splits)
-        if num_classes is not None and len(self.classes) != num_classes:
+        if num_classes not in (None, len(self.classes)):
             raise ValueError(
                 f"{self.root} has {len(self.classes)} classes, not {num_classes}: for a data set "
                 f"of your own use data=folder data.root={self.root}"
@@ -94,9 +90,7 @@ class Folder(Images):
         if not self.label_maps:
             return None
         images = [path for path, _ in self.samples("train")]
-        paths = label_map_paths(images, self.root / "train", self.label_maps)
-        require_label_maps(paths)
-        return paths
+        return label_map_paths(images, self.root / "train", self.label_maps)
 
     def identity(self) -> dict[str, Any]:
         splits = folders.splits_there(self.root, self.splits)
@@ -112,15 +106,13 @@ class Folder(Images):
 
 
 class Downloaded(Images):
-    """A data set of small images, which torchvision downloads into cache_dir."""
+    """A data set of small images, which torchvision downloads into cache_dir: FashionMNIST, 60,000
+    + 10,000 gray images of 28 px in 10 classes, CIFAR10 or CIFAR100."""
 
-    source: Any  # torchvision's class
-    files: str  # where they go by hand
-    sizes: dict[str, int]
-    known_classes: int
-
-    def __init__(self, **options: Any):
+    def __init__(self, dataset: str, **options: Any):
         super().__init__(**options)
+        self.source: Any = getattr(torchvision.datasets, dataset)
+        self.name, self._num_classes, self.num_train, self.files = DOWNLOADS[dataset]
         if self.label_maps:
             raise ValueError(
                 f"The images of {self.name} are no files, so they have no label maps: give images "
@@ -129,13 +121,15 @@ class Downloaded(Images):
 
     @property
     def num_classes(self) -> int:
-        return self.known_classes
+        return self._num_classes
 
     @functools.cached_property
     def classes(self) -> list[str]:  # type: ignore[override]
         return list(self.dataset("val", None).classes)
 
     def dataset(self, split: str, transform: Any) -> Any:
+        if self.name == "fashion-mnist":
+            unpack_fashion_mnist(self.cache_dir / "FashionMNIST" / "raw")
         try:
             return self.source(str(self.cache_dir), split == "train", transform, download=True)
         except (OSError, RuntimeError) as error:
@@ -145,70 +139,30 @@ class Downloaded(Images):
                 f"{self.cache_dir}, or give class folders with data.root=DIR"
             ) from error
 
-    def samples(self, split: str) -> "Pixels":
-        return Pixels(self.dataset(split, None))
+    def samples(self, split: str) -> list[tuple[np.ndarray, int]]:
+        found = self.dataset(split, None)
+        labels = np.asarray(found.targets).tolist()
+        return list(zip(np.asarray(found.data), labels, strict=True))
 
     def num_images(self, split: str) -> int:
-        return self.sizes[split]
-
-    def identity(self) -> dict[str, Any]:
-        return {}
+        return self.num_train if split == "train" else 10_000
 
 
-class FashionMNIST(Downloaded):
-    """The embedded data set: 60,000 + 10,000 gray images of 28 px in 10 classes."""
-
-    name, source, known_classes = "fashion-mnist", torchvision.datasets.FashionMNIST, 10
-    files = "FashionMNIST/raw/*-ubyte.gz (or install Debian's dataset-fashion-mnist)"
-    sizes = dict(train=60_000, val=10_000)
-    classes = source.classes  # type: ignore[assignment]
-
-    def dataset(self, split: str, transform: Any) -> Any:
-        unpack_fashion_mnist(self.cache_dir / "FashionMNIST" / "raw")
-        return super().dataset(split, transform)
-
-
-class CIFAR10(Downloaded):
-    """50,000 + 10,000 colour images of 32 px in 10 classes."""
-
-    name, source, known_classes = "cifar10", torchvision.datasets.CIFAR10, 10
-    files, sizes = source.filename, dict(train=50_000, val=10_000)
-
-
-class CIFAR100(CIFAR10):
-    """The same in 100 classes."""
-
-    name, source, known_classes = "cifar100", torchvision.datasets.CIFAR100, 100
-    files = source.filename
-
-
-class Pixels:
-    """The (image (H, W, 3) uint8, label) pairs of a torchvision data set, for a writer."""
-
-    def __init__(self, dataset: Any):
-        self.images, self.labels = np.asarray(dataset.data), np.asarray(dataset.targets).tolist()
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, i: int) -> tuple[np.ndarray, int]:
-        return self.images[i], self.labels[i]
+FashionMNIST = functools.partial(Downloaded, "FashionMNIST")
 
 
 def unpack_fashion_mnist(raw: Path) -> None:
     """Take Fashion-MNIST from Debian's package, where it is installed."""
     if raw.is_dir() or not DEBIAN_FASHION_MNIST.is_dir():
         return
-    partial = raw.with_name(f"raw.{os.getpid()}.tmp")
-    partial.mkdir(parents=True)
-    for packed in DEBIAN_FASHION_MNIST.glob("*-ubyte.gz"):
-        (partial / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
-    try:
-        partial.rename(raw)
-    except OSError:
-        if not raw.is_dir():
-            raise
-        shutil.rmtree(partial)  # another run was faster
+    raw.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=raw.parent) as folder:
+        partial = Path(folder) / "raw"
+        partial.mkdir()
+        for packed in DEBIAN_FASHION_MNIST.glob("*-ubyte.gz"):
+            (partial / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
+        with suppress(OSError):  # another run was faster
+            partial.rename(raw)
 
 
 def auto(root: str | Path | None = None, dataset: str | None = None, **options: Any) -> Images:
@@ -222,5 +176,4 @@ def auto(root: str | Path | None = None, dataset: str | None = None, **options: 
             "own: data.root=DIR, or IMAGENET_DIR=DIR, with train/ and val/ in it.",
             flush=True,
         )
-    kinds = {kind.__name__: kind for kind in (FashionMNIST, CIFAR10, CIFAR100)}
-    return kinds[dataset or "FashionMNIST"](**options | dict(mode="raw"))
+    return Downloaded(dataset or "FashionMNIST", **options | dict(mode="raw"))

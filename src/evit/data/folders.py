@@ -44,15 +44,11 @@ def splits_there(root: Path, needed: Sequence[str]) -> list[str]:
 
 
 @readable()
-def tree_classes(root: str | Path, needed: Sequence[str] = SPLITS) -> list[str]:
+def tree_classes(root: Path, needed: Sequence[str] = SPLITS) -> list[str]:
     """The classes of ROOT/train, once ROOT is seen to be a tree of train/CLASS and val/CLASS.
 
     Where val/ alone is needed and there is no train/, the classes are those of val/.
-
-    Raises:
-        ValueError: a folder is missing or empty, or val/ has a class that train/ lacks.
     """
-    root = Path(root).expanduser()
     layout = "expected " + " and ".join(f"{root}/{split}/CLASS/*.jpg" for split in needed)
     if any(root.glob("ILSVRC*")) or any(root.glob("val/ILSVRC2012_*")):
         layout += f". ImageNet as downloaded can be prepared: make imagenet ROOT={root}"
@@ -66,8 +62,7 @@ def tree_classes(root: str | Path, needed: Sequence[str] = SPLITS) -> list[str]:
         if not found[split]:
             raise ValueError(f"{str(root / split)!r} has no class folders: {layout}")
     classes = next(iter(found.values()))
-    strange = sorted(set(found.get("val", ())) - set(classes))
-    if strange:
+    if strange := sorted(set(found.get("val", ())) - set(classes)):
         raise ValueError(
             f"{str(root / 'val')!r} has classes that train/ lacks: {', '.join(strange[:5])}. "
             f"Add them to train/, or remove them from val/"
@@ -83,9 +78,6 @@ def image_files(
 
     Files with another ending than the usual ones are images if Pillow opens them; the rest is added
     to `others`. Hidden files are left out: macOS and editors leave them behind.
-
-    Raises:
-        ValueError: a folder cannot be read, or links to one that it is in.
     """
     real = os.path.realpath(folder)
     if real in above:
@@ -114,19 +106,13 @@ def _opens(path: str) -> bool:
 
 def open_image(path: str | Path) -> BinaryIO:
     """A file, open for reading. One that is no regular file is refused: a pipe could block."""
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
+    if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError("not a regular file")
-    return file
+    return open(path, "rb")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any kind as RGB. 16 bits become 8, floats are taken as 0 to 1.
-
-    Raises:
-        ValueError: integers beyond 16 bits, or floats outside 0 to 1.
-    """
+    """An image of any kind as RGB. 16 bits become 8, floats are taken as 0 to 1."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image).astype(np.float64)
         low, high = values.min(), values.max()
@@ -138,11 +124,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """An image file as RGB, as torchvision's ImageFolder reads it: EXIF orientation is left aside.
-
-    Raises:
-        ValueError: the file is damaged or no image; it is named.
-    """
+    """An image file as RGB, as torchvision reads it: EXIF orientation is left aside."""
     try:
         with open_image(path) as file:
             return to_rgb(Image.open(file))
@@ -152,10 +134,7 @@ def load_image(path: str | Path) -> Image.Image:
 
 
 def cut_long(image: Image.Image) -> Image.Image:
-    """The middle of an image that is longer than MAX_ASPECT times its short side.
-
-    Resizing the short side would otherwise make the long one as large as one likes.
-    """
+    """The middle of an image that is longer than MAX_ASPECT times its short side."""
     short = min(image.size)
     left, top = ((side - min(side, MAX_ASPECT * short)) // 2 for side in image.size)
     return image.crop((left, top, image.width - left, image.height - top)) if left + top else image
@@ -163,11 +142,7 @@ def cut_long(image: Image.Image) -> Image.Image:
 
 class ClassFolders(ImageFolder):
     """torchvision's ImageFolder with the labels of given classes, whichever of them it holds, and
-    the images of image_files. Files that are no images are counted, and left out.
-
-    Raises:
-        ValueError: a class folder holds no images.
-    """
+    the images of image_files. Files that are no images are counted, and left out."""
 
     def __init__(self, root: str | Path, classes: list[str], transform: Any = None):
         self._given = classes
@@ -183,10 +158,8 @@ class ClassFolders(ImageFolder):
         for name in sorted(class_to_idx.keys() & set(class_names(Path(directory)))):
             files = image_files(os.path.join(directory, name), others)
             if not files:
-                raise ValueError(
-                    f"class folder {os.path.join(directory, name)} holds no images: add some, or "
-                    f"remove it"
-                )
+                folder = os.path.join(directory, name)
+                raise ValueError(f"class folder {folder} holds no images: add some, or remove it")
             found += [(path, class_to_idx[name]) for path in files]
         if others:
             some = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
@@ -194,7 +167,6 @@ class ClassFolders(ImageFolder):
         return found
 
 
-@readable()
 def fingerprint(samples: Sequence[tuple[str, int]], root: Path) -> str:
     """A hash of the names, sizes, modification times and labels of files: it tells whether a tree
     has changed."""
@@ -205,7 +177,7 @@ def fingerprint(samples: Sequence[tuple[str, int]], root: Path) -> str:
         try:
             found = os.stat(path)
             said = f"{found.st_size}\0{found.st_mtime_ns}"
-        except FileNotFoundError:  # a dangling link, which is told when it is read
+        except OSError:  # a dangling link, which is told when it is read
             said = "missing"
         digest.update(os.fsencode(f"{name}\0{said}\0{label}\n"))
     return digest.hexdigest()

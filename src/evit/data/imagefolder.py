@@ -47,12 +47,8 @@ class EpochSampler(DistributedSampler):
 
 class RandomResizedCropFlip:
     """torchvision's RandomResizedCrop, bicubic, RandomHorizontalFlip, and then timm's RandAugment
-    or torchvision's ColorJitter; which say what they did.
-
-    An image gives uint8 (3, size, size), and (5,): x0, y0, x1, y1 of the crop as shares of the
-    image's width and height, and 1 where it was mirrored; with RandAugment also the map (2, 3) of
-    its geometric operations.
-    """
+    or torchvision's ColorJitter: an image gives uint8 (3, size, size), and what was done, as in
+    evit.data.ffcv.stream, its crop (5,) and with RandAugment a map (2, 3)."""
 
     def __init__(self, size: int, recipe: Recipe, fill: tuple[int, ...] = (0, 0, 0)):
         scale, jitter = tuple(recipe.crop_scale), recipe.color_jitter
@@ -86,19 +82,13 @@ def evaluation_transform(img_size: int, crop_pct: float) -> Callable[[Image.Imag
 
 
 class SeededAugmentation(Dataset):
-    """Augmented images that depend on seed, epoch and image: not on the workers.
-
-    An item is (image, label); where the data set has label maps, these and (map, crop, and with
-    RandAugment its map).
-    """
+    """Augmented images that depend on seed, epoch and image: not on the workers."""
 
     def __init__(self, dataset: Any, seed: int, label_maps: Sequence[str], num_classes: int):
         self.dataset, self.seed = dataset, seed
         self.label_maps, self.num_classes = label_maps, num_classes
-        self.map_shape: Shape | None = None
-        if label_maps:
-            first = read_label_map(label_maps[0], num_classes)
-            self.map_shape = (first.shape[2], first.shape[3])
+        first = read_label_map(label_maps[0], num_classes) if label_maps else None
+        self.map_shape = None if first is None else (first.shape[2], first.shape[3])
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -116,9 +106,7 @@ class SeededAugmentation(Dataset):
 
 
 class FolderLoader(Resumable, DataLoader):  # type: ignore[misc]
-    """Batches uint8 (B, 3, H, W), labels (B,); in training also the label maps (B, 2, 5, h, w) of
-    `label_map_shape` (h, w), where that is not None, the crops (B, 5), and with RandAugment the
-    maps (B, 2, 3) of its geometric operations."""
+    """Batches as of evit.data.ffcv.stream."""
 
     label_map_shape: Shape | None = None
     empty: tuple[Tensor, Tensor] | None = None  # the batch of a process without any image
@@ -159,17 +147,10 @@ def folder_loader(
     label_maps: Sequence[str] | None = None,
     num_classes: int = 0,
 ) -> FolderLoader:
-    """Batches of one split, bicubic as DeiT's.
-
-    Args:
-        make_dataset: the images of the split, given their transform.
-        label_maps: the files of its images.
-    """
-    if train:
-        transform: Any = T.Compose([T.RGB(), RandomResizedCropFlip(img_size, recipe, fill)])
-    else:
-        transform = evaluation_transform(img_size, recipe.crop_pct)
-    dataset = make_dataset(transform)
+    """Batches of one split, bicubic as DeiT's; make_dataset(transform) gives its images, whose
+    label maps are the files `label_maps`."""
+    crop = T.Compose([T.RGB(), RandomResizedCropFlip(img_size, recipe, fill)])
+    dataset = make_dataset(crop if train else evaluation_transform(img_size, recipe.crop_pct))
     limit = recipe.max_train_images if train else recipe.max_val_images
     chosen = choose_samples(len(dataset), limit).tolist()
     dataset = torch.utils.data.Subset(dataset, chosen)

@@ -21,19 +21,12 @@ MAX_ID = 2048  # up to here float16 holds every integer
 Shape = tuple[int, int]
 
 
-def refusal(path: str | Path, reason: str) -> ValueError:
-    """What is wrong with a label map, and the way out."""
-    return ValueError(
-        f"label map {path}: {reason}; make it again: delete the file and run "
-        f"python src/label_maps.py source=DIR target=LABELS"
-    )
-
-
-def label_map_paths(images: Sequence[str], root: Path, label_maps: Path) -> list[str]:
+def label_map_paths(
+    images: Sequence[str], root: Path, label_maps: Path, needed: bool = True
+) -> list[str]:
     """Where the label map of each image is: root/CLASS/a.jpg -> label_maps/CLASS/a.pt.
 
-    Raises:
-        ValueError: two images would share a map.
+    Two images that would share a map are refused, and a map that is not there, if it is needed.
     """
     found: dict[str, str] = {}
     for image in images:
@@ -44,55 +37,34 @@ def label_map_paths(images: Sequence[str], root: Path, label_maps: Path) -> list
                 f"{found[path]} and {image} would share the label map {path}: rename one of them"
             )
         found[path] = image
+    if missing := [path for path in found if needed and not os.path.isfile(path)]:
+        raise ValueError(
+            f"{len(missing)} of {len(found)} training images have no label map, {missing[0]} is "
+            f"the first: make the maps with python src/label_maps.py source=DIR target=LABELS"
+        )
     return list(found)
 
 
-def require_label_maps(paths: Sequence[str]) -> None:
-    """Raise ValueError if one of the files is not there."""
-    missing = [path for path in paths if not os.path.isfile(path)]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(paths)} training images have no label map, {missing[0]} is "
-            f"the first: make the maps with python src/label_maps.py source=DIR target=LABELS"
-        )
-
-
 def read_label_map(path: str | Path, num_classes: int, shape: Shape | None = None) -> Tensor:
-    """A label map (2, 5, H, W), float16, of `num_classes` classes.
-
-    Raises:
-        ValueError: it is missing, damaged, or not of `shape` (H, W) where one is given.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise refusal(path, "no such file")
+    """A label map (2, 5, H, W), float16; ValueError where it is damaged or of another shape."""
     try:
-        label_map = torch.load(path, map_location="cpu", weights_only=True)
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        if found.dtype != torch.float16 or found.ndim != 4 or found.shape[:2] != (2, TOP):
+            raise ValueError(f"{found.dtype} {tuple(found.shape)}, not float16 (2, {TOP}, H, W)")
+        if shape and found.shape[2:] != shape:
+            raise ValueError(f"cells {tuple(found.shape[2:])}, the first map has {shape}")
+        logits, ids = found.float()
+        if not logits.isfinite().all():
+            raise ValueError("logits that are not finite")
+        if not ((ids >= 0) & (ids < min(num_classes, MAX_ID + 1)) & (ids % 1 == 0)).all():
+            raise ValueError(f"ids that are not classes, 0 to {num_classes - 1}")
     except Exception as error:  # pickle and zip raise nearly anything on a bad file
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise refusal(path, f"not readable ({reason})") from None
-    if not isinstance(label_map, Tensor) or label_map.dtype != torch.float16:
-        kind = getattr(label_map, "dtype", type(label_map).__name__)
-        raise refusal(path, f"{kind}, not a float16 tensor")
-    size = tuple(label_map.shape)
-    if len(size) != 4 or size[:2] != (2, TOP) or 0 in size:
-        raise refusal(path, f"of shape {size}, not (2, {TOP}, H, W)")
-    if shape is not None and size[2:] != tuple(shape):
-        raise refusal(
-            path, f"of {size[2]} x {size[3]} cells, the first map of this data set of "
-            f"{shape[0]} x {shape[1]}, and all must be alike",
-        )  # fmt: skip
-    check_label_map(path, label_map, num_classes)
-    return label_map.contiguous()
-
-
-def check_label_map(path: Path, label_map: Tensor, num_classes: int) -> None:
-    """Raise ValueError for logits that are not finite, or ids that are no classes."""
-    logits, ids = label_map.numpy().astype("f4")
-    if not (abs(logits) < float("inf")).all():
-        raise refusal(path, "it has logits that are not finite")
-    if not ((ids >= 0) & (ids < min(num_classes, MAX_ID + 1)) & (ids % 1 == 0)).all():
-        raise refusal(path, f"it has ids that are not classes, 0 to {num_classes - 1}")
+        raise ValueError(
+            f"label map {path} cannot be read ({reason}): make it again, delete the file and run "
+            f"python src/label_maps.py source=DIR target=LABELS"
+        ) from None
+    return found.contiguous()
 
 
 @torch.no_grad()
@@ -116,7 +88,6 @@ def token_targets(
         crops: (B, 5), x0, y0, x1, y1 as shares of the image's width and height, and 1 where the
             crop was mirrored.
         grid_size: patches of a side, or (rows, columns).
-        label_smoothing: share of the probability that is spread over all classes.
         warps: (B, 2, 3), affine maps from the unit square that is shown to that of the mirrored
             crop (RandAugment's geometric operations). What lies outside the crop has logits of 0.
 
@@ -149,17 +120,11 @@ def token_targets(
 
 
 def patch_logits(logits_BKHW: Tensor, boxes: Tensor, warps: Tensor, grid: Shape) -> Tensor:
-    """The mean logits of each patch of a crop, (B, K, rows, columns).
+    """The mean logits of each patch of the crops `boxes` (B, 4), (B, K, rows, columns).
 
     A patch is the mean of the points that RoIAlign takes: equally far apart, as many as the cells
     that it covers on either side, bilinear between the cells' centres. Points outside the crop
     count as 0.
-
-    Args:
-        logits_BKHW: of the cells of each map.
-        boxes: (B, 4), x0, y0, x1, y1 of the crops as shares of the map's width and height.
-        warps: (B, 2, 3), affine maps from the unit square that is shown to that of the crop.
-        grid: rows and columns of patches.
     """
     B, K, H, W = logits_BKHW.shape
     start, extent = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]

@@ -22,20 +22,9 @@ from evit.recipe import Recipe
 class Images(L.LightningDataModule):
     """Training and validation images of one data set, streamed by FFCV or read with PIL.
 
-    Args:
-        img_size: pixels of the square images that come out.
-        recipe: batch size (images per optimizer step over all processes; each takes its share),
-            crops, augmentation, and limits of the number of images.
-        backend: "ffcv", which first writes the images to .beton files under cache_dir, once; or
-            "imagefolder", torchvision and PIL, which needs none of FFCV's libraries and follows
-            the published evaluation to the pixel.
-        mode, max_resolution, jpeg_quality: how .beton files are written (evit.data.ffcv.write).
-        num_workers: threads (ffcv) or processes (imagefolder) of one training process; None: the
-            machine's cores, shared by its training processes.
-        batches_ahead: batches that FFCV decodes in advance.
-        splits: which are used; the others need not be there. Evaluations need val alone.
-        label_maps: a folder with one label map for each training image (evit.data.label_maps).
-            Training batches are then (images, labels, maps, crops): evit.data.ffcv.stream.
+    conf/data/_base.yaml says what the arguments are. `splits` are those that are used; the others
+    need not be there. With label maps training batches are (images, labels, maps, crops), as
+    evit.data.ffcv.stream describes them.
     """
 
     name = "images"
@@ -80,11 +69,6 @@ class Images(L.LightningDataModule):
         self.has_label_maps = bool(used)
         self._loaders: dict[str, Any] = {}
 
-    @property
-    def label_map_shape(self) -> tuple[int, int] | None:
-        """Cells (H, W) of the label maps in training batches, None without; known after setup."""
-        return self._loaders["train"].label_map_shape if self._loaders else None
-
     def normalize_for(self, model: Any) -> None:
         """Normalise images as timm says that the model wants them; ImageNet's way otherwise."""
         wanted = getattr(model, "pretrained_cfg", None) or {}
@@ -112,11 +96,11 @@ class Images(L.LightningDataModule):
 
     def identity(self) -> dict[str, Any]:
         """What tells one content of the source from another."""
-        raise NotImplementedError
+        return {}
 
     @functools.cached_property
     def beton_dir(self) -> Path:
-        """Where the .beton files are: no other source, content or way of writing shares it."""
+        """Where the .beton files are, in a folder for each content and way of writing."""
         from evit.data.ffcv.format import SIDECAR_FORMAT
 
         identity = self.identity() | self.write_options | dict(format=SIDECAR_FORMAT)
@@ -124,11 +108,7 @@ class Images(L.LightningDataModule):
         return self.cache_dir / f"{self.name}-{key}"
 
     def prepare_data(self) -> None:
-        """Write the .beton files that are not there yet.
-
-        Lightning calls it in one process of each node. Nodes that share cache_dir must not write
-        the same file at once: prepare it first.
-        """
+        """Write the .beton files that are not there yet; in one process of each node."""
         if self.backend == "imagefolder":
             for split in self.splits:
                 self.dataset(split, None)
@@ -157,11 +137,7 @@ class Images(L.LightningDataModule):
 
     @property
     def local_batch_size(self) -> int:
-        """Images of one batch of one process.
-
-        Raises:
-            ValueError: the recipe's batch size cannot be shared evenly.
-        """
+        """Images of one batch of one process."""
         trainer, batch_size = self.trainer, self.recipe.batch_size
         shares = trainer.world_size * trainer.accumulate_grad_batches if trainer else 1
         if batch_size % shares:
@@ -197,27 +173,23 @@ class Images(L.LightningDataModule):
         self._loaders["train"].load_state_dict(state_dict)
 
     def _loader(self, split: str) -> Any:
-        trainer = self.trainer
+        trainer, train, workers = self.trainer, split == "train", self.num_workers
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
-        # srun gives each process cores of its own; others share the machine's.
-        sharing = "SLURM_CPUS_PER_TASK" not in os.environ
-        local = world_size // trainer.num_nodes if trainer and sharing else 1
-        workers = self.num_workers
+        if workers is None:  # srun gives each process cores of its own; others share the machine's
+            sharing = trainer and "SLURM_CPUS_PER_TASK" not in os.environ
+            local = world_size // trainer.num_nodes if sharing else 1  # type: ignore[union-attr]
+            workers = max(1, available_cores() // local)
         common: dict[str, Any] = dict(
-            img_size=self.img_size,
-            train=split == "train",
-            num_workers=max(1, available_cores() // local) if workers is None else workers,
-            fill=fill_color(self.mean),
+            img_size=self.img_size, train=train, num_workers=workers, fill=fill_color(self.mean)
         )
         shard = Shard(rank, world_size, self.local_batch_size, self.seed)
         if self.backend == "imagefolder":
             from evit.data.imagefolder import folder_loader
 
-            make_dataset = functools.partial(self.dataset, split)
-            common |= dict(label_maps=self.map_paths() if split == "train" else None)
-            return folder_loader(
-                make_dataset, self.recipe, shard, num_classes=self.num_classes, **common
-            )
+            dataset = functools.partial(self.dataset, split)
+            maps = self.map_paths() if train else None
+            common |= dict(label_maps=maps, num_classes=self.num_classes)
+            return folder_loader(dataset, self.recipe, shard, **common)
         from evit.data.ffcv.stream import FFCVStream
 
         return FFCVStream(
@@ -234,11 +206,7 @@ class Images(L.LightningDataModule):
 
 
 def require_ffcv() -> None:
-    """Import FFCV, or say what can be done without.
-
-    Raises:
-        ValueError: it is not installed, or its system libraries are missing.
-    """
+    """Raise ValueError if FFCV, or a system library that it needs, is not installed."""
     try:
         import evit.data.ffcv._ffcv
         import evit.data.ffcv.jpeg  # noqa: F401

@@ -17,11 +17,7 @@ class Shard(NamedTuple):
     seed: int = 0
 
     def train_batches(self, num_images: int, recipe: Recipe) -> int:
-        """Batches of an epoch, the same for every process: whole optimizer steps only.
-
-        Raises:
-            ValueError: the images do not fill one step.
-        """
+        """Batches of an epoch, the same for every process: whole optimizer steps only."""
         per_step = max(recipe.batch_size // (self.world_size * self.batch_size), 1)
         length = epoch_length(num_images, recipe.repeated_augmentations)
         steps = length // self.world_size // (self.batch_size * per_step)

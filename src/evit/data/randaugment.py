@@ -34,11 +34,7 @@ class RandAugment(NamedTuple):
 
     @classmethod
     def parse(cls, config: str) -> RandAugment:
-        """What timm makes of its own syntax, such as rand-m9-mstd0.5-inc1.
-
-        Raises:
-            ValueError: it is no such text, or asks for other operations than those of inc1.
-        """
+        """What timm makes of its own syntax, such as rand-m9-mstd0.5-inc1."""
         if not SYNTAX.fullmatch(config) or "inc1" not in config.split("-"):
             raise ValueError(
                 f"recipe.rand_augment must be as timm writes it, rand-m9-mstd0.5-inc1, with m, n, "

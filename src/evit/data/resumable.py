@@ -25,7 +25,6 @@ class Resumable:
     _start = 0
 
     def batches(self, start: int) -> Generator[Any]:
-        """The batches of an epoch from number `start` on."""
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[Any]:
@@ -49,11 +48,7 @@ class Resumable:
         return dict(position=self.position, length=len(self))  # type: ignore[arg-type]
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Begin the next iteration, and no later one, at the batch after the last one seen.
-
-        Raises:
-            ValueError: within an epoch, batches are now of another number of images.
-        """
+        """Begin the next iteration, and no later one, at the batch after the last one seen."""
         length: int = len(self)  # type: ignore[arg-type]
         self._start = state["position"] % state["length"]
         if self._start and length != state["length"]:

@@ -17,19 +17,15 @@ _torch_threads = torch.get_num_threads()
 # FFCV keeps two numbers in numba's dictionary, which takes seconds to compile in every process.
 _numba_dict, numba.typed.Dict = numba.typed.Dict, dict
 try:
-    from ffcv.fields import IntField, NDArrayField, RGBImageField
     from ffcv.fields.rgb_image import get_random_crop
     from ffcv.loader import Loader, OrderOption
     from ffcv.loader.epoch_iterator import EpochIterator
-    from ffcv.memory_allocator import MemoryAllocator
     from ffcv.pipeline.allocation_query import AllocationQuery
     from ffcv.pipeline.compiler import Compiler
     from ffcv.pipeline.operation import Operation
     from ffcv.pipeline.pipeline_spec import PipelineSpec
     from ffcv.pipeline.state import State
     from ffcv.transforms import ToDevice, ToTensor, ToTorchImage
-    from ffcv.utils import chunks
-    from ffcv.writer import DatasetWriter, worker_job_indexed_dataset
 except (ImportError, OSError, ValueError) as error:
     raise ImportError(
         f"FFCV cannot be used here ({error}): run `make setup`, or install libopencv-dev, "

@@ -137,13 +137,8 @@ def _cut(value):
 
 @numba.njit(cache=True, nogil=True)
 def _between(source, y, xs, c, d):
-    v1, v2, v3, v4 = (
-        source[y, xs[0], c],
-        source[y, xs[1], c],
-        source[y, xs[2], c],
-        source[y, xs[3], c],
-    )
-    return _cubic(float(v1), float(v2), float(v3), float(v4), d)
+    v1, v2 = float(source[y, xs[0], c]), float(source[y, xs[1], c])
+    return _cubic(v1, v2, float(source[y, xs[2], c]), float(source[y, xs[3], c]), d)
 
 
 @numba.njit(cache=True, nogil=True)

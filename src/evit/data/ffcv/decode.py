@@ -26,6 +26,7 @@ from evit.data.ffcv._ffcv import AllocationQuery, Operation, State
 from evit.data.ffcv.draw import Augmentation, center_crops, random_crops
 from evit.data.ffcv.format import JPEG, DamagedSample, Shape
 from evit.data.ffcv.jpeg import jpeg_crop
+from evit.recipe import Recipe
 
 SAMPLE_BITS = np.uint64(32)
 SAMPLE_MASK = np.uint64(2**32 - 1)
@@ -163,14 +164,11 @@ def _read_pieces(file, starts, output):
 
 
 class Decoder(Operation):
-    """Makes arrays (B, *shape); a subclass says how they are filled."""
+    """Makes arrays (B, *shape), which fill(output, entries, metadata, storage) fills."""
 
-    def __init__(self, shape: Sequence[int], dtype: str) -> None:
+    def __init__(self, shape: Sequence[int], dtype: str, fill: Callable[..., None]) -> None:
         super().__init__()
-        self.shape, self.dtype = tuple(shape), np.dtype(dtype)
-
-    def fill(self, output: np.ndarray, entries: np.ndarray, metadata: Any, storage: Any) -> None:
-        raise NotImplementedError
+        self.shape, self.dtype, self.fill = tuple(shape), np.dtype(dtype), fill
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
         state = replace(previous_state, jit_mode=True, shape=self.shape, dtype=self.dtype)
@@ -184,105 +182,84 @@ class Decoder(Operation):
         return decode
 
 
-class CenterCrop(Decoder):
-    """Resize the short side to img_size / crop_pct and cut out the centre, cutting first."""
+class Crops:
+    """Crops of images, and what is said of them.
 
-    shrinks = False  # whether large crops may be decoded at a fraction of their size
+    Evaluation resizes the short side to img_size / crop_pct and cuts out the centre, cutting first.
+    Training takes torchvision's RandomResizedCrop of crop_scale times the area, a horizontal flip
+    with probability flip, and then the augmentation of the pixels.
+    """
 
-    def __init__(self, img_size: int, crop_pct: float = 1.0) -> None:
-        super().__init__((img_size, img_size, 3), "u1")
-        self.img_size, self.crop_pct = img_size, crop_pct
+    def __init__(self, img_size: int, recipe: Recipe, train: bool, fill: tuple[int, ...]) -> None:
+        self.img_size, self.recipe, self.train = img_size, recipe, train
+        self.augmentation = Augmentation(recipe.rand_augment, recipe.color_jitter, fill)
 
-    def crops(
-        self, heights: np.ndarray, widths: np.ndarray, seeds: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def crops(self, heights: np.ndarray, widths: np.ndarray, seeds: np.ndarray) -> Any:
         """Boxes (B, 4) of top, left, height, width, and flips (B,)."""
-        boxes = center_crops(heights, widths, self.img_size, self.crop_pct)
-        return boxes, np.zeros(len(boxes), np.bool_)
+        if not self.train:
+            boxes = center_crops(heights, widths, self.img_size, self.recipe.crop_pct)
+            return boxes, np.zeros(len(boxes), np.bool_)
+        scale, flip = np.array(self.recipe.crop_scale, float), float(self.recipe.flip)
+        return random_crops(heights, widths, seeds.astype(np.uint32), scale, RATIO, flip)
 
-    def crops_of(
-        self, entries: np.ndarray, metadata: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _crops_of(self, entries: np.ndarray, metadata: np.ndarray) -> Any:
         """Sizes (B, 2) of height and width, boxes (B, 4) and flips (B,) of an order's entries."""
         fields = metadata[entries & SAMPLE_MASK]
         heights, widths = (fields[side].astype(np.int64) for side in ("height", "width"))
-        boxes, flips = self.crops(heights, widths, entries >> SAMPLE_BITS)
-        return np.stack([heights, widths], 1), boxes, flips
+        return np.stack([heights, widths], 1), *self.crops(heights, widths, entries >> SAMPLE_BITS)
 
-    def fill(self, output: np.ndarray, entries: np.ndarray, metadata: Any, storage: Any) -> None:
-        samples = entries & SAMPLE_MASK
-        _, boxes, flips = self.crops_of(entries, metadata)
-        status = crop_batch(samples, boxes, flips, self.shrinks, output, metadata, *storage)
-        if status.any():
-            raise DamagedSample(f"the JPEG of sample {samples[status.argmin()]} is damaged")
+    def images(self) -> Decoder:
+        """uint8 (B, H, W, 3)."""
 
+        def fill(output: np.ndarray, entries: np.ndarray, metadata: Any, storage: Any) -> None:
+            samples = entries & SAMPLE_MASK
+            _, boxes, flips = self._crops_of(entries, metadata)
+            status = crop_batch(samples, boxes, flips, self.train, output, metadata, *storage)
+            if status.any():
+                raise DamagedSample(f"the JPEG of sample {samples[status.argmin()]} is damaged")
+            if self.train:
+                self.augmentation(output, entries >> SAMPLE_BITS)
 
-class RandomResizedCropFlip(CenterCrop):
-    """torchvision's RandomResizedCrop of `scale` times the area, then a horizontal flip with
-    probability `flip`, then the augmentation of its pixels."""
+        return Decoder((self.img_size, self.img_size, 3), "u1", fill)
 
-    shrinks = True
-
-    def __init__(
-        self, img_size: int, scale: Sequence[float], flip: float, augmentation: Augmentation
-    ) -> None:
-        super().__init__(img_size)
-        self.scale, self.flip, self.augmentation = np.array(scale, float), flip, augmentation
-
-    def crops(
-        self, heights: np.ndarray, widths: np.ndarray, seeds: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        seeds = seeds.astype(np.uint32)
-        return random_crops(heights, widths, seeds, self.scale, RATIO, float(self.flip))
-
-    def fill(self, output: np.ndarray, entries: np.ndarray, metadata: Any, storage: Any) -> None:
-        super().fill(output, entries, metadata, storage)
-        self.augmentation(output, entries >> SAMPLE_BITS)
-
-    def record(self, entries: np.ndarray, metadata: np.ndarray) -> np.ndarray:
+    def records(self) -> Decoder:
         """The crops (B, 5): x0, y0, x1, y1 as shares of the image's width and height, and 1 where
         it is mirrored."""
-        sizes, boxes, flips = self.crops_of(entries, metadata)
-        starts, ends = boxes[:, :2] / sizes, (boxes[:, :2] + boxes[:, 2:]) / sizes
-        return np.column_stack([starts[:, ::-1], ends[:, ::-1], flips])
 
-    def warps(self, entries: np.ndarray, metadata: np.ndarray) -> np.ndarray:
+        def fill(output: np.ndarray, entries: np.ndarray, metadata: Any, storage: Any) -> None:
+            sizes, boxes, flips = self._crops_of(entries, metadata)
+            starts, ends = boxes[:, :2] / sizes, (boxes[:, :2] + boxes[:, 2:]) / sizes
+            output[:] = np.column_stack([starts[:, ::-1], ends[:, ::-1], flips])
+
+        return Decoder((5,), "f4", fill)
+
+    def warps(self) -> Decoder:
         """The affine maps (B, 2, 3) of RandAugment, from the unit square shown to the crop's."""
-        return self.augmentation.warps(entries >> SAMPLE_BITS)
+
+        def fill(output: np.ndarray, entries: np.ndarray, metadata: Any, storage: Any) -> None:
+            output[:] = self.augmentation.warps(entries >> SAMPLE_BITS)
+
+        return Decoder((2, 3), "f4", fill)
 
 
-class Record(Decoder):
-    """What a function of entries and metadata says of each image, float32."""
-
-    def __init__(self, shape: Sequence[int], describe: Callable[..., np.ndarray]) -> None:
-        super().__init__(shape, "f4")
-        self.describe = describe
-
-    def fill(self, output: np.ndarray, entries: np.ndarray, metadata: Any, storage: Any) -> None:
-        output[:] = self.describe(entries, metadata)
-
-
-class LabelMaps(Decoder):
+def label_maps(shape: Shape, num_classes: int) -> Decoder:
     """Label maps (B, 2, 5, H, W), float16; a damaged one is an error."""
 
-    def __init__(self, shape: Shape, num_classes: int) -> None:
-        super().__init__((2, 5, *shape), "f2")
-        self.num_classes = num_classes
-
-    def fill(self, output: np.ndarray, entries: np.ndarray, metadata: Any, storage: Any) -> None:
+    def fill(output: np.ndarray, entries: np.ndarray, metadata: Any, storage: Any) -> None:
         samples = entries & SAMPLE_MASK
         _read_pieces(storage[0], metadata[samples], output.view(np.uint8).reshape(len(output), -1))
         logits, ids = output[:, 0], output[:, 1]
-        good = np.isfinite(logits) & (ids >= 0) & (ids < self.num_classes)
+        good = np.isfinite(logits) & (ids >= 0) & (ids < num_classes)
         if not (good := good.all((1, 2, 3))).all():
             raise DamagedSample(f"the label map of sample {samples[good.argmin()]} is damaged")
 
+    return Decoder((2, 5, *shape), "f2", fill)
 
-class Labels(Decoder):
+
+def labels() -> Decoder:
     """Labels (B,), int64."""
 
-    def __init__(self) -> None:
-        super().__init__((), "i8")
-
-    def fill(self, output: np.ndarray, entries: np.ndarray, metadata: Any, storage: Any) -> None:
+    def fill(output: np.ndarray, entries: np.ndarray, metadata: Any, storage: Any) -> None:
         output[:] = metadata[entries & SAMPLE_MASK]
+
+    return Decoder((), "i8", fill)

@@ -5,34 +5,15 @@ from __future__ import annotations
 import numba
 import numpy as np
 
+from evit.data import randaugment
+from evit.data.ffcv import augment
 from evit.data.ffcv._ffcv import get_random_crop
-from evit.data.ffcv.augment import (
-    BRIGHTNESS,
-    COLOR,
-    CONTRAST,
-    NOTHING,
-    POSTERIZE,
-    SHARPNESS,
-    SOLARIZE,
-    SOLARIZE_ADD,
-    augment_batch,
-)
-from evit.data.randaugment import (
-    OPERATIONS,
-    ROTATE,
-    SHEAR_X,
-    SHEAR_Y,
-    TRANSLATE_X,
-    TRANSLATE_Y,
-    RandAugment,
-    source_of,
-    warp_of,
-)
+from evit.data.randaugment import RandAugment, source_of, warp_of
 
 _get_random_crop = numba.njit(get_random_crop)  # torchvision's RandomResizedCrop.get_params
 
-JITTER = np.array([BRIGHTNESS, CONTRAST, COLOR])
-NUM_OPERATIONS = len(OPERATIONS)
+JITTER = np.array([augment.BRIGHTNESS, augment.CONTRAST, augment.COLOR])
+NUM_OPERATIONS = len(randaugment.OPERATIONS)
 SALT = np.uint32(0x9E3779B9)
 
 
@@ -67,19 +48,19 @@ def center_crops(
 def argument_of(operation, level, sign):
     """timm's argument of an operation at a level, 0 to 10; sign is 1 or -1."""
     share = level / 10
-    if operation == ROTATE:
+    if operation == randaugment.ROTATE:
         return sign * (share * 30)
-    if operation == POSTERIZE:
+    if operation == augment.POSTERIZE:
         return 4.0 - int(share * 4)  # bits
-    if operation == SOLARIZE:
+    if operation == augment.SOLARIZE:
         return 256.0 - min(256, int(share * 256))  # the value from which on it inverts
-    if operation == SOLARIZE_ADD:
+    if operation == augment.SOLARIZE_ADD:
         return float(min(128, int(share * 110)))
-    if COLOR <= operation <= SHARPNESS:
+    if augment.COLOR <= operation <= augment.SHARPNESS:
         return max(0.1, 1 + sign * (share * 0.9))
-    if operation == SHEAR_X or operation == SHEAR_Y:
+    if operation == randaugment.SHEAR_X or operation == randaugment.SHEAR_Y:
         return sign * (share * 0.3)
-    if operation == TRANSLATE_X or operation == TRANSLATE_Y:
+    if operation == randaugment.TRANSLATE_X or operation == randaugment.TRANSLATE_Y:
         return sign * (share * 0.45)  # of the side
     return 0.0
 
@@ -87,7 +68,7 @@ def argument_of(operation, level, sign):
 @numba.njit(cache=True, nogil=True)
 def draw_rand_augment(seeds, layers, magnitude, mstd, probability, maximum):
     """Operations (B, layers), NOTHING where none is applied, and their arguments (B, layers)."""
-    operations = np.full((len(seeds), layers), NOTHING)
+    operations = np.full((len(seeds), layers), augment.NOTHING)
     arguments = np.zeros((len(seeds), layers))
     for k in range(len(seeds)):
         np.random.seed(seeds[k])
@@ -144,7 +125,7 @@ class Augmentation:
                 [source_of(*step, width, height) for step in zip(*steps, strict=True)]
                 for steps in zip(operations.tolist(), arguments.tolist(), strict=True)
             ]
-            augment_batch(images, operations, arguments, np.array(affines), self.fill)
+            augment.augment_batch(images, operations, arguments, np.array(affines), self.fill)
 
     def warps(self, seeds: np.ndarray) -> np.ndarray:
         """Where the pixels of each image come from (B, 2, 3): evit.data.randaugment.warp_of."""

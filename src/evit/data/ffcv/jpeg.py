@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
 import subprocess
@@ -18,10 +19,8 @@ SOURCE = Path(__file__).with_name("jpeg_crop.c")
 
 def _load() -> ctypes.CDLL:
     key = f"{platform.machine()}-{zlib.crc32(SOURCE.read_bytes()):08x}"
-    home = Path(os.path.expanduser("~/.cache/evit-lab"))
-    folders = SOURCE.parent / "__pycache__", home
-    reasons = []
-    for folder in folders:
+    home = Path("~/.cache/evit-lab").expanduser()
+    for folder in SOURCE.parent / "__pycache__", home:
         library = folder / f"jpeg_crop-{key}.so"
         try:
             return ctypes.CDLL(str(library))
@@ -31,9 +30,9 @@ def _load() -> ctypes.CDLL:
             _compile(library)
             return ctypes.CDLL(str(library))
         except (OSError, subprocess.CalledProcessError) as error:
-            reasons.append(getattr(error, "stderr", None) or str(error))
+            reason = getattr(error, "stderr", None) or str(error)
     raise ImportError(
-        f"jpeg_crop.c could not be compiled ({reasons[-1].strip()}): run `make setup`, or install "
+        f"jpeg_crop.c could not be compiled ({reason.strip()}): run `make setup`, or install "
         "g++, pkg-config and libjpeg-dev (libjpeg-turbo's)"
     )
 
@@ -41,16 +40,13 @@ def _load() -> ctypes.CDLL:
 def _compile(library: Path) -> None:
     """Write the library at once, because other processes may be about to do the same."""
     library.parent.mkdir(parents=True, exist_ok=True)
+    run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder) / library.name
-        flags = _run("pkg-config", "--cflags", "--libs", "libjpeg").split()
+        flags = run(["pkg-config", "--cflags", "--libs", "libjpeg"]).stdout.split()
         compiler = os.environ.get("CC", "cc").split()
-        _run(*compiler, "-O2", "-shared", "-fPIC", str(SOURCE), "-o", str(made), *flags)
+        run([*compiler, "-O2", "-shared", "-fPIC", str(SOURCE), "-o", str(made), *flags])
         os.replace(made, library)
-
-
-def _run(*command: str) -> str:
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 # By name and not by ctypes, because numba does not keep functions that hold an address on disk.

@@ -11,7 +11,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numba
 import numpy as np
 import torch
 
@@ -27,16 +26,7 @@ from evit.data.ffcv._ffcv import (
     ToTorchImage,
     config,
 )
-from evit.data.ffcv.decode import (
-    SAMPLE_BITS,
-    SAMPLE_MASK,
-    CenterCrop,
-    LabelMaps,
-    Labels,
-    RandomResizedCropFlip,
-    Record,
-)
-from evit.data.ffcv.draw import Augmentation
+from evit.data.ffcv.decode import SAMPLE_BITS, SAMPLE_MASK, Crops, label_maps, labels
 from evit.data.ffcv.format import BetonError, DamagedSample, check_beton
 from evit.data.order import Shard, choose_samples, repeated_order
 from evit.data.resumable import Resumable, empty_batch
@@ -59,18 +49,8 @@ class FFCVStream(Resumable):
     Evaluation: sample rank, rank + world_size, ... of the file, each exactly once over all
     processes; a process without any has one empty batch.
 
-    Args:
-        path: the file, which is opened at the first batch.
-        recipe: crops, flips, augmentation and limits of the number of images.
-        shard: the part of this process.
-        num_workers: threads; -1: one per core.
-        batches_ahead: batches decoded in advance.
-        fill: the colour where a geometric operation leaves nothing.
-
     Raises:
         BetonError: of check_beton; or, at the next batch, a sample is damaged.
-        ValueError: the images do not fill one step.
-        RuntimeError: at the next batch, another failure while reading.
     """
 
     def __init__(
@@ -81,29 +61,18 @@ class FFCVStream(Resumable):
         *,
         img_size: int,
         train: bool,
-        num_workers: int = -1,
-        batches_ahead: int = 2,
-        fill: tuple[int, ...] = (0, 0, 0),
+        num_workers: int = -1,  # threads; -1: one per core
+        batches_ahead: int = 2,  # decoded in advance
+        fill: tuple[int, ...] = (0, 0, 0),  # the colour where a geometric operation leaves nothing
         device: torch.device | str = "cpu",
     ) -> None:
         self.info = check_beton(path)
-        if numba.threading_layer() == "workqueue":
-            raise ValueError(
-                "numba's threads are of kind workqueue, which aborts when two loaders run at once: "
-                "set NUMBA_THREADING_LAYER to tbb or omp, or unset it"
-            )
-        assert 0 <= shard.rank < shard.world_size and shard.batch_size > 0
         self.path, self.recipe, self.shard, self.train = Path(path), recipe, shard, train
         self.img_size, self.batch_size = img_size, shard.batch_size
         self.batches_ahead, self.device = batches_ahead, torch.device(device)
         cores = config.NUMBA_NUM_THREADS
         self.num_workers = cores if num_workers < 0 else min(max(num_workers, 1), cores)
-        self.augmentation = Augmentation(recipe.rand_augment, recipe.color_jitter, fill)
-        self.decoder = (
-            RandomResizedCropFlip(img_size, recipe.crop_scale, recipe.flip, self.augmentation)
-            if train
-            else CenterCrop(img_size, recipe.crop_pct)
-        )
+        self.decoder = Crops(img_size, recipe, train, fill)
         limit = recipe.max_train_images if train else recipe.max_val_images
         self.indices = choose_samples(self.info["num_samples"], limit).astype(np.uint64)
         shape = self.info.get("label_map_shape") if train else None
@@ -124,7 +93,6 @@ class FFCVStream(Resumable):
         return SimpleNamespace(sampler=self)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order and the crops of iterations that begin from now on."""
         self.epoch = epoch
 
     def samples(self, epoch: int = 0) -> np.ndarray:
@@ -171,16 +139,16 @@ class FFCVStream(Resumable):
             return PipelineSpec(field, decoder, [ToTensor(), *to_device, *more])
 
         pipelines: dict[str, Any] = {
-            "image": pipeline("image", self.decoder, ToTorchImage()),
-            "label": pipeline("label", Labels()),
+            "image": pipeline("image", self.decoder.images(), ToTorchImage()),
+            "label": pipeline("label", labels()),
             "label_map": None,
         }
         if self.label_map_shape:
-            maps = LabelMaps(self.label_map_shape, self.info["num_classes"])
+            maps = label_maps(self.label_map_shape, self.info["num_classes"])
             pipelines["label_map"] = pipeline("label_map", maps)
-            pipelines["crop"] = pipeline("image", Record((5,), self.decoder.record))
-            if self.augmentation.rand_augment:
-                pipelines["warp"] = pipeline("image", Record((2, 3), self.decoder.warps))
+            pipelines["crop"] = pipeline("image", self.decoder.records())
+            if self.recipe.rand_augment:
+                pipelines["warp"] = pipeline("image", self.decoder.warps())
         # The decoders are compiled already. FFCV would compile their callers anew in every process.
         Compiler.set_enabled(False)
         try:

@@ -1,178 +1,127 @@
-"""Write .beton files with FFCV's DatasetWriter: all of a file or nothing, and never a hang."""
+"""Write .beton files for FFCV: all of a file or nothing."""
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import fcntl
+import io
 import itertools
 import json
-import multiprocessing.connection
 import os
-import signal
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+import zlib
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from PIL import Image
+from rich.progress import track
+from torch.utils.data import DataLoader, Dataset
 
 from evit.data.ffcv import format as beton
-from evit.data.ffcv._ffcv import (
-    DatasetWriter,
-    IntField,
-    MemoryAllocator,
-    NDArrayField,
-    RGBImageField,
-    chunks,
-    worker_job_indexed_dataset,
-)
-from evit.data.ffcv.encode import FORK, Dataset, Encoded, Encoder, Samples
-from evit.data.folders import WAY_OUT
+from evit.data.ffcv.decode import decode_jpeg
+from evit.data.folders import WAY_OUT, open_image, to_rgb
 from evit.data.label_maps import read_label_map
-from evit.data.progress import shown
 from evit.files import whole_file
 
-CHUNK = 32  # images that a process takes at a time
-ROOM = (
-    "make room, lower max_resolution or jpeg_quality, or choose another folder (target=DIR of "
-    "src/prepare.py, data.cache_dir=DIR of src/train.py)"
-)
+Picture = str | Path | bytes | Image.Image | np.ndarray
+
+PAGE = 2**26  # bytes; no piece of data crosses from one to the next
+MAX_SIDE = 2**16 - 1
 
 
-class _ImageField(RGBImageField):
-    def encode(self, destination: np.ndarray, image: Encoded, malloc: Any) -> None:
-        destination["mode"], destination["width"], destination["height"] = image[:3]
-        destination["data_ptr"], room = malloc(len(image.data))
-        room[:] = np.frombuffer(image.data, np.uint8)
+class Encoded(NamedTuple):
+    mode: int
+    width: int
+    height: int
+    data: bytes
+    original: bool = False  # data are the bytes of the source
 
 
-class _Writer(DatasetWriter):
-    """FFCV's, which fails where a worker dies, says how far it is, and leaves out what is BLANK."""
+def encode(
+    picture: Picture, mode: str = "jpg", max_resolution: int | None = 500, jpeg_quality: int = 95
+) -> Encoded:
+    """Turn an image into the bytes to be stored. It is decoded whole, so that a bad one is found.
 
-    def __init__(self, path: Path, layout: beton.Layout, page_size: int, num_workers: int) -> None:
-        fields: dict[str, Any] = dict(image=_ImageField(), label=IntField())
-        if layout.label_map_shape:
-            fields["label_map"] = NDArrayField(np.dtype("<f2"), (2, 5, *layout.label_map_shape))
-        super().__init__(str(path), fields, page_size, num_workers)
-        self.layout = layout
-        self.skipped: list[tuple[int, dict[str, str]]] = []
+    EXIF orientation is left aside, as torchvision's ImageFolder and timm do.
+    """
+    source = None
+    if isinstance(picture, str | Path):
+        with open_image(picture) as file:
+            picture = file.read()
+    if isinstance(picture, bytes):
+        source, picture = picture, Image.open(io.BytesIO(picture))
+    image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
+    image.load()
+    if 0 in image.size:
+        raise ValueError("{} x {} px".format(*image.size))
+    scale = min(1.0, (max_resolution or max(image.size)) / max(image.size))
+    width, height = size = tuple(max(1, round(side * scale)) for side in image.size)
+    if max(size) > MAX_SIDE:
+        raise ValueError(f"a side of {max(size)} px, more than {MAX_SIDE}: set max_resolution")
+    if mode == "jpg" and source and size == image.size and _is_sound_jpeg(image, source):
+        return Encoded(beton.JPEG, width, height, source, True)
+    image = to_rgb(image)
+    if size != image.size:
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    if mode == "raw":
+        return Encoded(beton.RAW, width, height, image.tobytes())
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=jpeg_quality, subsampling=0)
+    return Encoded(beton.JPEG, width, height, buffer.getvalue())
 
-    def write(self, dataset: Dataset, skip_bad: bool) -> Iterator[None]:
-        """Write the file, yielding once for each sample.
 
-        Raises:
-            ValueError: a sample is bad.
-            RuntimeError: a worker died.
-            OSError: the disk is full, or the like.
-        """
-        self.num_samples, done = len(dataset.samples), FORK.Value("Q", 0)
-        self.prepare()
-        work = FORK.Queue()
-        for chunk in chunks([(i, i) for i in range(self.num_samples)], CHUNK):
-            work.put(chunk)
-        for _ in range(self.num_workers):
-            work.put(None)
-        allocator = MemoryAllocator(self.fname, self.data_region_start, self.page_size)
-        shared = work, self.metadata_sm, self.metadata_type, self.fields, allocator, done
-        workers, connections = list[Any](), list[Any]()
-        allocations: list[tuple[int, int, int]] = []
+def _is_sound_jpeg(image: Image.Image, data: bytes) -> bool:
+    """Whether training would see these bytes as Pillow does, and without a warning."""
+    if image.format != "JPEG" or image.mode not in ("RGB", "L"):
+        return False
+    pixels = decode_jpeg(data, image.height, image.width)
+    if pixels is None:
+        return False
+    # Two libjpegs may round differently.
+    difference = pixels.astype(np.int16) - np.asarray(image.convert("RGB"))
+    return bool(np.abs(difference).mean() < 1)
+
+
+class _Encoded(Dataset):
+    """What is to be written of each sample."""
+
+    def __init__(self, samples: Any, options: Any, classes: int, maps: Any, shape: Any) -> None:
+        self.samples, self.options, self.num_classes = samples, options, classes
+        self.label_maps, self.map_shape = maps, shape
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        """Image, label and label map; or an error, and the image's name if it is the image's."""
+        name = f"sample {index}"
         try:
-            for _ in range(self.num_workers):
-                ours, theirs = FORK.Pipe(duplex=False)
-                worker = FORK.Process(target=_work, args=(shared, theirs, dataset), daemon=True)
-                worker.start()
-                theirs.close()  # so that a worker's death ends what we read from it
-                workers.append(worker)
-                connections.append(ours)
-            reported = 0
-            while connections:
-                ready: Any
-                for ready in multiprocessing.connection.wait(connections, timeout=0.1):
-                    connections.remove(ready)
-                    with suppress(EOFError):
-                        result = ready.recv()
-                        if isinstance(result, BaseException):
-                            raise result
-                        allocations += result
-                self._look(dataset, workers, skip_bad)
-                count = done.get_obj().value  # without its lock, which a dead worker may hold
-                yield from itertools.repeat(None, count - reported)
-                reported = count
-            for worker in workers:
-                worker.join()
-            self._look(dataset, workers, skip_bad)
-            pages = allocator.next_page_allocated.value
-            self._finish(allocations, allocator.offset + pages * self.page_size)
-        finally:
-            for worker in workers:
-                worker.kill()
-                worker.join()
-            work.cancel_join_thread()
-            self.metadata_sm.close()
-            self.metadata_sm.unlink()
-
-    def _look(self, dataset: Dataset, workers: list[Any], skip_bad: bool) -> None:
-        while not dataset.bad.empty():
-            index, name, reason, of_image = dataset.bad.get()
-            if not of_image:
-                raise ValueError(reason)
-            if not skip_bad:
-                raise ValueError(f"{name} is not a readable image ({reason}): {WAY_OUT}")
-            self.skipped.append((index, dict(name=name, reason=reason)))
-        if any(worker.exitcode for worker in workers):
-            raise RuntimeError(
-                "a process that encodes images died: it was killed, perhaps for want of memory or "
-                "of room in /dev/shm (then use fewer num_workers), or the data set crashed it"
-            )
-
-    def _finish(self, allocations: list[tuple[int, int, int]], end: int) -> None:
-        """Write all but the data, in the order of the samples that are not left out."""
-        metadata = np.frombuffer(self.metadata_sm.buf, self.layout.metadata, self.num_samples)
-        good = metadata["image"]["width"] > 0
-        self.metadata = metadata[good]
-        del metadata  # the shared memory can be closed
-        if not good.any():
-            raise ValueError("nothing to write, it has no readable image")
-        table = np.array(allocations, beton.ALLOCATION)
-        table = table[np.lexsort((table["ptr"], table["sample_id"]))]
-        self.table = table[good[table["sample_id"]]]
-        self.table["sample_id"] = (np.cumsum(good) - 1)[self.table["sample_id"]]
-        numbers = beton.BETON_VERSION, len(self.fields), self.page_size, len(self.metadata), end
-        self.head = np.array([numbers], beton.HEADER)
-        with open(self.fname, "r+b") as file:
-            if file.seek(0, os.SEEK_END) != end:  # FFCV does not look at how much it has written
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.fname)
-            file.write(self.table.tobytes())
-            file.seek(0)
-            for part in self.head, self.layout.fields, self.metadata:
-                file.write(part.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def _work(shared: tuple[Any, ...], connection: Any, dataset: Dataset) -> None:
-    """Be a worker, which dies with its parent and sends what it has allocated, or its error."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-    try:
-        worker_job_indexed_dataset(*shared, SimpleNamespace(put=connection.send), dataset)
-    except Exception as error:
-        connection.send(error)
+            picture, label = self.samples[index]
+            name = str(picture) if isinstance(picture, str | Path) else name
+            encoded = encode(picture, **self.options)
+            if len(encoded.data) >= PAGE:
+                raise ValueError(f"takes {len(encoded.data)} bytes, too many: set max_resolution")
+        except Exception as error:  # Pillow raises nearly anything on a bad file
+            return f"{type(error).__name__}: {error}", name
+        if label not in range(self.num_classes):
+            return f"{name}: label {label!r} is outside 0 to {self.num_classes - 1}", None
+        if self.label_maps is None:
+            return encoded, int(label), b""
+        try:
+            found = read_label_map(self.label_maps[index], self.num_classes, self.map_shape)
+        except ValueError as error:
+            return str(error), None
+        return encoded, int(label), found.numpy().tobytes()
 
 
 def write_beton(
     path: str | Path,
-    samples: Samples,
+    samples: Any,
     *,
     classes: Sequence[str],
     source: str,
     max_resolution: int | None = 500,
     jpeg_quality: int = 95,
-    mode: Literal["jpg", "raw"] = "jpg",
+    mode: str = "jpg",
     num_workers: int = -1,
     progress: bool = False,
     skip_bad: bool = False,
@@ -182,107 +131,115 @@ def write_beton(
     """Write samples of (image, label) to `path`, and return the content of its sidecar.
 
     Args:
-        samples: an image is a path, the bytes of a file, a PIL image or an array (H, W) or
-            (H, W, 3) of uint8.
-        max_resolution: pixels of the long side; mode jpg keeps the bytes of a JPEG within it, and
-            encodes everything else.
-        jpeg_quality: of what is encoded, at full colour resolution (4:4:4).
-        mode: jpg, or raw pixels.
+        samples: a map-style data set; an image is a path, the bytes of a file, a PIL image or an
+            array (H, W) or (H, W, 3) of uint8.
+        max_resolution, jpeg_quality, mode, skip_bad: as in conf/prepare.yaml.
         num_workers: processes; -1: one per core.
-        skip_bad: leave unreadable images out, and list them in the sidecar.
         label_maps: files (evit.data.label_maps) of the samples, in order, all of one shape.
         identity: what tells these samples from others. A file that is there already, of the same
             identity and settings, is left as it is; None: it is always written.
 
     Raises:
-        ValueError: an image, a label, an argument, a full disk. `path` is as it was before.
-        RuntimeError: a worker process died. `path` is as it was before.
+        ValueError, OSError, RuntimeError: of an image, a label or an argument; of a full disk; of a
+            process that died. `path` is as it was before.
     """
     path = Path(path)
-    encoder = Encoder(mode, max_resolution, jpeg_quality)
+    if mode not in ("jpg", "raw"):
+        raise ValueError(f"mode={mode!r}: choose jpg or raw")
+    if max_resolution is not None and not 1 <= max_resolution <= MAX_SIDE:
+        raise ValueError(f"max_resolution={max_resolution}: give pixels, or null for no limit")
+    if not 1 <= jpeg_quality <= 100:
+        raise ValueError(f"jpeg_quality={jpeg_quality}: choose 1 to 100")
     if not len(samples):
         raise ValueError(f"{path}: nothing to write, {source} has no images")
-    layout = beton.Layout()
+    shape = None
     if label_maps is not None:
         first = read_label_map(label_maps[0], len(classes))
-        layout = beton.Layout((first.shape[2], first.shape[3]))
-    head: dict[str, Any] = dict(
-        format=beton.SIDECAR_FORMAT,
-        source=source,
-        classes=list(classes),
-        num_classes=len(classes),
-        mode=mode,
-        max_resolution=max_resolution,
-        jpeg_quality=jpeg_quality,
-        identity=identity,
+        shape = first.shape[2], first.shape[3]
+    options = dict(mode=mode, max_resolution=max_resolution, jpeg_quality=jpeg_quality)
+    head: dict[str, Any] = dict(format=beton.SIDECAR_FORMAT, source=source, classes=list(classes))
+    head |= dict(num_classes=len(classes), identity=identity, **options)
+    dataset = _Encoded(samples, options, len(classes), label_maps, shape)
+    chunks: Any = DataLoader(
+        dataset,
+        batch_size=32,
+        sampler=range(len(samples)),
+        num_workers=num_workers if num_workers > 0 else len(os.sched_getaffinity(0)),
+        collate_fn=list,
+        multiprocessing_context="fork",  # the samples need not be pickled
+        generator=torch.Generator(),  # or it would draw from the global one
     )
-    page_size = 2**23 if len(samples) > 10_000 else 2**21  # in a small file a page is much
-    while page_size < encoder.max_bytes + layout.map_bytes:
-        page_size *= 2
-    if num_workers < 1:
-        num_workers = len(os.sched_getaffinity(0))
+    encoded: Iterable[Any] = itertools.chain.from_iterable(chunks)
+    if progress:
+        encoded = track(encoded, f"Writing {path.name}", total=len(samples))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.tmp")
-    with _only_writer(path.parent):
-        if identity is not None and (there := _already_there(path, head, skip_bad)):
-            return there
-        dataset = Dataset(samples, encoder, len(classes), label_maps, layout)
-        writer = _Writer(partial, layout, page_size, min(num_workers, -(-len(samples) // CHUNK)))
-        steps: Iterable[None] = writer.write(dataset, skip_bad)
-        if progress:
-            steps = shown(steps, len(samples), f"Writing {path.name}")
-        try:
-            deque(steps, maxlen=0)
-            sidecar = head | _describe(writer, dataset, partial)
-            sidecar["crc32"] = beton.sidecar_crc32(sidecar)
-            # Between the two renames the pair does not match, which check_beton refuses.
-            with whole_file(beton.sidecar_path(path)) as file:
-                file.write(json.dumps(sidecar, indent=1).encode())
-            os.replace(partial, path)
-        except OSError as error:
-            if error.errno != errno.ENOSPC:
-                raise
-            raise ValueError(f"{path.parent} is full: {ROOM}") from error
-        finally:
-            partial.unlink(missing_ok=True)
-    return sidecar
-
-
-@contextmanager
-def _only_writer(folder: Path) -> Iterator[None]:
-    """Wait until no other process writes here; on a file system that has no locks, go on."""
-    number = os.open(folder, os.O_RDONLY)
+    folder, partial = os.open(path.parent, os.O_RDONLY), path.with_name(f".{path.name}.tmp")
     try:
-        with suppress(OSError):
-            fcntl.flock(number, fcntl.LOCK_EX)
-        yield
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(folder, fcntl.LOCK_EX)  # one writer at a time
+        with suppress(beton.BetonError):
+            there = beton.check_beton(path)
+            same = identity is not None and there.items() >= head.items()
+            if same and (skip_bad or not there["skipped"]):
+                print(f"{path} is there already, of the same images", flush=True)
+                return there
+        sidecar = head | _write(partial, encoded, len(samples), shape, skip_bad)
+        sidecar["crc32"] = beton.sidecar_crc32(sidecar)
+        # Between the two renames the pair does not match, which check_beton refuses.
+        with whole_file(beton.sidecar_path(path)) as file:
+            file.write(json.dumps(sidecar, indent=1).encode())
+        os.replace(partial, path)
     finally:
-        os.close(number)
-
-
-def _already_there(path: Path, head: dict[str, Any], skip_bad: bool) -> dict[str, Any] | None:
-    """The sidecar of the file that is to be written, if it is there."""
-    try:
-        sidecar = beton.check_beton(path)
-    except beton.BetonError:
-        return None
-    same = all(sidecar.get(key) == value for key, value in head.items())
-    if not same or sidecar["skipped"] and not skip_bad:
-        return None
-    print(f"{path} is there already, of the same images", flush=True)
+        partial.unlink(missing_ok=True)
+        os.close(folder)
     return sidecar
 
 
-def _describe(writer: _Writer, dataset: Dataset, file: Path) -> dict[str, Any]:
-    """What the sidecar says about the content of a file."""
-    layout, metadata = writer.layout, writer.metadata
-    shape = dict(label_map_shape=list(layout.label_map_shape)) if layout.label_map_shape else {}
-    return shape | dict(
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        num_samples=len(metadata),
-        bytes=file.stat().st_size,
-        page_size=writer.page_size,
-        index_crc32=beton.index_crc32(writer.head, layout.fields, metadata, writer.table),
-        kept_original=dataset.kept.value,
-        skipped=[said for _, said in sorted(writer.skipped, key=lambda entry: entry[0])],
+def _write(
+    path: Path, encoded: Iterable[Any], count: int, shape: beton.Shape | None, skip_bad: bool
+) -> dict[str, Any]:
+    """Write the file, and say what the sidecar tells of its content."""
+    layout, skipped, kept = beton.Layout(shape), list[dict[str, str]](), 0
+    records, table = list[tuple[Any, ...]](), list[tuple[int, int, int]]()
+    at = layout.metadata_start + count * layout.metadata.itemsize
+    with open(path, "wb") as file:
+        for image, *rest in encoded:
+            if isinstance(image, str):
+                if rest[0] is None:
+                    raise ValueError(image)
+                if not skip_bad:
+                    raise ValueError(f"{rest[0]} is not a readable image ({image}): {WAY_OUT}")
+                skipped.append(dict(name=rest[0], reason=image))
+                continue
+            label, label_map = rest
+            kept += image.original
+            starts = []
+            for data in (image.data, label_map)[: layout.pieces]:
+                if at // PAGE != (at + len(data) - 1) // PAGE:
+                    at = -(-at // PAGE) * PAGE
+                starts.append(at)
+                table.append((len(records), at, len(data)))
+                file.seek(at)
+                file.write(data)
+                at += len(data)
+            records.append(((*image[:3], starts[0]), label, *starts[1:]))
+        if not records:
+            raise ValueError("nothing to write, it has no readable image")
+        # Where images were left out, unused bytes lie between the metadata and the data.
+        numbers = beton.BETON_VERSION, len(layout.fields), PAGE, len(records), at
+        head = np.array([numbers], beton.HEADER).tobytes() + layout.fields.tobytes()
+        head += np.array(records, layout.metadata).tobytes()
+        end = np.array(table, beton.ALLOCATION).tobytes()
+        file.write(end)
+        file.seek(0)
+        file.write(head)
+        file.flush()
+        os.fsync(file.fileno())
+    found = dict(label_map_shape=list(shape)) if shape else {}
+    return found | dict(
+        num_samples=len(records),
+        bytes=at + len(end),
+        index_crc32=zlib.crc32(end, zlib.crc32(head)),
+        kept_original=kept,
+        skipped=skipped,
     )
