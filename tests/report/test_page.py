@@ -188,10 +188,6 @@ def broken(folder: Path) -> None:
     (folder / "result.json").write_text('{"top1": 7')
 
 
-def no_number(folder: Path) -> None:
-    (folder / "result.json").write_text(json.dumps(fake.fashion(0.7, float("nan"))))
-
-
 def no_metrics(folder: Path) -> None:
     (folder / "metrics.jsonl").unlink()
 
@@ -223,7 +219,6 @@ def other_kind(folder: Path) -> None:
     ("spoil", "runs", "curves", "name"),
     [
         (broken, 1, 1, "bad/result.json"),
-        (no_number, 1, 1, "bad/result.json"),
         (other_kind, 1, 1, "bad/result.json"),
         (no_metrics, 2, 1, "bad/metrics.jsonl"),
         (half_a_line, 2, 2, "bad/metrics.jsonl"),

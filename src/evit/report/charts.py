@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 
 from evit.report import paper, settings
-from evit.report.collect import Found
+from evit.report.collect import Found, Run
 from evit.report.figures import Chart
 from evit.report.settings import SCRATCH, TUNED, label
 from evit.report.tables import rate_text, top1_text
@@ -16,6 +16,15 @@ SPEED_NOTE = (
     "Images/s of src/benchmark.py, where models take turns; else what the runs measured at their "
     "end, the median over seeds."
 )
+MAX_POINTS = 400  # of a curve
+CURVES = {
+    "top-1": ("val/top1", "top-1 accuracy, validation (%)"),
+    "training loss": ("train/loss", "training loss (nats)"),
+    "validation loss": ("val/loss", "validation loss (nats)"),
+    "keep rate": ("keep_rate", "keep rate (share of tokens)"),
+    "tokens": ("tokens_per_image", "image tokens of a block, mean (tokens)"),
+    "learning rate": ("lr", "learning rate (1 per step)"),
+}
 FAMILIES = ("DeiT", "LV-ViT")  # of the other models: lines of their own
 
 
@@ -27,7 +36,7 @@ def line_names(points: pd.DataFrame) -> pd.Series:
         parts += [point.reducer] * (point.reducer not in ("", "evit", "dynamicvit"))
         parts += [point.rest, point.selection]
         parts += [point.start] * (point.start != SCRATCH)
-        parts += [epochs(point.epochs)] * (point.epochs < 300)
+        parts += [f"{point.epochs:.0f} epochs"] * (point.epochs < 300)
         parts += [f"{point.images} images"] * (several_images and bool(point.images))
         return ", ".join(filter(None, [*parts, point.recipe_name]))
 
@@ -42,24 +51,17 @@ def names(points: pd.DataFrame) -> pd.Series:
     return line_names(points) + ", " + rates + sizes
 
 
-def epochs(count: float) -> str:
-    return f"{count:.0f} epoch{'s' * (count != 1)}"
-
-
 def hover(points: pd.DataFrame, names: pd.Series) -> list[str]:
     """All numbers of each point, a line each."""
     found = []
+    formats = dict(top5="top-5 {:.2f} %", kl="KL to the dense model {:.4f}")
+    formats |= dict(macs="{:.3g} GMACs per image", images_per_s="{:,.4g} images/s")
+    formats |= dict(speed="{:.2f} times the dense model's")
     for (_, point), name in zip(points.iterrows(), names, strict=True):
-        rate = rate_text(point.rate)
-        texts = [name, f"{'' if rate == 'dense' else 'keep rate '}{rate}, {point.img_size} px"]
         runs = f" (mean and standard deviation of {point.runs} runs)" if point.runs > 1 else ""
-        texts += [f"top-1 {top1_text(point)} %{runs}"] * (not math.isnan(point.top1))
-        formats = dict(top5="top-5 {:.2f} %", kl="KL to the dense model {:.4f}")
-        formats |= dict(macs="{:.3g} GMACs per image", images_per_s="{:,.4g} images/s")
-        formats |= dict(speed="{:.2f} times the dense model's")
-        texts += [
-            text.format(point[key]) for key, text in formats.items() if point[key] == point[key]
-        ]
+        texts = [name, f"{'' if point.rate == 1 else 'keep rate '}{rate_text(point.rate)}"]
+        texts += [f"{point.img_size} px", f"top-1 {top1_text(point)} %{runs}"]
+        texts += [text.format(point[key]) for key, text in formats.items() if pd.notna(point[key])]
         found.append("\n".join(texts))
     return found
 
@@ -218,8 +220,8 @@ def other_models(found: Found) -> Chart:
     fused = fused.assign(folder="EViT-" + fused.model.map(paper.TITLES))
     points = pd.concat([others.assign(mode="markers"), fused.assign(mode="lines+markers")])
     points = points.reset_index(drop=True)
-    names = points.model.map(lambda model: paper.TITLES.get(model, model))
-    points = points.assign(line=points.folder, shown=points.folder + ": " + names)
+    shown = points.folder + ": " + points.model.replace(paper.TITLES)
+    points = points.assign(line=points.folder, shown=shown, speed=math.nan)
     way, speeds = settings.measured(found, points)
     chart = Chart(
         "field",
@@ -229,9 +231,39 @@ def other_models(found: Found) -> Chart:
     )
     views = dict(published=("published, GPU", points.images_per_s))
     if speeds.speed.notna().any():
-        views["measured"] = "measured here", speeds.images_per_s
-        chart.note += f" Measured on {way}."
+        views["measured"] = f"measured on {way}", speeds.images_per_s
     for name, (how, x) in views.items():
         figure = chart.view(name, f"images/s ({how})", TOP1, log_x=True)
-        plot(chart, figure, points.assign(x=x, y=points.top1, images_per_s=x, speed=math.nan))
+        plot(chart, figure, points.assign(x=x, y=points.top1, images_per_s=x))
     return chart
+
+
+def curves(index: int, runs: list[Run], names: dict[str, str]) -> Chart | None:
+    """Plot how runs went: a line for each setting, the mean of its runs, which are faint.
+
+    Args:
+        names: the settings' names, by their hashes.
+    """
+    note = "A line for each setting; faint: its runs."
+    chart = Chart(f"curves-{index}", "How training went", note, names=list(names.values()))
+    for view, (metric, title) in CURVES.items():
+        lines: dict[str, list[pd.Series]] = {}
+        for run in runs:
+            curve = pd.Series({row["step"]: row[metric] for row in run.curves if metric in row})
+            if len(curve) > 1:
+                curve = curve[:: 1 + len(curve) // MAX_POINTS].astype(float)
+                curve.name = f"seed {run.row['seed']}"
+                lines.setdefault(names[run.row["setting"]], []).append(curve)
+        if not lines:
+            continue
+        figure = chart.view(view, "training step (optimizer updates)", title)
+        for name, shown in lines.items():
+            if len(shown) > 1:  # over the steps that all have
+                mean = pd.concat(shown, axis=1, join="inner").mean(axis=1)
+                shown.append(mean.rename(f"mean of {len(shown)} runs"))
+            for curve in shown:
+                texts = [f"{name}, {curve.name}\nstep {x}\n{y:.4g}" for x, y in curve.items()]
+                mode = "lines" if len(curve) > 30 else "lines+markers"
+                faint = curve is not shown[-1]
+                chart.line(figure, name, curve.index, curve, texts, mode=mode, faint=faint)
+    return chart if chart.views else None
