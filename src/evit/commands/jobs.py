@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -108,13 +107,11 @@ def expand(line: str, more: list[str]) -> list[list[str]]:
         key = one.get_key_element()
         choices[key] = [one.input_line or ""]
         if one.is_sweep_override():  # true, not Python's True, so that folders are named alike
-            values = [re.sub("^(True|False)$", lower, v) for v in one.sweep_string_iterator()]
+            values = [
+                v.lower() if v in ("True", "False") else v for v in one.sweep_string_iterator()
+            ]
             choices[key] = [f"{key}={value}" for value in values]
     return [list(run) for run in itertools.product(*choices.values())]
-
-
-def lower(found: re.Match) -> str:
-    return found[0].lower()
 
 
 def make_jobs(name: str, sweep: Sweep, more: list[str]) -> list[Job]:

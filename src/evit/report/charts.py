@@ -8,7 +8,7 @@ import pandas as pd
 from evit.report import paper, settings
 from evit.report.collect import Found, Run
 from evit.report.figures import Chart
-from evit.report.settings import SCRATCH, TUNED, label
+from evit.report.settings import SCRATCH, label
 from evit.report.tables import rate_text, top1_text
 
 TOP1 = "top-1 accuracy (%)"
@@ -77,60 +77,32 @@ def plot(chart: Chart, figure: Any, points: pd.DataFrame, ours: bool = True) -> 
 
 
 def imagenet(content: Found, points: pd.DataFrame) -> Chart:
-    """Top-1 on ImageNet against the cost of an image: the paper's rows, and ours where they ran."""
-    lines: dict[bool, list[pd.DataFrame]] = {False: [], True: []}
-    ways = []
-    for table in (name for name in paper.tables() if name != "off_the_shelf"):
-        way, theirs, own = settings.beside_paper(content, points, table)
-        if own.top1.notna().any():
-            ways.append(way)
-        sparse = theirs.iloc[1:] if theirs.rate.iloc[0] == 1 else theirs
-        names = line_names(sparse)
-        if table.startswith("resolution"):
-            names = theirs.model.map(paper.TITLES) + ", higher resolution"
-        if table == "dynamicvit_deit_s":  # whose other rows are in the main table
-            sparse = sparse[(sparse.start != SCRATCH) | (sparse.model == table)]
-        for name, group in sparse.groupby(names, sort=False):
-            index, mode = list(group.index), "lines+markers"
-            if table.startswith("keep_rate"):  # whose lines begin at the dense model
-                index = [theirs.index[0], *index]
-            if table.startswith("resolution"):
-                mode = "markers"
-            lines[False].append(theirs.loc[index].assign(line=name, mode=mode))
-            if own.top1[group.index].notna().any():
-                lines[True].append(own.loc[index].assign(line=name, mode=mode))
+    """Top-1 on ImageNet against the cost of an image: the paper's rows, and ours."""
+    kind = ["model", "reducer", "rate", "rest", "img_size", "start", "epochs"]
+    mine = points[points.section == "ImageNet"]
+    mine = mine.assign(model=mine.model.replace(paper.CONF))
+    way, _ = settings.measured(content, mine)
+    both = {False: settings.published().drop_duplicates(kind)} | ({True: mine} if len(mine) else {})
+    chart = Chart(
+        "imagenet",
+        "ImageNet: accuracy against cost",
+        f"Hollow and dotted: published. Filled: ours, where runs on all of ImageNet have finished. "
+        f"A point for each keep rate. Our images/s: {way or 'not measured'}.",
+    )
     titles = dict(
         macs=("GMACs", "GMACs per image"),
         speed=("speed-up", "images/s (times the dense model's at 224 px)"),
         images_per_s=("images/s", "images/s (paper: GPU; ours: see below)"),
     )
-    chart = Chart(
-        "imagenet",
-        "ImageNet: accuracy against cost",
-        "Hollow and dotted: published. Filled: ours, where runs on all of ImageNet have finished. "
-        "A point for each keep rate; the dense model is the dearest. Our images/s: "
-        + ("; ".join(dict.fromkeys(filter(None, ways))) or "not measured")
-        + ".",
-    )
     for cost, (name, title) in titles.items():
         figure = chart.view(name, title, TOP1, log_x=cost != "speed")
-        for ours, found in lines.items():
-            if found:
-                both = pd.concat(found)
-                plot(chart, figure, both.assign(x=both[cost], y=both.top1), ours)
+        for ours, found in both.items():
+            base = found.img_size == paper.BASE_SIZE
+            line = line_names(found) + base.map({True: "", False: ", higher resolution"})
+            mode = base.map({True: "lines+markers", False: "markers"})
+            found = found.assign(x=found[cost], y=found.top1, line=line, mode=mode)
+            plot(chart, figure, found, ours)
     return chart
-
-
-def references() -> pd.DataFrame:
-    """The paper's rows at 224 px; those off the shelf with the MACs that their models have."""
-    theirs = settings.published()
-    main = theirs.table.isin(["keep_rate_deit_s", "keep_rate_lvvit_s"])
-    macs = theirs[theirs.table == "keep_rate_deit_s"].drop_duplicates(["rate", "rest"])
-    key = ["rate", "rest"]
-    found = theirs[(theirs.table == "off_the_shelf") & (theirs.rest != "dropped")]
-    shelf = found.assign(macs=found[key].merge(macs, how="left", on=key).macs.values, rest="")
-    dynamic = theirs[theirs.model == "dynamicvit_deit_s"]
-    return pd.concat([theirs[main], shelf, dynamic], ignore_index=True)
 
 
 def relative(index: int, points: pd.DataFrame) -> Chart | None:
@@ -140,23 +112,20 @@ def relative(index: int, points: pd.DataFrame) -> Chart | None:
         "Accuracy against cost, beside the dense model",
         "Every model beside its own dense model, so that runs on other data can stand beside the "
         "paper's on ImageNet (hollow). A point for each keep rate. Bars: standard deviation over "
-        "seeds.",
+        f"seeds. {SPEED_NOTE}",
     )
-    both = {False: changes(references()), True: changes(points)}
-    for shelf, kind in (False, ""), (True, " off the shelf"):
-        for name, cost in (("GMACs", "macs"), ("images/s", "images_per_s")):
-            found = {}
-            for ours, given in both.items():
-                chosen = given[~given.start.isin([SCRATCH, TUNED]) == shelf]
-                found[ours] = chosen.assign(x=100 * chosen[cost] / chosen[f"dense_{cost}"])
-            if found[True].dropna(subset=["x", "y"]).groupby("line").size().gt(1).any():
-                title = f"{name} (% of the dense model's)"
-                y = "top-1, change to the dense model (points)"
-                figure = chart.view(name + kind, title, y)
-                for ours, chosen in found.items():
-                    plot(chart, figure, chosen, ours)
-    if any("images/s" in name for name in chart.views):
-        chart.note += " " + SPEED_NOTE
+    theirs = settings.published()
+    theirs = theirs[theirs.table.str.startswith("keep_rate") | theirs.model.str.startswith("dyn")]
+    both = {False: changes(theirs), True: changes(points)}
+    for name, cost in (("GMACs", "macs"), ("images/s", "images_per_s")):
+        found = {
+            ours: it.assign(x=100 * it[cost] / it[f"dense_{cost}"]) for ours, it in both.items()
+        }
+        if found[True].dropna(subset=["x", "y"]).groupby("line").size().gt(1).any():
+            title = f"{name} (% of the dense model's)"
+            figure = chart.view(name, title, "top-1, change to the dense model (points)")
+            for ours, chosen in found.items():
+                plot(chart, figure, chosen, ours)
     return chart if chart.views else None
 
 

@@ -74,8 +74,7 @@ def html(content: Found, report: Report) -> str:
     return environment.get_template("page.html").render(
         report=report,
         problems=content.problems,
-        commits=sorted({str(row["commit"]) for row in content.rows}),
-        devices=sorted({row["device"] for row in content.rows}),
+        provenance=tables.provenance(content.rows) if content.runs else "",
         rows=content.rows,
         drawn=[chart.json() for chart in report.charts],
         css=folder.joinpath("page.css").read_text(),
