@@ -132,7 +132,8 @@ def show(name: str, jobs: list[Job], costs: list[tuple[float, Any]] | None = Non
             f"{result['top1']:.2f}" if result else "",
         ]
         if costs:
-            cells += [str(costs[i][1]), f"{costs[i][0]:.1f}" if costs[i][0] else "-"]
+            amount, published = costs[i]
+            cells += [str(published), f"{amount:.0f}" if amount >= 10 else f"{amount:.2g}"]
         table.add_row(*cells)
     Console().print(table, highlight=False)
     if costs and (total := sum(amount for amount, _ in costs)):
