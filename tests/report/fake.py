@@ -108,15 +108,18 @@ def evaluation(data: str = "imagenet", num_classes: int = 1000) -> dict[str, Any
     """What evaluation.json holds: a trained dense model at three keep rates."""
     rows = [
         dict(keep_rate=3 * [rate], fusion=fusion, selection=None if rate == 1 else "attentive")
+        | dict(reducer=None if rate == 1 else "evit", kl=0.0)
         | dict(top1=top1, top5=94.5, loss=0.9, macs=int(4.6e9 * rate), macs_executed=1)
         for rate, fusion, top1 in ((1.0, None, 79.81), (0.7, True, 78.55), (0.5, True, 73.8))
     ]
     return dict(
         settings=rows,
         checkpoint="/secret/place/best.ckpt",
-        model=dict(name="evit_deit", img_size=224),
+        checkpoint_sha256="abc",
+        trained_keep_rate=None,
+        model=dict(name="evit_deit", img_size=224, params=22050664),
         data=dict(name=data, num_classes=num_classes),
-        config=dict(max_val_images=None),
+        config=dict(max_val_images=None, model={}),
     )
 
 

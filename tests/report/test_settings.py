@@ -9,7 +9,6 @@ from omegaconf import OmegaConf
 
 from evit.report import charts, results, rows, settings, tables
 from evit.report.collect import read
-from evit.report.curves import curves
 from tests.report import fake
 from tests.test_conf import composed, resolvers
 
@@ -88,7 +87,7 @@ def test_the_curve_of_a_setting_is_the_mean_and_its_runs_are_faint(tmp_path):
     for seed, top1 in enumerate((80.0, 84.0)):
         fake.write(tmp_path / f"{seed}", fake.fashion(0.7, top1, seed=seed))
     runs = read(tmp_path).runs
-    chart = curves(0, runs, {runs[0].row["setting"]: "EViT"})
+    chart = charts.curves(0, runs, {runs[0].row["setting"]: "EViT"})
     *single, mean = chart.views["top-1"].data
     assert len(single) == 2 and all(line.opacity < mean.opacity for line in single)
     assert mean.y[0] == sum(line.y[0] for line in single) / 2
@@ -149,18 +148,6 @@ def test_two_recipes_are_two_lines_with_names(tmp_path):
     assert set(tables.all_settings("28 px", found).frame["recipe"]) == named
 
 
-def test_runs_of_older_files_are_compared_within_their_folder(tmp_path):
-    for i, name in enumerate(("a", "b")):
-        runs = [fake.fashion(rate, 80 + i + rate, recipe=dict(lr=i)) for rate in (1.0, 0.7)]
-        made = [rows.row(run) for run in runs]
-        older = [{k: v for k, v in r.items() if k not in ("recipe", "started_from")} for r in made]
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "runs.json").write_text(json.dumps(older))
-    found = points(tmp_path)
-    sparse = found[found.rate != 1]
-    assert dict(zip(sparse.top1, sparse.dense_top1, strict=True)) == {80.7: 81.0, 81.7: 82.0}
-
-
 def test_an_evaluation_is_compared_with_its_own_dense_model(tmp_path):
     for i, sha in enumerate("ab"):
         content = fake.evaluation() | dict(checkpoint_sha256=sha)
@@ -217,7 +204,7 @@ def evaluate(folder: Path, **changes) -> dict:
 def test_evaluations_of_fewer_images_are_rows_of_their_own_beside_their_own_dense_model(tmp_path):
     evaluate(tmp_path / "all")
     few = [row | dict(top1=row["top1"] + 9) for row in fake.evaluation()["settings"]]
-    evaluate(tmp_path / "few", settings=few, config=dict(max_val_images=100))
+    evaluate(tmp_path / "few", settings=few, config=dict(max_val_images=100, model={}))
     found = points(tmp_path)
     assert list(found.images) == 3 * [""] + 3 * ["100 validation"]
     assert list((found.top1 - found.dense_top1).round(2)) == 2 * [0, -1.26, -6.01]
@@ -233,11 +220,6 @@ def test_evaluations_of_fewer_images_are_rows_of_their_own_beside_their_own_dens
         (dict(trained_keep_rate=None), "off the shelf"),
         (dict(trained_keep_rate=[0.7] * 3), "trained at 0.7"),
         (dict(trained_keep_rate=[0.9, 0.8, 0.7]), "trained at 0.9,0.8,0.7"),
-        (
-            dict(checkpoint="run/checkpoints/best.ckpt", config=dict(keep_rate=0.7)),
-            "trained at 0.7",
-        ),
-        (dict(checkpoint="deit.pth", config=dict(keep_rate=0.7)), "off the shelf"),
     ],
     ids=str,
 )

@@ -187,12 +187,6 @@ def test_there_is_a_line_for_each_event(tmp_path, capsys):
     assert first.startswith("job 4 running: name=a") and second.startswith("job 4 finished: name=a")
 
 
-def test_a_job_that_runs_for_long_is_heard_of(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(processes, "QUIET", 0)
-    run([script(tmp_path / "a", f"print('epoch 3', flush=True); time.sleep(1); {DONE}", number=4)])
-    assert "job 4 running: name=a (epoch 3)" in capsys.readouterr().out
-
-
 @pytest.mark.slow
 def test_quick_keeprate_goes_on_where_it_was_killed_and_then_runs_nothing(tmp_path):
     small = (

@@ -19,10 +19,6 @@ def run(cfg: DictConfig) -> None:
     Raises:
         ValueError: the user is not logged in, a package is missing, or W&B cannot be reached.
     """
-    try:
-        import wandb_workspaces  # noqa: F401
-    except ImportError as error:
-        raise ValueError(f"{error}: pip install 'evit-lab[dashboard]'") from error
     if wandb_mode("auto") != "online":
         raise ValueError(
             "you are not logged in to W&B: run wandb login (.venv/bin/wandb), then this again; "
@@ -30,67 +26,62 @@ def run(cfg: DictConfig) -> None:
             "compares runs"
         )
     try:
-        entity = cfg.entity or wandb.Api().default_entity
-        if not entity:
-            raise ValueError("W&B names no default entity of yours: entity=USER_OR_TEAM")
+        entity: str = cfg.entity or wandb.Api().default_entity or ""
         if cfg.paper:
             rows = paper_runs()
             log_paper(rows, project=cfg.project, entity=entity, mode="online")
             print(f"{len(rows)} rows of the paper are in {entity}/{cfg.project}, group paper")
         for made in workspace(entity, cfg.project), report(entity, cfg.project):
             print(made.save().url)
-    except ValueError:
-        raise
+    except ImportError as error:
+        raise ValueError(f"{error}: pip install 'evit-lab[dashboard]'") from error
     except Exception as error:  # of many types, in W&B
         raise ValueError(f"W&B refuses, or cannot be reached: {error}") from error
 
 
 def paper_runs() -> list[dict[str, Any]]:
-    """The published rows that say top-1, with the summary keys of runs, each once.
-
-    `name` says what the row is; params only where the paper's table has it.
-    """
+    """The published rows, with the summary keys of runs and a name, each once."""
     found: dict[str, dict[str, Any]] = {}
     for row in paper.training_runs():
-        dense, dynamic = row["keep_rate"] == 1, row["model"] not in paper.MODELS
-        reducer = "none" if dense else results.reducer_name(None, row["model"])
-        summary = {key: row.get(key) for key in KEYS} | dict(
-            model=paper.MODEL_LIST[row["model"]]["conf"][0 if dense else -1],
-            reducer=reducer,
-            fusion=bool(row["fusion"]),
-            macs=row["macs"] * 1e9,
-        )
-        words = ["" if dense or dynamic else "evit_", row["model"], f" {row['keep_rate']} "]
-        words += [f"{row['img_size']} px"]
-        words += [] if dense else [" fused" if row["fusion"] else " dropped"]
-        if "params" in row:
-            summary["params"] = row["params"] * 1e6
+        dense, rate = row["keep_rate"] == 1, row["keep_rate"]
+        label = f"{row['model']} {rate} {row['img_size']} px"
+        if not dense and row["model"] in paper.MODELS:
+            label = "evit_" + label
+        label += "" if dense else " fused" if row["fusion"] else " dropped"
+        if "params" in row:  # only in the table of fine-tuned models
             start = "from DeiT" if row["finetuned"] else "from scratch"
-            words += [f" {row['epochs']} epochs {start}"]
-        label = "".join(words)
-        found.setdefault(label, summary | dict(name=label))
+            label += f" {row['epochs']} epochs {start}"
+        found.setdefault(
+            label,
+            {key: row.get(key) for key in KEYS}
+            | dict(
+                name=label,
+                model=paper.MODEL_LIST[row["model"]]["conf"][0 if dense else -1],
+                reducer="none" if dense else results.reducer_name(None, row["model"]),
+                fusion=bool(row["fusion"]),
+                macs=row["macs"] * 1e9,
+            ),
+        )
     return list(found.values())
 
 
-def log_paper(rows: list[dict[str, Any]], project: str, entity: str | None, mode: Any) -> None:
+def log_paper(rows: list[dict[str, Any]], **where: Any) -> None:
     """Add rows to a project as runs of group and job type paper; a second time they are replaced.
 
-    They have the summary and, for filters, the configuration of a run.
+    Args:
+        where: project, entity and mode.
     """
     with tempfile.TemporaryDirectory() as folder:
         for row in rows:
-            name = row["name"]
             summary = {key: value for key, value in row.items() if key != "name"}
             tracked = wandb.init(
-                project=project,
-                entity=entity,
-                id="paper-" + "-".join(name.replace(".", "").split()),
-                name=name,
+                **where,
+                id="paper-" + "-".join(row["name"].replace(".", "").split()),
+                name=row["name"],
                 group="paper",
                 job_type="paper",
                 config={key: summary[key] for key in ("keep_rate", "fusion", "img_size")},
                 dir=folder,
-                mode=mode,
                 resume="allow",
                 reinit="finish_previous",
                 settings=wandb.Settings(silent=True),
@@ -105,9 +96,7 @@ def workspace(entity: str, project: str) -> Any:
 
     columns = ["run:displayName", "run:group", *(f"summary:{key}" for key in KEYS)]
     best_first = ws.Ordering(ws.Summary("top1"), ascending=False)
-    sections = [
-        ws.Section(name=name, panels=panels, is_open=True) for name, panels in all_panels().items()
-    ]
+    sections = [ws.Section(name=n, panels=p, is_open=True) for n, p in all_panels().items()]
     return ws.Workspace(
         entity=entity,
         project=project,
@@ -145,9 +134,7 @@ def all_panels() -> dict[str, list[Any]]:
         metrics: Any = dict(x=wr.SummaryMetric(x), y=wr.SummaryMetric("top1"))
         return wr.ScatterPlot(title=title, layout=wr.Layout(w=12, h=9), **metrics)
 
-    def line(metric: str) -> Any:
-        return wr.LinePlot(title=metric, x="trainer/global_step", y=[metric])
-
+    metrics = ("val/top1", "val/loss", "train/loss", "keep_rate", "tokens_per_image")
     columns = [wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(key)) for key in KEYS]
     wide = wr.Layout(w=24, h=9)
     return {
@@ -156,10 +143,7 @@ def all_panels() -> dict[str, list[Any]]:
             scatter("throughput", "top-1 by images/s"),
             wr.ParallelCoordinatesPlot(columns=columns, layout=wide),
         ],
-        "Training": [
-            line(name)
-            for name in ("val/top1", "val/loss", "train/loss", "keep_rate", "tokens_per_image")
-        ],
+        "Training": [wr.LinePlot(title=m, x="trainer/global_step", y=[m]) for m in metrics],
         "Patches that survive": [
             wr.MediaBrowser(media_keys=["kept_patches"], gallery_axis="step", layout=wide)
         ],

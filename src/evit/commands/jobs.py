@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -18,8 +17,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from evit.commands.cli import check_spelling, composed, register, with_scale
-from evit.config import CONF_DIR, HOW, folder_name, listed, overridden, plain
+from evit.commands.cli import check_spelling, composed, with_scale
+from evit.config import CONF_DIR, folder_name, listed, overridden, plain
 from evit.report import results
 
 SWEEPS = CONF_DIR.parent / "sweeps"
@@ -38,7 +37,6 @@ class Job:
     config: dict[str, Any]  # plain values, as the run writes them
     folder: Path
     source: Path | None = None  # folder of the run whose best checkpoint this one starts from
-    moved: bool = False  # from the folder that the same command alone would choose
     number: int = 0
     error: str = ""  # why it does not compose
 
@@ -50,18 +48,11 @@ class Job:
     def command(self) -> list[str]:
         """The command of the run, which goes on where it stopped, or begins anew if changed."""
         script = CONF_DIR.parent / "src" / f"{self.program}.py"
-        command = [sys.executable, str(script), *self.overrides]
-        if self.moved:
-            command.append(f"hydra.run.dir='{self.folder}'")
-        if self.program == "train" and self.state() == "changed":
-            command.append("overwrite=true")
-        return command
+        anew = self.program == "train" and self.state() == "changed"
+        return [sys.executable, str(script), *self.overrides, *["overwrite=true"] * anew]
 
     def state(self) -> str:
-        """Say whether it is missing, finished, or changed.
-
-        Changed: what is there is of another configuration, or from another result of its source.
-        """
+        """Say whether it is missing, finished, or changed: of another configuration or source."""
         result, config = self.folder / PROGRAMS[self.program][1], self.folder / "config.json"
         if self.program == "evaluate":
             if not result.is_file():
@@ -98,18 +89,15 @@ def read(name: str) -> Sweep:
     """Read a file of sweeps/.
 
     Raises:
-        ValueError: there is none, or it has an unknown entry or program.
+        ValueError: there is none, or it has an unknown entry.
     """
     path = SWEEPS / f"{name}.yaml"
     if not path.is_file():
         raise ValueError(f"there is no sweep {name!r} in sweeps/, but {', '.join(names())}")
     try:
-        sweep = Sweep(**yaml.safe_load(path.read_text()))
+        return Sweep(**yaml.safe_load(path.read_text()))
     except (yaml.YAMLError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from error
-    if sweep.program not in PROGRAMS:
-        raise ValueError(f"{path}: program must be of {', '.join(PROGRAMS)}, got {sweep.program!r}")
-    return sweep
 
 
 def expand(line: str, more: list[str]) -> list[list[str]]:
@@ -118,15 +106,12 @@ def expand(line: str, more: list[str]) -> list[list[str]]:
     for one in OverridesParser.create().parse_overrides([*shlex.split(line), *more]):
         key = one.get_key_element()
         choices[key] = [one.input_line or ""]
-        if one.is_sweep_override():
-            values = [re.sub("^(True|False)$", lower, v) for v in one.sweep_string_iterator()]
+        if one.is_sweep_override():  # true, not Python's True, so that folders are named alike
+            values = [
+                v.lower() if v in ("True", "False") else v for v in one.sweep_string_iterator()
+            ]
             choices[key] = [f"{key}={value}" for value in values]
     return [list(run) for run in itertools.product(*choices.values())]
-
-
-def lower(found: re.Match) -> str:
-    """As people write it, so that the folder of a run is the same."""
-    return found[0].lower()
 
 
 def make_jobs(name: str, sweep: Sweep, more: list[str]) -> list[Job]:
@@ -135,11 +120,10 @@ def make_jobs(name: str, sweep: Sweep, more: list[str]) -> list[Job]:
     Raises:
         ValueError: none of them composes.
     """
-    register()
     found: dict[Path, Job] = {}
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         for entry in sweep.runs:
-            for job in jobs_of(entry, name, sweep, more):
+            for job in jobs_of(dict(run=entry) if isinstance(entry, str) else entry, sweep, more):
                 job.number = len(found)
                 found.setdefault(job.folder, job)
     jobs = list(found.values())
@@ -148,14 +132,11 @@ def make_jobs(name: str, sweep: Sweep, more: list[str]) -> list[Job]:
     return jobs
 
 
-def jobs_of(entry: Any, name: str, sweep: Sweep, more: list[str]) -> Iterator[Job]:
+def jobs_of(entry: dict[str, str], sweep: Sweep, more: list[str]) -> Iterator[Job]:
     """Make the runs of an entry of a sweep; one that does not compose is a job with an error."""
-    entry = dict(run=entry) if isinstance(entry, str) else entry
-    if not {"run"} <= set(entry) <= {"run", "starts_from"}:
-        raise ValueError(f"a run of a sweep has run and starts_from, got {', '.join(entry)}")
 
     def broken(overrides: list[str], error: Exception) -> Job:
-        folder = Path("outputs", name, folder_name("+".join(overrides).replace("=", "-")))
+        folder = Path("outputs", folder_name("+".join(overrides)))  # to tell jobs apart
         text = " ".join(str(error).split())
         return Job(sweep.program, overrides, OmegaConf.create(), {}, folder, error=text)
 
@@ -186,23 +167,8 @@ def make_job(program: str, overrides: list[str], source: Path | None = None) -> 
         config: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, knobs), resolve=True)
     else:
         config = plain(cfg)
-    fewer = [override for override in overrides if not override.startswith("fusion=")]
-    if program == "train" and set(listed(config["keep_rate"])) == {1} and fewer != overrides:
-        return make_job(program, fewer, source)  # there is nothing to fuse
-    for knob in HOW:
-        config.pop(knob, None)
-    folder = Path(cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir)
-    moved = str(folder) != cfg.hydra.run.dir  # now, while these are Hydra's values
-    return Job(program, overrides, cfg, json.loads(json.dumps(config)), folder, source, moved)
-
-
-def check_needs(name: str, sweep: Sweep, jobs: list[Job]) -> None:
-    """Refuse to begin without a knob that the runs need.
-
-    Raises:
-        ValueError: names the knob.
-    """
-    for knob in sweep.needs:
-        if any(OmegaConf.select(job.cfg, knob) is None for job in jobs if not job.error):
-            hint = ", or IMAGENET_DIR=DIR in the environment" if knob == "data.root" else ""
-            raise ValueError(f"sweeps/{name}.yaml needs {knob}=PATH{hint}")
+        fewer = [override for override in overrides if not override.startswith("fusion=")]
+        if set(listed(config["keep_rate"])) == {1} and fewer != overrides:
+            return make_job(program, fewer, source)  # there is nothing to fuse
+    folder = Path(cfg.hydra.run.dir)  # now, while these are Hydra's values
+    return Job(program, overrides, cfg, json.loads(json.dumps(config)), folder, source)

@@ -7,20 +7,18 @@ import signal
 import subprocess
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from evit.commands.jobs import Job
 from evit.config import listed
-from evit.report.results import duration, write_json
+from evit.report.results import write_json
 
 # What torchrun, SLURM and MPI tell the processes that they start: a run is to start its own.
-LAUNCHERS = ("SLURM_", "TORCHELASTIC_", "PMI_", "PMIX_", "OMPI_", "GROUP_", "ROLE_")
 RANKS = "RANK LOCAL_RANK NODE_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
+LAUNCHERS = ("SLURM_", "TORCHELASTIC_", "PMI_", "PMIX_", "OMPI_", "GROUP_", "ROLE_")
 LOG = "run.log"
 FAILED = "failed.json"  # in the folder of a job that failed: why, for the report
 GRACE = 60  # seconds for a run to end after SIGTERM
-QUIET = 30  # seconds without a line
 
 
 @dataclass
@@ -30,7 +28,6 @@ class Process:
     job: Job
     slot: dict[str, str]  # environment of its own
     popen: subprocess.Popen
-    started: float
     offset: int  # in the log
 
 
@@ -77,10 +74,9 @@ def start(job: Job, slot: dict[str, str]) -> Process | None:
         except BlockingIOError:
             return None
         (job.folder / FAILED).unlink(missing_ok=True)
-        offset = log.seek(0, os.SEEK_END)
         where: Any = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
         popen = subprocess.Popen(command, env=environment(slot), start_new_session=True, **where)
-    return Process(job, slot, popen, time.monotonic(), offset)
+        return Process(job, slot, popen, log.tell())
 
 
 def stop(popens: list[subprocess.Popen]) -> None:
@@ -96,39 +92,21 @@ def stop(popens: list[subprocess.Popen]) -> None:
             time.sleep(0.1)
 
 
-def last_lines(path: Path, offset: int = 0) -> list[str]:
-    """The last lines of a log, from an offset on, that are not empty."""
-    with path.open("rb") as file:
-        file.seek(max(offset, path.stat().st_size - 8192))
-        lines = file.read().decode(errors="replace").replace("\r", "\n").split("\n")
-    return [line.strip() for line in lines if line.strip()]
-
-
 def why(process: Process) -> str:
     """Say how a process has ended, with the last error or line in its log."""
-    status, lines = process.popen.returncode, last_lines(process.job.folder / LOG, process.offset)
+    status = process.popen.returncode
     number = -status if status < 0 else status - 128  # a shell's
     ended = f"exit status {status}"
-    if number in (known := {int(one): one.name for one in signal.Signals}):
-        ended = f"killed by signal {number} ({known[number]})"
+    if number in set(signal.Signals):
+        ended = f"killed by signal {number} ({signal.Signals(number).name})"
     if number == signal.SIGKILL:
         return f"{ended}: out of memory?"
+    with (process.job.folder / LOG).open("rb") as log:
+        log.seek(process.offset)
+        lines = log.read().decode(errors="replace").splitlines()
+    lines = [line.strip() for line in lines if line.strip()]
     errors = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception)\b", line)]
     return ": ".join([ended, *(errors or lines)[-1:]])
-
-
-def note_failure(job: Job, reason: str) -> None:
-    """Leave the reason in the folder of a job, until it is begun again."""
-    job.folder.mkdir(parents=True, exist_ok=True)
-    write_json(dict(job=job.name, reason=reason), job.folder / FAILED)
-
-
-def forget_failures(folder: Path) -> None:
-    """Remove from a sweep's folder the notes of jobs that have left nothing else."""
-    for path in folder.glob(f"*/{FAILED}"):
-        if len(list(path.parent.iterdir())) == 1:
-            path.unlink()
-            path.parent.rmdir()
 
 
 def run_all(jobs: list[Job], slots: Any) -> list[tuple[Job, str]]:
@@ -141,18 +119,13 @@ def run_all(jobs: list[Job], slots: Any) -> list[tuple[Job, str]]:
     free, waiting = make_slots(slots), list(jobs)
     running: list[Process] = []
     failed: list[tuple[Job, str]] = []
-    told = time.monotonic()
 
-    def tell(job: Job, state: str, text: str) -> None:
-        nonlocal told
-        told = time.monotonic()
-        print(f"job {job.number} {state}: {job.name} ({text})", flush=True)
+    def tell(job: Job, text: str) -> None:
+        print(f"job {job.number} {text}", flush=True)
 
-    def fail(job: Job, reason: str, noted: bool = True) -> None:
-        if noted:
-            note_failure(job, reason)
+    def fail(job: Job, reason: str) -> None:
         failed.append((job, reason))
-        tell(job, "failed", reason)
+        tell(job, f"failed: {job.name} ({reason})")
 
     try:
         while running or waiting:
@@ -161,26 +134,24 @@ def run_all(jobs: list[Job], slots: Any) -> list[tuple[Job, str]]:
                 waiting.remove(job)
                 if any(job.source == other.folder for other, _ in failed):
                     fail(job, f"not begun: it starts from {job.source}, which failed")
-                elif job.state() == "finished":  # its source has come to the same result
-                    tell(job, "finished", "it starts from the same result as before")
+                elif job.state() == "finished":
+                    tell(job, f"finished: {job.name} (its source has the same result as before)")
                 elif process := start(job, free[0]):
                     running.append(process)
                     free.pop(0)
-                    tell(job, "running", str(job.folder / LOG))
+                    tell(job, f"running: {job.name} ({job.folder / LOG})")
                 else:
-                    fail(job, f"it runs already, see {job.folder / LOG}", noted=False)
+                    fail(job, f"it runs already, see {job.folder / LOG}")
             for process in [process for process in running if process.popen.poll() is not None]:
-                job, seconds = process.job, time.monotonic() - process.started
+                job = process.job
                 running.remove(process)
                 free.append(process.slot)
                 stop([process.popen])  # what it may have left behind
                 if process.popen.returncode == 0 and job.state() == "finished":
-                    tell(job, "finished", duration(seconds))
+                    tell(job, f"finished: {job.name}")
                 else:
                     fail(job, why(process))
-            if running and time.monotonic() - told > QUIET:
-                job = running[0].job
-                tell(job, "running", "".join(last_lines(job.folder / LOG)[-1:]))
+                    write_json(dict(job=job.name, reason=failed[-1][1]), job.folder / FAILED)
             time.sleep(0.2)
     finally:
         stop([process.popen for process in running])

@@ -4,17 +4,20 @@ import json
 from pathlib import Path
 
 import pandas as pd
+from omegaconf import DictConfig
 
 from evit.report import collect, settings, tables
 from evit.report.collect import Found
 
 
+def run(cfg: DictConfig) -> None:
+    write(Path(cfg.runs), cfg.target and Path(cfg.target), cfg.page)
+
+
 def write(source: Path, target: Path | None, page: bool = True) -> None:
-    """Print the tables of the runs below a folder, and what is wrong; write the report.
+    """Print the tables of the runs below a folder, or of a runs.json; write the report to target.
 
     Args:
-        source: a folder, or a runs.json.
-        target: the folder of the report; without it nothing is written.
         page: whether to write the page and figures, or table.md and runs.json alone.
 
     Raises:

@@ -25,11 +25,7 @@ class Task:
         self.popen: subprocess.Popen | None = None
 
     def __call__(self) -> None:
-        """Run, and go on with the run where SLURM has requeued the job.
-
-        Raises:
-            RuntimeError: SLURM has started another number of tasks, or the run has failed.
-        """
+        """Run, and go on with the run where SLURM has requeued the job."""
         started = int(os.environ["SLURM_NTASKS"])
         if started != self.tasks:
             raise RuntimeError(f"SLURM has started {started} tasks instead of {self.tasks}")
@@ -68,8 +64,8 @@ def job_id(folder: Path | None) -> str | None:
     return path.read_text().strip() if path and path.is_file() else None
 
 
-def submit(name: str, jobs: list[Job], options: dict[str, Any]) -> list[Job]:
-    """Submit the jobs that are not in the queue, and return those.
+def submit(name: str, jobs: list[Job], options: dict[str, Any]) -> None:
+    """Submit the jobs that are not in the queue.
 
     Args:
         name: the array's.
@@ -83,7 +79,8 @@ def submit(name: str, jobs: list[Job], options: dict[str, Any]) -> list[Job]:
     logs = Path("outputs", "slurm", name, "%j")
     executor = submitit.AutoExecutor(logs, cluster="slurm", slurm_max_num_timeout=1000)
     more = dict(requeue=True) | options.get("slurm_additional_parameters", {})
-    own = dict(name=name, slurm_setup=[search_path(CONF_DIR.parent / "src")])
+    source = shlex.quote(str(CONF_DIR.parent / "src"))
+    own = dict(name=name, slurm_setup=[f'export PYTHONPATH={source}:"$PYTHONPATH"'])
     own |= {key: value for key, value in options.items() if value is not None}
     tasks = options["nodes"] * options["tasks_per_node"]
     folders = {job.folder for job in todo}
@@ -93,26 +90,21 @@ def submit(name: str, jobs: list[Job], options: dict[str, Any]) -> list[Job]:
         executor.update_parameters(**own | dict(slurm_additional_parameters=more))
         with executor.batch():  # one job array
             sent = [executor.submit(Task(job, tasks)) for job in first]
+        for job, one in zip(first, sent, strict=True):
+            note(job, one.job_id)
         for job in later:
-            note(first, sent)
             after = more | dict(dependency=f"afterok:{job_id(job.source)}")
             executor.update_parameters(slurm_additional_parameters=after)
-            first, sent = [*first, job], [*sent, executor.submit(Task(job, tasks))]
+            note(job, executor.submit(Task(job, tasks)).job_id)
     except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
         raise ValueError(f"SLURM refuses: {error}") from error
     except (NameError, TypeError) as error:
         raise ValueError(f"slurm: {error}") from error
-    note(first, sent)
-    return todo
+    print(f"{len(todo)} runs submitted, {len(jobs) - len(todo)} in the queue before")
 
 
-def search_path(source: Path) -> str:
-    """The line of a job's script that lets Python find the code."""
-    return f'export PYTHONPATH={shlex.quote(str(source))}:"$PYTHONPATH"'
-
-
-def note(jobs: list[Job], sent: list[Any]) -> None:
-    """Leave the jobs' ids in their folders."""
-    for job, one in zip(jobs, sent, strict=True):
-        job.folder.mkdir(parents=True, exist_ok=True)
-        (job.folder / JOB_ID).write_text(f"{one.job_id}\n")
+def note(job: Job, number: str) -> None:
+    """Leave a job's id in its folder."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    (job.folder / JOB_ID).write_text(f"{number}\n")
+    print(f"job {job.number} submitted as {number}: {job.name}")

@@ -6,9 +6,9 @@ from typing import Any
 import pandas as pd
 
 from evit.report import paper, settings
-from evit.report.collect import Found
+from evit.report.collect import Found, Run
 from evit.report.figures import Chart
-from evit.report.settings import SCRATCH, TUNED, label
+from evit.report.settings import SCRATCH, label
 from evit.report.tables import rate_text, top1_text
 
 TOP1 = "top-1 accuracy (%)"
@@ -16,6 +16,15 @@ SPEED_NOTE = (
     "Images/s of src/benchmark.py, where models take turns; else what the runs measured at their "
     "end, the median over seeds."
 )
+MAX_POINTS = 400  # of a curve
+CURVES = {
+    "top-1": ("val/top1", "top-1 accuracy, validation (%)"),
+    "training loss": ("train/loss", "training loss (nats)"),
+    "validation loss": ("val/loss", "validation loss (nats)"),
+    "keep rate": ("keep_rate", "keep rate (share of tokens)"),
+    "tokens": ("tokens_per_image", "image tokens of a block, mean (tokens)"),
+    "learning rate": ("lr", "learning rate (1 per step)"),
+}
 FAMILIES = ("DeiT", "LV-ViT")  # of the other models: lines of their own
 
 
@@ -27,7 +36,7 @@ def line_names(points: pd.DataFrame) -> pd.Series:
         parts += [point.reducer] * (point.reducer not in ("", "evit", "dynamicvit"))
         parts += [point.rest, point.selection]
         parts += [point.start] * (point.start != SCRATCH)
-        parts += [epochs(point.epochs)] * (point.epochs < 300)
+        parts += [f"{point.epochs:.0f} epochs"] * (point.epochs < 300)
         parts += [f"{point.images} images"] * (several_images and bool(point.images))
         return ", ".join(filter(None, [*parts, point.recipe_name]))
 
@@ -42,24 +51,17 @@ def names(points: pd.DataFrame) -> pd.Series:
     return line_names(points) + ", " + rates + sizes
 
 
-def epochs(count: float) -> str:
-    return f"{count:.0f} epoch{'s' * (count != 1)}"
-
-
 def hover(points: pd.DataFrame, names: pd.Series) -> list[str]:
     """All numbers of each point, a line each."""
     found = []
+    formats = dict(top5="top-5 {:.2f} %", kl="KL to the dense model {:.4f}")
+    formats |= dict(macs="{:.3g} GMACs per image", images_per_s="{:,.4g} images/s")
+    formats |= dict(speed="{:.2f} times the dense model's")
     for (_, point), name in zip(points.iterrows(), names, strict=True):
-        rate = rate_text(point.rate)
-        texts = [name, f"{'' if rate == 'dense' else 'keep rate '}{rate}, {point.img_size} px"]
         runs = f" (mean and standard deviation of {point.runs} runs)" if point.runs > 1 else ""
-        texts += [f"top-1 {top1_text(point)} %{runs}"] * (not math.isnan(point.top1))
-        formats = dict(top5="top-5 {:.2f} %", kl="KL to the dense model {:.4f}")
-        formats |= dict(macs="{:.3g} GMACs per image", images_per_s="{:,.4g} images/s")
-        formats |= dict(speed="{:.2f} times the dense model's")
-        texts += [
-            text.format(point[key]) for key, text in formats.items() if point[key] == point[key]
-        ]
+        texts = [name, f"{'' if point.rate == 1 else 'keep rate '}{rate_text(point.rate)}"]
+        texts += [f"{point.img_size} px", f"top-1 {top1_text(point)} %{runs}"]
+        texts += [text.format(point[key]) for key, text in formats.items() if pd.notna(point[key])]
         found.append("\n".join(texts))
     return found
 
@@ -75,60 +77,32 @@ def plot(chart: Chart, figure: Any, points: pd.DataFrame, ours: bool = True) -> 
 
 
 def imagenet(content: Found, points: pd.DataFrame) -> Chart:
-    """Top-1 on ImageNet against the cost of an image: the paper's rows, and ours where they ran."""
-    lines: dict[bool, list[pd.DataFrame]] = {False: [], True: []}
-    ways = []
-    for table in (name for name in paper.tables() if name != "off_the_shelf"):
-        way, theirs, own = settings.beside_paper(content, points, table)
-        if own.top1.notna().any():
-            ways.append(way)
-        sparse = theirs.iloc[1:] if theirs.rate.iloc[0] == 1 else theirs
-        names = line_names(sparse)
-        if table.startswith("resolution"):
-            names = theirs.model.map(paper.TITLES) + ", higher resolution"
-        if table == "dynamicvit_deit_s":  # whose other rows are in the main table
-            sparse = sparse[(sparse.start != SCRATCH) | (sparse.model == table)]
-        for name, group in sparse.groupby(names, sort=False):
-            index, mode = list(group.index), "lines+markers"
-            if table.startswith("keep_rate"):  # whose lines begin at the dense model
-                index = [theirs.index[0], *index]
-            if table.startswith("resolution"):
-                mode = "markers"
-            lines[False].append(theirs.loc[index].assign(line=name, mode=mode))
-            if own.top1[group.index].notna().any():
-                lines[True].append(own.loc[index].assign(line=name, mode=mode))
+    """Top-1 on ImageNet against the cost of an image: the paper's rows, and ours."""
+    kind = ["model", "reducer", "rate", "rest", "img_size", "start", "epochs"]
+    mine = points[points.section == "ImageNet"]
+    mine = mine.assign(model=mine.model.replace(paper.CONF))
+    way, _ = settings.measured(content, mine)
+    both = {False: settings.published().drop_duplicates(kind)} | ({True: mine} if len(mine) else {})
+    chart = Chart(
+        "imagenet",
+        "ImageNet: accuracy against cost",
+        f"Hollow and dotted: published. Filled: ours, where runs on all of ImageNet have finished. "
+        f"A point for each keep rate. Our images/s: {way or 'not measured'}.",
+    )
     titles = dict(
         macs=("GMACs", "GMACs per image"),
         speed=("speed-up", "images/s (times the dense model's at 224 px)"),
         images_per_s=("images/s", "images/s (paper: GPU; ours: see below)"),
     )
-    chart = Chart(
-        "imagenet",
-        "ImageNet: accuracy against cost",
-        "Hollow and dotted: published. Filled: ours, where runs on all of ImageNet have finished. "
-        "A point for each keep rate; the dense model is the dearest. Our images/s: "
-        + ("; ".join(dict.fromkeys(filter(None, ways))) or "not measured")
-        + ".",
-    )
     for cost, (name, title) in titles.items():
         figure = chart.view(name, title, TOP1, log_x=cost != "speed")
-        for ours, found in lines.items():
-            if found:
-                both = pd.concat(found)
-                plot(chart, figure, both.assign(x=both[cost], y=both.top1), ours)
+        for ours, found in both.items():
+            base = found.img_size == paper.BASE_SIZE
+            line = line_names(found) + base.map({True: "", False: ", higher resolution"})
+            mode = base.map({True: "lines+markers", False: "markers"})
+            found = found.assign(x=found[cost], y=found.top1, line=line, mode=mode)
+            plot(chart, figure, found, ours)
     return chart
-
-
-def references() -> pd.DataFrame:
-    """The paper's rows at 224 px; those off the shelf with the MACs that their models have."""
-    theirs = settings.published()
-    main = theirs.table.isin(["keep_rate_deit_s", "keep_rate_lvvit_s"])
-    macs = theirs[theirs.table == "keep_rate_deit_s"].drop_duplicates(["rate", "rest"])
-    key = ["rate", "rest"]
-    found = theirs[(theirs.table == "off_the_shelf") & (theirs.rest != "dropped")]
-    shelf = found.assign(macs=found[key].merge(macs, how="left", on=key).macs.values, rest="")
-    dynamic = theirs[theirs.model == "dynamicvit_deit_s"]
-    return pd.concat([theirs[main], shelf, dynamic], ignore_index=True)
 
 
 def relative(index: int, points: pd.DataFrame) -> Chart | None:
@@ -138,23 +112,20 @@ def relative(index: int, points: pd.DataFrame) -> Chart | None:
         "Accuracy against cost, beside the dense model",
         "Every model beside its own dense model, so that runs on other data can stand beside the "
         "paper's on ImageNet (hollow). A point for each keep rate. Bars: standard deviation over "
-        "seeds.",
+        f"seeds. {SPEED_NOTE}",
     )
-    both = {False: changes(references()), True: changes(points)}
-    for shelf, kind in (False, ""), (True, " off the shelf"):
-        for name, cost in (("GMACs", "macs"), ("images/s", "images_per_s")):
-            found = {}
-            for ours, given in both.items():
-                chosen = given[~given.start.isin([SCRATCH, TUNED]) == shelf]
-                found[ours] = chosen.assign(x=100 * chosen[cost] / chosen[f"dense_{cost}"])
-            if found[True].dropna(subset=["x", "y"]).groupby("line").size().gt(1).any():
-                title = f"{name} (% of the dense model's)"
-                y = "top-1, change to the dense model (points)"
-                figure = chart.view(name + kind, title, y)
-                for ours, chosen in found.items():
-                    plot(chart, figure, chosen, ours)
-    if any("images/s" in name for name in chart.views):
-        chart.note += " " + SPEED_NOTE
+    theirs = settings.published()
+    theirs = theirs[theirs.table.str.startswith("keep_rate") | theirs.model.str.startswith("dyn")]
+    both = {False: changes(theirs), True: changes(points)}
+    for name, cost in (("GMACs", "macs"), ("images/s", "images_per_s")):
+        found = {
+            ours: it.assign(x=100 * it[cost] / it[f"dense_{cost}"]) for ours, it in both.items()
+        }
+        if found[True].dropna(subset=["x", "y"]).groupby("line").size().gt(1).any():
+            title = f"{name} (% of the dense model's)"
+            figure = chart.view(name, title, "top-1, change to the dense model (points)")
+            for ours, chosen in found.items():
+                plot(chart, figure, chosen, ours)
     return chart if chart.views else None
 
 
@@ -218,8 +189,8 @@ def other_models(found: Found) -> Chart:
     fused = fused.assign(folder="EViT-" + fused.model.map(paper.TITLES))
     points = pd.concat([others.assign(mode="markers"), fused.assign(mode="lines+markers")])
     points = points.reset_index(drop=True)
-    names = points.model.map(lambda model: paper.TITLES.get(model, model))
-    points = points.assign(line=points.folder, shown=points.folder + ": " + names)
+    shown = points.folder + ": " + points.model.replace(paper.TITLES)
+    points = points.assign(line=points.folder, shown=shown, speed=math.nan)
     way, speeds = settings.measured(found, points)
     chart = Chart(
         "field",
@@ -229,9 +200,39 @@ def other_models(found: Found) -> Chart:
     )
     views = dict(published=("published, GPU", points.images_per_s))
     if speeds.speed.notna().any():
-        views["measured"] = "measured here", speeds.images_per_s
-        chart.note += f" Measured on {way}."
+        views["measured"] = f"measured on {way}", speeds.images_per_s
     for name, (how, x) in views.items():
         figure = chart.view(name, f"images/s ({how})", TOP1, log_x=True)
-        plot(chart, figure, points.assign(x=x, y=points.top1, images_per_s=x, speed=math.nan))
+        plot(chart, figure, points.assign(x=x, y=points.top1, images_per_s=x))
     return chart
+
+
+def curves(index: int, runs: list[Run], names: dict[str, str]) -> Chart | None:
+    """Plot how runs went: a line for each setting, the mean of its runs, which are faint.
+
+    Args:
+        names: the settings' names, by their hashes.
+    """
+    note = "A line for each setting; faint: its runs."
+    chart = Chart(f"curves-{index}", "How training went", note, names=list(names.values()))
+    for view, (metric, title) in CURVES.items():
+        lines: dict[str, list[pd.Series]] = {}
+        for run in runs:
+            curve = pd.Series({row["step"]: row[metric] for row in run.curves if metric in row})
+            if len(curve) > 1:
+                curve = curve[:: 1 + len(curve) // MAX_POINTS].astype(float)
+                curve.name = f"seed {run.row['seed']}"
+                lines.setdefault(names[run.row["setting"]], []).append(curve)
+        if not lines:
+            continue
+        figure = chart.view(view, "training step (optimizer updates)", title)
+        for name, shown in lines.items():
+            if len(shown) > 1:  # over the steps that all have
+                mean = pd.concat(shown, axis=1, join="inner").mean(axis=1)
+                shown.append(mean.rename(f"mean of {len(shown)} runs"))
+            for curve in shown:
+                texts = [f"{name}, {curve.name}\nstep {x}\n{y:.4g}" for x, y in curve.items()]
+                mode = "lines" if len(curve) > 30 else "lines+markers"
+                faint = curve is not shown[-1]
+                chart.line(figure, name, curve.index, curve, texts, mode=mode, faint=faint)
+    return chart if chart.views else None

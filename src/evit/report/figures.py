@@ -57,17 +57,9 @@ class Chart:
         return self.views[name]
 
     def line(
-        self,
-        figure: go.Figure,
-        name: str,
-        x: Any,
-        y: Any,
-        hover: Any = None,
-        spread: Any = None,
-        ours: bool = True,
-        mode: str = "lines+markers",
-        faint: bool = False,
-    ) -> None:
+        self, figure: go.Figure, name: str, x: Any, y: Any, hover: list[str], spread: Any = None,
+        ours: bool = True, mode: str = "lines+markers", faint: bool = False,
+    ) -> None:  # fmt: skip
         """Add a line: ours is solid with filled markers, the paper's dotted with hollow ones."""
         if name not in self.names:
             self.names.append(name)
@@ -75,27 +67,22 @@ class Chart:
         color = PALETTE[number % len(PALETTE)]
         symbol = list(SYMBOLS)[(number + number // len(PALETTE)) % len(SYMBOLS)]
         shown = literal(name if ours else f"{name} (paper)")
+        seen = {trace.name for trace in figure.data if trace.showlegend}
+        marker = dict(symbol=symbol if ours else f"{symbol}-open", size=8, color=color)
+        bars = spread is not None and any(spread)
         figure.add_scatter(
             name=shown,
             legendgroup=shown,
-            showlegend=not faint
-            and shown not in {trace.name for trace in figure.data if trace.showlegend},
+            showlegend=not faint and shown not in seen,
             x=list(x),
             y=list(y),
             mode=mode,
             opacity=0.35 if faint else 1,
-            hoverinfo="text" if hover is not None else "all",
-            hovertext=None if hover is None else [literal(text) for text in hover],
+            hoverinfo="text",
+            hovertext=[literal(text) for text in hover],
             line=dict(color=color, width=1 if faint else 2, dash="solid" if ours else "dot"),
-            marker=dict(
-                symbol=symbol if ours else f"{symbol}-open",
-                size=8,
-                color=color,
-                line=dict(color=color, width=1.5),
-            ),
-            error_y=None
-            if spread is None or not any(spread)
-            else dict(array=list(spread), color=color, thickness=1.2, width=4),
+            marker=marker | dict(line=dict(color=color, width=1.5)),
+            error_y=dict(array=list(spread), color=color) if bars else None,
             cliponaxis=False,
         )
 
@@ -131,20 +118,18 @@ def draw(figure: go.Figure) -> Figure:
     for trace in figure.data:
         hollow = trace.marker.symbol.endswith("-open")
         marker = SYMBOLS[trace.marker.symbol.removesuffix("-open")]
+        look: Any = dict(color=trace.line.color, alpha=trace.opacity, linewidth=1, markersize=4)
+        if hollow:
+            look |= dict(markerfacecolor="white")
         axes.errorbar(
             trace.x,
             trace.y,
             trace.error_y.array,
             label=text(trace.name) if trace.showlegend else None,
-            color=trace.line.color,
-            alpha=trace.opacity,
             linestyle=(":" if hollow else "-") if "lines" in trace.mode else "none",
-            linewidth=trace.line.width / 2,
             marker=marker if "markers" in trace.mode else "",
-            markersize=4,
-            markerfacecolor="white" if hollow else trace.line.color,
-            elinewidth=0.7,
             capsize=1.5,
+            **look,
         )
     if figure.layout.xaxis.type == "log":
         axes.set_xscale("log")

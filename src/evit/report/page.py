@@ -9,7 +9,6 @@ import plotly.offline
 
 from evit.report import charts, paper, settings, tables
 from evit.report.collect import Found, Run
-from evit.report.curves import curves
 from evit.report.figures import Chart
 from evit.report.tables import Table
 
@@ -28,7 +27,6 @@ class Section:
 class Report:
     """Everything on the page."""
 
-    cards: list[tuple[str, str]]
     sections: list[Section]
     paper: list[Chart]
     papers: list[Table]
@@ -49,7 +47,7 @@ def build(content: Found) -> Report:
         sparse = [run for run in runs if run.picture and run.row["reducer"] != "none"]
         firsts = {run.row["setting"]: run for run in reversed(sparse)}
         pictures = [(names[run.row["setting"]], data_uri(run)) for run in firsts.values()]
-        made = charts.relative(index, own), curves(index, runs, names)
+        made = charts.relative(index, own), charts.curves(index, runs, names)
         table = tables.all_settings(title, own)
         sections.append(Section(title, table, [c for c in made if c], pictures[::-1]))
         if len(alike := charts.comparable(own)):
@@ -57,7 +55,7 @@ def build(content: Found) -> Report:
             reducers.append(Section(table.title, table, [charts.reducers(index, title, alike)]))
     beside = [charts.imagenet(content, points), charts.other_models(content)]
     papers = [tables.beside_paper(content, points, name) for name in paper.tables()]
-    return Report(tables.cards(content, points), sections + reducers, beside, papers)
+    return Report(sections + reducers, beside, papers)
 
 
 def data_uri(run: Run) -> str:
@@ -76,8 +74,7 @@ def html(content: Found, report: Report) -> str:
     return environment.get_template("page.html").render(
         report=report,
         problems=content.problems,
-        commits=sorted({str(row["commit"]) for row in content.rows}),
-        devices=sorted({row["device"] for row in content.rows}),
+        provenance=tables.provenance(content.rows) if content.runs else "",
         rows=content.rows,
         drawn=[chart.json() for chart in report.charts],
         css=folder.joinpath("page.css").read_text(),

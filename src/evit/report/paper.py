@@ -11,12 +11,12 @@ BASE_SIZE = 224  # pixels: of the dense models that the tables compare with
 Row = dict[str, Any]
 
 
-@functools.cache
 def read(name: str) -> Any:
     return yaml.safe_load(resources.files("evit.report").joinpath(name).read_text())
 
 
-MODEL_LIST: dict[str, Row] = read("paper.yaml")["models"]
+TABLES: dict[str, Any] = read("paper.yaml")
+MODEL_LIST: dict[str, Row] = TABLES.pop("models")
 # The table names of the models, by their names in conf/model and in timm's registry.
 CONF = {name: key for key, model in MODEL_LIST.items() for name in model["conf"]}
 NAMES = {name: key for key, model in MODEL_LIST.items() for name in model["timm"]}
@@ -24,10 +24,9 @@ MODELS = {key: model["timm"][1] for key, model in MODEL_LIST.items() if len(mode
 TITLES = {key: model["title"] for key, model in MODEL_LIST.items()}
 
 
-@functools.cache
 def tables() -> dict[str, Any]:
     """Every table by its name, as in paper.yaml."""
-    return {name: table for name, table in read("paper.yaml").items() if name != "models"}
+    return TABLES
 
 
 def field() -> list[Row]:

@@ -7,7 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,7 @@ def outcome(folder: Path) -> dict[str, Any] | None:
 
 
 def check_config(folder: Path, config: dict[str, Any]) -> None:
-    """Refuse a folder that holds a run of another configuration.
-
-    Raises:
-        ValueError: says how to replace it, and how to keep it.
-    """
+    """Refuse, with a ValueError, a folder that holds a run of another configuration."""
     path = folder / "config.json"
     if path.is_file() and json.loads(path.read_text()) != config:
         raise ValueError(
@@ -91,31 +87,30 @@ def run_config(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def harmless(text: str) -> Any:
-    """A configuration from JSON; see _harmless.
+    """Read a configuration from JSON whose targets are all in conf/, and with nothing to resolve.
+
+    A check of a target's prefix would not do: evit.report.results.os.system is os.system. And
+    ${oc.env:NAME} would put a secret of the environment into the result.
 
     Raises:
         ValueError: it asks for what no configuration of ours does.
     """
-    return json.loads(text, object_pairs_hook=_harmless)
+    known = _callable()
 
+    def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        for key, value in pairs:
+            if key == "_target_" and value not in known:
+                raise ValueError(
+                    f"it asks to call {value}, which conf/ does not: for a reducer of your own "
+                    f"give the folder of its YAML, --config-dir DIR"
+                )
+            if key == "checkpoint_path":
+                raise ValueError(f"it asks timm to load {value}")
+            if "${" in f"{key}{value}":
+                raise ValueError(f"{key} is to be looked up: {value}")
+        return dict(pairs)
 
-def _harmless(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object whose targets are all in conf/ and which has nothing to resolve.
-
-    A check of the prefix would not do: evit.report.results.os.system is os.system. And
-    ${oc.env:NAME} would put a secret of the environment into the result.
-    """
-    for key, value in pairs:
-        if key == "_target_" and value not in _callable():
-            raise ValueError(
-                f"it asks to call {value}, which conf/ does not: for a reducer of your own give "
-                f"the folder of its YAML, --config-dir DIR"
-            )
-        if key == "checkpoint_path":
-            raise ValueError(f"it asks timm to load {value}")
-        if "${" in f"{key}{value}":
-            raise ValueError(f"{key} is to be looked up: {value}")
-    return dict(pairs)
+    return json.loads(text, object_pairs_hook=checked)
 
 
 def _callable() -> set[str]:
@@ -140,7 +135,7 @@ def provenance() -> dict[str, Any]:
     """The commit of this code, and the versions of its dependencies."""
     return dict(
         commit=git_commit(),
-        packages={name: package_version(name) for name in PACKAGES},
+        packages={d.name.lower(): d.version for d in distributions() if d.name.lower() in PACKAGES},
         python=platform.python_version(),
     )
 
@@ -179,36 +174,29 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
 def show(result: dict[str, Any], folder: Path) -> None:
     """Print a result as a table."""
     row, device = summary(result), result["device"]
-    rate = f"{row['keep_rate']}, the rest " + ("fused" if row["fusion"] else "dropped")
-    lines = {"top-1": f"{row['top1']:.2f} %", "top-5": f"{row['top5']:.2f} %"}
-    if row["reducer"] == "none":
-        lines["keep rate"] = "1 (dense)"
-    else:
-        lines["keep rate"] = rate if row["reducer"] == "evit" else str(row["keep_rate"])
-        lines["reducer"] = row["reducer"]
-    lines["epochs"] = str(result["config"]["recipe"]["epochs"])
-    lines["MACs"] = f"{row['macs'] / 1e9:.3f} G per image"
-    lines["parameters"] = f"{row['params'] / 1e6:.2f} M"
+    rate = str(row["keep_rate"])
+    if row["reducer"] == "evit":
+        rate += ", the rest " + ("fused" if row["fusion"] else "dropped")
+    lines = {
+        "top-1": f"{row['top1']:.2f} %",
+        "top-5": f"{row['top5']:.2f} %",
+        "keep rate": "1 (dense)" if row["reducer"] == "none" else rate,
+        "reducer": row["reducer"],
+        "epochs": str(result["config"]["recipe"]["epochs"]),
+        "MACs": f"{row['macs'] / 1e9:.3f} G per image",
+        "parameters": f"{row['params'] / 1e6:.2f} M",
+    }
     for name, key in dict(training="train_images_per_s", inference="throughput").items():
         lines[name] = f"{row[key]:.0f} images/s on {device}" if row[key] else "not measured"
-    if skipped := result.get("skipped_steps"):
-        lines["left out"] = f"{skipped} steps whose loss was not finite"
-    lines["time"] = duration(result["seconds"])
+    lines["time"] = f"{result['seconds'] / 60:.1f} min"
     table = Table(box=box.ROUNDED, show_header=False, title_justify="left")
     table.title = f"{row['model']} on {result['data']['name']}, {row['img_size']} px"
-    table.add_column(style="bold")
     for line in lines.items():
         table.add_row(*line)
     console = Console(markup=False)  # [x] is part of a folder's name, not a colour
     console.print(table)
-    files = sorted(path.name for path in folder.iterdir())
-    console.print(
-        f"{os.path.relpath(folder)}/\n  {'  '.join(files)}", highlight=False, soft_wrap=True
-    )
-
-
-def duration(seconds: float) -> str:
-    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
+    files = "  ".join(sorted(path.name for path in folder.iterdir()))
+    console.print(f"{os.path.relpath(folder)}/\n  {files}", highlight=False, soft_wrap=True)
 
 
 def one_rate(rates: Any) -> Any:
@@ -233,13 +221,6 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
-
-
-def package_version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def sha256(path: Path) -> str:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +65,11 @@ def started_from(checkpoint: str | None) -> str | None:
     """Identify a run's first weights: the setting of the run they come from, else their SHA-256."""
     if not checkpoint:
         return None
-    if folder := results.run_folder(checkpoint):
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            return setting(json.loads((folder / "config.json").read_text()))
+    folder = results.run_folder(checkpoint)
+    if folder and (folder / "config.json").is_file():
+        config = json.loads((folder / "config.json").read_text())
+        if "recipe" in config:  # or it is of another program
+            return setting(config)
     return results.sha256(Path(checkpoint))
 
 

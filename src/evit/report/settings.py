@@ -2,15 +2,14 @@
 
 The columns of a frame of settings:
 
-- section: what can be compared, "fashion-mnist, 28 px"; table: the paper's table (published rows).
+- section: what can be compared, "fashion-mnist, 28 px"; table: the paper's (published rows).
 - model: of conf/model, timm's name, or a key of paper.yaml; name: timm's, the same for a dense
   model and its reduced variants; reducer: "" if dense; rate: one number or a tuple; selection: ""
-  for the attentive tokens; rest: "fused" or "dropped", what becomes of the other tokens.
+  for the attentive tokens; rest: "fused" or "dropped".
 - start: from scratch, fine-tuned, off the shelf, or the keep rate that the evaluated checkpoint was
-  trained at; epochs; images: how the images were limited, "" for all; val_images: 0 for all.
-- runs: how many seeds; top1, top5 (%), their means; spread: standard deviation of top1; kl: KL
-  divergence to the dense model's logits; macs (1e9 per image); params (1e6); images_per_s; speed:
-  images/s beside the dense model's at the base size. NaN: not published, not measured.
+  trained at; epochs; images: their limits as text; val_images: 0 for all.
+- runs: how many seeds; top1, top5 (%) and kl, their means; spread: deviation of top1; macs (1e9 per
+  image); params (1e6); images_per_s; speed: beside the dense model at the base size.
 - setting, recipe: hashes of rows.py; origin: the setting, or the SHA-256, of the first weights;
   folder; recipe_name: set where lines would look the same otherwise.
 """
@@ -77,7 +76,7 @@ def ours(found: Found) -> pd.DataFrame:
     points = frame(made).drop_duplicates(ignore_index=True)
     ways: dict[str, set[Any]] = {}
     for row in found.rows:
-        ways.setdefault(section(row), set()).add((row["device"], row.get("precision")))
+        ways.setdefault(section(row), set()).add((row["device"], row["precision"]))
     for title, group in points.groupby("section"):
         _, speeds = measured(found, group)
         if len(ways.get(str(title), ())) != 1 or speeds.speed.notna().any():
@@ -104,10 +103,8 @@ def runs(found: Found) -> list[dict[str, Any]]:
             # A busy machine moves the median less than the mean.
             | dict(images_per_s=seeds.throughput.median(), runs=len(group), folder=folder)
             | dict(macs=row["macs"] / 1e9, params=row["params"] / 1e6)
-            | dict(name=canonical(row.get("timm_name") or ""))
-            # Files from before recipes had hashes: the runs of one folder of as many epochs.
-            | dict(recipe=row.get("recipe") or rows.digest([folder, row["epochs"]]))
-            | dict(origin=row.get("started_from") or "")
+            | dict(name=canonical(row["timm_name"] or ""), recipe=row["recipe"])
+            | dict(origin=row["started_from"] or "")
         )
     return made
 
@@ -125,31 +122,26 @@ def evaluated(result: dict[str, Any]) -> list[dict[str, Any]]:
 
     Weights that no run of ours left are taken to be a dense model's, if it was evaluated too.
     """
-    config, model = result.get("config", {}), result["model"]
-    trained = result.get("trained_keep_rate")
-    if "trained_keep_rate" not in result and "/checkpoints/" in str(result.get("checkpoint")):
-        trained = config.get("keep_rate")  # files from before evaluations said so: the run's
-    dense = any(results.one_rate(row["keep_rate"]) in (1, []) for row in result["settings"])
-    if trained is None and not dense:
-        return []
-    rate = choices("", 1 if trained is None else trained, None)["rate"]
-    limit = config.get("max_val_images") or 0
-    data = dict(data=result["data"]["name"], num_classes=result["data"]["num_classes"])
-    data |= dict(img_size=model["img_size"], whole=not limit)
-    given = dict(model=model["name"], img_size=model["img_size"], section=section(data))
-    given |= dict(start=SHELF if rate == 1 else f"trained at {label(rate)}", val_images=limit)
-    given |= dict(images=images(dict(max_val_images=limit, whole=not limit)))
-    given |= dict.fromkeys(("recipe", "origin"), result.get("checkpoint_sha256", ""))
-    given |= dict(name=canonical(rows.timm_name(config.get("model", {})) or ""))
-    given |= dict(params=model.get("params", NAN) / 1e6)
+    config, model, data = result["config"], result["model"], result["data"]
+    trained = result["trained_keep_rate"]
+    if trained is None:
+        if not any(results.one_rate(row["keep_rate"]) in (1, []) for row in result["settings"]):
+            return []
+        trained = 1
+    rate = choices("", trained, None)["rate"]
+    limit = config["max_val_images"] or 0
+    limits = dict(img_size=model["img_size"], whole=not limit, max_val_images=limit)
+    given = dict(model=model["name"], img_size=model["img_size"], val_images=limit)
+    given |= dict(section=section(limits | dict(data=data["name"]) | data), images=images(limits))
+    given |= dict(start=SHELF if rate == 1 else f"trained at {label(rate)}")
+    given |= dict.fromkeys(("recipe", "origin"), result["checkpoint_sha256"])
+    given |= dict(name=canonical(rows.timm_name(config["model"]) or ""))
     return [
         given
-        | choices(
-            results.reducer_name(row.get("reducer"), model["name"]), row["keep_rate"], row["fusion"]
-        )
+        | choices(row["reducer"], row["keep_rate"], row["fusion"])
         | dict(selection="" if row["selection"] in (None, "attentive") else row["selection"])
-        | {key: row.get(key) for key in ("top1", "top5", "kl")}
-        | dict(macs=row["macs"] / 1e9)
+        | dict(params=model["params"] / 1e6, macs=row["macs"] / 1e9)
+        | {key: row[key] for key in ("top1", "top5", "kl")}
         for row in result["settings"]
         if row["macs"] is not None
     ]
@@ -157,7 +149,7 @@ def evaluated(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def section(row: dict[str, Any]) -> str:
     """What a run is compared within: the data set, and but for ImageNet the image size."""
-    if row.get("num_classes") == 1000 and row.get("whole"):
+    if row["num_classes"] == 1000 and row["whole"]:
         return "ImageNet"
     return f"{row['data']}, {row['img_size']} px"
 

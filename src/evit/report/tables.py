@@ -133,20 +133,14 @@ def all_settings(title: str, points: pd.DataFrame, by: str = "start") -> Table:
     numbers = {
         "top-1 (%)": points.apply(top1_text, axis=1),
         "to dense": (points.top1 - points.dense_top1).map(signed),
-        "top-5 (%)": points.top5.map("{:.2f}".format),
+        "top-5 (%)": points.top5.map(lambda top5: number(top5, 2)),
         "KL to dense": points.kl.map(lambda kl: number(kl, 4)),
         "GMACs": points.macs.map("{:.4g}".format),
         "M parameters": points.params.map(lambda params: number(params, 2)),
         "% of dense": (100 * points.macs / points.dense_macs).map(lambda share: number(share, 0)),
         "speed-up": speed.map(lambda ratio: number(ratio, 2)),
     }
-    for name, values in {
-        "KL to dense": points.kl,
-        "M parameters": points.params,
-        "speed-up": speed,
-    }.items():
-        if values.isna().all():
-            del numbers[name]
+    numbers = {name: texts for name, texts in numbers.items() if texts.any()}
     note = (
         "The mean over the seeds of a setting, with the standard deviation. To dense: points from "
         "the mean of the dense runs by the same recipe; or from what was fine-tuned or evaluated. "
@@ -158,36 +152,13 @@ def all_settings(title: str, points: pd.DataFrame, by: str = "start") -> Table:
 
 def provenance(found: list[Row]) -> str:
     """Say which devices, commits and versions of torch the runs are from."""
-    frame = pd.json_normalize(found)
-    columns = {"": "device", "commit ": "commit", "torch ": "packages.torch"}
-    texts = [
-        f"{text}{', '.join(sorted(frame[column].astype(str).unique()))}"
-        for text, column in columns.items()
-    ]
+    columns = {
+        "": {str(row["device"]) for row in found},
+        "commit ": {str(row["commit"]) for row in found},
+        "torch ": {str(row["packages"]["torch"]) for row in found},
+    }
+    texts = [name + ", ".join(sorted(values)) for name, values in columns.items()]
     return plain("; ".join(texts)) + "."
-
-
-def cards(content: Found, points: pd.DataFrame) -> list[tuple[str, str]]:
-    """The headline: what keep rate 0.7, fused, costs and gains; values, and what they are."""
-    found = []
-    points = settings.with_dense(points)
-    chosen = points[(points.rate == 0.7) & (points.rest == "fused") & (points.dense != -1)]
-    chosen = chosen[chosen.start == settings.SCRATCH].sort_values("runs", ascending=False)
-    for _, point in chosen.drop_duplicates("section").iterrows():
-        text = f"top-1 for {1 - point.macs / point.dense_macs:.0%} fewer MACs: {point.model}, "
-        text += f"keep rate 0.7, {point.section}" + f"; mean of {point.runs} runs" * (
-            point.runs > 1
-        )
-        found.append((f"{signed(point.top1 - point.dense_top1)} points", text))
-    for name in ("keep_rate_deit_s", "keep_rate_lvvit_s"):
-        way, theirs, own = settings.beside_paper(content, points, name)
-        for index, row in theirs[
-            (theirs.rest == "fused") & theirs.rate.isin([0.7, 0.5])
-        ].iterrows():
-            if pd.notna(speed := own.speed[index]):
-                text = f"as fast as dense {paper.TITLES[row.model]} at keep rate {row.rate}, fused "
-                found.append((f"{speed:.2f} times", f"{text}(paper: {row.speed:.2f}); {way}"))
-    return found
 
 
 def report(content: Found, sections: Sequence[Table], papers: Sequence[Table]) -> str:
