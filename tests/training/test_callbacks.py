@@ -48,7 +48,6 @@ def test_wandb_gets_some_pictures_from_the_first_evaluation_to_the_last(
     batches = torch.arange(8).view(2, 4, 1, 1, 1).expand(-1, -1, 3, 28, 28).float()
     for epoch in evaluated:
         trainer.current_epoch, trainer.global_step = epoch - 1, epoch
-        patches.on_validation_epoch_start(trainer, None)
         for i, batch in enumerate(batches):
             patches.on_validation_batch_end(trainer, module, None, (batch,), i)
     assert len(drawn) == len(evaluated) and (tmp_path / "kept.png").is_file()

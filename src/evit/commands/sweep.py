@@ -131,7 +131,7 @@ def hours(job: Job, needs: list[str]) -> tuple[float | None, float | None]:
     if job.program != "train" or job.error:
         return None, None
     cfg = job.cfg.copy()
-    for knob in needs:
+    for knob in set(needs) - {"data.root"}:  # the plan is of ImageNet
         OmegaConf.update(cfg, knob, OmegaConf.select(cfg, knob) or "PATH")
     try:
         planned = plan(cfg)
