@@ -147,7 +147,7 @@ MISTAKES = {
     "keeprate=0.5": "unknown knob 'keeprate' in 'keeprate=0.5': did you mean keep_rate?",
     "recipe.epoch=3": "did you mean recipe.epochs?",
     "+trainer.max_epoch=3": "unexpected keyword argument 'max_epoch'",
-    "+trainer.max_steps=3": "trainer.max_steps is not taken here: set recipe.epochs and recipe.max_t",
+    "+trainer.max_steps=3": "trainer.max_steps is not taken here: set recipe.epochs and",
     "trainer.precision=bf16-true": "must be auto, 32-true, bf16-mixed or 16-mixed, got 'bf16-true'",
     "compile=fast": "compile must be true, false or reduce-overhead, got 'fast'",
     "recipe.batch_size=5": "5 images per process is odd",

@@ -6,8 +6,8 @@ import math
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -54,22 +54,11 @@ class JsonlLogger(Logger):
             file.write(json.dumps(row) + "\n")
 
 
-@contextmanager
-def slurm_token_hidden() -> Iterator[None]:
-    """W&B records every SLURM_* that its process inherits, and one of them is a password."""
-    token = os.environ.pop("SLURM_JWT", None)
-    try:
-        yield
-    finally:
-        if token is not None:
-            os.environ["SLURM_JWT"] = token
-
-
-@slurm_token_hidden()
 def wandb_mode(mode: str) -> str:
     """auto is online where the user is logged in to W&B and offline elsewhere."""
     if mode not in ("auto", "online", "offline", "disabled"):
         raise ValueError(f"logger.mode must be auto, online, offline or disabled, got {mode!r}")
+    os.environ.pop("SLURM_JWT", None)  # a password: W&B records every SLURM_* that it inherits
     if mode != "auto":
         return mode
     try:
@@ -105,23 +94,17 @@ class Tracker(Logger):
                 where += f", and `wandb sync {run.settings.sync_dir}` uploads what W&B has"
             print(f"W&B has failed ({reason}): {where}", flush=True)
             self.run = None
-            with suppress(Exception):
-                if run:
-                    run.finish(1)
             with suppress(Exception, SystemExit):
-                wandb.teardown()
+                wandb.teardown(1)
+
+    def end(self, exit_code: int = 0) -> None:
+        if run := self.run:
+            self.attempt(lambda: run.finish(exit_code))
+            self.run = None
 
     def log(self, content: Callable[[], dict[str, Any]]) -> None:
         if run := self.run:
             self.attempt(lambda: run.log(content()))
-
-    def end(self, exit_code: int = 0) -> None:
-        """End W&B's run, and its process."""
-        if run := self.run:
-            self.attempt(lambda: run.finish(exit_code))
-            self.run = None
-            with suppress(Exception, SystemExit):
-                wandb.teardown()
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """The configuration is given at the start."""
@@ -159,7 +142,6 @@ def wandb_logger(directory: Path, *, mode: str, config: dict[str, Any], **option
     # Online it prints the address of the run.
     waits |= dict(silent=mode == "offline", finish_timeout_raises=True)
 
-    @slurm_token_hidden()
     def start() -> wandb.Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(run_id)

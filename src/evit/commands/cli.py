@@ -1,6 +1,5 @@
 """How every command begins and ends: its knobs, and one line for what a user can mend."""
 
-import atexit
 import difflib
 import gc
 import importlib
@@ -34,12 +33,9 @@ NOT_COMPOSED = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
 def entry_point(task: str, config: str) -> Callable[[], None]:
-    """The main function of a script.
+    """The main function of a script, for conf/CONFIG.yaml.
 
-    Args:
-        task: "module:function", imported once the knobs are known to be right, and called with the
-            composed configuration.
-        config: the file in conf/ without its ending.
+    The task, "module:function", is imported once the knobs are known to be right.
     """
 
     def run(cfg: DictConfig) -> Any:
@@ -48,14 +44,12 @@ def entry_point(task: str, config: str) -> Callable[[], None]:
         module, function = task.split(":")
         module = "evit.commands.plan" if cfg.get("dry_run") else module
         work = getattr(importlib.import_module(module), function)
-        gc.freeze()
         gc.enable()
         with ended_in_a_line():  # or Hydra adds a line of its own
             return work(cfg)
 
     def main() -> None:
         gc.disable()  # what imports leave is no garbage: a quarter less time until the work begins
-        atexit.register(gc.unfreeze)
         os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints errors itself
         with ended_in_a_line():
             register()

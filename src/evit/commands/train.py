@@ -24,7 +24,7 @@ from evit.training.ema import EMA
 from evit.training.module import Classifier
 from evit.training.nonfinite import NonFinite
 from evit.training.objectives import make_objective
-from evit.training.progress import Compiling, Throughput, progress
+from evit.training.progress import Throughput, progress
 from evit.training.trainer import Signals, build_trainer, quiet, say
 
 GROUPS = ("reducer", "model", "data", "recipe", "experiment")
@@ -34,10 +34,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """Train by a composed configuration; leave result.json in Hydra's run folder and return it.
 
     A run that has finished there is shown, not repeated; an interrupted one goes on from its last
-    checkpoint. cfg.overwrite starts anew. Nothing is written before what can be wrong was found.
-
-    Raises:
-        ValueError: the configuration cannot be served; nothing has been written.
+    checkpoint. cfg.overwrite starts anew. What can be wrong is found before anything is written.
     """
     quiet()
     folder, started = Path(HydraConfig.get().runtime.output_dir), time.monotonic()
@@ -164,8 +161,6 @@ def callbacks(
         checkpoints.LastCheckpoint(inside, every, cfg.keep_checkpoint_every_n_epochs),
         checkpoints.BestCheckpoint(inside, recipe.full_rate_epoch),
     ]
-    if cfg.compile:
-        found.append(Compiling())
     if recipe.ema_decay is not None:
         found.append(EMA(recipe.ema_decay, recipe.ema_evaluated))
     if "reducer" in cfg.model:
@@ -195,6 +190,7 @@ def build_module(
     )
     module = Classifier(model, recipe, data.num_classes, objective, cfg.seed, knobs)
     if cfg.compile:
+        say("Compiling in the first steps: minutes at first, then from the cache.")
         compile_all(model, objective, cfg.compile)
     return module
 
@@ -216,10 +212,8 @@ def announce(cfg: DictConfig, data: Images, model: Any, teacher: bool) -> None:
         say(f"{name} has no token labelling: the label maps are not used.")
     text = f"Training on {data.name} ({data.num_classes} classes, scale={choices['scale']}): "
     text += f"{recipe.epochs} epoch{'s' * (recipe.epochs > 1)}, batch size {recipe.batch_size}"
-    if recipe.max_train_images or recipe.max_val_images:
-        text += f"; the recipe takes at most {recipe.max_train_images or 'all'} training and "
-        text += f"{recipe.max_val_images or 'all'} validation images (recipe.max_train_images, "
-        text += "recipe.max_val_images)"
+    for knob in ("max_train_images", "max_val_images"):
+        text += f", recipe.{knob}={recipe[knob]}" if recipe[knob] else ""
     say(text)
 
 

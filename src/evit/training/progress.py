@@ -8,7 +8,6 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.utilities import rank_zero_only
 
 
 class Throughput(L.Callback):
@@ -104,20 +103,3 @@ def progress(throughput: Throughput | None = None) -> list[L.Callback]:
     """A bar on a terminal, and lines for evaluations; elsewhere lines alone."""
     bar: list[L.Callback] = [Bar(throughput)] if sys.stdout.isatty() else []
     return [*bar, Lines(throughput, steps=not bar)]
-
-
-class Compiling(L.Callback):
-    """Says that the first step compiles, and how long it took."""
-
-    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        if not hasattr(self, "start"):
-            self.start = time.perf_counter()
-            rank_zero_only(print)(
-                "Compiling in the first step (minutes at first, then from the cache) ...",
-                flush=True,
-            )
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        if self.start:
-            rank_zero_only(print)(f"... {time.perf_counter() - self.start:.0f} s", flush=True)
-            self.start = 0.0

@@ -20,22 +20,19 @@ from omegaconf import OmegaConf
 
 from evit.training.checkpoints import WholeFiles
 
-STEPS, OWN = "recipe.epochs and recipe.max_train_images", "the code: it has its own"
-REFUSED = dict(  # arguments of lightning.Trainer, and what is set in their place
-    **dict.fromkeys(("max_epochs", "min_epochs"), "recipe.epochs"),
-    **dict.fromkeys(("max_steps", "min_steps", "max_time", "fast_dev_run"), STEPS),
-    **dict.fromkeys(("limit_train_batches", "overfit_batches"), "recipe.max_train_images"),
-    limit_val_batches="recipe.max_val_images",
-    **dict.fromkeys(("val_check_interval", "check_val_every_n_epoch"), "recipe.eval_every"),
-    gradient_clip_val="recipe.clip_grad",
-    logger="logger=wandb, csv, tensorboard or none",
-    enable_checkpointing="checkpoint_every_n_steps",
-    default_root_dir="name=NAME",
-    deterministic="seed: batches and draws depend on it alone",
-    **dict.fromkeys(("callbacks", "plugins", "barebones", "num_sanity_val_steps"), OWN),
-    **dict.fromkeys(("enable_progress_bar", "enable_model_summary"), OWN),
-    **dict.fromkeys(("use_distributed_sampler", "reload_dataloaders_every_n_epochs"), OWN),
-)
+REFUSED = {  # what is set in place of arguments of lightning.Trainer
+    "recipe.epochs": "max_epochs min_epochs",
+    "recipe.epochs and recipe.max_train_images": "max_steps min_steps max_time fast_dev_run",
+    "recipe.max_train_images": "limit_train_batches overfit_batches",
+    "recipe.max_val_images": "limit_val_batches",
+    "recipe.eval_every": "val_check_interval check_val_every_n_epoch",
+    "recipe.clip_grad": "gradient_clip_val",
+    "logger=wandb, csv, tensorboard or none": "logger",
+    "name=NAME, or checkpoint_every_n_steps": "default_root_dir enable_checkpointing",
+    "nothing, it has its own": "callbacks plugins barebones num_sanity_val_steps "
+    "enable_progress_bar enable_model_summary use_distributed_sampler "
+    "reload_dataloaders_every_n_epochs",
+}
 
 
 def build_trainer(
@@ -45,14 +42,11 @@ def build_trainer(
 
     With several devices and no launcher it starts this command once for each device, by torchrun,
     and ends the program when they have ended: call it early.
-
-    Raises:
-        ValueError: Lightning does not know an option, or cannot serve it here.
     """
     options = OmegaConf.to_container(options, resolve=True)
-    for name in options:
-        if name in REFUSED:
-            raise ValueError(f"trainer.{name} is not taken here: set {REFUSED[name]}")
+    for way, names in REFUSED.items():
+        for name in set(names.split()) & options.keys():
+            raise ValueError(f"trainer.{name} is not taken here: set {way}")
     if options["precision"] == "auto":
         bf16 = options["accelerator"] != "cpu" and torch.cuda.is_available()
         bf16 = bf16 and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -116,16 +110,12 @@ def start_processes(count: int, nodes: int) -> NoReturn:
 
 
 def processes(devices: Any, num_nodes: Any) -> dict[str, Any]:
-    """The Trainer's devices and num_nodes: auto is as many as torchrun or srun has started.
-
-    Raises:
-        ValueError: other numbers were given; or SLURM's tasks were not started.
-    """
+    """The Trainer's devices and num_nodes: auto is as many as torchrun or srun has started."""
     env = os.environ
     if torch.distributed.is_torchelastic_launched():
-        launcher, tasks, local = "torchrun", int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"])
+        tasks, local = int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"])
     elif SLURMEnvironment.detect():
-        launcher, tasks = "srun", int(env["SLURM_NTASKS"])
+        tasks = int(env["SLURM_NTASKS"])
         local = tasks // int(env.get("SLURM_NNODES", 1))
         if tasks > 1 and "SLURM_STEP_ID" not in env:
             raise ValueError(
@@ -134,13 +124,11 @@ def processes(devices: Any, num_nodes: Any) -> dict[str, Any]:
     else:
         return dict(devices=devices, num_nodes=1 if num_nodes == "auto" else num_nodes)
     nodes, wanted = tasks // local, len(devices) if isinstance(devices, list) else devices
-    for name, value, started in (("devices", wanted, local), ("num_nodes", num_nodes, nodes)):
-        if str(value) not in ("auto", "-1", str(started)):
-            what = "processes on each node" if name == "devices" else "nodes"
-            raise ValueError(
-                f"trainer.{name} is {value}, but {launcher} has started {started} {what}: "
-                f"leave it at auto"
-            )
+    if wanted not in ("auto", -1, local) or num_nodes not in ("auto", nodes):
+        raise ValueError(
+            f"trainer.devices={devices} trainer.num_nodes={num_nodes}, but {local} processes on "
+            f"each of {nodes} nodes were started: leave both at auto"
+        )
     return dict(devices=devices if isinstance(devices, list) else local, num_nodes=nodes)
 
 
