@@ -64,6 +64,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         gradient_clip_val=recipe.clip_grad,
         check_val_every_n_epoch=recipe.eval_every,
     )
+    if str(trainer.precision).endswith("-true") and trainer.precision != "32-true":
+        raise ValueError("trainer.precision must be auto, 32-true, bf16-mixed or 16-mixed")
     if cfg.trainer.accumulate_grad_batches is None:
         trainer.accumulate_grad_batches = recipe.accumulation(trainer.world_size)
     data = build_data(cfg, recipe)

@@ -51,11 +51,6 @@ def build_trainer(
         bf16 = options["accelerator"] != "cpu" and torch.cuda.is_available()
         bf16 = bf16 and torch.cuda.is_bf16_supported(including_emulation=False)
         options["precision"] = "bf16-mixed" if bf16 else "32-true"
-    if str(options["precision"]) not in ("32", "32-true", "16-mixed", "bf16-mixed"):
-        raise ValueError(
-            f"trainer.precision must be auto, 32-true, bf16-mixed or 16-mixed, "
-            f"got {options['precision']!r}"
-        )
     options["accumulate_grad_batches"] = options["accumulate_grad_batches"] or 1
     options |= (started := processes(options["devices"], options["num_nodes"]))
     count = started["devices"]
