@@ -57,11 +57,7 @@ def refused(error: BaseException, folder: Path) -> str | None:
 
 
 def check_zip(path: Path) -> None:
-    """Compare a zip file, such as torch.save's, with its checksums: torch.load does not.
-
-    Raises:
-        ValueError: it has changed since it was written.
-    """
+    """Compare a zip file, such as torch.save's, with its checksums: torch.load does not."""
     if not zipfile.is_zipfile(path):
         return  # left to its reader
     try:

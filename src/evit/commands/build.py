@@ -29,11 +29,7 @@ def build_model(cfg: DictConfig, recipe: Recipe, num_classes: int, **options: An
 
 
 def build_teacher(cfg: DictConfig, model: Any) -> Any:
-    """The dense model that DynamicViT is distilled from, where there are weights of one.
-
-    Raises:
-        ValueError: another kind of model has no use for a teacher, or its weights do not fit.
-    """
+    """The dense model that DynamicViT is distilled from, where there are weights of one."""
     source = cfg.recipe.teacher or cfg.checkpoint
     if not (hasattr(model, "reducer") and model.reducer.masked):
         if cfg.recipe.teacher:

@@ -15,8 +15,6 @@ from evit.reducers.schedule import keep_rate_at
 from evit.report.pictures import draw_kept
 from evit.tracking import Tracker
 
-LOGGED = 20  # pictures of kept patches in W&B, from the first evaluation to the last
-
 
 class KeepRateSchedule(L.Callback):
     """Moves the model's keep rate to its final value during training, at every step.
@@ -65,7 +63,6 @@ class KeptPatches(L.Callback):
     def __init__(self, path: Path, num_images: int = 8):
         self.path, self.num_images = path, num_images
         self.images: list[Tensor] = []
-        self.next_logged = 0.0  # epochs
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, i: int, *_: Any
@@ -85,10 +82,6 @@ class KeptPatches(L.Callback):
         picture = draw_kept(model, images, denormalize(images, data.mean, data.std))
         with whole_file(self.path) as file:
             picture.save(file, "png")
-        epoch, epochs = trainer.current_epoch + 1, trainer.max_epochs
-        if epoch < min(self.next_logged, epochs):
-            return
-        self.next_logged = (epoch * LOGGED // epochs + 1) * epochs / LOGGED
         for logger in trainer.loggers:
             if isinstance(logger, Tracker):
                 logger.log_image("kept_patches", picture, trainer.global_step)

@@ -95,11 +95,7 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 def optimizer_steps(path: Path) -> int:
-    """The number of steps after which a checkpoint was written.
-
-    Raises:
-        ValueError: it is not as it was written, or there is no training to go on with in it.
-    """
+    """The number of steps after which a checkpoint was written."""
     try:
         check_zip(path)
         checkpoint = torch.load(path, weights_only=True, map_location="meta")
@@ -112,11 +108,7 @@ def optimizer_steps(path: Path) -> int:
 
 
 def unfinished(folder: Path) -> Path | None:
-    """The last checkpoint of the run that was interrupted in this folder, if one was.
-
-    Raises:
-        ValueError: it has checkpoints, and none can be read.
-    """
+    """The last checkpoint of the run that was interrupted in this folder, if one was."""
     inside = folder / "checkpoints"
     kept = sorted(inside.glob("epoch_*.ckpt"), reverse=True)
     found = [inside / "last.ckpt", inside / "previous.ckpt", *kept]
@@ -133,11 +125,7 @@ def unfinished(folder: Path) -> Path | None:
 
 
 def given(resume: str, folder: Path) -> Path | None:
-    """The checkpoint that resume=PATH begins with; None for resume=auto.
-
-    Raises:
-        ValueError: it is no checkpoint, or this folder's own.
-    """
+    """The checkpoint that resume=PATH begins with; None for resume=auto."""
     if resume == "auto":
         return None
     path = Path(resume).expanduser().resolve()

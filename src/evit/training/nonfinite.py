@@ -19,9 +19,6 @@ class NonFinite(L.Callback):
     Reading a loss makes the host wait for the GPU, so all stay on the device until metrics are
     logged, an evaluation begins or a checkpoint is written: no checkpoint has seen such a step. In
     float16 GradScaler deals with gradients that overflow, and only losses count.
-
-    Raises:
-        FloatingPointError: names the step and its images, the same in all processes.
     """
 
     def __init__(self) -> None:
