@@ -49,11 +49,10 @@ WRONG = {
     "train recipe.epoch=3": "did you mean recipe.epochs?",
     "train data.rot=x": "did you mean data.root?",
     "train model=evit_deits": "there is no model=evit_deits: did you mean evit_deit?",
-    "train data=": "there are auto, fashion_mnist, folder, imagenet",
+    "train data=": "there are auto, cifar10, cifar100, fashion_mnist, folder, imagenet",
     "train recipe=": "there are deit, deit_finetune, dynamicvit, fashion_mnist, lvvit",
     "train experiment=evit_deit": "did you mean evit_deit_s?",
     "train img_size=big": "img_size must be a number, got 'big'",
-    "train compile=maybe": "maybe",
     "evaluate keep_ratess=[1]": "did you mean keep_rates?",
     "evaluate batch_size=x": "batch_size must be a number, got 'x'",
     "benchmark repeat=3": "did you mean repeats?",
@@ -177,8 +176,3 @@ def test_sigusr1_requeues_a_job_of_slurm_once(number, procid, requeued, heard, m
         os.kill(os.getpid(), number)
     assert (ended.value.code, ran) == (128 + number, requeued)
     assert capfd.readouterr().err.count("stopped by") == (procid == "0")
-
-
-def test_a_run_folder_that_another_process_has_removed_is_no_error(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    cli.remove_empty(tmp_path / "outputs/micro/0")

@@ -35,7 +35,7 @@ def test_the_knobs_are_these():
         *("name", "keep_rate", "fusion", "img_size", "seed", "checkpoint", "pretrained"),
         *("compile", "overwrite", "resume", "checkpoint_every_n_steps", "dry_run"),
         "keep_checkpoint_every_n_epochs",
-        *("model", "data", "recipe", "trainer", "logger"),
+        *("reducer", "model", "data", "recipe", "trainer", "logger"),
     }
 
 
@@ -63,8 +63,7 @@ def test_prepare_composes():
 def test_the_knobs_of_an_evaluation_are_these():
     assert set(OmegaConf.load(CONF_DIR / "evaluate.yaml")) - {"defaults", "hydra"} == {
         *("checkpoint", "name", "keep_rate", "keep_rates", "fusion", "selection", "img_size"),
-        *("crop_pct", "max_val_images", "batch_size", "seed", "verify", "repeats"),
-        "model",
+        *("crop_pct", "max_val_images", "batch_size", "seed", "gmacs", "model"),
     }
 
 
@@ -72,7 +71,7 @@ def test_an_evaluation_composes_with_every_value_open_that_a_run_can_give():
     cfg = composed("checkpoint=a.ckpt", config="evaluate")
     knobs = ("keep_rate", "keep_rates", "fusion", "img_size", "crop_pct", "max_val_images")
     assert [cfg[knob] for knob in knobs] == [None] * 6
-    assert cfg.model == {} and cfg.selection == "attentive"
+    assert cfg.model == {} and cfg.selection is None
 
 
 def test_report_composes():
@@ -126,12 +125,13 @@ def test_every_file_opens_with_what_it_is_for(group):
 
 def test_the_model_and_the_data_follow_the_knobs():
     cfg = composed("keep_rate=0.5", "img_size=304", "fusion=false")
-    assert (cfg.model.keep_rate, cfg.model.img_size, cfg.model.fusion) == (0.5, 304, False)
+    reducer = cfg.model.reducer
+    assert (reducer.keep_rate, cfg.model.img_size, reducer.fusion) == (0.5, 304, False)
     assert cfg.data.img_size == 304
 
 
 def test_a_keep_rate_for_each_reorganization():
-    assert composed("keep_rate=[0.9,0.7,0.5]").model.keep_rate == [0.9, 0.7, 0.5]
+    assert composed("keep_rate=[0.9,0.7,0.5]").model.reducer.keep_rate == [0.9, 0.7, 0.5]
 
 
 @pytest.mark.parametrize("typo", ["keeprate=0.5", "recipe.epoch=3"])
@@ -167,9 +167,10 @@ def scaled(*overrides: str):
 def test_every_scale_of_a_recipe_has_its_values(path):
     scale, recipe = path.parent.name, path.stem
     published, found = composed(f"recipe={recipe}"), composed(f"recipe={recipe}", f"scale={scale}")
+    raw = OmegaConf.to_container(found.recipe, resolve=False)
     for key, value in yaml.safe_load(path.read_text()).items():
         if key != "defaults":
-            assert found.recipe[key] == value or float(found.recipe[key]) == float(value), key
+            assert raw[key] == value or float(raw[key]) == float(value), key
     assert found.recipe != published.recipe
     assert found.recipe.batch_size == 32
 
@@ -210,3 +211,16 @@ def test_run_folders_say_what_was_overridden_and_have_no_separators():
     assert folder_name("a-ü") != folder_name("a-ä")
     long = [folder_name(f"data.root={'x' * 300}{i}") for i in range(2)]
     assert len(set(long)) == 2 and max(map(len, long)) < 200
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+@pytest.mark.parametrize("epochs", [1, 10, 600])
+def test_schedules_given_in_epochs_scale_with_the_epochs_unless_they_are_given(name, epochs):
+    published = OmegaConf.to_object(composed(f"experiment={name}").recipe)
+    cfg = composed(f"experiment={name}", f"recipe.epochs={epochs}")
+    recipe: Recipe = OmegaConf.to_object(cfg.recipe)
+    share = epochs / published.epochs
+    assert recipe.warmup_epochs == pytest.approx(published.warmup_epochs * share)
+    for knob in ("shrink_start_epoch", "shrink_epochs", "cooldown_epochs"):
+        assert getattr(recipe, knob) == round(getattr(published, knob) * share)
+    assert composed(f"recipe.epochs={epochs}", "recipe.warmup_epochs=5").recipe.warmup_epochs == 5

@@ -14,7 +14,7 @@ BEGIN = """
 import gc, json, sys
 import train
 def facts(*_):
-    print(json.dumps([gc.isenabled(), gc.get_freeze_count(), list(sys.modules)]))
+    print(json.dumps([gc.isenabled(), list(sys.modules)]))
     sys.exit()
 
 import importlib
@@ -53,12 +53,11 @@ UNUSED = (
 
 @pytest.mark.parametrize("name", UNUSED.split())
 def test_a_run_begins_without(begin, name):
-    assert name not in begin[2]
+    assert name not in begin[1]
 
 
-def test_garbage_is_searched_for_again_but_not_among_what_was_imported(begin):
-    enabled, frozen, _ = begin
-    assert enabled and frozen > 100_000
+def test_garbage_is_searched_for_again(begin):
+    assert begin[0]
 
 
 def test_scipy_is_not_required_as_torchmetrics_would_import_it_every_time():

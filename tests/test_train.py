@@ -147,6 +147,9 @@ MISTAKES = {
     "keeprate=0.5": "unknown knob 'keeprate' in 'keeprate=0.5': did you mean keep_rate?",
     "recipe.epoch=3": "did you mean recipe.epochs?",
     "+trainer.max_epoch=3": "unexpected keyword argument 'max_epoch'",
+    "+trainer.max_steps=3": "trainer.max_steps is not taken here: set recipe.epochs and",
+    "trainer.precision=bf16-true": "must be auto, 32-true, bf16-mixed or 16-mixed",
+    "compile=fast": "compile must be true, false or reduce-overhead, got 'fast'",
     "recipe.batch_size=5": "5 images per process is odd",
     "recipe.batch_size=64": "do not fill one batch of 64",
     "data.root=/nowhere": "data folder '/nowhere' does not exist",
@@ -155,7 +158,6 @@ MISTAKES = {
     "logger.mode=loud": "logger.mode must be",
     "data.backend=dali": "data.backend must be ffcv or imagefolder",
     "resume=lost.ckpt": "resume=lost.ckpt is neither auto nor a checkpoint",
-    "trainer.ddp.static_graph=true trainer.accumulate_grad_batches=2": "does not go with",
     "checkpoint_every_n_steps=0": "checkpoint_every_n_steps must be at least 1, got 0",
     "keep_checkpoint_every_n_epochs=0": "keep_checkpoint_every_n_epochs must be at least 1",
 }

@@ -29,7 +29,7 @@ class RunConfig:
     seed: int = MISSING
     checkpoint: str | None = None
     pretrained: bool = False
-    compile: bool = False
+    compile: Any = False  # or reduce-overhead
     overwrite: bool = False
     resume: str = "auto"
     checkpoint_every_n_steps: int | None = None
@@ -64,6 +64,15 @@ def scale_for(cfg: DictConfig) -> str:
     imagenet = os.environ.get("IMAGENET_DIR")
     same = imagenet and os.path.abspath(imagenet) == os.path.abspath(cfg.data.root)
     return "published" if same else "own"
+
+
+def of(share: float, whole: int, *, _parent_: Any) -> float:
+    """${of:10,300} in a recipe: 10 of 300 epochs, or as large a share of recipe.epochs.
+
+    An int gives whole epochs.
+    """
+    epochs = share * _parent_["epochs"] / whole
+    return round(epochs) if isinstance(share, int) else epochs
 
 
 def folder_name(overrides: str) -> str:

@@ -2,18 +2,13 @@
 
 import errno
 import os
-import shutil
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-UNUSABLE = (
-    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR),
-    *(errno.EIO, errno.ESTALE),
-)
+REFUSED = "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENOTDIR EEXIST EISDIR EIO ESTALE".split()
 
 
 @contextmanager
@@ -55,28 +50,16 @@ def refused(error: BaseException, folder: Path) -> str | None:
     Args:
         folder: where the program writes, for an error that names no file.
     """
-    if not isinstance(error, OSError) or error.errno not in FULL + UNUSABLE:
+    if not isinstance(error, OSError) or errno.errorcode.get(error.errno or 0) not in REFUSED:
         return None
-    path = Path(error.filename or folder).absolute()
-    there = next(parent for parent in (path, *path.parents) if parent.is_dir())
-    shown = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-    reason = os.strerror(error.errno)
-    if error.errno in UNUSABLE:
-        return f"{shown} cannot be used: {reason}. Choose a folder that can be, or mend this one"
-    reason += f", {shutil.disk_usage(there).free / 1e6:.1f} MB are free"
-    return f"{shown} cannot be written: {reason}. Make room: the same command goes on"
+    path, reason = os.path.relpath(error.filename or folder), os.strerror(error.errno or 0)
+    return f"{path} cannot be used: {reason}. Make room or choose another folder"
 
 
 def check_zip(path: Path) -> None:
-    """Compare what is in a zip file, such as torch.save's, with its checksums: torch.load does not.
-
-    Other files are left to their readers.
-
-    Raises:
-        ValueError: it has changed since it was written.
-    """
+    """Compare a zip file, such as torch.save's, with its checksums: torch.load does not."""
     if not zipfile.is_zipfile(path):
-        return
+        return  # left to its reader
     try:
         with zipfile.ZipFile(path) as archive:
             changed = archive.testzip()

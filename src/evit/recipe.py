@@ -4,38 +4,25 @@ from dataclasses import dataclass, field
 
 MISSING = "???"  # OmegaConf's: a value that a recipe has to give
 
-LR_SCHEDULES = ("plain", "timm", "deit")  # evit.training.optimizer.lr_at says what they are
 INFINITY = float("inf")
-RANGES = dict(
-    lr_batch_size=(1, INFINITY),
-    min_lr=(0, INFINITY),
-    warmup_epochs=(0, INFINITY),
-    cooldown_epochs=(0, INFINITY),
-    backbone_lr=(0, INFINITY),
-    backbone_frozen_epochs=(0, INFINITY),
-    warmup_lr=(0, INFINITY),
-    weight_decay=(0, INFINITY),
-    clip_grad=(0, INFINITY),
-    ema_decay=(0, 1),
-    drop_path=(0, 0.99),
-    label_smoothing=(0, 0.99),
-    mixup=(0, INFINITY),
-    cutmix=(0, INFINITY),
-    mixup_switch_prob=(0, 1),
-    color_jitter=(0, INFINITY),
-    random_erasing=(0, 1),
-    repeated_augmentations=(1, INFINITY),
-    flip=(0, 1),
-    crop_pct=(0.01, 1),
-    shrink_start_epoch=(0, INFINITY),
-    shrink_epochs=(0, INFINITY),
-    token_multiple=(1, INFINITY),
-    token_label_weight=(0, INFINITY),
-    ratio_weight=(0, INFINITY),
-    distill_weight=(0, INFINITY),
-    max_train_images=(1, INFINITY),
-    max_val_images=(1, INFINITY),
-    max_batch_per_process=(1, INFINITY),
+POSITIVE = (
+    "epochs batch_size lr_batch_size eval_every repeated_augmentations token_multiple "
+    "max_train_images max_val_images max_batch_per_process"
+)
+NOT_NEGATIVE = (
+    "lr min_lr warmup_lr warmup_epochs cooldown_epochs backbone_lr backbone_frozen_epochs "
+    "weight_decay clip_grad mixup cutmix color_jitter shrink_start_epoch shrink_epochs "
+    "token_label_weight ratio_weight distill_weight"
+)
+RANGES = (
+    dict.fromkeys(POSITIVE.split(), (1, INFINITY))
+    | dict.fromkeys(NOT_NEGATIVE.split(), (0, INFINITY))
+    | dict.fromkeys(("ema_decay", "mixup_switch_prob", "random_erasing", "flip"), (0, 1))
+    | dict(drop_path=(0, 0.99), label_smoothing=(0, 0.99), crop_pct=(0.01, 1))
+)
+NAMES = dict(
+    lr_schedule=("plain", "timm", "deit"),  # evit.training.optimizer.lr_at says what they are
+    mixup_mode=("batch", "pair", "elem"),
 )
 
 
@@ -90,40 +77,23 @@ class Recipe:
     max_val_images: int | None = None
 
     def __post_init__(self) -> None:
-        for knob in ("epochs", "batch_size", "eval_every"):
-            if getattr(self, knob) < 1:
-                raise ValueError(f"recipe.{knob} must be at least 1, got {getattr(self, knob)}")
         for knob, (low, high) in RANGES.items():
             value = getattr(self, knob)
             if value is not None and not low <= value <= high:
                 raise ValueError(f"recipe.{knob} must be from {low} to {high:g}, got {value}")
+        for knob, names in NAMES.items():
+            if (value := getattr(self, knob)) not in names:
+                raise ValueError(f"recipe.{knob} must be {', '.join(names)}, got {value!r}")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError(
-                f"recipe.crop_scale must be the least and largest share of the area, in (0, 1], "
-                f"got {list(self.crop_scale)}"
-            )
-        if self.lr_schedule not in LR_SCHEDULES:
-            raise ValueError(
-                f"recipe.lr_schedule must be {', '.join(LR_SCHEDULES)}, got {self.lr_schedule!r}"
-            )
-        if self.mixup_mode not in ("batch", "pair", "elem"):
-            raise ValueError(
-                f"recipe.mixup_mode must be batch, pair or elem, got {self.mixup_mode!r}"
-            )
-        if not self.lr > 0:
-            raise ValueError(f"recipe.lr must be above 0, got {self.lr}")
-        if self.warmup_epochs + self.cooldown_epochs >= self.epochs:
-            raise ValueError(
-                f"recipe.warmup_epochs {self.warmup_epochs} and recipe.cooldown_epochs "
-                f"{self.cooldown_epochs} leave nothing of recipe.epochs {self.epochs}: lower them"
-            )
-        if self.full_rate_epoch >= self.epochs:
-            raise ValueError(
-                f"the keep rate reaches its final value only at epoch {self.full_rate_epoch} "
-                f"(recipe.shrink_start_epoch {self.shrink_start_epoch} + recipe.shrink_epochs "
-                f"{self.shrink_epochs}), but training has {self.epochs}: lower these two, "
-                f"or raise recipe.epochs"
-            )
+            raise ValueError(f"recipe.crop_scale must be two shares, got {list(self.crop_scale)}")
+        for first, second in dict(
+            warmup_epochs="cooldown_epochs", shrink_start_epoch="shrink_epochs"
+        ).items():
+            if getattr(self, first) + getattr(self, second) >= self.epochs:
+                raise ValueError(
+                    f"recipe.{first} {getattr(self, first)} and recipe.{second} "
+                    f"{getattr(self, second)} leave nothing of recipe.epochs {self.epochs}"
+                )
 
     @property
     def full_rate_epoch(self) -> int:
@@ -141,16 +111,3 @@ class Recipe:
         limit = self.max_batch_per_process or share
         even = (n for n in range(1, share + 1) if share % n == 0 and share // n <= limit)
         return 1 if left else next(even, 1)
-
-    def check_start(self, checkpoint: str | None, pretrained: bool) -> None:
-        """Refuse to fine-tune random weights.
-
-        Raises:
-            ValueError: says where trained ones come from.
-        """
-        if self.finetune and not checkpoint and not pretrained:
-            raise ValueError(
-                "this recipe fine-tunes a trained model: give its weights by checkpoint=PATH, or "
-                "pretrained=true for those that timm has; recipe.finetune=false starts from random "
-                "ones"
-            )

@@ -6,9 +6,8 @@ import math
 import os
 import secrets
 import time
-from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,8 @@ class JsonlLogger(Logger):
     A run that goes on after a number of steps loses the rows that were logged later.
     """
 
+    name, version = "metrics", ""  # type: ignore[assignment]
+
     def __init__(self, path: Path, steps: int | None = None):
         super().__init__()
         self.path, self.start = path, time.monotonic()
@@ -42,16 +43,7 @@ class JsonlLogger(Logger):
         with whole_file(self.path) as file:
             file.write("".join(kept).encode())
 
-    @property
-    def name(self) -> str:
-        return "metrics"
-
-    @property
-    def version(self) -> str:
-        return ""
-
-    @rank_zero_only
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """The configuration is in result.json."""
 
     @rank_zero_only
@@ -62,26 +54,11 @@ class JsonlLogger(Logger):
             file.write(json.dumps(row) + "\n")
 
 
-@contextmanager
-def slurm_token_hidden() -> Iterator[None]:
-    """W&B records every SLURM_* that its process inherits, and one of them is a password."""
-    token = os.environ.pop("SLURM_JWT", None)
-    try:
-        yield
-    finally:
-        if token is not None:
-            os.environ["SLURM_JWT"] = token
-
-
-@slurm_token_hidden()
 def wandb_mode(mode: str) -> str:
-    """auto is online where the user is logged in to W&B and offline elsewhere.
-
-    Raises:
-        ValueError: mode is not one of auto, online, offline, disabled.
-    """
+    """auto is online where the user is logged in to W&B and offline elsewhere."""
     if mode not in ("auto", "online", "offline", "disabled"):
         raise ValueError(f"logger.mode must be auto, online, offline or disabled, got {mode!r}")
+    os.environ.pop("SLURM_JWT", None)  # a password: W&B records every SLURM_* that it inherits
     if mode != "auto":
         return mode
     try:
@@ -98,9 +75,11 @@ class Tracker(Logger):
         run_id: of that run.
     """
 
+    name, version = "wandb", ""  # type: ignore[assignment]
+
     def __init__(self, start: Callable[[], wandb.Run], run_id: str):
         super().__init__()
-        self.run_id = run_id
+        self.version = run_id  # type: ignore[misc]
         self.run: wandb.Run | None = None
         self.attempt(lambda: setattr(self, "run", start()))
 
@@ -114,41 +93,20 @@ class Tracker(Logger):
             if run:
                 where += f", and `wandb sync {run.settings.sync_dir}` uploads what W&B has"
             print(f"W&B has failed ({reason}): {where}", flush=True)
-            with suppress(Exception):
-                self.close(1)
-
-    def close(self, exit_code: int) -> None:
-        """End W&B's run, and its process."""
-        run, self.run = self.run, None
-        try:
-            if run:
-                run.finish(exit_code)
-        finally:
+            self.run = None
             with suppress(Exception, SystemExit):
-                wandb.teardown()
+                wandb.teardown(1)
+
+    def end(self, exit_code: int = 0) -> None:
+        if run := self.run:
+            self.attempt(lambda: run.finish(exit_code))
+            self.run = None
 
     def log(self, content: Callable[[], dict[str, Any]]) -> None:
         if run := self.run:
             self.attempt(lambda: run.log(content()))
 
-    def end(self, exit_code: int = 0) -> None:
-        """End W&B's run, and its process."""
-        if run := self.run:
-            self.attempt(lambda: run.finish(exit_code))
-            self.run = None
-            with suppress(Exception, SystemExit):
-                wandb.teardown()
-
-    @property
-    def name(self) -> str:
-        return "wandb"
-
-    @property
-    def version(self) -> str:
-        return self.run_id
-
-    @rank_zero_only
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *_: Any, **__: Any) -> None:
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """The configuration is given at the start."""
 
     @rank_zero_only
@@ -181,23 +139,15 @@ def wandb_logger(directory: Path, *, mode: str, config: dict[str, Any], **option
     path = directory / "wandb" / "run_id"
     run_id = path.read_text() if path.is_file() else secrets.token_hex(4)
     waits: Any = {k: v for k, v in WAITS.items() if f"WANDB_{k.upper()}" not in os.environ}
+    # Online it prints the address of the run.
+    waits |= dict(silent=mode == "offline", finish_timeout_raises=True)
 
-    @slurm_token_hidden()
     def start() -> wandb.Run:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(run_id)
-        run = wandb.init(
-            id=run_id,
-            resume="allow",
-            job_type="train",
-            config=config,
-            dir=str(directory),
-            mode=mode,  # type: ignore[arg-type]
-            reinit="finish_previous",
-            # Online it prints the address of the run.
-            settings=wandb.Settings(silent=mode == "offline", finish_timeout_raises=True, **waits),
-            **options,
-        )
+        own: Any = dict(id=run_id, resume="allow", job_type="train", reinit="finish_previous")
+        own |= dict(config=config, dir=str(directory), mode=mode)
+        run = wandb.init(**own, **options, settings=wandb.Settings(**waits))
         run.define_metric(STEP)
         run.define_metric("*", step_metric=STEP, step_sync=True)
         return run

@@ -2,7 +2,6 @@
 
 from types import SimpleNamespace
 
-import pytest
 import torch
 from PIL import Image
 
@@ -22,12 +21,7 @@ class Recorder(Tracker):
         self.steps.append(step)
 
 
-@pytest.mark.parametrize(
-    ("epochs", "every", "logged"), [(300, 1, 20), (30, 1, 20), (3, 1, 3), (300, 50, 6), (5, 2, 3)]
-)
-def test_wandb_gets_some_pictures_from_the_first_evaluation_to_the_last(
-    epochs, every, logged, monkeypatch, tmp_path
-):
+def test_the_images_drawn_are_spread_evenly_and_wandb_gets_every_picture(monkeypatch, tmp_path):
     drawn = []
     monkeypatch.setattr(
         callbacks, "draw_kept", lambda *a: drawn.append(a) or Image.new("RGB", (1, 1))
@@ -41,17 +35,14 @@ def test_wandb_gets_some_pictures_from_the_first_evaluation_to_the_last(
         is_global_zero=True,
         datamodule=data,
         num_val_batches=[2],
-        max_epochs=epochs,
         loggers=[recorder],
     )
-    evaluated = [e for e in range(1, epochs + 1) if e % every == 0 or e == epochs]
+    evaluated = [1, 2, 5]
     batches = torch.arange(8).view(2, 4, 1, 1, 1).expand(-1, -1, 3, 28, 28).float()
     for epoch in evaluated:
         trainer.current_epoch, trainer.global_step = epoch - 1, epoch
-        patches.on_validation_epoch_start(trainer, None)
         for i, batch in enumerate(batches):
             patches.on_validation_batch_end(trainer, module, None, (batch,), i)
     assert len(drawn) == len(evaluated) and (tmp_path / "kept.png").is_file()
     assert all(images[:, 0, 0, 0].tolist() == [0, 2, 4] for _, images, _ in drawn)
-    assert recorder.steps[0] == evaluated[0] and recorder.steps[-1] == epochs
-    assert logged <= len(recorder.steps) <= logged + 1
+    assert recorder.steps == evaluated

@@ -9,7 +9,7 @@ import torch
 
 from evit.data import resumable
 from evit.training import progress
-from evit.training.progress import Bar, Lines, Throughput, duration
+from evit.training.progress import Bar, Lines, Throughput
 
 
 class Clock:
@@ -95,7 +95,7 @@ def test_lines_are_plain_and_say_how_far_training_is(clock, capsys):
     assert len(steps) == 2
     assert re.fullmatch(
         r"epoch 1/2  step 2/4  loss [\d.]+  keep rate 0.70  120 tokens/image  2 images/s  "
-        r"data wait 75 %  24 s left",
+        r"data wait 75 %  0:00:24 left",
         steps[0],
     )
     assert steps[1].startswith("epoch 2/2  step 3/4  loss")
@@ -123,18 +123,3 @@ def test_the_bar_shows_the_state_and_evaluations_stay_as_lines(clock, capsys):
     assert seen[-1]["speed"] == "2 images/s" and seen[-1]["train/loss"].startswith("loss")
     shown = capsys.readouterr().out
     assert shown.count("val/top1 79.500") == 2 and " step " not in shown
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.4, "0 s"),
-        (59, "59 s"),
-        (60, "1 min"),
-        (3599, "59 min 59 s"),
-        (7500, "2 h 5 min"),
-        (97300, "1 d 3 h"),
-    ],
-)
-def test_durations_are_readable(seconds, text):
-    assert duration(seconds) == text

@@ -29,18 +29,11 @@ def build_model(cfg: DictConfig, recipe: Recipe, num_classes: int, **options: An
 
 
 def build_teacher(cfg: DictConfig, model: Any) -> Any:
-    """The dense model that DynamicViT is distilled from, where there are weights of one.
-
-    Raises:
-        ValueError: another kind of model has no use for a teacher, or its weights do not fit.
-    """
+    """The dense model that DynamicViT is distilled from, where there are weights of one."""
     source = cfg.recipe.teacher or cfg.checkpoint
     if not (hasattr(model, "reducer") and model.reducer.masked):
         if cfg.recipe.teacher:
-            raise ValueError(
-                f"recipe.teacher={cfg.recipe.teacher} is for DynamicViT: {type(model).__name__} "
-                f"has no distillation; leave it null"
-            )
+            raise ValueError(f"recipe.teacher={cfg.recipe.teacher} is for DynamicViT alone")
         return None
     if not source and not cfg.pretrained:
         return None
@@ -55,11 +48,16 @@ def build_teacher(cfg: DictConfig, model: Any) -> Any:
     return teacher
 
 
-def compile_all(model: torch.nn.Module, objective: Classification) -> None:
-    """torch.compile, in place: one graph for each combination of token counts."""
+def compile_all(model: torch.nn.Module, objective: Classification, how: Any = True) -> None:
+    """torch.compile, in place: one graph for each combination of token counts.
+
+    Args:
+        how: True, or the name of one of torch.compile's modes.
+    """
     # By default the cache is a folder of /tmp whose name others can guess.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache/evit-lab/inductor"))
     limits: Any = torch._dynamo.config  # type: ignore[attr-defined]
     limits.recompile_limit = limits.accumulated_recompile_limit = 4096
-    model.compile(fullgraph=True, dynamic=False)
-    objective.compile()
+    mode = None if how is True else how
+    model.compile(fullgraph=True, dynamic=False, mode=mode)
+    objective.compile(mode=mode)

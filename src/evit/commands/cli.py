@@ -1,6 +1,5 @@
 """How every command begins and ends: its knobs, and one line for what a user can mend."""
 
-import atexit
 import difflib
 import gc
 import importlib
@@ -27,36 +26,30 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from evit import files
-from evit.config import CONF_DIR, RunConfig, folder_name, overridden, scale_for
+from evit.config import CONF_DIR, RunConfig, folder_name, of, overridden, scale_for
 
 LOOSE = ("keep_rate", "fusion", "compile")  # numbers or true by default, and more
 NOT_COMPOSED = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
 def entry_point(task: str, config: str) -> Callable[[], None]:
-    """The main function of a script.
+    """The main function of a script, for conf/CONFIG.yaml.
 
-    Args:
-        task: "module:function", imported once the knobs are known to be right, and called with the
-            composed configuration.
-        config: the file in conf/ without its ending.
+    The task, "module:function", is imported once the knobs are known to be right.
     """
 
     def run(cfg: DictConfig) -> Any:
         if missing := [str(knob) for knob in cfg if OmegaConf.is_missing(cfg, knob)]:
             fail(f"{missing[0]}=... is needed: conf/{config}.yaml says what it is for")
         module, function = task.split(":")
-        if cfg.get("dry_run"):
-            module = "evit.commands.plan"
+        module = "evit.commands.plan" if cfg.get("dry_run") else module
         work = getattr(importlib.import_module(module), function)
-        gc.freeze()
         gc.enable()
         with ended_in_a_line():  # or Hydra adds a line of its own
             return work(cfg)
 
     def main() -> None:
         gc.disable()  # what imports leave is no garbage: a quarter less time until the work begins
-        atexit.register(gc.unfreeze)
         os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints errors itself
         with ended_in_a_line():
             register()
@@ -74,17 +67,14 @@ def entry_point(task: str, config: str) -> Callable[[], None]:
 
 
 def register() -> None:
-    """Tell Hydra the schema of a run, and OmegaConf the resolver of conf/."""
+    """Tell Hydra the schema of a run, and OmegaConf the resolvers of conf/."""
     ConfigStore.instance().store(name="schema", node=RunConfig)
-    OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+    for resolver in (folder_name, of):
+        OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
 def arguments(given: list[str], config: str) -> list[str]:
-    """The command line for Hydra: flags as they are, overrides quoted and checked, and the scale.
-
-    Raises:
-        ValueError: names a knob that is not there, and the nearest one.
-    """
+    """The command line for Hydra: overrides quoted and checked, and a run's scale."""
     words = ["dry_run=true" if word == "--dry-run" else word for word in given]
     words = [word if word.startswith("-") else quoted(word) for word in words]
     check_spelling(words, config)
@@ -95,12 +85,10 @@ def arguments(given: list[str], config: str) -> list[str]:
 def quoted(override: str) -> str:
     """The override, its value in quotes where Hydra's grammar would refuse or trim it."""
     knob, equals, value = override.partition("=")
-    try:
+    with suppress(HydraException):
         OverridesParser.create().parse_override(override)
         if value == value.strip():
             return override
-    except HydraException:
-        pass
     escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)
     return f"{knob}='{escaped}'" if equals else override
 
@@ -116,23 +104,16 @@ def with_scale(words: list[str]) -> list[str]:
     for option, folder in zip(words, words[1:], strict=False):
         if option in ("--config-dir", "-cd"):
             overrides.append(f"hydra.searchpath=['file://{Path(folder).absolute()}']")
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    first = [
-        f"{o.key_or_group}={next(o.sweep_string_iterator())}"
-        if o.is_sweep_override()
-        else o.input_line or ""
-        for o in parsed
-    ]
+    first = []
+    for o in OverridesParser.create().parse_overrides(overrides):
+        value = o.is_sweep_override() and next(o.sweep_string_iterator())
+        first.append(f"{o.key_or_group}={value}" if value else o.input_line or "")
     scale = scale_for(composed("config", first))
     return words if scale == "published" else [*words, f"scale={scale}"]
 
 
 def composed(config: str, overrides: list[str]) -> DictConfig:
-    """A configuration of conf/, with `hydra` in it.
-
-    Raises:
-        ValueError: it does not compose; says why in one line.
-    """
+    """A configuration of conf/, with `hydra` in it; a ValueError of one line if none."""
     register()
     begun = GlobalHydra.instance().is_initialized()
     with nullcontext() if begun else initialize_config_dir(str(CONF_DIR), version_base="1.3"):
@@ -143,15 +124,9 @@ def composed(config: str, overrides: list[str]) -> DictConfig:
 
 
 def check_spelling(overrides: list[str], config: str) -> None:
-    """Refuse what no configuration has: added with +, it would do nothing.
-
-    Raises:
-        ValueError: names the knob and the nearest one.
-    """
+    """Refuse what no configuration has (added with +, it would do nothing); name the nearest."""
     content: Any = OmegaConf.load(CONF_DIR / f"{config}.yaml")
-    groups = [
-        k for entry in content.pop("defaults") if isinstance(entry, DictConfig) for k in entry
-    ]
+    groups = {k for entry in content.pop("defaults") if not isinstance(entry, str) for k in entry}
     known = {str(name) for name in content} | {g for g in groups if " " not in str(g)}
     for override in overrides:
         found = re.match(r"[+~]*(([\w-]+)[\w./@-]*)=", override)
@@ -159,7 +134,13 @@ def check_spelling(overrides: list[str], config: str) -> None:
             continue
         path, root = found.groups()
         if re.split(r"[/@.]", path)[0] not in known and path.split("/")[0] not in known:
-            raise ValueError(f"unknown knob {root!r} in {override!r}: {nearest(root, known)}")
+            for file in sorted(CONF_DIR.glob("*/*.yaml")):
+                if file.parent.name in known and re.search(rf"(?m)^{root}:", file.read_text()):
+                    hint = f"did you mean {file.parent.name}.{root}?"
+                    break
+            else:
+                hint = nearest(root, known)
+            raise ValueError(f"unknown knob {root!r} in {override!r}: {hint}")
         default = content.get(path)
         if not isinstance(default, int | float) or path in LOOSE:
             continue
@@ -170,10 +151,6 @@ def check_spelling(overrides: list[str], config: str) -> None:
 
 
 def nearest(name: str, known: Any) -> str:
-    """Advice for a name that is not there."""
-    for path in sorted(CONF_DIR.glob("*/*.yaml")):
-        if path.parent.name in known and re.search(rf"^{name}:", path.read_text(), re.MULTILINE):
-            return f"did you mean {path.parent.name}.{name}?"
     near = difflib.get_close_matches(name, known, 1)
     return f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
 
@@ -181,21 +158,18 @@ def nearest(name: str, known: Any) -> str:
 def explained(error: BaseException, config: str, overrides: list[str]) -> ValueError:
     """An error of composing in one line, with the way out."""
     if isinstance(error, MissingConfigException) and error.options:
-        wanted = str(error.missing_cfg_file)
+        wanted = str(error.missing_cfg_file).replace("/", "=")
         options = [name for name in error.options if not name.startswith("_")]
-        near = difflib.get_close_matches(wanted.split("/")[-1], options, 1)
-        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(options)}"
-        return ValueError(f"there is no {wanted.replace('/', '=')}: {hint}")
+        return ValueError(f"there is no {wanted}: {nearest(wanted.split('=')[-1], options)}")
     for override in overrides:
         found = re.match(r"([\w.]+)\.([\w-]+)=", override)
-        if not found or f"override '{found[1]}.{found[2]}'" not in str(error):
-            continue
-        choices = [o for o in overrides if re.match(r"[\w/@]+=", o) and o != override]
-        with suppress(ValueError):
-            names = [str(k) for k in OmegaConf.select(composed(config, choices), found[1]) or {}]
-            near = difflib.get_close_matches(found[2], names, 1)
-            hint = f"did you mean {found[1]}.{near[0]}?" if near else f"{found[1]} has {names}"
-            return ValueError(f"unknown knob {found[2]!r} in {override!r}: {hint}")
+        if found and f"override '{found[1]}.{found[2]}'" in str(error):
+            choices = [o for o in overrides if re.match(r"[\w/@]+=", o) and o != override]
+            with suppress(ValueError):
+                names = OmegaConf.select(composed(config, choices), found[1]) or {}
+                hint = nearest(found[2], [str(name) for name in names])
+                hint = hint.replace("mean ", f"mean {found[1]}.")
+                return ValueError(f"unknown knob {found[2]!r} in {override!r}: {hint}")
     texts = dict.fromkeys(str(e) for e in (error, error.__cause__) if e)
     return ValueError(" ".join(" ".join(texts).split()))
 
@@ -208,8 +182,7 @@ def ended_in_a_line() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        say_stopped(signal.SIGINT)
-        sys.exit(128 + signal.SIGINT)
+        terminate(signal.SIGINT)
     except Exception as error:
         text = mistake(error)
         if "TORCHELASTIC_RUN_ID" in os.environ and (os.environ["RANK"] != "0" or not text):
@@ -218,7 +191,10 @@ def ended_in_a_line() -> Iterator[None]:
             raise
         fail(text)
     finally:
-        remove_empty(run_folder())
+        with suppress(OSError):  # of Hydra's folder in this one remains what is not empty
+            for path in (run_folder(), *run_folder().parents):
+                if Path.cwd() in path.parents:
+                    path.rmdir()
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -233,24 +209,21 @@ def mistake(error: BaseException) -> str | None:
     return files.refused(error, run_folder()) or (str(error) if isinstance(error, kinds) else None)
 
 
-def terminate(number: int, _: Any) -> NoReturn:
-    """End the program as a signal asks; SIGUSR1 in a job of SLURM's requeues it first."""
+def terminate(number: int, _: Any = None) -> NoReturn:
+    """End the program as a signal asks, said once for all processes of a machine.
+
+    SIGUSR1 in a job of SLURM's requeues it first.
+    """
     job = os.environ.get("SLURM_JOB_ID")
     if number == signal.SIGUSR1 and job and os.environ.get("SLURM_PROCID") == "0":
         with suppress(OSError):  # some containers have no scontrol
             subprocess.run(["scontrol", "requeue", job])
-    say_stopped(number)
-    sys.exit(128 + number)
-
-
-def say_stopped(number: int) -> None:
-    """Say which signal has ended the program, once for all processes of a machine."""
-    launched = "TORCHELASTIC_RUN_ID" in os.environ or os.environ.get("SLURM_LOCALID", "0") != "0"
-    if not launched:
+    if "TORCHELASTIC_RUN_ID" not in os.environ and os.environ.get("SLURM_LOCALID", "0") == "0":
         goes_on = (run_folder() / "checkpoints/last.ckpt").is_file()
-        text = f"stopped by {signal.Signals(number).name}"
+        text = f"stopped by {signal.Signals(number).name}" + ": the same command goes on" * goes_on
         with suppress(OSError):  # the terminal may be gone
-            print(text + ": the same command goes on" * goes_on, file=sys.stderr, flush=True)
+            print(text, file=sys.stderr, flush=True)
+    sys.exit(128 + number)
 
 
 def fail(text: str) -> NoReturn:
@@ -262,16 +235,5 @@ def fail(text: str) -> NoReturn:
 
 def run_folder() -> Path:
     """The folder that Hydra has made for this run; before that the current one."""
-    known = HydraConfig.initialized() and HydraConfig.get().runtime
-    return (
-        Path() if not known or OmegaConf.is_missing(known, "output_dir") else Path(known.output_dir)
-    )
-
-
-def remove_empty(folder: Path) -> None:
-    """Remove Hydra's folder in this one, and its parents, as far as they are empty."""
-    with suppress(OSError):  # another process may remove them too
-        for path in (folder, *folder.parents):
-            if Path.cwd() not in path.parents or any(path.iterdir()):
-                return
-            path.rmdir()
+    known: Any = HydraConfig.get().runtime if HydraConfig.initialized() else {}
+    return Path() if "output_dir" not in known else Path(known["output_dir"])

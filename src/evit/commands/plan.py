@@ -13,7 +13,7 @@ from evit.recipe import Recipe
 from evit.reducers.schedule import keep_rate_at
 from evit.report import paper
 from evit.training.module import Classifier
-from evit.training.objectives import Classification, DynamicTokens, TokenLabels, make_objective
+from evit.training.objectives import TokenLabels, make_objective
 from evit.training.optimizer import make_optimizer
 
 IMAGENET = dict(name="ImageNet", num_classes=1000, train_images=1_281_167, val_images=50_000)
@@ -21,10 +21,9 @@ PROCESSES = (1, 4, 8, 16)
 GPUS = 8  # of the estimate of hours
 # What is done to training images, in this order.
 AUGMENTATION = (
-    *("repeated_augmentations", "crop_scale", "flip", "rand_augment", "color_jitter"),
-    *("random_erasing", "mix_token", "mixup", "cutmix", "mixup_switch_prob", "mixup_mode"),
-    "label_smoothing",
-)
+    "repeated_augmentations crop_scale flip rand_augment color_jitter random_erasing mix_token "
+    "mixup cutmix mixup_switch_prob mixup_mode label_smoothing"
+).split()
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -54,56 +53,77 @@ def rounded(value: Any) -> Any:
 
 
 def plan(cfg: DictConfig) -> dict[str, Any]:
-    """What a run of this configuration would do, as plain data; rates are one for each epoch.
-
-    Raises:
-        ValueError: the configuration cannot be served.
-    """
+    """What a run of this configuration would do, as plain data; rates are one for each epoch."""
     recipe: Any = OmegaConf.to_object(cfg.recipe)
     data = data_facts(cfg, recipe)
     images = epoch_length(data["train_images"], recipe.repeated_augmentations)
-    steps = images // recipe.batch_size
-    if not steps:
+    if not (steps := images // recipe.batch_size):
         raise ValueError(
             f"{data['train_images']} training images do not fill one step of {recipe.batch_size}: "
             f"lower recipe.batch_size"
         )
     with torch.device("meta"):
         model = build_model(cfg, recipe, data["num_classes"], pretrained=False)
-    dynamic = trains_its_own_way(model)
+    own = getattr(getattr(model, "reducer", None), "masked", False)  # losses, as DynamicViT's
     start = "checkpoint" if cfg.checkpoint else "pretrained" if cfg.pretrained else "random"
+    distilled = own and bool(recipe.teacher or start != "random")
     parts = (model, recipe, data["num_classes"])
     objective = make_objective(*parts, recipe.batch_size, data["label_maps"])
-    distilled = dynamic and bool(recipe.teacher or start != "random")
     Classifier(*parts, objective)  # freezes what the recipe says
     keep_rate = list(getattr(model, "keep_rate", ()))
-    shrink = (0, 0) if dynamic else (recipe.shrink_start_epoch, recipe.shrink_epochs)
+    shrink = (0, 0) if own else (recipe.shrink_start_epoch, recipe.shrink_epochs)
     epochs = range(recipe.epochs)
     keep_rates = [list(keep_rate_at(epoch, 1, keep_rate, *shrink)) for epoch in epochs]
-    optimizer, schedule = optimizer_facts(model, recipe)
-    rows = paper_rows(cfg, recipe, model, data)
+
+    optimizer, scheduler = make_optimizer(model, recipe, total_steps=recipe.epochs)
+    rates = [[rate(epoch) for epoch in epochs] for rate in scheduler.lr_lambdas]
+    schedule: dict[str, Any] = dict(name=recipe.lr_schedule, lr=rates[0])
+    if rates[-1] != rates[0]:
+        schedule["backbone_lr"] = rates[-1]
+    groups = [
+        dict(tensors=len(group["params"]), parameters=sum(p.numel() for p in group["params"]))
+        | {name: group[name] for name in ("weight_decay", "lr_scale")}
+        for group in optimizer.param_groups
+    ]
+    loss: dict[str, Any] = dict(name=type(objective).__name__)
+    if mix_token := isinstance(objective, TokenLabels):
+        loss["token_label_weight"] = recipe.token_label_weight
+    if own:
+        loss["ratio_weight"] = recipe.ratio_weight
+        loss["distill_weight"] = recipe.distill_weight if distilled else 0.0
+    augmentation = {name: getattr(recipe, name, mix_token) for name in AUGMENTATION}
+    if not recipe.mixup and not recipe.cutmix:
+        augmentation |= dict(mixup_switch_prob=None, mixup_mode=None)
+    batches = []
+    for processes in PROCESSES:
+        count = cfg.trainer.accumulate_grad_batches or recipe.accumulation(processes)
+        share, left = divmod(recipe.batch_size, processes * count)
+        if not left:
+            batches.append(dict(processes=processes, per_process=share, accumulation=count))
+    paper_rows = rows_of_paper(cfg, recipe, model, data, own)
     return dict(
         data=data,
         start="missing" if recipe.finetune and start == "random" else start,
         epochs=recipe.epochs,
         steps_per_epoch=steps,
-        optimizer=optimizer,
+        optimizer=dict(
+            name=type(optimizer).__name__,
+            betas=list(optimizer.defaults["betas"]),
+            eps=optimizer.defaults["eps"],
+            clip_grad=recipe.clip_grad,
+            groups=groups,
+        ),
         schedule=schedule | dict(keep_rate=keep_rates),
-        loss=loss_facts(objective, recipe, distilled),
-        augmentation=augmentation_facts(objective, recipe),
+        loss=loss,
+        augmentation={name: value for name, value in augmentation.items() if value},
         drop_path=0.0 if recipe.train_in_eval_mode else recipe.drop_path,
         train_in_eval_mode=recipe.train_in_eval_mode,
         ema=dict(decay=recipe.ema_decay, evaluated=recipe.ema_decay and recipe.ema_evaluated),
         batch_size=recipe.batch_size,
-        batches=batch_facts(recipe, cfg.trainer.accumulate_grad_batches),
-        paper=rows,
-        hours=hours(model, keep_rates, steps * recipe.batch_size, rows, 3 + distilled),
+        batches=batches,
+        paper=paper_rows,
+        hours=hours(model, keep_rates, steps * recipe.batch_size, paper_rows, own, 3 + distilled),
     )
-
-
-def trains_its_own_way(model: Any) -> bool:
-    """Whether the model's reducer has losses of its own, as DynamicViT's."""
-    return getattr(getattr(model, "reducer", None), "masked", False)
 
 
 def data_facts(cfg: DictConfig, recipe: Recipe) -> dict[str, Any]:
@@ -121,76 +141,19 @@ def data_facts(cfg: DictConfig, recipe: Recipe) -> dict[str, Any]:
     return facts
 
 
-def optimizer_facts(model: Any, recipe: Recipe) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The optimizer and its groups of parameters; and the learning rate as each epoch begins.
-
-    The latter's backbone_lr is there where it differs.
-    """
-    optimizer, scheduler = make_optimizer(model, recipe, total_steps=recipe.epochs)
-    groups = [
-        dict(
-            tensors=len(group["params"]),
-            parameters=sum(p.numel() for p in group["params"]),
-            weight_decay=group["weight_decay"],
-            lr_scale=group["lr_scale"],
-        )
-        for group in optimizer.param_groups
-    ]
-    facts = dict(
-        name=type(optimizer).__name__,
-        betas=list(optimizer.defaults["betas"]),
-        eps=optimizer.defaults["eps"],
-        clip_grad=recipe.clip_grad,
-        groups=groups,
-    )
-    rates = [[rate(epoch) for epoch in range(recipe.epochs)] for rate in scheduler.lr_lambdas]
-    schedule: dict[str, Any] = dict(name=recipe.lr_schedule, lr=rates[0])
-    if rates[-1] != rates[0]:
-        schedule |= dict(backbone_lr=rates[-1])
-    return facts, schedule
-
-
-def loss_facts(objective: Classification, recipe: Recipe, distilled: bool) -> dict[str, Any]:
-    facts: dict[str, Any] = dict(name=type(objective).__name__)
-    if isinstance(objective, TokenLabels):
-        facts |= dict(token_label_weight=recipe.token_label_weight)
-    if isinstance(objective, DynamicTokens):
-        facts |= dict(ratio_weight=recipe.ratio_weight)
-        facts |= dict(distill_weight=recipe.distill_weight if distilled else 0.0)
-    return facts
-
-
-def augmentation_facts(objective: Classification, recipe: Recipe) -> dict[str, Any]:
-    """What is done to training images, in order, where it is on."""
-    mix_token = isinstance(objective, TokenLabels)
-    facts = {name: getattr(recipe, name, mix_token) for name in AUGMENTATION}
-    if not recipe.mixup and not recipe.cutmix:
-        facts |= dict(mixup_switch_prob=None, mixup_mode=None)
-    return {name: value for name, value in facts.items() if value}
-
-
-def batch_facts(recipe: Recipe, accumulation: int | None) -> list[dict[str, int]]:
-    """How some numbers of processes share the images of a step."""
-    facts = []
-    for processes in PROCESSES:
-        batches = accumulation or recipe.accumulation(processes)
-        per_process, left = divmod(recipe.batch_size, processes * batches)
-        if not left:
-            facts.append(dict(processes=processes, per_process=per_process, accumulation=batches))
-    return facts
-
-
-def paper_rows(cfg: DictConfig, recipe: Recipe, model: Any, data: Any) -> list[dict[str, Any]]:
+def rows_of_paper(
+    cfg: DictConfig, recipe: Recipe, model: Any, data: dict[str, Any], own: bool
+) -> list[dict[str, Any]]:
     """The rows of the paper's tables that this run reproduces."""
     rates = set(getattr(model, "keep_rate", ()))
-    labelled = data["label_maps"] or trains_its_own_way(model) or not hasattr(model, "heads")
+    labelled = data["label_maps"] or own or not hasattr(model, "heads")
     if data["name"] != IMAGENET["name"] or len(rates) != 1 or not labelled:
         return []
     (keep_rate,) = rates
     return paper.runs(
         cfg.model.model_name,
         keep_rate=keep_rate,
-        fusion=None if keep_rate == 1 or trains_its_own_way(model) else model.fusion,
+        fusion=None if keep_rate == 1 or own else model.fusion,
         img_size=cfg.img_size,
         finetuned=recipe.finetune,
         epochs=round(recipe.epochs - recipe.cooldown_epochs),
@@ -198,7 +161,7 @@ def paper_rows(cfg: DictConfig, recipe: Recipe, model: Any, data: Any) -> list[d
 
 
 def hours(
-    model: Any, keep_rates: list[Any], images: int, rows: list[Any], forwards: int
+    model: Any, keep_rates: list[Any], images: int, rows: list[Any], own: bool, forwards: int
 ) -> float | None:
     """Estimated hours of training on 8 of the paper's GPUs; None for a run that it has not.
 
@@ -208,7 +171,7 @@ def hours(
     """
     if not rows or not hasattr(model, "reducer"):
         return None
-    if trains_its_own_way(model):
+    if own:
         throughput = paper.tables()["keep_rate_deit_s"]["baseline"]["throughput"]
         return len(keep_rates) * images * forwards / (throughput * GPUS) / 3600
     macs = {}

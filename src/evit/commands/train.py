@@ -2,7 +2,6 @@
 
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,183 +25,159 @@ from evit.training.module import Classifier
 from evit.training.nonfinite import NonFinite
 from evit.training.objectives import make_objective
 from evit.training.progress import Throughput, progress
-from evit.training.trainer import Signals, accumulate, build_trainer, quiet, say
+from evit.training.trainer import Signals, build_trainer, quiet, say
 
 GROUPS = ("reducer", "model", "data", "recipe", "experiment")
-
-
-@dataclass
-class Run:
-    """What a run is made of."""
-
-    folder: Path
-    config: dict[str, Any]
-    started: float
-    trainer: L.Trainer
-    data: Images
-    module: Classifier
-    throughput: Throughput
-    inference: InferenceSpeed
-    tracker: Tracker | None = None
-    checkpoint: Path | None = None  # training goes on from it
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Train by a composed configuration; leave result.json in Hydra's run folder and return it.
 
     A run that has finished there is shown, not repeated; an interrupted one goes on from its last
-    checkpoint. cfg.overwrite starts anew.
-
-    Raises:
-        ValueError: the configuration cannot be served; nothing has been written.
+    checkpoint. cfg.overwrite starts anew. What can be wrong is found before anything is written.
     """
     quiet()
-    folder, config = Path(HydraConfig.get().runtime.output_dir), plain(cfg)
+    folder, started = Path(HydraConfig.get().runtime.output_dir), time.monotonic()
+    config = plain(cfg)
     if not cfg.overwrite:
         results.check_config(folder, config)
         if before := results.finished(folder):
             say("This run has finished before: overwrite=true repeats it.")
             rank_zero_only(results.show)(before, folder)
             return before
-    job = prepare(cfg, folder, config)
-    try:
-        fit(job)
-        result = write(job, evaluate(job))
-    except BaseException as error:
-        if job.tracker:
-            job.tracker.end(1)
-        if isinstance(error, SystemExit) and error.code == 1:  # what Lightning makes of it
-            raise KeyboardInterrupt from None
-        raise
-    if job.tracker:
-        job.tracker.end()
-    return result
-
-
-def prepare(cfg: DictConfig, folder: Path, config: dict[str, Any]) -> Run:
-    """Build all that a run needs, and write nothing before what can be wrong has been found."""
-    started, throughput = time.monotonic(), Throughput(cfg.recipe.batch_size)
     first = checkpoints.given(cfg.resume, folder)
     last = None if cfg.overwrite else checkpoints.unfinished(folder)
     tempfile.TemporaryFile(dir=folder).close()  # is an OSError now, not after hours
     mode = wandb_mode(config["logger"]["mode"])
     recipe: Any = OmegaConf.to_object(cfg.recipe)
-    recipe.check_start(cfg.checkpoint, cfg.pretrained)
-    inference = InferenceSpeed()
+    if recipe.finetune and not cfg.checkpoint and not cfg.pretrained:
+        raise ValueError(
+            "this recipe fine-tunes a trained model: give its weights by checkpoint=PATH, or "
+            "pretrained=true for timm's; recipe.finetune=false starts from random ones"
+        )
+    throughput, inference = Throughput(recipe.batch_size), InferenceSpeed()
     trainer = build_trainer(
         cfg.trainer,
         folder,
-        callbacks(cfg, recipe, folder, throughput, inference),
+        [*callbacks(cfg, recipe, folder, throughput), inference],
         max_epochs=recipe.epochs,
         gradient_clip_val=recipe.clip_grad,
         check_val_every_n_epoch=recipe.eval_every,
     )
-    accumulate(trainer, cfg.trainer, recipe)
+    if str(trainer.precision).endswith("-true") and trainer.precision != "32-true":
+        raise ValueError("trainer.precision must be auto, 32-true, bf16-mixed or 16-mixed")
+    if cfg.trainer.accumulate_grad_batches is None:
+        trainer.accumulate_grad_batches = recipe.accumulation(trainer.world_size)
     data = build_data(cfg, recipe)
     data.trainer = trainer
     module = build_module(cfg, recipe, data, config)
     for step in data.prepare_data, data.setup:  # what can be wrong with the data is said here
         rank_zero_only(step)()
-    if first and not last:
-        rank_zero_only(checkpoints.require_unfinished)(first, data, recipe.epochs)
     if last:
         say(f"Going on from {last}: overwrite=true starts anew.")
     else:
+        if first:
+            rank_zero_only(checkpoints.require_unfinished)(first, data, recipe.epochs)
         rank_zero_only(results.start)(folder, config)
     steps = checkpoints.optimizer_steps(last) if last else None
     trainer.loggers = [JsonlLogger(folder / "metrics.jsonl", steps)]
-    job = Run(folder, config, started, trainer, data, module, throughput, inference)
-    job.checkpoint = last or first
-    job.tracker = mirror(job, mode)
-    return job
-
-
-def mirror(job: Run, mode: str) -> Tracker | None:
-    """Let the chosen logger mirror metrics.jsonl; return it if it is W&B."""
-    options, loggers = job.config["logger"], job.trainer.loggers
-    if target := options.get("_target_"):  # one of Lightning's own
-        choice = HydraConfig.get().runtime.choices["logger"]
-        kind = dict(_target_=target, save_dir=job.folder, name="", version=choice)
-        loggers.append(instantiate(kind))
-        return None
-    options = options | dict(name=job.folder.name, mode=mode)
-    if tracker := wandb_logger(job.folder, config=job.config, **options):
-        loggers.append(tracker)
-    return tracker
-
-
-def fit(job: Run) -> None:
-    """Train, from the beginning or from a checkpoint."""
-    job.trainer.fit(job.module, job.data, ckpt_path=job.checkpoint, weights_only=True)
-
-
-def evaluate(job: Run) -> dict[str, float]:
-    """The metrics of the last evaluation, made now if the run was interrupted before it."""
-    trainer = job.trainer
-    if "val/top1" not in trainer.callback_metrics:
-        trainer.loggers = []  # which have it already
-        trainer.validate(
-            job.module, job.data, ckpt_path=job.checkpoint, verbose=False, weights_only=True
+    tracker = mirror(trainer, folder, config, mode)
+    try:
+        metrics = fit(trainer, module, data, last or first)
+        result: dict[str, Any] = dict(
+            top1=metrics["val/top1"],
+            top5=metrics["val/top5"],
+            loss=metrics["val/loss"],
+            train_images_per_s=throughput.images_per_s,
+            throughput=inference.images_per_s,
+            model=facts(module.model, data.img_size),
+            data=dict(name=data.name, num_classes=data.num_classes),
+            choices={group: HydraConfig.get().runtime.choices[group] for group in GROUPS},
+            config=config,
+            started_from=rows.started_from(config["checkpoint"] or (str(first) if first else None)),
+            processes=trainer.world_size,
+            precision=str(trainer.precision),
+            device=results.device_name(trainer.strategy.root_device),
+            seconds=round(time.monotonic() - started, 1),
+            wandb_id=tracker.version if tracker else None,
         )
-    return {name: float(value) for name, value in trainer.callback_metrics.items()}
-
-
-def write(job: Run, metrics: dict[str, float]) -> dict[str, Any]:
-    """Write result.json and show it."""
-    trainer, data, config = job.trainer, job.data, job.config
-    choices = HydraConfig.get().runtime.choices
-    result: dict[str, Any] = dict(
-        top1=metrics["val/top1"],
-        top5=metrics["val/top5"],
-        loss=metrics["val/loss"],
-        train_images_per_s=job.throughput.images_per_s,
-        throughput=job.inference.images_per_s,
-        model=facts(job.module.model, data.img_size),
-        data=dict(name=data.name, num_classes=data.num_classes),
-        choices={group: choices[group] for group in GROUPS},
-        config=config,
-        started_from=rows.started_from(config["checkpoint"]),
-        processes=trainer.world_size,
-        precision=str(trainer.precision),
-        device=results.device_name(trainer.strategy.root_device),
-        seconds=round(time.monotonic() - job.started, 1),
-        wandb_id=job.tracker.version if job.tracker else None,
-    )
-    if trainer.is_global_zero:
-        result = results.finish(result, job.folder)
-        if job.tracker:
-            job.tracker.log_summary(results.summary(result))
-        results.show(result, job.folder)
+        if trainer.is_global_zero:
+            result = results.finish(result, folder)
+            if tracker:
+                tracker.log_summary(results.summary(result))
+            results.show(result, folder)
+    except BaseException as error:
+        if tracker:
+            tracker.end(1)
+        if isinstance(error, SystemExit) and error.code == 1:  # what Lightning makes of it
+            raise KeyboardInterrupt from None
+        raise
+    if tracker:
+        tracker.end()
     return result
 
 
+def mirror(trainer: L.Trainer, folder: Path, config: dict[str, Any], mode: str) -> Tracker | None:
+    """Let the chosen logger mirror metrics.jsonl; return it if it is W&B."""
+    options = config["logger"]
+    if target := options.get("_target_"):  # one of Lightning's own
+        choice = HydraConfig.get().runtime.choices["logger"]
+        kind = dict(_target_=target, save_dir=folder, name="", version=choice)
+        trainer.loggers.append(instantiate(kind))
+        return None
+    options = options | dict(name=folder.name, mode=mode)
+    if tracker := wandb_logger(folder, config=config, **options):
+        trainer.loggers.append(tracker)
+    return tracker
+
+
+def fit(
+    trainer: L.Trainer, module: Classifier, data: Images, checkpoint: Path | None
+) -> dict[str, float]:
+    """Train, from the beginning or from a checkpoint; return the metrics of the last evaluation."""
+    try:
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    except (RuntimeError, KeyError) as error:
+        if checkpoint and trainer.global_step == 0 and "load" in str(error):
+            text = (
+                f"{checkpoint} is of another model or recipe: {str(error).splitlines()[-1].strip()}"
+            )
+            raise ValueError(text) from error
+        raise
+    if "val/top1" not in trainer.callback_metrics:  # it was interrupted before that
+        trainer.loggers = []  # which have it already
+        trainer.validate(module, data, ckpt_path=checkpoint, verbose=False, weights_only=True)
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
 def callbacks(
-    cfg: DictConfig, recipe: Recipe, folder: Path, throughput: Throughput, inference: L.Callback
+    cfg: DictConfig, recipe: Recipe, folder: Path, throughput: Throughput
 ) -> list[L.Callback]:
     """What happens beside training, in this order."""
     inside, every = folder / "checkpoints", cfg.checkpoint_every_n_steps
-    multiple = recipe.token_multiple or (8 if cfg.compile else 1)
-    reducing = [
-        KeepRateSchedule(recipe.shrink_start_epoch, recipe.shrink_epochs, multiple),
-        KeptPatches(folder / "kept_patches.png"),
-    ]
-    return [
+    found: list[L.Callback] = [
         NonFinite(),
         throughput,
         *progress(throughput),
         Signals(),
         checkpoints.LastCheckpoint(inside, every, cfg.keep_checkpoint_every_n_epochs),
         checkpoints.BestCheckpoint(inside, recipe.full_rate_epoch),
-        *([EMA(recipe.ema_decay, recipe.ema_evaluated)] if recipe.ema_decay is not None else []),
-        *(reducing if "reducer" in cfg.model else []),
-        inference,
     ]
+    if recipe.ema_decay is not None:
+        found.append(EMA(recipe.ema_decay, recipe.ema_evaluated))
+    if "reducer" in cfg.model:
+        multiple = recipe.token_multiple or (8 if cfg.compile else 1)
+        shrink = (recipe.shrink_start_epoch, recipe.shrink_epochs)
+        found += [KeepRateSchedule(*shrink, multiple), KeptPatches(folder / "kept_patches.png")]
+    return found
 
 
 def build_module(
     cfg: DictConfig, recipe: Recipe, data: Images, config: dict[str, Any]
 ) -> Classifier:
     """The model with its weights, its objective, and what its checkpoints say of it."""
+    if cfg.compile not in (True, False, "reduce-overhead"):
+        raise ValueError(f"compile must be true, false or reduce-overhead, got {cfg.compile!r}")
     model = build_model(cfg, recipe, data.num_classes)
     data.normalize_for(model)
     if cfg.checkpoint:
@@ -217,7 +192,8 @@ def build_module(
     )
     module = Classifier(model, recipe, data.num_classes, objective, cfg.seed, knobs)
     if cfg.compile:
-        compile_all(model, objective)
+        say("Compiling in the first steps: minutes at first, then from the cache.")
+        compile_all(model, objective, cfg.compile)
     return module
 
 
@@ -238,10 +214,8 @@ def announce(cfg: DictConfig, data: Images, model: Any, teacher: bool) -> None:
         say(f"{name} has no token labelling: the label maps are not used.")
     text = f"Training on {data.name} ({data.num_classes} classes, scale={choices['scale']}): "
     text += f"{recipe.epochs} epoch{'s' * (recipe.epochs > 1)}, batch size {recipe.batch_size}"
-    if recipe.max_train_images or recipe.max_val_images:
-        text += f"; the recipe takes at most {recipe.max_train_images or 'all'} training and "
-        text += f"{recipe.max_val_images or 'all'} validation images (recipe.max_train_images, "
-        text += "recipe.max_val_images)"
+    for knob in ("max_train_images", "max_val_images"):
+        text += f", recipe.{knob}={recipe[knob]}" if recipe[knob] else ""
     say(text)
 
 

@@ -27,20 +27,16 @@ class KeepRateSchedule(L.Callback):
     def __init__(self, shrink_start_epoch: int, shrink_epochs: int, token_multiple: int = 1):
         self.schedule, self.multiple = (shrink_start_epoch, shrink_epochs), token_multiple
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        model: Any = pl_module.model
-        self.model = model
-        self.final: tuple[float, ...] = model.keep_rate
-        reducer = model.reducer
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        self.model, reducer = pl_module.model, pl_module.model.reducer
+        self.final: tuple[float, ...] = self.model.keep_rate
         if reducer.masked or reducer.own or reducer.given:
             self.schedule = (0, 0)  # as its authors train it
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        steps = int(trainer.num_training_batches)
-        batch_idx -= batch_idx % trainer.accumulate_grad_batches  # one rate for a whole step
-        step = trainer.current_epoch * steps + batch_idx
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, i: int) -> None:
+        steps = trainer.num_training_batches
+        i -= i % trainer.accumulate_grad_batches  # one rate for a whole step
+        step = trainer.current_epoch * steps + i
         rates = keep_rate_at(step, steps, self.final, *self.schedule)
         self.model.reducer.multiple = 1 if rates == self.final else self.multiple
         if rates != self.model.keep_rate:
@@ -52,7 +48,7 @@ class KeepRateSchedule(L.Callback):
         else:
             pl_module.log_dict({f"keep_rate/{i}": rate for i, rate in enumerate(rates, 1)})
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, *_: Any) -> None:
         self.model.reducer.multiple = 1
         if self.final != self.model.keep_rate:
             self.model.set_keep_rate(self.final)
@@ -61,49 +57,31 @@ class KeepRateSchedule(L.Callback):
 class KeptPatches(L.Callback):
     """Draws which patches of some validation images survive, at each evaluation, as evaluated.
 
-    The images are spread evenly over those of the first process. The file has the last picture,
-    W&B some `logged` of them, from the first to the last.
+    The images are spread evenly over those of the first process. The file has the last picture.
     """
 
-    def __init__(self, path: Path, num_images: int = 8, logged: int = 20):
-        self.path = path
-        self.num_images, self.logged = num_images, logged
+    def __init__(self, path: Path, num_images: int = 8):
+        self.path, self.num_images = path, num_images
         self.images: list[Tensor] = []
-        self.next_logged = 0.0  # epochs
-
-    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.images.clear()
 
     def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, i: int, *_: Any
     ) -> None:
         if not trainer.is_global_zero:
             return
-        batch_size = trainer.datamodule.local_batch_size  # type: ignore[attr-defined]
-        step = max(1, int(trainer.num_val_batches[0]) * batch_size // self.num_images)
-        first = -batch_idx * batch_size % step
+        self.images = self.images if i else []
+        batch_size, batches = trainer.datamodule.local_batch_size, trainer.num_val_batches[0]
+        step = max(1, batches * batch_size // self.num_images)
         wanted = self.num_images - len(self.images)
-        self.images += batch[0][first::step][:wanted].clone()
-        if batch_idx == trainer.num_val_batches[0] - 1:  # before an EMA gives its place back
+        self.images += batch[0][-i * batch_size % step :: step][:wanted].clone()
+        if i == batches - 1:  # before an EMA gives its place back
             self.draw(trainer, pl_module.model)
 
-    def draw(self, trainer: L.Trainer, model: Any) -> None:
-        images = torch.stack(self.images)
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    def draw(self, trainer: Any, model: Any) -> None:
+        images, data = torch.stack(self.images), trainer.datamodule
         picture = draw_kept(model, images, denormalize(images, data.mean, data.std))
         with whole_file(self.path) as file:
             picture.save(file, "png")
-        epoch, epochs = trainer.current_epoch + 1, trainer.max_epochs
-        assert epochs
-        if epoch < min(self.next_logged, epochs):
-            return
-        self.next_logged = (epoch * self.logged // epochs + 1) * epochs / self.logged
         for logger in trainer.loggers:
             if isinstance(logger, Tracker):
                 logger.log_image("kept_patches", picture, trainer.global_step)
@@ -119,14 +97,13 @@ class InferenceSpeed(L.Callback):
     images_per_s: float | None = None
 
     @torch.no_grad()
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if not trainer.is_global_zero:
             return
-        device = pl_module.device
+        device, size = pl_module.device, trainer.datamodule.img_size
         batch_size = 8 if device.type == "cpu" else 128
-        size = trainer.datamodule.img_size  # type: ignore[attr-defined]
         images = torch.rand(batch_size, 3, size, size, device=device)
-        step = partial(pl_module.model.eval().forward, images)  # type: ignore[union-attr]
+        step = partial(pl_module.model.eval().forward, images)
         with trainer.precision_plugin.forward_context():
             calls = speed.warm_up(step, 0.2, device)
             self.images_per_s = calls * batch_size / speed.timed(step, calls, device)

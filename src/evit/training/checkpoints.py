@@ -12,15 +12,11 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from evit.files import check_zip, sync_folder, whole_file
 
-LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
-
 
 class WholeFiles(TorchCheckpointIO):
     """Gives a checkpoint its name only when all of it is on the disk."""
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as file:
@@ -38,40 +34,32 @@ class LastCheckpoint(Checkpoint):
     the metrics of its step in metrics.jsonl, and a run that goes on from it lacks none.
     """
 
-    def __init__(
-        self, folder: Path, every_n_steps: int | None = None, keep_every_n_epochs: int | None = None
-    ):
-        knobs = dict(
-            checkpoint_every_n_steps=every_n_steps,
-            keep_checkpoint_every_n_epochs=keep_every_n_epochs,
-        )
+    def __init__(self, folder: Path, every_n_steps: int | None, keep_every_n_epochs: int | None):
+        keep = keep_every_n_epochs
+        knobs = dict(checkpoint_every_n_steps=every_n_steps, keep_checkpoint_every_n_epochs=keep)
         for knob, value in knobs.items():
             if value is not None and value < 1:
                 raise ValueError(f"{knob} must be at least 1, got {value}")
-        self.folder, self.every_n_steps = folder, every_n_steps
-        self.keep_every_n_epochs = keep_every_n_epochs
-        self.saved_step = -1
+        self.folder, self.every_n_steps, self.keep_every_n_epochs = folder, every_n_steps, keep
         self.pending = False
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
         self.saved_step = trainer.global_step
         if trainer.is_global_zero:
             for path in self.folder.glob("*.tmp"):  # of a process that was killed as it wrote
                 path.unlink()
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if self.pending:
             self.publish(trainer)
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         step = trainer.global_step
         due = self.every_n_steps and step % self.every_n_steps == 0 and step != self.saved_step
         if due and not trainer.is_last_batch:  # the epoch's end is about to be saved
             self.save(trainer)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
         epochs = trainer.current_epoch + 1
         if self.keep_every_n_epochs and epochs % self.keep_every_n_epochs == 0:
             trainer.save_checkpoint(self.folder / f"epoch_{epochs:03d}.ckpt")
@@ -85,9 +73,9 @@ class LastCheckpoint(Checkpoint):
     def publish(self, trainer: L.Trainer) -> None:
         self.pending = False
         if trainer.is_global_zero:
-            last = self.folder / LAST
+            last = self.folder / "last.ckpt"
             if last.exists():
-                last.replace(self.folder / PREVIOUS)
+                last.replace(self.folder / "previous.ckpt")
             (self.folder / "next.ckpt").replace(last)
             sync_folder(self.folder)
 
@@ -96,15 +84,9 @@ class BestCheckpoint(ModelCheckpoint):
     """Keeps the weights of the best val/top1, among the epochs at the final keep rate."""
 
     def __init__(self, folder: Path, first_epoch: int):
-        super().__init__(
-            folder,
-            "best",
-            monitor="val/top1",
-            mode="max",
-            enable_version_counter=False,
-            # After the evaluation, so that last.ckpt, which follows, knows of it.
-            save_on_train_epoch_end=False,
-        )
+        # After the evaluation, so that last.ckpt, which follows, knows of it.
+        more: Any = dict(enable_version_counter=False, save_on_train_epoch_end=False)
+        super().__init__(folder, "best", monitor="val/top1", mode="max", **more)
         self.first_epoch = first_epoch
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -112,49 +94,28 @@ class BestCheckpoint(ModelCheckpoint):
             super().on_validation_end(trainer, pl_module)
 
 
-def check(path: Path) -> None:
-    """Refuse a checkpoint that is not as it was written, or that no training goes on from.
-
-    Raises:
-        ValueError: says which.
-    """
+def optimizer_steps(path: Path) -> int:
+    """The number of steps after which a checkpoint was written."""
     try:
         check_zip(path)
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read ({error})") from error
-    optimizer_steps(path)
-
-
-def optimizer_steps(path: Path) -> int:
-    """The number of steps after which a checkpoint was written.
-
-    Raises:
-        ValueError: it cannot be read, or there is no training to go on with in it.
-    """
-    try:
         checkpoint = torch.load(path, weights_only=True, map_location="meta")
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
+    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} cannot be read ({reason})") from error
-    if not isinstance(checkpoint, dict) or not {"global_step", "optimizer_states"} <= set(
-        checkpoint
-    ):
+    if not isinstance(checkpoint, dict) or "optimizer_states" not in checkpoint:
         raise ValueError(f"{path} holds weights alone: checkpoint={path} starts from them")
     return checkpoint["global_step"]
 
 
 def unfinished(folder: Path) -> Path | None:
-    """The last checkpoint of the run that was interrupted in this folder, if one was.
-
-    Raises:
-        ValueError: it has checkpoints, and none can be read.
-    """
+    """The last checkpoint of the run that was interrupted in this folder, if one was."""
     inside = folder / "checkpoints"
     kept = sorted(inside.glob("epoch_*.ckpt"), reverse=True)
-    found = [path for path in (inside / LAST, inside / PREVIOUS, *kept) if path.is_file()]
+    found = [inside / "last.ckpt", inside / "previous.ckpt", *kept]
+    found = [path for path in found if path.is_file()]
     for path in found:
         try:
-            check(path)
+            optimizer_steps(path)
             return path
         except ValueError as error:
             rank_zero_warn(f"{error}: it is left out")
@@ -164,11 +125,7 @@ def unfinished(folder: Path) -> Path | None:
 
 
 def given(resume: str, folder: Path) -> Path | None:
-    """The checkpoint that resume=PATH begins with; None for resume=auto.
-
-    Raises:
-        ValueError: it is no checkpoint, or this folder's own.
-    """
+    """The checkpoint that resume=PATH begins with; None for resume=auto."""
     if resume == "auto":
         return None
     path = Path(resume).expanduser().resolve()
@@ -176,19 +133,12 @@ def given(resume: str, folder: Path) -> Path | None:
         raise ValueError(f"resume={resume} is neither auto nor a checkpoint")
     if folder.resolve() in path.parents:
         raise ValueError(f"resume={resume} is a checkpoint of this very run: take resume=auto")
-    check(path)
+    optimizer_steps(path)
     return path
 
 
 def require_unfinished(path: Path, data: Any, epochs: int) -> None:
-    """Refuse to begin with a checkpoint that has seen all epochs already.
-
-    Args:
-        data: the run's, after setup.
-
-    Raises:
-        ValueError: says how many steps it has seen.
-    """
+    """Refuse to begin with a checkpoint that has seen all epochs of the (set up) data already."""
     steps = optimizer_steps(path)
     wanted = len(data.train_dataloader()) // data.trainer.accumulate_grad_batches * epochs
     if steps >= wanted:

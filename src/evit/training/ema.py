@@ -20,38 +20,23 @@ class EMA(WeightAveraging):
         # All weights at once, which Lightning's own EMAWeightAveraging does one by one.
         super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
         self.evaluated = evaluated
+        if not evaluated:
+            for name in ("validation_epoch_start", "validation_epoch_end", "train_end"):
+                setattr(self, f"on_{name}", lambda *_: None)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # Lightning makes the average before it moves the model to its device.
         assert self._average_model is not None
         self._average_model.to(pl_module.device)
 
-    def on_validation_epoch_start(self, *args: Any) -> None:
-        if self.evaluated:
-            super().on_validation_epoch_start(*args)
-
-    def on_validation_epoch_end(self, *args: Any) -> None:
-        if self.evaluated:
-            super().on_validation_epoch_end(*args)
-
-    def on_train_end(self, *args: Any) -> None:
-        if self.evaluated:
-            super().on_train_end(*args)
-
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: Any) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)
         if not self.evaluated and "current_model_state" in checkpoint:
             checkpoint["ema_state_dict"] = checkpoint["state_dict"]
             checkpoint["state_dict"] = checkpoint.pop("current_model_state")
 
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        if "ema_state_dict" in checkpoint:
-            checkpoint = checkpoint | dict(
-                current_model_state=checkpoint["state_dict"],
-                state_dict=checkpoint["ema_state_dict"],
-            )
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: Any) -> None:
+        if average := checkpoint.get("ema_state_dict"):
+            trained = checkpoint["state_dict"]
+            checkpoint = checkpoint | dict(current_model_state=trained, state_dict=average)
         super().on_load_checkpoint(trainer, pl_module, checkpoint)

@@ -14,7 +14,7 @@ from evit.data.batch import augment_batch
 from evit.recipe import Recipe
 from evit.training.nonfinite import WAY_OUT
 from evit.training.objectives import Classification
-from evit.training.optimizer import make_optimizer, new_parts
+from evit.training.optimizer import make_optimizer
 
 
 def mix_seed(*parts: int) -> int:
@@ -41,19 +41,17 @@ class Classifier(L.LightningModule):
         super().__init__()
         self.model, self.recipe, self.seed = model, recipe, seed
         self.objective, self.knobs = objective, knobs
-        parameters, parts = dict(model.named_parameters()), new_parts(model)
-        if (recipe.backbone_lr != 1 or recipe.backbone_frozen_epochs) and not parts:
+        parameters = dict(model.named_parameters())
+        apart = recipe.backbone_lr != 1 or recipe.backbone_frozen_epochs
+        if apart and not any(name.startswith("reducer.") for name in parameters):
             raise ValueError(
-                f"recipe.backbone_lr and recipe.backbone_frozen_epochs set DynamicViT's backbone "
-                f"apart from its predictors; {type(model).__name__} has one speed: leave them at "
-                f"1 and 0"
+                "recipe.backbone_lr and recipe.backbone_frozen_epochs are for a reducer that "
+                "learns, as DynamicViT's: leave them at 1 and 0"
             )
         for name in recipe.frozen:
             if name not in parameters:
-                raise ValueError(
-                    f"recipe.frozen names {name!r}, which {type(model).__name__} does not have: "
-                    f"its parameters are {', '.join(list(parameters)[:4])}, ..."
-                )
+                kind = type(model).__name__
+                raise ValueError(f"recipe.frozen names {name!r}, which {kind} does not have")
             parameters[name].requires_grad_(False)
         self.loss = MeanMetric(nan_strategy=math.nan)  # the default leaves NaN out of the mean
         self.top1 = MulticlassAccuracy(num_classes, average="micro")
@@ -100,8 +98,8 @@ class Classifier(L.LightningModule):
             metric.reset()
 
     def configure_optimizers(self) -> Any:
-        steps = int(self.trainer.estimated_stepping_batches)
-        optimizer, scheduler = make_optimizer(self.model, self.recipe, steps)
+        steps = self.trainer.estimated_stepping_batches
+        optimizer, scheduler = make_optimizer(self.model, self.recipe, int(steps))
         return [optimizer], [dict(scheduler=scheduler, interval="step")]
 
     def on_fit_start(self) -> None:

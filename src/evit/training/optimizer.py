@@ -32,46 +32,34 @@ def lr_at(epoch: float, recipe: Recipe) -> float:
     return recipe.min_lr + (recipe.peak_lr - recipe.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def backbone_lr_at(epoch: float, recipe: Recipe) -> float:
-    """The same for what is not new in a model that is fine-tuned: slower, and later."""
-    return (
-        recipe.backbone_lr * lr_at(epoch, recipe) if epoch >= recipe.backbone_frozen_epochs else 0
-    )
-
-
-def new_parts(model: Any) -> tuple[str, ...]:
-    """The parts of a model that a dense checkpoint lacks: a reducer with parameters."""
-    new = any(name.startswith("reducer.") for name, _ in model.named_parameters())
-    return ("reducer",) if new else ()
-
-
 def make_optimizer(
     model: Any, recipe: Recipe, total_steps: int
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
     """AdamW without decay of biases, norms and embeddings, and its schedule over total_steps.
 
-    The new_parts of a model learn at recipe.lr, the rest at recipe.backbone_lr times that.
+    A reducer's parameters learn at recipe.lr; the rest of such a model at recipe.backbone_lr times
+    that, after recipe.backbone_frozen_epochs.
     """
-    parts = new_parts(model)
-    is_new = {p: not parts or n.split(".")[0] in parts for n, p in model.named_parameters()}
+    new = {id(p): n.startswith("reducer.") for n, p in model.named_parameters()}
+    scales = (1.0, recipe.backbone_lr) if any(new.values()) else (1.0,)
     decayed = param_groups_weight_decay(
         model, recipe.weight_decay, no_weight_decay_list=model.no_weight_decay()
     )
-    groups = [
-        group | dict(params=params, schedule=schedule, lr_scale=scale)
-        for new, schedule, scale in (
-            (True, lr_at, 1.0),
-            (False, backbone_lr_at, recipe.backbone_lr),
-        )
-        for group in decayed
-        if (params := [p for p in group["params"] if is_new[p] == new])
-    ]
-    steps_per_epoch = total_steps / recipe.epochs
+    groups, steps_per_epoch = [], total_steps / recipe.epochs
+    rates: list[Any] = []
+    for backbone, scale in enumerate(scales):
 
-    def rate(schedule: Any) -> Any:
-        return lambda step: schedule(step / steps_per_epoch, recipe)
+        def rate(step: int, backbone: int = backbone, scale: float = scale) -> float:
+            epoch = step / steps_per_epoch
+            frozen = backbone and epoch < recipe.backbone_frozen_epochs
+            return 0.0 if frozen else scale * lr_at(epoch, recipe)
 
-    rates = [rate(group.pop("schedule")) for group in groups]
-    optimizer = torch.optim.AdamW(groups, lr=1.0)
+        for group in decayed:
+            chosen = [p for p in group["params"] if len(scales) == 1 or new[id(p)] != backbone]
+            if chosen:
+                groups.append(group | dict(params=chosen, lr_scale=scale))
+                rates.append(rate)
+    cuda = torch.cuda.is_available() and groups[0]["params"][0].is_cuda
+    optimizer = torch.optim.AdamW(groups, lr=1.0, fused=cuda or None)
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # or none is clipped
     return optimizer, LambdaLR(optimizer, rates)

@@ -2,12 +2,12 @@
 
 import sys
 import time
+from datetime import timedelta
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.callbacks.progress.rich_progress import RichProgressBarTheme
 
 
 class Throughput(L.Callback):
@@ -17,8 +17,7 @@ class Throughput(L.Callback):
     def __init__(self, batch_size: int):
         self.batch_size = batch_size
         self.images_per_s: float | None = None  # until two steps of an epoch were taken
-        self.data_wait = 0.0
-        self.epoch = -1
+        self.data_wait, self.epoch = 0.0, -1
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         now = (args[-1], time.perf_counter(), trainer.train_dataloader.waited)
@@ -36,16 +35,15 @@ class Throughput(L.Callback):
 
     def state(self, trainer: L.Trainer) -> dict[str, str]:
         """The numbers that say how training goes. Reads metrics, so that a GPU is waited for."""
-        values = {name: float(value) for name, value in trainer.callback_metrics.items()}
         shown = {"train/loss": "loss {:.3f}", "val/top1": "top-1 {:.2f} %"}
         shown |= {"keep_rate": "keep rate {:.2f}", "tokens_per_image": "{:.0f} tokens/image"}
-        found = {name: text.format(values[name]) for name, text in shown.items() if name in values}
+        values = trainer.callback_metrics
+        found = {k: text.format(float(values[k])) for k, text in shown.items() if k in values}
         if self.images_per_s is not None:
             found["speed"] = f"{self.images_per_s:.0f} images/s"
             found["wait"] = f"data wait {100 * self.data_wait:.0f} %"
-        if trainer.strategy.root_device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(trainer.strategy.root_device)
-            found["memory"] = f"{peak / 2**30:.1f} GiB"
+        if (device := trainer.strategy.root_device).type == "cuda":
+            found["memory"] = f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB"
         return found
 
 
@@ -56,7 +54,7 @@ class Lines(L.Callback):
         self.throughput, self.steps = throughput, steps
         self.due = time.monotonic() + 8
 
-    def tell(self, trainer: L.Trainer, what: str, done: int, total: float) -> None:
+    def tell(self, trainer: Any, what: str, done: int, total: float) -> None:
         if not self.steps or not trainer.is_global_zero or time.monotonic() < self.due:
             return
         self.due = time.monotonic() + 30
@@ -65,10 +63,10 @@ class Lines(L.Callback):
             words.insert(0, f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
             words += self.throughput.state(trainer).values()
             if speed := self.throughput.images_per_s:
-                epochs = int(trainer.max_epochs or 0) - trainer.current_epoch
-                batches = epochs * int(trainer.num_training_batches) - done
+                epochs = trainer.max_epochs - trainer.current_epoch
+                batches = epochs * trainer.num_training_batches - done
                 images = batches * self.throughput.batch_size / trainer.accumulate_grad_batches
-                words.append(f"{duration(images / speed)} left")
+                words.append(f"{timedelta(seconds=round(images / speed))} left")
         print("  ".join(words), flush=True)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
@@ -77,21 +75,21 @@ class Lines(L.Callback):
     def on_validation_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any) -> None:
         self.tell(trainer, "evaluating", args[2] + 1, sum(trainer.num_val_batches))
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if trainer.is_global_zero and self.throughput:
-            names = ("train/loss", "val/loss", "val/top1", "val/top5")
             values = trainer.callback_metrics
-            words = [f"{name} {float(values[name]):.3f}" for name in names if name in values]
-            epoch = min(trainer.current_epoch + 1, trainer.max_epochs or 0)
-            print("  ".join([f"epoch {epoch}/{trainer.max_epochs}", *words]), flush=True)
+            epoch = min(trainer.current_epoch + 1, trainer.max_epochs)
+            words = [f"epoch {epoch}/{trainer.max_epochs}"]
+            for name in ("train/loss", "val/loss", "val/top1", "val/top5"):
+                words += [f"{name} {float(values[name]):.3f}"] if name in values else []
+            print("  ".join(words), flush=True)
 
 
 class Bar(RichProgressBar):
     """Lightning's bar, with the state of training read once a second."""
 
     def __init__(self, throughput: Throughput | None = None):
-        theme = RichProgressBarTheme(progress_bar="cyan", progress_bar_finished="green")
-        super().__init__(leave=throughput is None, theme=theme)
+        super().__init__(leave=throughput is None)
         self.throughput, self.read_at = throughput, 0.0
         self.texts: dict[str, Any] = {}
 
@@ -105,14 +103,3 @@ def progress(throughput: Throughput | None = None) -> list[L.Callback]:
     """A bar on a terminal, and lines for evaluations; elsewhere lines alone."""
     bar: list[L.Callback] = [Bar(throughput)] if sys.stdout.isatty() else []
     return [*bar, Lines(throughput, steps=not bar)]
-
-
-def duration(seconds: float) -> str:
-    """In the two largest of its units: 1 d 3 h, 2 h 5 min, 3 min 20 s, 8 s."""
-    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    seconds = round(seconds)
-    for (large, size), (small, part) in zip(units, units[1:], strict=False):
-        if seconds >= size:
-            rest = seconds % size // part
-            return f"{seconds // size} {large}" + (f" {rest} {small}" if rest else "")
-    return f"{seconds} s"

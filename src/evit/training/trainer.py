@@ -18,35 +18,46 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 
-from evit.recipe import Recipe
 from evit.training.checkpoints import WholeFiles
+
+REFUSED = {  # what is set in place of arguments of lightning.Trainer
+    "recipe.epochs": "max_epochs min_epochs",
+    "recipe.epochs and recipe.max_train_images": "max_steps min_steps max_time fast_dev_run",
+    "recipe.max_train_images": "limit_train_batches overfit_batches",
+    "recipe.max_val_images": "limit_val_batches",
+    "recipe.eval_every": "val_check_interval check_val_every_n_epoch",
+    "recipe.clip_grad": "gradient_clip_val",
+    "logger=wandb, csv, tensorboard or none": "logger",
+    "name=NAME, or checkpoint_every_n_steps": "default_root_dir enable_checkpointing",
+    "nothing, it has its own": "callbacks plugins barebones num_sanity_val_steps "
+    "enable_progress_bar enable_model_summary use_distributed_sampler "
+    "reload_dataloaders_every_n_epochs",
+}
 
 
 def build_trainer(
     options: Any, folder: Path, callbacks: list[L.Callback], **more: Any
 ) -> L.Trainer:
-    """Lightning's Trainer with the configuration's options, and more of them.
+    """Make Lightning's Trainer of the configuration's options, and more of them.
 
     With several devices and no launcher it starts this command once for each device, by torchrun,
     and ends the program when they have ended: call it early.
-
-    Raises:
-        ValueError: Lightning does not know an option, or cannot serve it here.
     """
     options = OmegaConf.to_container(options, resolve=True)
+    for way, names in REFUSED.items():
+        for name in set(names.split()) & options.keys():
+            raise ValueError(f"trainer.{name} is not taken here: set {way}")
     if options["precision"] == "auto":
         bf16 = options["accelerator"] != "cpu" and torch.cuda.is_available()
         bf16 = bf16 and torch.cuda.is_bf16_supported(including_emulation=False)
         options["precision"] = "bf16-mixed" if bf16 else "32-true"
-    ddp = options.pop("ddp")
     options["accumulate_grad_batches"] = options["accumulate_grad_batches"] or 1
-    check_static_graph(ddp, options["accumulate_grad_batches"])
     options |= (started := processes(options["devices"], options["num_nodes"]))
     count = started["devices"]
     several = (len(count) if isinstance(count, list) else count) not in (1, "auto")
     several = several or started["num_nodes"] > 1
     if options["strategy"] == "ddp" or several and options["strategy"] == "auto":
-        options["strategy"] = DDPStrategy(**ddp)
+        options["strategy"] = DDPStrategy(gradient_as_bucket_view=True)
     try:
         trainer = L.Trainer(
             **options,
@@ -69,17 +80,9 @@ def build_trainer(
 
 
 def start_processes(count: int, nodes: int) -> NoReturn:
-    """Run this command once for each of `count` devices, by torchrun, and end with its status.
-
-    Raises:
-        ChildProcessError: a signal has ended one of the processes; torchrun has ended the others.
-        ValueError: it is to run on several nodes.
-    """
+    """Run this command once for each of `count` devices, by torchrun, and end with its status."""
     if nodes > 1:
-        raise ValueError(
-            f"trainer.num_nodes={nodes} needs a launcher on each node: begin the command with "
-            f"torchrun or srun (docs/training.md)"
-        )
+        raise ValueError(f"trainer.num_nodes={nodes}: begin the command with torchrun or srun")
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -102,32 +105,25 @@ def start_processes(count: int, nodes: int) -> NoReturn:
 
 
 def processes(devices: Any, num_nodes: Any) -> dict[str, Any]:
-    """The Trainer's devices and num_nodes: auto is as many as torchrun or srun has started.
-
-    Raises:
-        ValueError: other numbers were given; or SLURM's tasks were not started.
-    """
+    """The Trainer's devices and num_nodes: auto is as many as torchrun or srun has started."""
     env = os.environ
     if torch.distributed.is_torchelastic_launched():
-        launcher, local = "torchrun", int(env["LOCAL_WORLD_SIZE"])
-        nodes = int(env["WORLD_SIZE"]) // local
+        tasks, local = int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"])
     elif SLURMEnvironment.detect():
-        tasks, nodes = int(env["SLURM_NTASKS"]), int(env.get("SLURM_NNODES", 1))
-        launcher, local = "srun", tasks // nodes
+        tasks = int(env["SLURM_NTASKS"])
+        local = tasks // int(env.get("SLURM_NNODES", 1))
         if tasks > 1 and "SLURM_STEP_ID" not in env:
             raise ValueError(
                 f"SLURM has {tasks} tasks for this job and runs one: begin the command with srun"
             )
     else:
         return dict(devices=devices, num_nodes=1 if num_nodes == "auto" else num_nodes)
-    wanted = len(devices) if isinstance(devices, list) else devices
-    for name, value, started in (("devices", wanted, local), ("num_nodes", num_nodes, nodes)):
-        if str(value) not in ("auto", "-1", str(started)):
-            what = "processes on each node" if name == "devices" else "nodes"
-            raise ValueError(
-                f"trainer.{name} is {value}, but {launcher} has started {started} {what}: "
-                f"leave it at auto"
-            )
+    nodes, wanted = tasks // local, len(devices) if isinstance(devices, list) else devices
+    if wanted not in ("auto", -1, local) or num_nodes not in ("auto", nodes):
+        raise ValueError(
+            f"trainer.devices={devices} trainer.num_nodes={num_nodes}, but {local} processes on "
+            f"each of {nodes} nodes were started: leave both at auto"
+        )
     return dict(devices=devices if isinstance(devices, list) else local, num_nodes=nodes)
 
 
@@ -145,40 +141,18 @@ class Signals(L.Callback):
     def on_train_start(self, *_: Any) -> None:
         signal.signal(signal.SIGTERM, self.handler)
 
-    def on_validation_start(self, *_: Any) -> None:
-        signal.signal(signal.SIGTERM, self.handler)
+    on_validation_start = on_train_start  # type: ignore[assignment]
 
 
-def check_static_graph(ddp: Any, accumulated: int) -> None:
-    if ddp.get("static_graph") and accumulated != 1:
-        raise ValueError(
-            "trainer.ddp.static_graph=true does not go with trainer.accumulate_grad_batches above "
-            "1, or with recipe.max_batch_per_process where that is what it comes to, in PyTorch: "
-            "leave it false"
-        )
-
-
-def accumulate(trainer: L.Trainer, options: Any, recipe: Recipe) -> None:
-    """Let the trainer accumulate what the recipe does not put on one process at once."""
-    if options.accumulate_grad_batches is None:
-        trainer.accumulate_grad_batches = recipe.accumulation(trainer.world_size)
-        check_static_graph(options.ddp, trainer.accumulate_grad_batches)
-
-
+@rank_zero_only
 def say(text: str) -> None:
     """Print a line, once for all processes."""
-    rank_zero_only(print)(text, flush=True)
+    print(text, flush=True)
 
 
 def quiet() -> None:
     """Leave the terminal to the run: no advertisements, no advice about settings chosen here."""
     for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for message in (
-        ".*treespec, LeafSpec.*",
-        ".*exists and is not empty.*",
-        ".*logging interval.*",
-        ".*srun.*available.*not used.*",  # a machine of a cluster may train by itself
-        ".*sync_dist=True.*",  # what is logged is of all processes already, or of the first
-    ):
-        warnings.filterwarnings("ignore", message=message)
+    for message in ("LeafSpec", "exists and is not empty", "logging interval", "srun", "sync_dist"):
+        warnings.filterwarnings("ignore", message=f".*{message}.*")
