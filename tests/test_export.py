@@ -13,6 +13,7 @@ import torch
 from evit.commands import export as command
 from evit.models import create_model
 from evit.models.registry import reduced
+from tests.test_predict import sent
 
 TINY = "img_size=32 +model.embed_dim=48 +model.depth=4 +model.num_heads=3"
 SIZE = dict(img_size=32, embed_dim=48, depth=4, num_heads=3)
@@ -128,15 +129,23 @@ def test_of_a_run_the_model_and_the_knobs_that_are_not_given_are_the_run_s(expor
     np.testing.assert_allclose(by_onnx(exported, 2), model(images(2)).numpy(), atol=1e-4)
 
 
+def test_class_names_and_normalisation_of_a_run_go_with_the_file(export, tmp_path):
+    path, _ = export(f"checkpoint={sent(tmp_path / 'sent.ckpt')}")
+    facts = {p.key: json.loads(p.value) for p in onnx.load(path).metadata_props}
+    assert (facts["classes"], facts["mean"], facts["std"]) == (["cat", "dog"], [0.5] * 3, [0.2] * 3)
+    assert (facts["reducer"], facts["keep_rate"], facts["img_size"]) == ("merge", [0.6] * 3, 28)
+
+
 def test_a_file_that_computes_something_else_is_not_left(monkeypatch, export, tmp_path):
     write = command.write_onnx
 
     def wrong(model, about, path) -> None:
         model.head.bias += 1
-        write(model, about, path)
+        compute = write(model, about, path)
         model.head.bias -= 1
+        return compute
 
-    monkeypatch.setattr(command, "write_onnx", wrong)
+    monkeypatch.setitem(command.FORMATS, "onnx", (".onnx", wrong))
     with pytest.raises(RuntimeError, match="at batch size 1 the exported logits differ by 1.0e.00"):
         export(f"model=evit_deit_tiny {TINY} random=true")
     assert not list(tmp_path.glob("outputs/export/*"))
@@ -164,17 +173,7 @@ def test_what_cannot_be_exported_is_said(refused, arguments, message):
     assert message in refused(arguments)
 
 
-def test_a_reducer_whose_counts_depend_on_the_image_is_refused(monkeypatch, refused):
-    monkeypatch.setattr("evit.reducers.Drop.static", False)
-    message = refused(f"model=evit_deit_tiny {TINY} random=true reducer=drop")
-    assert "reducer drop keeps as many tokens as an image needs" in message
-
-
 def test_a_package_that_is_missing_is_named(monkeypatch, refused):
-    find = command.importlib.util.find_spec
-    monkeypatch.setattr(
-        "importlib.util.find_spec",
-        lambda name, *a: None if name == "onnxscript" else find(name, *a),
-    )
-    message = refused("model=evit_deit random=true")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    message = refused(f"model=evit_deit_tiny {TINY} random=true")
     assert "needs onnxscript: pip install 'evit-lab[export]'" in message

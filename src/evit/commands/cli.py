@@ -85,7 +85,9 @@ def arguments(given: list[str], config: str) -> list[str]:
     Raises:
         ValueError: names a knob that is not there, and the nearest one.
     """
-    words = ["dry_run=true" if word == "--dry-run" else word for word in given]
+    parts = [word.split("=", 1) if word.startswith("--") else [word] for word in given]
+    words = ["dry_run=true" if word == "--dry-run" else word for p in parts for word in p]
+    words.sort(key=lambda word: "=" in word)  # argparse wants flags before all overrides, or after
     words = [word if word.startswith("-") else quoted(word) for word in words]
     check_spelling(words, config)
     asks = {"--help", "-h", "--hydra-help", "--info", "--shell-completion"} & set(words)

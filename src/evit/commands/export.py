@@ -1,6 +1,5 @@
 """Export a model as a file that runs without this code, checked against PyTorch."""
 
-import importlib.util
 import json
 import logging
 import warnings
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from evit.commands import checkpoint
 from evit.report.evaluations import rate
 
-SUFFIXES = dict(onnx=".onnx", torch_export=".pt2")
 OPSET = 20
 BATCHES = (1, 2, 5)  # that the file is checked with; it was made with another
 TOLERANCE = 1e-4
@@ -30,31 +28,25 @@ def run(cfg: DictConfig) -> Path:
         ValueError: the configuration cannot be served; nothing has been written.
         RuntimeError: the file computes something else.
     """
-    require(cfg)
-    source = checkpoint.open_source(cfg.checkpoint)
-    model, about = checkpoint.weighted(checkpoint.complete(cfg, source), source)
-    if not getattr(getattr(model, "reducer", None), "static", True):
-        raise ValueError(
-            f"reducer {about['reducer']} keeps as many tokens as an image needs, which cannot be "
-            f"exported: take another reducer"
-        )
-    rates, named = rate(about), checkpoint.file_name(about)
-    target = Path(cfg.target or Path("outputs/export") / (named + SUFFIXES[cfg.format]))
-    if target.suffix != SUFFIXES[cfg.format]:
-        raise ValueError(f"target={target}: a {cfg.format} file ends in {SUFFIXES[cfg.format]}")
+    if cfg.format not in FORMATS:
+        raise ValueError(f"format must be {' or '.join(FORMATS)}, got {cfg.format!r}")
+    suffix, write = FORMATS[cfg.format]
+    model, about, cfg, _ = checkpoint.opened(cfg)
+    target = Path(cfg.target or Path("outputs/export") / (checkpoint.file_name(about) + suffix))
+    if target.suffix != suffix:
+        raise ValueError(f"target={target}: a {cfg.format} file ends in {suffix}")
     kept = " with random weights" if cfg.random else ""
-    kept += f", reducer {about['reducer']}" * bool(about["reducer"]) + f" at keep rate {rates}"
+    kept += (
+        f", reducer {about['reducer']}" * bool(about["reducer"]) + f" at keep rate {rate(about)}"
+    )
     if about["fusion"] is not None:
         kept += ", the rest " + ("fused" if about["fusion"] else "dropped")
     print(f"Exporting {about['model']}{kept}, {about['img_size']} px", flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     unchecked = target.with_name(f"unchecked-{target.name}")
     try:
-        write, read = dict(onnx=(write_onnx, read_onnx), torch_export=(write_pt2, read_pt2))[
-            cfg.format
-        ]
-        write(model, about, unchecked)
-        difference = largest_difference(model, read(unchecked), about["img_size"], cfg.seed)
+        compute = write(model, about, unchecked)
+        difference = largest_difference(model, compute, about["img_size"], cfg.seed)
         unchecked.replace(target)
     finally:
         unchecked.unlink(missing_ok=True)
@@ -68,60 +60,45 @@ def run(cfg: DictConfig) -> Path:
     return target
 
 
-def require(cfg: DictConfig) -> None:
-    """Refuse what cannot be exported, before anything is built."""
-    if cfg.format not in SUFFIXES:
-        raise ValueError(f"format must be {' or '.join(SUFFIXES)}, got {cfg.format!r}")
-    checkpoint.require_weights(cfg)
-    packages = ("onnx", "onnxscript", "onnxruntime")
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if cfg.format == "onnx" and missing:
-        raise ValueError(
-            f"format=onnx needs {' and '.join(missing)}: pip install 'evit-lab[export]', or take "
-            f"format=torch_export"
-        )
-
-
 def example(about: dict[str, Any]) -> dict[str, Any]:
     """What exporters ask for: some images, of which there may be any number."""
     images = torch.zeros(3, 3, about["img_size"], about["img_size"])
     return dict(args=(images,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1)}})
 
 
-def write_pt2(model: nn.Module, about: dict[str, Any], path: Path) -> None:
+def write_pt2(model: nn.Module, about: dict[str, Any], path: Path) -> Compute:
+    """Write a torch.export file; return what reads it."""
     program = torch.export.export(model, **example(about))
     torch.export.save(program, path, extra_files={"about.json": json.dumps(about)})
-
-
-def read_pt2(path: Path) -> Compute:
     module = torch.export.load(path).module()
     return lambda images: module(images).numpy()
 
 
-def write_onnx(model: nn.Module, about: dict[str, Any], path: Path) -> None:
+def write_onnx(model: nn.Module, about: dict[str, Any], path: Path) -> Compute:
+    """Write an ONNX file; return what reads it."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"format=onnx needs {error.name}: pip install 'evit-lab[export]', or take "
+            f"format=torch_export"
+        ) from error
     for name in ("torch.onnx", "onnxscript", "onnx_ir"):  # they tell what they rewrite
         logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's own insides
+    names: Any = dict(input_names=["images"], output_names=["logits"])
+    with warnings.catch_warnings(action="ignore"):  # of the exporter's own insides
         program = torch.onnx.export(
-            model,
-            **example(about),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=["images"],
-            output_names=["logits"],
-            verbose=False,
+            model, **example(about), **names, dynamo=True, opset_version=OPSET, verbose=False
         )
     assert program is not None
     program.model.metadata_props.update({k: json.dumps(v) for k, v in about.items()})
     program.save(path)
-
-
-def read_onnx(path: Path) -> Compute:
-    import onnxruntime
-
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: session.run(["logits"], {"images": images.numpy()})[0]
+
+
+FORMATS = dict(onnx=(".onnx", write_onnx), torch_export=(".pt2", write_pt2))
 
 
 @torch.no_grad()
