@@ -343,6 +343,36 @@ def test_a_checkpoint_away_from_its_folder_tells_its_model(
     assert "the checkpoint has 2 classes and fashion-mnist has 10" in refused(*arguments)
 
 
+def test_compiled_and_in_bf16_it_gives_about_the_same(
+    weights, shared_photos, evaluate, monkeypatch
+):
+    """What a GPU does by default; the last batch, which is smaller, is not compiled."""
+    sizes = []
+
+    def compiled(function, **options):
+        made = real(function, backend="eager", **options)
+
+        def run(x, *rest, **more):
+            sizes.append(len(x))
+            return made(x, *rest, **more)
+
+        return run
+
+    arguments = [f"checkpoint={weights}", f"data.root={shared_photos}", *MICRO, "batch_size=4"]
+    arguments += ["keep_rates=[1,0.5]", "reducer=[evit,cover]"]
+    plain = evaluate(*arguments)
+    assert (plain["precision"], sizes) == ("32-true", [])
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", compiled)
+    fast = evaluate(*arguments, "compile=true", "trainer.precision=bf16-true")
+    assert fast["precision"] == "bf16-true, compiled" and "bf16-true, compiled" in fast["printed"]
+    assert set(sizes) == {4, 2}
+    for one, two in zip(plain["settings"], fast["settings"], strict=True):
+        assert two["images"] == 6 and one["macs_executed"] == two["macs_executed"]
+        assert two["loss"] == pytest.approx(one["loss"], rel=0.02)
+        assert two["kl"] == pytest.approx(one["kl"], abs=0.01)
+
+
 def test_a_result_carries_its_provenance(weights, shared_photos, evaluate):
     result = evaluate(f"checkpoint={weights}", f"data.root={shared_photos}", *MICRO)
     assert result["packages"]["torch"] == torch.__version__.split("+")[0]

@@ -78,7 +78,10 @@ MODELS = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("arguments", MODELS)
+@pytest.mark.parametrize(
+    "arguments",
+    [pytest.param(m, marks=pytest.mark.slow if i % 2 else ()) for i, m in enumerate(MODELS)],
+)
 def test_the_onnx_file_computes_what_the_model_computes(arguments, export, tmp_path):
     name, options = MODELS[arguments]
     torch.manual_seed(1)
@@ -125,13 +128,16 @@ def test_of_a_run_the_model_and_the_knobs_that_are_not_given_are_the_run_s(expor
     assert (facts["num_classes"], facts["fusion"]) == (5, False)
     exported.unlink()
     model.set_keep_rate(0.3)
-    exported, _ = export(f"checkpoint={path} keep_rate=0.3")
-    np.testing.assert_allclose(by_onnx(exported, 2), model(images(2)).numpy(), atol=1e-4)
+    exported, _ = export(f"checkpoint={path} keep_rate=0.3 format=torch_export")
+    program = torch.export.load(exported).module()
+    torch.testing.assert_close(program(images(2)), model(images(2)))
 
 
 def test_class_names_and_normalisation_of_a_run_go_with_the_file(export, tmp_path):
-    path, _ = export(f"checkpoint={sent(tmp_path / 'sent.ckpt')}")
-    facts = {p.key: json.loads(p.value) for p in onnx.load(path).metadata_props}
+    extra = {"about.json": ""}
+    path, _ = export(f"checkpoint={sent(tmp_path / 'sent.ckpt')} format=torch_export")
+    torch.export.load(path, extra_files=extra)
+    facts = json.loads(extra["about.json"])
     assert (facts["classes"], facts["mean"], facts["std"]) == (["cat", "dog"], [0.5] * 3, [0.2] * 3)
     assert (facts["reducer"], facts["keep_rate"], facts["img_size"]) == ("merge", [0.6] * 3, 28)
 
@@ -154,14 +160,14 @@ def test_a_file_that_computes_something_else_is_not_left(monkeypatch, export, tm
 def test_random_weights_are_named(export):
     path, printed = export(f"model=evit_deit_tiny {TINY} random=true format=torch_export")
     assert path.name == "evit_deit_tiny-0.7-32.pt2"
-    assert printed.startswith("Exporting evit_deit_tiny with random weights")
+    assert printed.startswith("Exporting evit_deit_tiny, random weights, evit, keep rate 0.7")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("model=evit_deit", "give the weights: checkpoint=PATH, pretrained=true"),
-        ("model=evit_deit random=true pretrained=true", "not pretrained and random"),
+        ("model=evit_deit", "give the weights, one of checkpoint=PATH, pretrained=true"),
+        ("model=evit_deit random=true pretrained=true", "give the weights, one of"),
         ("random=true", "model=NAME is needed"),
         ("model=evit_deit random=true format=tflite", "format must be onnx or torch_export"),
         ("model=evit_deit random=true target=a.pt", "ends in .onnx"),

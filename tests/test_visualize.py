@@ -146,7 +146,7 @@ def test_of_a_run_the_model_the_knobs_and_the_validation_images_are_the_run_s(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("model=evit_deit", "give the weights: checkpoint=PATH"),
+        ("model=evit_deit", "give the weights, one of checkpoint=PATH"),
         ("random=true", "model=NAME is needed"),
         (f"{RANDOM} num_images=0", "batch_size must be at least 1"),
         (f"{RANDOM} target=kept.txt images=IMAGE", "unknown file extension: .txt"),

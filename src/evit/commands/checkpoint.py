@@ -40,10 +40,7 @@ def given() -> set[str]:
 
 
 def open_source(checkpoint: str | None) -> Source:
-    """Read a checkpoint file, or the best one of a run's folder.
-
-    The knobs are those in the file, under "evit", and in the config.json of the run's folder.
-    """
+    """Read a checkpoint file, or the best one of a run's folder; its knobs are in both."""
     if not checkpoint:
         return Source()
     path = Path(checkpoint).expanduser()
@@ -59,7 +56,7 @@ def open_source(checkpoint: str | None) -> Source:
 
 
 def complete(cfg: DictConfig, source: Source) -> DictConfig:
-    """Fill in the model, its reducer and the knobs that are null: those of the run, or defaults.
+    """Fill in the model, its reducer, its data and the knobs that are null: the run's, or defaults.
 
     Raises:
         ValueError: no model is given, or crop_pct is out of range.
@@ -68,16 +65,13 @@ def complete(cfg: DictConfig, source: Source) -> DictConfig:
     dense = cfg.model.get("reducer", None) is None and "reducer" not in names
     if "_target_" not in cfg.model:
         if not run:
-            raise ValueError(
-                f"model=NAME is needed, as in model=evit_deit: {source.path} is not a run's, which "
-                f"would tell"
-            )
+            why = f"{source.path} is not a run's, which would tell" if source.path else "or a run's"
+            raise ValueError(f"model=NAME is needed, as in model=evit_deit: {why}")
         cfg.model = OmegaConf.merge(run["model"], cfg.model)
         if "reducer" not in names and "reducer" in run["model"]:
-            own = run["model"]["reducer"]
-            dense = own is None
+            dense = run["model"]["reducer"] is None
             changed = {k: v for k, v in cfg.reducer.items() if f"reducer.{k}" in names}
-            cfg.reducer = cfg.reducer if dense else own | changed
+            cfg.reducer = cfg.reducer if dense else run["model"]["reducer"] | changed
     knobs = DEFAULTS | run | (dict(keep_rate=1.0) if dense else {})
     if size := cfg.model.get("img_size"):  # the model's own, or the run's, not ${img_size}
         knobs["img_size"] = size
@@ -93,22 +87,16 @@ def complete(cfg: DictConfig, source: Source) -> DictConfig:
     )
     for knob in wanted.keys() & cfg.model.keys():
         cfg.model[knob] = wanted[knob]
-    if "data" in cfg:
-        complete_data(cfg, source)
-    return cfg
-
-
-def complete_data(cfg: DictConfig, source: Source) -> None:
-    """Fill in the data, in place: the run's, where data=NAME was not given."""
-    names, own = given(), source.run.get("data")
-    if isinstance(own, dict) and "data" not in names:
+    own = run.get("data")
+    if "data" in cfg and isinstance(own, dict) and "data" not in names:
         changed = {name: cfg.data[name] for name in cfg.data if f"data.{name}" in names}
         cfg.data = OmegaConf.merge(own, changed)
-    elif "data.backend" not in names:
+    elif "data" in cfg and "data.backend" not in names:
         root = Path(cfg.data.get("root") or "").expanduser()
         cfg.data.backend = "ffcv" if (root / "val.beton").is_file() else "imagefolder"
-    if "img_size" in cfg.data:
+    if "img_size" in cfg.get("data", {}):
         cfg.data.img_size = cfg.img_size
+    return cfg
 
 
 def validation(cfg: DictConfig, batch_size: int, **limits: Any) -> Any:
@@ -131,16 +119,14 @@ def require_classes(source: Source, data: Any) -> None:
 
 
 def build(model: dict[str, Any], source: Source, **options: Any) -> Any:
-    """The model of a configuration, with its weights.
-
-    Raises:
-        ValueError: it cannot be built so, or the weights do not fit.
-    """
+    """The model of a configuration, with its weights."""
     if (head := source.weights.get("head.weight")) is not None:
         options = dict(num_classes=len(head)) | options
     built = instantiate(model | options, _convert_="all")
     if source.weights:
         load(built, source)
+    if hasattr(built, "reducer"):
+        heed_rate(built.reducer)
     return built
 
 
@@ -167,12 +153,7 @@ def load(model: Any, source: Source) -> None:
 
 
 def attach(model: Any, reducer: dict[str, Any], source: Source) -> Any:
-    """Give a model the reducer of a configuration; its weights too, where it has some.
-
-    Raises:
-        ValueError: it does not suit the model, has to be trained, or is beside a keep rate that
-            has no effect.
-    """
+    """Give a model the reducer of a configuration; its weights too, where it has some."""
     reduce(model, instantiate(reducer, _convert_="all"))
     if model.reducer.state_dict():
         load(model, source)
@@ -204,32 +185,21 @@ def file_name(about: dict[str, Any]) -> str:
     return folder_name("-".join(map(str, parts)))
 
 
-def opened(cfg: DictConfig) -> tuple[Any, dict[str, Any], DictConfig, Source]:
-    """The model that a command is about, frozen, facts about it, and the completed configuration.
-
-    Raises:
-        ValueError: not exactly one source of weights is given, no model, or one that does not fit.
-    """
-    sources = [name for name in ("checkpoint", "pretrained", "random") if cfg.get(name)]
-    if len(sources) != 1:
-        raise ValueError(
-            "give the weights: checkpoint=PATH, pretrained=true (those that timm downloads) or "
-            "random=true (to try out); one of them"
-            + (f", not {' and '.join(sources)}" if sources else "")
-        )
-    if not cfg.checkpoint and "_target_" not in cfg.model:
-        raise ValueError("model=NAME is needed without a checkpoint, as in model=evit_deit")
+def opened(cfg: DictConfig) -> tuple[Any, dict[str, Any], DictConfig]:
+    """The model that a command is about, frozen; facts about it; the completed configuration."""
+    kinds = [name for name in ("checkpoint", "pretrained", "random") if name in cfg]
+    if sum(bool(cfg[name]) for name in kinds) != 1:
+        ways = dict(checkpoint="checkpoint=PATH", pretrained="pretrained=true (timm's download)")
+        ways |= dict(random="random=true (to try out)")
+        raise ValueError(f"give the weights, one of {', '.join(ways[name] for name in kinds)}")
     source = open_source(cfg.checkpoint)
     cfg = complete(cfg, source)
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     torch.manual_seed(cfg.get("seed", 0))
     model = build(config["model"], source)
     reducer: Any = getattr(model, "reducer", None)
-    wanted = getattr(model, "pretrained_cfg", None) or {}
-    rates: list[float] = []
-    if reducer is not None:
-        heed_rate(reducer)
-        rates = list(reducer.keep_rate)
+    wanted = (getattr(model, "pretrained_cfg", None) or dict(mean=MEAN, std=STD)) | source.run
+    rates = [] if reducer is None else list(reducer.keep_rate)
     dense = set(rates) <= {1.0}
     about = dict(
         model=model_name(config, source),
@@ -239,9 +209,9 @@ def opened(cfg: DictConfig) -> tuple[Any, dict[str, Any], DictConfig, Source]:
         img_size=cfg.img_size,
         num_classes=model.num_classes,
         classes=source.run.get("classes"),
-        mean=list(source.run.get("mean") or wanted.get("mean", MEAN)),
-        std=list(source.run.get("std") or wanted.get("std", STD)),
+        mean=list(wanted["mean"]),
+        std=list(wanted["std"]),
         checkpoint=source.path and source.path.name,
         commit=results.git_commit(),
     )
-    return model.eval().requires_grad_(False), about, cfg, source
+    return model.eval().requires_grad_(False), about, cfg

@@ -25,11 +25,7 @@ from evit.training.trainer import Signals, build_trainer, quiet, say
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Evaluate by a composed configuration; leave evaluation.json in Hydra's run folder.
-
-    Raises:
-        ValueError: the configuration cannot be served; nothing has been written.
-    """
+    """Evaluate by a composed configuration; leave evaluation.json in Hydra's run folder."""
     quiet()
     folder = Path(HydraConfig.get().runtime.output_dir)
     if not cfg.checkpoint:
@@ -60,13 +56,14 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     chosen = choose(config, several or [config["reducer"]], model, source)
     evaluator = Evaluator(model, chosen, data.num_classes, config["seed"])
     costs = [cost(model, reducer) for reducer in chosen]
+    limit = f"; at most {cfg.max_val_images} images (max_val_images=null: all)"
     text = f"Evaluating {len(chosen)} setting{'s' * (len(chosen) > 1)} on {data.name} "
-    text += f"({data.num_classes} classes), read by {data.backend}"
-    if limit := config["max_val_images"]:
-        text += f"; at most {limit} validation images (max_val_images=null takes all)"
-    if compiled := gpu if config["compile"] is None else config["compile"]:
+    text += f"({data.num_classes} classes), read by {data.backend}" + limit * bool(
+        cfg.max_val_images
+    )
+    if compiled := gpu if cfg.compile is None else cfg.compile:
         allow_graphs()
-        evaluator.compile_parts(config["batch_size"])
+        evaluator.compile_parts(cfg.batch_size)
         text += "; compiled, which takes a while at first (compile=false)"
     say(text)
     for step in data.prepare_data, data.setup:  # what can be wrong with the data is said here
@@ -75,10 +72,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     started = time.perf_counter()
     trainer.validate(evaluator, data, verbose=False)
     seconds = time.perf_counter() - started
-    rows = [
-        vars(setting) | found | cost
-        for setting, found, cost in zip(evaluator.settings, evaluator.results, costs, strict=True)
-    ]
+    each = zip(evaluator.settings, evaluator.results, costs, strict=True)
+    rows = [vars(setting) | found | cost for setting, found, cost in each]
     result: dict[str, Any] = dict(
         checkpoint=str(source.path),
         checkpoint_sha256=results.sha256(Path(source.path or "")),
@@ -125,9 +120,6 @@ def choose(
     """Every reducer at every keep rate, with every fusion and selection that it has, each once.
 
     Returns: reducers attached to the model; [None] for a model that takes none.
-
-    Raises:
-        ValueError: a value is out of range, or this model has no such setting.
     """
     rates, budgets = config["keep_rates"], listed(config["gmacs"] or [])
     if rates is None:

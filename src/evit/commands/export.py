@@ -22,26 +22,18 @@ Compute = Callable[[Tensor], np.ndarray]
 
 
 def run(cfg: DictConfig) -> Path:
-    """Export by a composed configuration; the file, which is there only if it computes the same.
-
-    Raises:
-        ValueError: the configuration cannot be served; nothing has been written.
-        RuntimeError: the file computes something else.
-    """
+    """Export by a composed configuration; the file, which is there only if it computes the same."""
     if cfg.format not in FORMATS:
         raise ValueError(f"format must be {' or '.join(FORMATS)}, got {cfg.format!r}")
     suffix, write = FORMATS[cfg.format]
-    model, about, cfg, _ = checkpoint.opened(cfg)
+    model, about, cfg = checkpoint.opened(cfg)
     target = Path(cfg.target or Path("outputs/export") / (checkpoint.file_name(about) + suffix))
     if target.suffix != suffix:
         raise ValueError(f"target={target}: a {cfg.format} file ends in {suffix}")
-    kept = " with random weights" if cfg.random else ""
-    kept += (
-        f", reducer {about['reducer']}" * bool(about["reducer"]) + f" at keep rate {rate(about)}"
-    )
-    if about["fusion"] is not None:
-        kept += ", the rest " + ("fused" if about["fusion"] else "dropped")
-    print(f"Exporting {about['model']}{kept}, {about['img_size']} px", flush=True)
+    texts = [about["model"], "random weights" * cfg.random, about["reducer"] or ""]
+    texts += [f"keep rate {rate(about)}", f"{about['img_size']} px"]
+    texts[3] += {True: ", the rest fused", False: ", the rest dropped", None: ""}[about["fusion"]]
+    print("Exporting " + ", ".join(text for text in texts if text), flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     unchecked = target.with_name(f"unchecked-{target.name}")
     try:
@@ -50,11 +42,11 @@ def run(cfg: DictConfig) -> Path:
         unchecked.replace(target)
     finally:
         unchecked.unlink(missing_ok=True)
+    size, sizes = about["img_size"], ", ".join(map(str, BATCHES))
     print(
-        f"{target} ({target.stat().st_size / 1e6:.1f} MB): images float32 (batch, 3, "
-        f"{about['img_size']}, {about['img_size']}), normalised by mean {about['mean']} and std "
-        f"{about['std']}, to logits (batch, {about['num_classes']})\n"
-        f"Checked beside PyTorch at batch sizes {', '.join(map(str, BATCHES))}: the largest "
+        f"{target} ({target.stat().st_size / 1e6:.1f} MB): images float32 (batch, 3, {size}, "
+        f"{size}), normalised by mean {about['mean']} and std {about['std']}, to logits (batch, "
+        f"{about['num_classes']})\nChecked beside PyTorch at batch sizes {sizes}: the largest "
         f"difference is {difference:.1e}"
     )
     return target
@@ -88,10 +80,9 @@ def write_onnx(model: nn.Module, about: dict[str, Any], path: Path) -> Compute:
         logging.getLogger(name).setLevel(logging.ERROR)
     names: Any = dict(input_names=["images"], output_names=["logits"])
     with warnings.catch_warnings(action="ignore"):  # of the exporter's own insides
-        program = torch.onnx.export(
+        program: Any = torch.onnx.export(
             model, **example(about), **names, dynamo=True, opset_version=OPSET, verbose=False
         )
-    assert program is not None
     program.model.metadata_props.update({k: json.dumps(v) for k, v in about.items()})
     program.save(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -103,11 +94,7 @@ FORMATS = dict(onnx=(".onnx", write_onnx), torch_export=(".pt2", write_pt2))
 
 @torch.no_grad()
 def largest_difference(model: nn.Module, compute: Compute, img_size: int, seed: int) -> float:
-    """The largest difference of logits, over batches of BATCHES sizes.
-
-    Raises:
-        RuntimeError: it is above TOLERANCE.
-    """
+    """The largest difference of logits; above TOLERANCE it is a RuntimeError."""
     generator, found = torch.Generator().manual_seed(seed), 0.0
     for size in BATCHES:
         images = torch.randn(size, 3, img_size, img_size, generator=generator)

@@ -17,14 +17,10 @@ from evit.report.pictures import draw_features, draw_kept
 
 
 def run(cfg: DictConfig) -> Path:
-    """Draw by a composed configuration; the file.
-
-    Raises:
-        ValueError: the configuration cannot be served; nothing has been written.
-    """
+    """Draw by a composed configuration; the file."""
     if cfg.show not in ("kept", "features"):
         raise ValueError(f"show must be kept or features, got {cfg.show!r}")
-    model, about, cfg, _ = checkpoint.opened(cfg)
+    model, about, cfg = checkpoint.opened(cfg)
     if not hasattr(model, "reducer"):
         raise ValueError(
             f"{type(model).__name__} reduces no tokens: take it with a reducer by model=timm_vit "
@@ -51,11 +47,7 @@ def run(cfg: DictConfig) -> Path:
 
 
 def image_paths(images: Any, most: int | None = None) -> list[Path]:
-    """The images that are named, and of each folder among them `most`, spread over it; None: all.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The images that are named, and of each folder some, spread over it; most=None: all."""
     given: Any = OmegaConf.to_object(images) if OmegaConf.is_list(images) else images
     paths: list[Path] = []
     for path in (Path(name).expanduser() for name in listed(given)):

@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -43,18 +44,14 @@ class Evaluator(L.LightningModule):
 
     The dense model runs once; each reducer goes on from the block where it first reduces. `results`
     then has dict(top1, top5, loss, kl, images) for each, over the images of all processes. kl is
-    KL(dense || reduced) of the predicted distributions, averaged over images.
-
-    Random selections draw from a seed for each batch, process and setting: they do not depend on
-    what else is evaluated.
+    KL(dense || reduced) of the predicted distributions, averaged over images. Random selections
+    depend on batch, process and setting, not on what else is evaluated.
 
     Args:
         chosen: reducers that are attached to the model, or [None] for a model that takes none.
     """
 
-    def __init__(
-        self, model: Any, chosen: list[Reducer] | list[None], num_classes: int, seed: int = 0
-    ):
+    def __init__(self, model: Any, chosen: list[Any], num_classes: int, seed: int = 0):
         super().__init__()
         self.model, self.seed = model, seed
         self.reducers: Any = nn.ModuleList(reducer for reducer in chosen if reducer is not None)
@@ -62,11 +59,18 @@ class Evaluator(L.LightningModule):
         if self.reducers:
             self.depth, patches = len(model.blocks), model.patch_embed.num_patches
             self.dense = reducers.make("evit", keep_rate=1.0).attach(model)
-            own: Any = self.reducers
-            counts = [zip(r.at, r.kept(patches), strict=True) for r in own]
+            counts = [zip(r.at, r.kept(patches), strict=True) for r in chosen]
             self.starts = [next((i for i, k in c if k < patches), self.depth) for c in counts]
+        kinds: dict[str, Any] = dict(
+            top1=partial(MulticlassAccuracy, num_classes, average="micro"),
+            top5=partial(MulticlassAccuracy, num_classes, min(5, num_classes), average="micro"),
+            loss=partial(MeanMetric, math.nan),  # the default leaves NaN out of the mean
+            kl=partial(MeanMetric, math.nan),
+        )
+        self.metrics: Any = nn.ModuleList(
+            nn.ModuleDict({name: kind() for name, kind in kinds.items()}) for _ in self.settings
+        )
         self.images = SumMetric()
-        self.metrics: Any = nn.ModuleList(metrics(num_classes) for _ in self.settings)
         self.results: list[dict[str, Any]] = []
         self.full = 0  # images of a compiled batch; 0: nothing is compiled
 
@@ -80,6 +84,7 @@ class Evaluator(L.LightningModule):
     def logits(self, images: Tensor, batch_idx: int) -> Iterator[Tensor]:
         """Logits (B, num_classes) of the dense model, then with each reducer."""
         model = self.model
+        images = images.to(next(model.parameters()).dtype)
         if not self.reducers:
             dense = model(images)
             yield from (dense, dense)
@@ -108,8 +113,8 @@ class Evaluator(L.LightningModule):
         for metric, found in zip(self.metrics, each, strict=True):
             metric["loss"].update(F.cross_entropy(found, labels), len(labels))
             metric["kl"].update(divergence(found, dense).mean(), len(labels))
-            metric["top1"].update(found, labels)
-            metric["top5"].update(found, labels)
+            for name in ("top1", "top5"):
+                metric[name].update(found, labels)
 
     def on_validation_epoch_end(self) -> None:
         images, percent = int(self.images.compute()), dict(top1=100, top5=100)
@@ -125,14 +130,3 @@ class Evaluator(L.LightningModule):
                     f"the loss is {result['loss']} at keep_rate {rates}: the checkpoint is of a "
                     f"model that has diverged, or precision {self.trainer.precision} is too low"
                 )
-
-
-def metrics(num_classes: int) -> nn.ModuleDict:
-    return nn.ModuleDict(
-        dict(
-            top1=MulticlassAccuracy(num_classes, average="micro"),
-            top5=MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),
-            loss=MeanMetric(nan_strategy=math.nan),  # the default leaves NaN out of the mean
-            kl=MeanMetric(nan_strategy=math.nan),
-        )
-    )

@@ -18,11 +18,7 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class Classification:
-    """Cross-entropy of mixed images with smoothed labels.
-
-    A call with a batch (images, labels) returns "loss" and its parts: random draws come first, then
-    losses(), which compiles.
-    """
+    """Cross-entropy of mixed images; draws come first, then losses(), which compiles."""
 
     teacher: Any = None
 
@@ -114,7 +110,6 @@ def make_objective(
     """A model's loss: its reducer's own, token labels if it has a head for them, or plain.
 
     Args:
-        label_maps: the batches have them.
         teacher: the dense model that a reducer's own loss distils, if there is one.
     """
     kind = Classification
