@@ -320,22 +320,57 @@ def test_a_run_with_a_reducer_from_outside_needs_its_folder(
     assert (row["reducer"], row["keep_rate"]) == ("mine", [0.6] * 3)
 
 
-def test_a_checkpoint_away_from_its_folder_tells_its_model(tmp_path, shared_photos, evaluate):
+def test_a_checkpoint_away_from_its_folder_tells_its_model(
+    tmp_path, shared_photos, evaluate, refused
+):
     """By what training writes into it, under "evit"."""
-    size = dict(img_size=28, patch_size=7, embed_dim=96, depth=12, num_heads=3)
-    model = dict(_target_="evit.models.create_model", model_name="evit_deit_tiny_patch16")
-    reducer = dict(_target_="evit.reducers.Merge", keep_rate=0.6)
-    knobs = dict(model=model | size | dict(reducer=reducer), keep_rate=0.6, fusion=True)
-    knobs |= dict(img_size=28, crop_pct=0.7, data="photos", classes=["cat", "dog"])
-    weights = {f"model.{name}": weight for name, weight in micro().state_dict().items()}
-    torch.save(dict(state_dict=weights, evit=knobs), tmp_path / "sent.ckpt")
-    arguments = [f"checkpoint={tmp_path}/sent.ckpt", f"data.root={shared_photos}", *MICRO[2:]]
-    result = evaluate(*arguments)
+    from tests.test_predict import sent
+
+    arguments = [f"checkpoint={sent(tmp_path / 'sent.ckpt')}", *MICRO[2:]]
+    at = f"data.root={shared_photos}"
+    result = evaluate(*arguments, at)
     (row,) = result["settings"]
     assert (row["reducer"], row["keep_rate"]) == ("merge", [0.6] * 3)
     assert result["config"]["crop_pct"] == 0.7
-    (other,) = evaluate(*arguments, "reducer=drop", "keep_rate=0.5")["settings"]
+    (other,) = evaluate(*arguments, at, "reducer=drop", "keep_rate=0.5")["settings"]
     assert (other["reducer"], other["keep_rate"]) == ("drop", [0.5] * 3)
+    sent(tmp_path / "sent.ckpt", mean=[0.1] * 3)
+    assert evaluate(*arguments, at)["settings"][0]["loss"] != row["loss"]
+    shown = refused(*arguments, at, "model=evit_deit_micro", "model.embed_dim=48")
+    assert "does not fit" in shown and "the run had model=evit_deit_tiny_patch16" in shown
+    sent(tmp_path / "sent.ckpt", classes=["ant", "bee"])
+    assert "classes, ant to bee, are not those of photos" in refused(*arguments, at)
+    assert "the checkpoint has 2 classes and fashion-mnist has 10" in refused(*arguments)
+
+
+def test_compiled_and_in_bf16_it_gives_about_the_same(
+    weights, shared_photos, evaluate, monkeypatch
+):
+    """What a GPU does by default; the last batch, which is smaller, is not compiled."""
+    sizes = []
+
+    def compiled(function, **options):
+        made = real(function, backend="eager", **options)
+
+        def run(x, *rest, **more):
+            sizes.append(len(x))
+            return made(x, *rest, **more)
+
+        return run
+
+    arguments = [f"checkpoint={weights}", f"data.root={shared_photos}", *MICRO, "batch_size=4"]
+    arguments += ["keep_rates=[1,0.5]", "reducer=[evit,cover]"]
+    plain = evaluate(*arguments)
+    assert (plain["precision"], sizes) == ("32-true", [])
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", compiled)
+    fast = evaluate(*arguments, "compile=true", "trainer.precision=bf16-true")
+    assert fast["precision"] == "bf16-true, compiled" and "bf16-true, compiled" in fast["printed"]
+    assert set(sizes) == {4, 2}
+    for one, two in zip(plain["settings"], fast["settings"], strict=True):
+        assert two["images"] == 6 and one["macs_executed"] == two["macs_executed"]
+        assert two["loss"] == pytest.approx(one["loss"], rel=0.02)
+        assert two["kl"] == pytest.approx(one["kl"], abs=0.01)
 
 
 def test_a_result_carries_its_provenance(weights, shared_photos, evaluate):
@@ -402,12 +437,12 @@ MISTAKES = {
     "keep_rates=[]": "keep_rates must be a list such as [1,0.7,0.5], got []",
     "keep_rates=[[0.9,0.7]]": "has 2 entries for 3 reorganizations",
     "img_size=30": "img_size 30 is not a multiple of the patch size 7: take 28 or 35",
-    "selection=attentiv": "must be of attentive, random, inattentive, got 'attentiv'",
-    "selection=[random,best]": "must be of attentive, random, inattentive",
+    "selection=attentiv": "selection must be one of attentive, random, inattentive, got 'attentiv'",
+    "selection=[random,best]": "selection must be one of attentive, random, inattentive",
     "fusion=perhaps": "fusion must be true, false or [true,false], got 'perhaps'",
     "batch_size=0": "batch_size must be at least 1, got 0",
     "crop_pct=0": "crop_pct must be from 0.01 to 1, got 0",
-    "max_val_images=0": "max_val_images must be at least 1, got 0",
+    "max_val_images=0": "max_val_images must be from 1 to inf, got 0",
     "checkpoint=nowhere.pth": "checkpoint 'nowhere.pth' does not exist",
     "checkpoint=null": "checkpoint=PATH is needed",
     "keeprates=[1]": "unknown knob 'keeprates' in 'keeprates=[1]': did you mean keep_rates?",

@@ -13,6 +13,7 @@ import torch
 from evit.commands import export as command
 from evit.models import create_model
 from evit.models.registry import reduced
+from tests.test_predict import sent
 
 TINY = "img_size=32 +model.embed_dim=48 +model.depth=4 +model.num_heads=3"
 SIZE = dict(img_size=32, embed_dim=48, depth=4, num_heads=3)
@@ -77,7 +78,10 @@ MODELS = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("arguments", MODELS)
+@pytest.mark.parametrize(
+    "arguments",
+    [pytest.param(m, marks=pytest.mark.slow if i % 2 else ()) for i, m in enumerate(MODELS)],
+)
 def test_the_onnx_file_computes_what_the_model_computes(arguments, export, tmp_path):
     name, options = MODELS[arguments]
     torch.manual_seed(1)
@@ -124,8 +128,18 @@ def test_of_a_run_the_model_and_the_knobs_that_are_not_given_are_the_run_s(expor
     assert (facts["num_classes"], facts["fusion"]) == (5, False)
     exported.unlink()
     model.set_keep_rate(0.3)
-    exported, _ = export(f"checkpoint={path} keep_rate=0.3")
-    np.testing.assert_allclose(by_onnx(exported, 2), model(images(2)).numpy(), atol=1e-4)
+    exported, _ = export(f"checkpoint={path} keep_rate=0.3 format=torch_export")
+    program = torch.export.load(exported).module()
+    torch.testing.assert_close(program(images(2)), model(images(2)))
+
+
+def test_class_names_and_normalisation_of_a_run_go_with_the_file(export, tmp_path):
+    extra = {"about.json": ""}
+    path, _ = export(f"checkpoint={sent(tmp_path / 'sent.ckpt')} format=torch_export")
+    torch.export.load(path, extra_files=extra)
+    facts = json.loads(extra["about.json"])
+    assert (facts["classes"], facts["mean"], facts["std"]) == (["cat", "dog"], [0.5] * 3, [0.2] * 3)
+    assert (facts["reducer"], facts["keep_rate"], facts["img_size"]) == ("merge", [0.6] * 3, 28)
 
 
 def test_a_file_that_computes_something_else_is_not_left(monkeypatch, export, tmp_path):
@@ -133,10 +147,11 @@ def test_a_file_that_computes_something_else_is_not_left(monkeypatch, export, tm
 
     def wrong(model, about, path) -> None:
         model.head.bias += 1
-        write(model, about, path)
+        compute = write(model, about, path)
         model.head.bias -= 1
+        return compute
 
-    monkeypatch.setattr(command, "write_onnx", wrong)
+    monkeypatch.setitem(command.FORMATS, "onnx", (".onnx", wrong))
     with pytest.raises(RuntimeError, match="at batch size 1 the exported logits differ by 1.0e.00"):
         export(f"model=evit_deit_tiny {TINY} random=true")
     assert not list(tmp_path.glob("outputs/export/*"))
@@ -145,14 +160,14 @@ def test_a_file_that_computes_something_else_is_not_left(monkeypatch, export, tm
 def test_random_weights_are_named(export):
     path, printed = export(f"model=evit_deit_tiny {TINY} random=true format=torch_export")
     assert path.name == "evit_deit_tiny-0.7-32.pt2"
-    assert printed.startswith("Exporting evit_deit_tiny with random weights")
+    assert printed.startswith("Exporting evit_deit_tiny, random weights, evit, keep rate 0.7")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("model=evit_deit", "give the weights: checkpoint=PATH, pretrained=true"),
-        ("model=evit_deit random=true pretrained=true", "not pretrained and random"),
+        ("model=evit_deit", "give the weights, one of checkpoint=PATH, pretrained=true"),
+        ("model=evit_deit random=true pretrained=true", "give the weights, one of"),
         ("random=true", "model=NAME is needed"),
         ("model=evit_deit random=true format=tflite", "format must be onnx or torch_export"),
         ("model=evit_deit random=true target=a.pt", "ends in .onnx"),
@@ -164,17 +179,7 @@ def test_what_cannot_be_exported_is_said(refused, arguments, message):
     assert message in refused(arguments)
 
 
-def test_a_reducer_whose_counts_depend_on_the_image_is_refused(monkeypatch, refused):
-    monkeypatch.setattr("evit.reducers.Drop.static", False)
-    message = refused(f"model=evit_deit_tiny {TINY} random=true reducer=drop")
-    assert "reducer drop keeps as many tokens as an image needs" in message
-
-
 def test_a_package_that_is_missing_is_named(monkeypatch, refused):
-    find = command.importlib.util.find_spec
-    monkeypatch.setattr(
-        "importlib.util.find_spec",
-        lambda name, *a: None if name == "onnxscript" else find(name, *a),
-    )
-    message = refused("model=evit_deit random=true")
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    message = refused(f"model=evit_deit_tiny {TINY} random=true")
     assert "needs onnxscript: pip install 'evit-lab[export]'" in message

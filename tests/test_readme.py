@@ -75,6 +75,7 @@ COMMANDS = {
     ".venv/bin/python src/visualize.py checkpoint=CHECKPOINT": "",
     ".venv/bin/python src/visualize.py model=evit_deit checkpoint=CHECKPOINT images=DIR "
     "keep_rate=0.5 img_size=304": "model=evit_deit_micro img_size=56",
+    ".venv/bin/python src/predict.py checkpoint=CHECKPOINT images=DIR target=predictions.csv": "",
     "make dashboard": "--dry-run",
     "make sync": "RUNS=RUN/none",
     "make report": 'ARGS="runs=RUN target=RUN/report"',

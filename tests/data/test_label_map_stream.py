@@ -20,7 +20,7 @@ from evit.data.ffcv._ffcv import Compiler, Loader, ToTensor
 from evit.data.ffcv.format import BetonError, check_beton, sidecar_path
 from evit.data.ffcv.write import write_beton
 from evit.recipe import Recipe
-from evit.training.objectives import make_objective
+from evit.training.losses import make_objective
 from tests.conftest import write_photos
 from tests.data import build
 from tests.data.build import stream

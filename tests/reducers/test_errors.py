@@ -102,5 +102,3 @@ def test_a_value_that_a_method_cannot_serve_is_named(name, options):
 def test_a_model_that_cannot_be_served_is_named(name, options, reason, method):
     with torch.device("meta"):
         refused(reason, evit.reduce, timm.create_model(name, **options), method)
-
-

@@ -1,5 +1,7 @@
 """The example of docs/reducers.md, as written there."""
 
+import importlib
+import json
 import re
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ import torch
 import yaml
 
 import evit
+from tests.conftest import QUICK
 from tests.reducers.tiny import images, vit
 
 PAGE = (Path(__file__).parents[2] / "docs/reducers.md").read_text()
@@ -54,3 +57,29 @@ def test_the_python_lines_run(monkeypatch):
 def test_every_method_is_in_the_table():
     rows = set(re.findall(r"^\| `(\w+)` \|", PAGE, re.M))
     assert rows == set(evit.reducers.REDUCERS) - {"topk"}
+
+
+@pytest.mark.slow
+def test_every_command_takes_it(mine, tmp_path, monkeypatch, shared_photos):
+    monkeypatch.chdir(tmp_path)
+
+    def run(script, *arguments):
+        arguments = [script, "--config-dir", f"{mine}/conf", *arguments]
+        monkeypatch.setattr(sys, "argv", arguments)
+        importlib.import_module(script).main()
+
+    options = [f"data.root={shared_photos}", "data.backend=imagefolder", "data.num_workers=0"]
+    run("train", *QUICK, *options, "reducer=longest", "reducer.power=2", "logger=none")
+    (folder,) = tmp_path.glob("outputs/dev/*")
+    result = json.loads((folder / "result.json").read_text())
+    assert result["model"]["reducer"] == "longest"
+    assert result["config"]["reducer"]["power"] == 2
+    source = f"checkpoint={folder}"
+    run("evaluate", source, "reducer=[evit,longest]", "keep_rate=0.5", "trainer=cpu")
+    (path,) = tmp_path.glob("outputs/evaluation/*/evaluation.json")
+    rows = json.loads(path.read_text())["settings"]
+    assert [row["reducer"] for row in rows] == ["evit", "longest"]
+    run("visualize", source, "target=kept.png", "num_images=2")
+    run("export", source, "format=torch_export", "target=model.pt2")
+    run("predict", source, f"images={shared_photos}/val")
+    assert (tmp_path / "kept.png").is_file() and (tmp_path / "model.pt2").is_file()

@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader
 
 import evit
 from evit.recipe import Recipe
+from evit.training.losses import make_objective
 from evit.training.module import Classifier, mix_seed
-from evit.training.objectives import make_objective
 from evit.training.optimizer import lr_at, make_optimizer
 
 RECIPE = Recipe(epochs=10, batch_size=1024, lr=5e-4, lr_batch_size=512, warmup_epochs=2)

@@ -7,8 +7,8 @@ import torch
 import evit
 from evit.data.label_maps import token_targets
 from evit.recipe import Recipe
-from evit.training import objectives
-from evit.training.objectives import make_objective, mix_token_box, soft_cross_entropy
+from evit.training import losses as objectives
+from evit.training.losses import make_objective, mix_token_box, soft_cross_entropy
 
 RECIPE = Recipe(epochs=10, batch_size=4, lr=1e-3, label_smoothing=0.1)
 

@@ -12,8 +12,8 @@ from evit import load_checkpoint
 from evit.data import Images
 from evit.models.weights import read_state_dict
 from evit.recipe import Recipe
+from evit.training.losses import Classification, dense_teacher
 from evit.training.module import mix_seed
-from evit.training.objectives import Classification, dense_teacher
 
 
 def build_data(cfg: DictConfig, recipe: Recipe) -> Images:
@@ -48,16 +48,21 @@ def build_teacher(cfg: DictConfig, model: Any) -> Any:
     return teacher
 
 
+def allow_graphs() -> None:
+    """Let torch.compile make a graph for each combination of token counts."""
+    # By default the cache is a folder of /tmp whose name others can guess.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache/evit-lab/inductor"))
+    limits: Any = torch._dynamo.config  # type: ignore[attr-defined]
+    limits.recompile_limit = limits.accumulated_recompile_limit = 4096
+
+
 def compile_all(model: torch.nn.Module, objective: Classification, how: Any = True) -> None:
     """torch.compile, in place: one graph for each combination of token counts.
 
     Args:
         how: True, or the name of one of torch.compile's modes.
     """
-    # By default the cache is a folder of /tmp whose name others can guess.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache/evit-lab/inductor"))
-    limits: Any = torch._dynamo.config  # type: ignore[attr-defined]
-    limits.recompile_limit = limits.accumulated_recompile_limit = 4096
+    allow_graphs()
     mode = None if how is True else how
     model.compile(fullgraph=True, dynamic=False, mode=mode)
     objective.compile(mode=mode)

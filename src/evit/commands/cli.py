@@ -74,8 +74,14 @@ def register() -> None:
 
 
 def arguments(given: list[str], config: str) -> list[str]:
-    """The command line for Hydra: overrides quoted and checked, and a run's scale."""
-    words = ["dry_run=true" if word == "--dry-run" else word for word in given]
+    """The command line for Hydra: flags as they are, overrides quoted and checked, and the scale.
+
+    Raises:
+        ValueError: names a knob that is not there, and the nearest one.
+    """
+    parts = [word.split("=", 1) if word.startswith("--") else [word] for word in given]
+    words = ["dry_run=true" if word == "--dry-run" else word for p in parts for word in p]
+    words.sort(key=lambda word: "=" in word)  # argparse wants flags before all overrides, or after
     words = [word if word.startswith("-") else quoted(word) for word in words]
     check_spelling(words, config)
     asks = {"--help", "-h", "--hydra-help", "--info", "--shell-completion"} & set(words)

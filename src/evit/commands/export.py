@@ -1,6 +1,5 @@
 """Export a model as a file that runs without this code, checked against PyTorch."""
 
-import importlib.util
 import json
 import logging
 import warnings
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 from evit.commands import checkpoint
 from evit.report.evaluations import rate
 
-SUFFIXES = dict(onnx=".onnx", torch_export=".pt2")
 OPSET = 20
 BATCHES = (1, 2, 5)  # that the file is checked with; it was made with another
 TOLERANCE = 1e-4
@@ -24,62 +22,34 @@ Compute = Callable[[Tensor], np.ndarray]
 
 
 def run(cfg: DictConfig) -> Path:
-    """Export by a composed configuration; the file, which is there only if it computes the same.
-
-    Raises:
-        ValueError: the configuration cannot be served; nothing has been written.
-        RuntimeError: the file computes something else.
-    """
-    require(cfg)
-    source = checkpoint.open_source(cfg.checkpoint)
-    model, about = checkpoint.weighted(checkpoint.complete(cfg, source), source)
-    if not getattr(getattr(model, "reducer", None), "static", True):
-        raise ValueError(
-            f"reducer {about['reducer']} keeps as many tokens as an image needs, which cannot be "
-            f"exported: take another reducer"
-        )
-    rates, named = rate(about), checkpoint.file_name(about)
-    target = Path(cfg.target or Path("outputs/export") / (named + SUFFIXES[cfg.format]))
-    if target.suffix != SUFFIXES[cfg.format]:
-        raise ValueError(f"target={target}: a {cfg.format} file ends in {SUFFIXES[cfg.format]}")
-    kept = " with random weights" if cfg.random else ""
-    kept += f", reducer {about['reducer']}" * bool(about["reducer"]) + f" at keep rate {rates}"
-    if about["fusion"] is not None:
-        kept += ", the rest " + ("fused" if about["fusion"] else "dropped")
-    print(f"Exporting {about['model']}{kept}, {about['img_size']} px", flush=True)
+    """Export by a composed configuration; the file, which is there only if it computes the same."""
+    if cfg.format not in FORMATS:
+        raise ValueError(f"format must be {' or '.join(FORMATS)}, got {cfg.format!r}")
+    suffix, write = FORMATS[cfg.format]
+    model, about, cfg = checkpoint.opened(cfg)
+    target = Path(cfg.target or Path("outputs/export") / (checkpoint.file_name(about) + suffix))
+    if target.suffix != suffix:
+        raise ValueError(f"target={target}: a {cfg.format} file ends in {suffix}")
+    texts = [about["model"], "random weights" * cfg.random, about["reducer"] or ""]
+    texts += [f"keep rate {rate(about)}", f"{about['img_size']} px"]
+    texts[3] += {True: ", the rest fused", False: ", the rest dropped", None: ""}[about["fusion"]]
+    print("Exporting " + ", ".join(text for text in texts if text), flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     unchecked = target.with_name(f"unchecked-{target.name}")
     try:
-        write, read = dict(onnx=(write_onnx, read_onnx), torch_export=(write_pt2, read_pt2))[
-            cfg.format
-        ]
-        write(model, about, unchecked)
-        difference = largest_difference(model, read(unchecked), about["img_size"], cfg.seed)
+        compute = write(model, about, unchecked)
+        difference = largest_difference(model, compute, about["img_size"], cfg.seed)
         unchecked.replace(target)
     finally:
         unchecked.unlink(missing_ok=True)
+    size, sizes = about["img_size"], ", ".join(map(str, BATCHES))
     print(
-        f"{target} ({target.stat().st_size / 1e6:.1f} MB): images float32 (batch, 3, "
-        f"{about['img_size']}, {about['img_size']}), normalised by mean {about['mean']} and std "
-        f"{about['std']}, to logits (batch, {about['num_classes']})\n"
-        f"Checked beside PyTorch at batch sizes {', '.join(map(str, BATCHES))}: the largest "
+        f"{target} ({target.stat().st_size / 1e6:.1f} MB): images float32 (batch, 3, {size}, "
+        f"{size}), normalised by mean {about['mean']} and std {about['std']}, to logits (batch, "
+        f"{about['num_classes']})\nChecked beside PyTorch at batch sizes {sizes}: the largest "
         f"difference is {difference:.1e}"
     )
     return target
-
-
-def require(cfg: DictConfig) -> None:
-    """Refuse what cannot be exported, before anything is built."""
-    if cfg.format not in SUFFIXES:
-        raise ValueError(f"format must be {' or '.join(SUFFIXES)}, got {cfg.format!r}")
-    checkpoint.require_weights(cfg)
-    packages = ("onnx", "onnxscript", "onnxruntime")
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if cfg.format == "onnx" and missing:
-        raise ValueError(
-            f"format=onnx needs {' and '.join(missing)}: pip install 'evit-lab[export]', or take "
-            f"format=torch_export"
-        )
 
 
 def example(about: dict[str, Any]) -> dict[str, Any]:
@@ -88,49 +58,43 @@ def example(about: dict[str, Any]) -> dict[str, Any]:
     return dict(args=(images,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1)}})
 
 
-def write_pt2(model: nn.Module, about: dict[str, Any], path: Path) -> None:
+def write_pt2(model: nn.Module, about: dict[str, Any], path: Path) -> Compute:
+    """Write a torch.export file; return what reads it."""
     program = torch.export.export(model, **example(about))
     torch.export.save(program, path, extra_files={"about.json": json.dumps(about)})
-
-
-def read_pt2(path: Path) -> Compute:
     module = torch.export.load(path).module()
     return lambda images: module(images).numpy()
 
 
-def write_onnx(model: nn.Module, about: dict[str, Any], path: Path) -> None:
+def write_onnx(model: nn.Module, about: dict[str, Any], path: Path) -> Compute:
+    """Write an ONNX file; return what reads it."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f"format=onnx needs {error.name}: pip install 'evit-lab[export]', or take "
+            f"format=torch_export"
+        ) from error
     for name in ("torch.onnx", "onnxscript", "onnx_ir"):  # they tell what they rewrite
         logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter's own insides
-        program = torch.onnx.export(
-            model,
-            **example(about),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=["images"],
-            output_names=["logits"],
-            verbose=False,
+    names: Any = dict(input_names=["images"], output_names=["logits"])
+    with warnings.catch_warnings(action="ignore"):  # of the exporter's own insides
+        program: Any = torch.onnx.export(
+            model, **example(about), **names, dynamo=True, opset_version=OPSET, verbose=False
         )
-    assert program is not None
     program.model.metadata_props.update({k: json.dumps(v) for k, v in about.items()})
     program.save(path)
-
-
-def read_onnx(path: Path) -> Compute:
-    import onnxruntime
-
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: session.run(["logits"], {"images": images.numpy()})[0]
 
 
+FORMATS = dict(onnx=(".onnx", write_onnx), torch_export=(".pt2", write_pt2))
+
+
 @torch.no_grad()
 def largest_difference(model: nn.Module, compute: Compute, img_size: int, seed: int) -> float:
-    """The largest difference of logits, over batches of BATCHES sizes.
-
-    Raises:
-        RuntimeError: it is above TOLERANCE.
-    """
+    """The largest difference of logits; above TOLERANCE it is a RuntimeError."""
     generator, found = torch.Generator().manual_seed(seed), 0.0
     for size in BATCHES:
         images = torch.randn(size, 3, img_size, img_size, generator=generator)

@@ -12,8 +12,8 @@ from evit.data.order import epoch_length
 from evit.recipe import Recipe
 from evit.reducers.schedule import keep_rate_at
 from evit.report import paper
+from evit.training.losses import TokenLabels, make_objective
 from evit.training.module import Classifier
-from evit.training.objectives import TokenLabels, make_objective
 from evit.training.optimizer import make_optimizer
 
 IMAGENET = dict(name="ImageNet", num_classes=1000, train_images=1_281_167, val_images=50_000)

@@ -21,9 +21,9 @@ from evit.tracking import JsonlLogger, Tracker, wandb_logger, wandb_mode
 from evit.training import checkpoints
 from evit.training.callbacks import InferenceSpeed, KeepRateSchedule, KeptPatches
 from evit.training.ema import EMA
+from evit.training.losses import make_objective
 from evit.training.module import Classifier
 from evit.training.nonfinite import NonFinite
-from evit.training.objectives import make_objective
 from evit.training.progress import Throughput, progress
 from evit.training.trainer import Signals, build_trainer, quiet, say
 

@@ -1,66 +1,48 @@
-"""Which patches survive, and which become one token, as a picture."""
+"""Pictures of which patches survive, and which become one token; and of final features."""
 
-import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor
+
+from evit import reducers
+from evit.models.follow import moved
 
 MIN_SIDE = 112  # pixels: smaller images are enlarged, so that their patches can be seen
 GAP = 8  # pixels between images
 FONT = 14  # pixels
 FADED = 0.25  # how much of a discarded patch's colour is left, the rest is white
 MOST = 4  # reductions that are shown; of more, some spread evenly, the last included
-EDGE = 255.0  # the colour of edges between merged tokens
 LOWEST = 1e-6  # weights below it are shown as it
-# From little to much, over a logarithmic scale.
-HEAT = (
-    (20, 11, 52),
-    (101, 21, 110),
-    (188, 55, 84),
-    (241, 105, 19),
-    (252, 180, 26),
-    (252, 255, 164),
-)
-
-
-class Followed(NamedTuple):
-    """Where the P patches of B images go."""
-
-    titles: list[str]  # of the places that reduce
-    tokens: list[Tensor]  # (B, P) for each place: the token a patch is in; -1: dropped or fused
-    left: Tensor  # (B, P): the weight of each patch in the final tokens; 1 if it survives, 0 if not
+HEAT: Any = dict(black=(20, 11, 52), mid=(209, 70, 51), white=(252, 255, 164))
 
 
 @torch.no_grad()
-def follow(model: Any, images: Tensor) -> Followed:
-    """Follow the patches of images through the reductions of a model in evaluation mode."""
-    was_training = model.training
-    model.eval()
-    try:  # not model(), which may be compiled, and would be again for these few images
-        x = model.embed(images)
-        _, reductions = model.encode(x)
-    finally:
-        model.train(was_training)
+def follow(model: Any, images: Tensor) -> tuple[list[str], list[Tensor], Tensor]:
+    """Follow the patches of images through the reductions of a model in evaluation mode.
+
+    Returns: a title for each place that reduces; the token (B, N) that each patch is in after it,
+        -1 where it was dropped or fused; and the weight (B, N) of each patch in the final tokens.
+    """
+    x = model.embed(images)  # not model(), which may be compiled, and would be again
+    reductions = iter(model.encode(x)[1])
     reducer, P, tokens = model.reducer, model.num_prefix_tokens, model.patch_ids(x)
     patches = n = tokens.shape[1]
     parts_BTN = F.pad(torch.eye(n, device=x.device), (0, 0, P, 0)).expand(len(x), -1, -1)
-    when, left, found = "before" if reducer.stage == "input" else "after", iter(reductions), []
-    titles = []
+    when, titles, places = "before" if reducer.stage == "input" else "after", [], []
     for block, kept in zip(reducer.at, reducer.kept(n), strict=True):
         if kept < n:
-            reduction = next(left)
-            hosts = reduction.hosts(n)
+            reduction = next(reductions)
+            tokens = moved(reduction, tokens, n)
             if reduction.rest_BN is not None:  # the last token is the fused one
-                hosts = torch.where(hosts == kept, -1, hosts)
-            tokens = torch.where(tokens < 0, -1, hosts.gather(1, tokens.clamp(0)))
+                tokens = torch.where(tokens == kept, -1, tokens)
             parts_BTN, n = reduction(parts_BTN), kept + reducer.extra
         titles.append(f"{when} block {block + 1}\n{kept} of {patches} tokens")
-        found.append(tokens)
-    return Followed(titles, found, parts_BTN[:, P:].sum(1))
+        places.append(tokens)
+    return titles, places, parts_BTN[:, P:].sum(1)
 
 
 def draw_kept(model: Any, images: Tensor, pixels: Tensor) -> Image.Image:
@@ -74,26 +56,52 @@ def draw_kept(model: Any, images: Tensor, pixels: Tensor) -> Image.Image:
         images: what the model takes, (B, 3, H, W).
         pixels: the same as uint8, for drawing.
     """
-    found, grid = follow(model, images), model.patch_embed.grid_size
-    tokens = [place.cpu().unflatten(1, grid) for place in found.tokens]
-    large = pixels.cpu().float()
-    large = F.interpolate(large, scale_factor=-(-MIN_SIDE // pixels.shape[-1]))
-    columns, titles = [large], [f"{pixels.shape[-1]} x {pixels.shape[-2]} px"]
+    grid, large = model.patch_embed.grid_size, enlarged(pixels)
+    titles, places, left = follow(model, images)
+    tokens = [place.cpu().unflatten(1, grid) for place in places]
     count = min(len(tokens), MOST)
-    for i in range(count):
-        place = (i + 1) * len(tokens) // count - 1
-        columns.append(draw_tokens(tokens[place], large))
-        titles.append(found.titles[place])
-    discarded = tokens[-1] < 0 if tokens else torch.zeros(0, dtype=torch.bool)
-    scale = None
+    shown = [(i + 1) * len(tokens) // count - 1 for i in range(count)]
+    columns = [large, *(draw_tokens(tokens[place], large) for place in shown)]
+    titles = [size_of(pixels), *(titles[place] for place in shown)]
+    discarded = tokens[-1] < 0
     if model.reducer.extra and discarded.any():
-        weight = found.left.float().cpu().view_as(discarded).clamp(LOWEST)
-        scale = spread(weight[discarded].min().item(), weight[discarded].max().item())
-        colours = heat(weight.log10(), *map(math.log10, scale))
-        colours = torch.where(discarded[:, None], colours, 225.0)
-        columns.append(upsample(colours, large))
-        titles.append("weight in\nfused tokens")
-    return compose(torch.stack(columns, 1), titles, scale)
+        weight = left.float().cpu().view_as(discarded).clamp(LOWEST)
+        low, high = weight[discarded].min(), weight[discarded].max()
+        share = (weight / low).log() / (1.01 * high / low).log()
+        heat = torch.stack([colours(image) for image in share])
+        columns.append(upsample(torch.where(discarded[:, None], heat, 225.0), large))
+        titles.append(f"fused weight\n{low:.1g} to {high:.1g}")
+    return compose(torch.stack(columns, 1), titles)
+
+
+@torch.no_grad()
+def draw_features(model: Any, images: Tensor, pixels: Tensor) -> Image.Image:
+    """A row per image: the image, and the final maps of the dense and of the reduced model.
+
+    Red, green and blue are the three main components of all dense maps, in both on one scale.
+    """
+    reducer, large, maps = model.reducer, enlarged(pixels), []
+    for used in (reducers.make("evit", keep_rate=1.0).attach(model), reducer):
+        model.reducer = used
+        maps.append(model(images, return_map=True)[1].cpu().movedim(1, -1))
+    mean = maps[0].mean((0, 1, 2))
+    centred = (maps[0] - mean).flatten(0, 2)
+    basis = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -3:].flip(1)
+    low, high = (centred @ basis).quantile(torch.tensor([0.01, 0.99]), 0)
+    shares = [((found - mean) @ basis - low) / (high - low) for found in maps]
+    shown = [255 * share.clamp(0, 1).movedim(-1, 1) for share in shares]
+    tokens = f"{model.tokens_per_block()[-1]} of {model.patch_embed.num_patches} tokens"
+    titles = [size_of(pixels), "features\ndense", f"features\n{tokens}"]
+    return compose(torch.stack([large, *(upsample(s, large) for s in shown)], 1), titles)
+
+
+def size_of(pixels: Tensor) -> str:
+    return f"{pixels.shape[-1]} x {pixels.shape[-2]} px"
+
+
+def enlarged(pixels: Tensor) -> Tensor:
+    """Images (B, 3, H, W) as floats, of at least MIN_SIDE pixels a side."""
+    return F.interpolate(pixels.cpu().float(), scale_factor=-(-MIN_SIDE // pixels.shape[-1]))
 
 
 def draw_tokens(tokens: Tensor, pixels: Tensor) -> Tensor:
@@ -102,21 +110,22 @@ def draw_tokens(tokens: Tensor, pixels: Tensor) -> Tensor:
     Args:
         tokens: (B, rows, columns), the token of each patch, -1 for none.
     """
-    grid, none = tokens.shape[1:], upsample(tokens[:, None] < 0, pixels)
+    none, names = upsample(tokens[:, None] < 0, pixels), upsample(tokens[:, None], pixels)
     shown = torch.where(none, pixels * FADED + 255 * (1 - FADED), pixels)
     member_BPK = F.one_hot(tokens.flatten(1) + 1)[..., 1:].float()
     size_B1K = member_BPK.sum(1, keepdim=True)
     shared = ((member_BPK * size_B1K).sum(2) > 1).view_as(tokens)
     if not shared.any():
         return shown
-    patches_B3P = F.adaptive_avg_pool2d(pixels, (grid[0], grid[1])).flatten(2)
+    grid: Any = tokens.shape[1:]
+    patches_B3P = F.adaptive_avg_pool2d(pixels, grid).flatten(2)
     means_B3P = (patches_B3P @ member_BPK / size_B1K.clamp(1)) @ member_BPK.mT
-    colours = upsample(means_B3P.unflatten(2, grid), pixels)
-    shown = torch.where(upsample(shared[:, None], pixels), colours, shown)
-    names, edge = upsample(tokens[:, None], pixels), torch.zeros_like(none)
+    means = upsample(means_B3P.unflatten(2, grid), pixels)
+    shown = torch.where(upsample(shared[:, None], pixels), means, shown)
+    edge = torch.zeros_like(none)
     edge[:, :, 1:] |= names[:, :, 1:] != names[:, :, :-1]
     edge[..., 1:] |= names[..., 1:] != names[..., :-1]
-    return torch.where(edge, EDGE, shown)
+    return torch.where(edge, 255.0, shown)
 
 
 def upsample(values: Tensor, like: Tensor) -> Tensor:
@@ -124,41 +133,21 @@ def upsample(values: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(values.float(), size=like.shape[-2:], mode="nearest").to(values.dtype)
 
 
-def spread(low: float, high: float) -> tuple[float, float]:
-    """The ends of the colour scale: not the same where all weights are."""
-    return (low, high) if high > 1.01 * low else (low / 2, high * 2)
+def colours(shares: Tensor) -> Tensor:
+    """Colours (3, rows, columns) of shares from 0, dark, to 1, bright."""
+    gray = Image.fromarray((255 * shares.clamp(0, 1)).byte().numpy())
+    return pil_to_tensor(ImageOps.colorize(gray, **HEAT)).float()
 
 
-def heat(values: Tensor, low: float, high: float) -> Tensor:
-    """Colours (B, 3, ...) of values (B, ...), from 0 to 255."""
-    table = torch.tensor(HEAT).float()
-    place = ((values - low) / (high - low)).clamp(0, 1) * (len(HEAT) - 1)
-    below = place.floor().long().clamp(max=len(HEAT) - 2)
-    share = (place - below)[..., None]
-    return (table[below] * (1 - share) + table[below + 1] * share).movedim(-1, 1)
-
-
-def compose(cells: Tensor, titles: Sequence[str], scale: tuple[float, float] | None) -> Image.Image:
-    """The cells (rows, columns, 3, H, W) with titles above them and, with a scale, a colour bar."""
+def compose(cells: Tensor, titles: list[str]) -> Image.Image:
+    """The cells (rows, columns, 3, H, W) with titles above the columns."""
     cells = F.pad(cells, (0, GAP, 0, GAP), value=255.0)
     grid = cells.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-    height, width = cells.shape[-2:]
-    top, bar = 2 * FONT + 3 * GAP, 8 * FONT if scale else 0
-    size = (GAP + grid.shape[1] + bar, top + grid.shape[0])
-    picture = Image.new("RGB", size, "white")
+    width, top = cells.shape[-1], 2 * FONT + 3 * GAP
+    picture = Image.new("RGB", (GAP + grid.shape[1], top + grid.shape[0]), "white")
     picture.paste(Image.fromarray(grid.round().byte().numpy()), (GAP, top))
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(FONT)
     for column, title in enumerate(titles):
         x = GAP + column * width + (width - GAP) // 2
         draw.multiline_text((x, top - GAP // 2), title, "black", font, anchor="md", align="center")
-    if scale:
-        left, length = GAP + grid.shape[1], min(grid.shape[0] - GAP, 4 * MIN_SIDE)
-        values = torch.linspace(1, 0, length)[None, :, None]
-        colours = heat(values, 0, 1)[0].expand(-1, -1, FONT)
-        picture.paste(Image.fromarray(colours.permute(1, 2, 0).byte().numpy()), (left, top))
-        low, high = map(math.log10, scale)
-        for place in torch.linspace(0, 1, 5).tolist():
-            y = top + (1 - place) * (length - 1)
-            text = f"{10 ** (low + place * (high - low)):.1g}"
-            draw.text((left + FONT + GAP, y), text, "black", font, anchor="lm")
     return picture

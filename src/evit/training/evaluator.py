@@ -1,18 +1,18 @@
 """The LightningModule of evaluations: many settings of one model, in one pass over the data."""
 
 import math
-import sys
-import time
 import zlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric, SumMetric
+from torchmetrics import MeanMetric, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from evit import reducers
@@ -23,10 +23,7 @@ from evit.training.module import mix_seed
 
 @dataclass(frozen=True)
 class Setting:
-    """A reducer at a keep rate, as the rows of evaluation.json name it.
-
-    reducer is None for the dense model; fusion and selection are None where they do not apply.
-    """
+    """A reducer at a keep rate, as the rows of evaluation.json name it; None: does not apply."""
 
     keep_rate: tuple[float, ...] = ()
     fusion: bool | None = None
@@ -47,39 +44,47 @@ class Evaluator(L.LightningModule):
 
     The dense model runs once; each reducer goes on from the block where it first reduces. `results`
     then has dict(top1, top5, loss, kl, images) for each, over the images of all processes. kl is
-    KL(dense || reduced) of the predicted distributions, averaged over images.
-
-    Random selections draw from a seed for each batch, process and setting: they do not depend on
-    what else is evaluated.
+    KL(dense || reduced) of the predicted distributions, averaged over images. Random selections
+    depend on batch, process and setting, not on what else is evaluated.
 
     Args:
         chosen: reducers that are attached to the model, or [None] for a model that takes none.
     """
 
-    def __init__(
-        self, model: Any, chosen: list[Reducer] | list[None], num_classes: int, seed: int = 0
-    ):
+    def __init__(self, model: Any, chosen: list[Any], num_classes: int, seed: int = 0):
         super().__init__()
         self.model, self.seed = model, seed
         self.reducers: Any = nn.ModuleList(reducer for reducer in chosen if reducer is not None)
         self.settings = [setting_of(r) for r in chosen if r is not None] or [Setting()]
-        self.starts, depth = [], 0
         if self.reducers:
-            depth, patches = len(model.blocks), model.patch_embed.num_patches
+            self.depth, patches = len(model.blocks), model.patch_embed.num_patches
             self.dense = reducers.make("evit", keep_rate=1.0).attach(model)
-            own: Any = self.reducers
-            for reducer in own:
-                counts = zip(reducer.at, reducer.kept(patches), strict=True)
-                self.starts.append(next((i for i, kept in counts if kept < patches), depth))
-        self.depth = depth
+            counts = [zip(r.at, r.kept(patches), strict=True) for r in chosen]
+            self.starts = [next((i for i, k in c if k < patches), self.depth) for c in counts]
+        kinds: dict[str, Any] = dict(
+            top1=partial(MulticlassAccuracy, num_classes, average="micro"),
+            top5=partial(MulticlassAccuracy, num_classes, min(5, num_classes), average="micro"),
+            loss=partial(MeanMetric, math.nan),  # the default leaves NaN out of the mean
+            kl=partial(MeanMetric, math.nan),
+        )
+        self.metrics: Any = nn.ModuleList(
+            nn.ModuleDict({name: kind() for name, kind in kinds.items()}) for _ in self.settings
+        )
         self.images = SumMetric()
-        self.metrics: Any = nn.ModuleList(metrics(num_classes) for _ in self.settings)
         self.results: list[dict[str, Any]] = []
-        self.due = time.monotonic() + 30
+        self.full = 0  # images of a compiled batch; 0: nothing is compiled
+
+    def compile_parts(self, batch_size: int) -> None:
+        """torch.compile what logits() calls, for batches of this size; others stay eager."""
+        self.full = batch_size
+        for name in ("embed", "encode", "classify") if self.reducers else ("forward",):
+            part: Any = torch.compile(getattr(self.model, name), dynamic=False)
+            setattr(self.model, name, part)
 
     def logits(self, images: Tensor, batch_idx: int) -> Iterator[Tensor]:
         """Logits (B, num_classes) of the dense model, then with each reducer."""
         model = self.model
+        images = images.to(next(model.parameters()).dtype)
         if not self.reducers:
             dense = model(images)
             yield from (dense, dense)
@@ -102,33 +107,22 @@ class Evaluator(L.LightningModule):
         if not len(labels):
             return
         self.images.update(len(labels))
-        logits = (found.float() for found in self.logits(images, batch_idx))
-        dense = next(logits)
-        for metric, found in zip(self.metrics, logits, strict=True):
+        odd = self.full and len(images) != self.full
+        with torch.compiler.set_stance("force_eager") if odd else nullcontext():
+            dense, *each = (found.float() for found in self.logits(images, batch_idx))
+        for metric, found in zip(self.metrics, each, strict=True):
             metric["loss"].update(F.cross_entropy(found, labels), len(labels))
             metric["kl"].update(divergence(found, dense).mean(), len(labels))
-            metric["top1"].update(found, labels)
-            metric["top5"].update(found, labels)
-        if time.monotonic() > self.due and self.global_rank == 0 and not sys.stdout.isatty():
-            self.due = time.monotonic() + 30
-            batches = int(self.trainer.num_val_batches[0])
-            print(f"evaluating {batch_idx + 1}/{batches} batches", flush=True)
+            for name in ("top1", "top5"):
+                metric[name].update(found, labels)
 
     def on_validation_epoch_end(self) -> None:
-        images = int(self.images.compute())
+        images, percent = int(self.images.compute()), dict(top1=100, top5=100)
         self.results = [
-            dict(
-                top1=float(100 * metric["top1"].compute()),
-                top5=float(100 * metric["top5"].compute()),
-                loss=float(metric["loss"].compute()),
-                kl=float(metric["kl"].compute()),
-                images=images,
-            )
+            {k: float(percent.get(k, 1) * m.compute()) for k, m in metric.items()}
+            | dict(images=images)
             for metric in self.metrics
         ]
-        for module in self.modules():
-            if isinstance(module, Metric):
-                module.reset()
         for setting, result in zip(self.settings, self.results, strict=True):
             if not math.isfinite(result["loss"]):
                 rates = "/".join(f"{rate:g}" for rate in setting.keep_rate)
@@ -136,14 +130,3 @@ class Evaluator(L.LightningModule):
                     f"the loss is {result['loss']} at keep_rate {rates}: the checkpoint is of a "
                     f"model that has diverged, or precision {self.trainer.precision} is too low"
                 )
-
-
-def metrics(num_classes: int) -> nn.ModuleDict:
-    return nn.ModuleDict(
-        dict(
-            loss=MeanMetric(nan_strategy=math.nan),  # the default leaves NaN out of the mean
-            kl=MeanMetric(nan_strategy=math.nan),
-            top1=MulticlassAccuracy(num_classes, average="micro"),
-            top5=MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),
-        )
-    )

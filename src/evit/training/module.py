@@ -12,8 +12,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from evit.data.batch import augment_batch
 from evit.recipe import Recipe
+from evit.training.losses import Classification
 from evit.training.nonfinite import WAY_OUT
-from evit.training.objectives import Classification
 from evit.training.optimizer import make_optimizer
 
 

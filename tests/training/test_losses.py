@@ -8,8 +8,8 @@ from torch._dynamo.testing import CompileCounter
 
 import evit
 from evit.recipe import Recipe
+from evit.training.losses import dense_teacher, make_objective
 from evit.training.module import Classifier
-from evit.training.objectives import dense_teacher, make_objective, mean_where
 from evit.training.optimizer import make_optimizer
 
 RECIPE = Recipe(epochs=10, batch_size=4, lr=1e-3, warmup_lr=0.0)
@@ -71,9 +71,17 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it(kind):
 
 
 def test_distillation_of_tokens_leaves_out_the_dropped_ones():
-    values, kept = torch.tensor([[1.0, 5.0], [3.0, 9.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]])
-    assert mean_where(values, kept) == 2.0
-    assert mean_where(values, torch.zeros(2, 2)) == 0.0
+    model, (images, labels) = tiny().train(), batch()
+    teacher = dense_teacher(tiny())
+    torch.nn.init.normal_(teacher.norm.weight)
+    torch.manual_seed(1)
+    losses = make_objective(model, RECIPE, 5, 4, teacher=teacher)(images, labels)
+    torch.manual_seed(1)
+    x, (*_, kept) = forward_masked(model, images)
+    with torch.no_grad():
+        distance = (x - teacher.forward_features(images))[:, 1:].square().mean(-1)
+    assert 0 < kept.sum() < kept.numel()
+    torch.testing.assert_close(losses["token_distillation"], distance[kept > 0].mean())
 
 
 def test_the_teacher_s_logits_pull_the_student_s():

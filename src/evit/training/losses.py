@@ -1,0 +1,127 @@
+"""The loss of a training batch, for each kind of model."""
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from evit.data.batch import make_mixup, mix_token_box
+from evit.data.label_maps import token_targets
+from evit.recipe import Recipe
+
+
+def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy with distributions as targets, (..., K) both, to (...)."""
+    return -(targets * logits.float().log_softmax(-1)).sum(-1)
+
+
+class Classification:
+    """Cross-entropy of mixed images; draws come first, then losses(), which compiles."""
+
+    teacher: Any = None
+
+    def __init__(self, model: Any, recipe: Recipe, num_classes: int, batch_size: int):
+        self.model, self.recipe, self.num_classes = model, recipe, num_classes
+        draws = (recipe.mixup, recipe.cutmix, recipe.mixup_switch_prob, recipe.label_smoothing)
+        self.mixup = make_mixup(num_classes, *draws, batch_size, recipe.mixup_mode)
+
+    def to(self, device: torch.device) -> None:
+        """Move the teacher; the model is moved by Lightning."""
+        if self.teacher is not None:
+            self.teacher.to(device)
+
+    def compile(self, **options: Any) -> None:
+        """torch.compile losses(): one graph for each combination of token counts."""
+        compiled: Any = torch.compile(self.losses, fullgraph=True, dynamic=False, **options)
+        self.losses = compiled  # type: ignore[method-assign]
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        smoothing = self.recipe.label_smoothing if targets.ndim == 1 else 0.0
+        return F.cross_entropy(logits, targets, label_smoothing=smoothing)
+
+    def __call__(self, images: Tensor, labels: Tensor, *_: Tensor) -> dict[str, Tensor]:
+        mixed = (images, labels) if self.mixup is None else self.mixup(images, labels)
+        return self.losses(*mixed)
+
+    def losses(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        return dict(loss=self.cross_entropy(self.model(images), targets))
+
+
+class DynamicTokens(Classification):
+    """The losses of a reducer that trains in a way of its own (Reducer.losses)."""
+
+    def losses(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        model, common = self.model, (self.cross_entropy, self.teacher, self.recipe)
+        return model.reducer.losses(model, images, targets, *common)
+
+
+class TokenLabels(Classification):
+    """LV-ViT's token labelling with MixToken, for batches (images, labels, label maps, crops, and
+    RandAugment's maps where it is on).
+
+    The class token learns the label of the crop, every surviving token that of its own patch; a
+    fused token has none, a merged one that of the token it continues. Each patch takes the label
+    of the image that it came from before it was mixed.
+    """
+
+    def __call__(self, images: Tensor, labels: Tensor, *more: Tensor) -> dict[str, Tensor]:
+        (maps, crops, *warps), grid = more, self.model.patch_embed.grid_size
+        smoothing = self.recipe.label_smoothing
+        of_class, of_patches = token_targets(maps, crops, self.num_classes, grid, smoothing, *warps)
+        swapped = mix_token_box(grid).to(images.device).flatten()
+        share = swapped.float().mean()
+        of_class = (1 - share) * of_class + share * of_class.flip(0)
+        of_patches = torch.where(swapped[:, None], of_patches.flip(0), of_patches)
+        return self.losses(images, of_class, of_patches, swapped)
+
+    def losses(self, images: Tensor, targets: Tensor, *more: Tensor) -> dict[str, Tensor]:
+        model, (of_patches, swapped) = self.model, more
+        x = model.embed(images, swapped)
+        ids = model.patch_ids(x)
+        x, reductions = model.encode(x)
+        for reduction in reductions:
+            ids = reduction.ids(ids)
+        class_logits, token_logits = model.heads(model.norm(x))
+        index, labelled = ids.clamp(0)[..., None].expand_as(token_logits), (ids >= 0).float()
+        each = soft_cross_entropy(token_logits, of_patches.gather(1, index))
+        token_loss = (each * labelled).sum() / labelled.sum().clamp(1)
+        class_loss = soft_cross_entropy(class_logits, targets).mean()
+        loss = class_loss + self.recipe.token_label_weight * token_loss
+        return dict(loss=loss, class_loss=class_loss, token_loss=token_loss)
+
+
+def dense_teacher(model: Any) -> Any:
+    """A frozen copy of a model that keeps every token."""
+    teacher = copy.deepcopy(model).eval().requires_grad_(False)
+    teacher.set_keep_rate(1.0)
+    return teacher
+
+
+def make_objective(
+    model: Any,
+    recipe: Recipe,
+    num_classes: int,
+    batch_size: int,
+    label_maps: bool = False,
+    teacher: Any = None,
+) -> Classification:
+    """A model's loss: its reducer's own, token labels if it has a head for them, or plain.
+
+    Args:
+        teacher: the dense model that a reducer's own loss distils, if there is one.
+    """
+    kind = Classification
+    if getattr(getattr(model, "reducer", None), "masked", False):
+        kind = DynamicTokens
+    elif hasattr(model, "heads") and label_maps:
+        kind = TokenLabels
+        if recipe.mixup or recipe.cutmix:
+            raise ValueError(
+                "token labels go with MixToken, not with mixup and cutmix: take recipe=lvvit, or "
+                "recipe.mixup=0 recipe.cutmix=0; or data.label_maps=null trains without them"
+            )
+    objective = kind(model, recipe, num_classes, batch_size)
+    objective.teacher = teacher
+    return objective
