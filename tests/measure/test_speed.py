@@ -1,6 +1,5 @@
 """Time and memory of steps: what takes turns, and what is counted."""
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -33,10 +32,6 @@ def test_a_turn_s_seconds_are_of_one_call(monkeypatch):
     assert speed.warm_up(three_seconds, 10, CPU) == 4
 
 
-def test_quartiles():
-    assert speed.quartiles(np.array([5, 1, 3, 2, 4])) == (2, 3, 4)
-
-
 def test_peak_memory_is_of_what_is_held_at_once():
     """Two tensors of 4 MB at a time, though three are made."""
 
@@ -47,11 +42,6 @@ def test_peak_memory_is_of_what_is_held_at_once():
         second = second * 2
 
     assert speed.peak_memory(step, CPU) == pytest.approx(8e6, rel=0.01)
-
-
-def test_the_matrix_product_has_the_multiply_accumulates_that_it_says():
-    step, macs = speed.matmul_step(torch.float32, CPU)
-    assert speed.executed_macs(step) == macs
 
 
 def test_a_forward_pass_is_without_gradients():
@@ -69,13 +59,6 @@ def test_a_training_step_changes_every_weight(dtype):
     speed.training_step(evit, evit, torch.randn(2, 3, 32, 32), dtype)()
     same = [name for name, weight in evit.named_parameters() if torch.equal(weight, before[name])]
     assert same == []
-
-
-def test_a_training_step_computes_about_three_times_a_forward_pass():
-    evit, images = model(), torch.randn(2, 3, 32, 32)
-    forward = speed.executed_macs(speed.inference_step(evit.eval(), images))
-    step = speed.training_step(evit.train(), evit, images, torch.float32)
-    assert 2.5 < speed.executed_macs(step) / forward < 3.5
 
 
 def test_the_precision_of_float32_products_is_set():

@@ -47,12 +47,21 @@ def images(meta: dict) -> torch.Tensor:
 
 
 @torch.no_grad()
-def assert_agrees(model: torch.nn.Module, name: str) -> None:
-    """The model, given the case's weights, has its logits to 1e-4 and keeps its patches."""
+def compare(model: torch.nn.Module, name: str) -> tuple[float, bool]:
+    """Given a case's weights: how far its logits are, and whether the same patches are kept."""
     meta, expected = load(name)
     evit.load_checkpoint(model.eval(), {"model": weights(meta)})
-    logits, kept = model(images(meta), return_kept=True)
-    assert np.abs(logits.numpy() - expected["logits"]).max() < 1e-4
-    for i, ids in enumerate(kept):
-        if f"kept_{i}" in expected:
-            assert np.array_equal(np.sort(ids, 1), np.sort(expected[f"kept_{i}"], 1))
+    logits, kept = model(images(meta).to(next(model.parameters()).device), return_kept=True)
+    apart = np.abs(logits.float().cpu().numpy() - expected["logits"]).max()
+    same = [
+        np.array_equal(np.sort(ids.cpu().numpy(), 1), np.sort(expected[f"kept_{i}"], 1))
+        for i, ids in enumerate(kept)
+        if f"kept_{i}" in expected
+    ]
+    return float(apart), all(same)
+
+
+def assert_agrees(model: torch.nn.Module, name: str) -> None:
+    """The model, given the case's weights, has its logits to 1e-4 and keeps its patches."""
+    apart, same = compare(model, name)
+    assert apart < 1e-4 and same

@@ -7,14 +7,13 @@ and are compared within each round.
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 Step = Callable[[], object]
 PRECISIONS = dict(fp32=torch.float32, tf32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
@@ -55,20 +54,6 @@ def take_turns(
     return seconds
 
 
-def quartiles(values: Iterable[float]) -> tuple[float, float, float]:
-    """The lower quartile, the median and the upper quartile."""
-    low, middle, high = np.percentile(np.asarray(values), [25, 50, 75])
-    return float(low), float(middle), float(high)
-
-
-def matmul_step(dtype: torch.dtype, device: torch.device) -> tuple[Step, int]:
-    """A matrix product that is large enough to show the peak, and its multiply-accumulates."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    product = torch.empty_like(a)
-    return lambda: torch.mm(a, b, out=product), n**3
-
-
 def peak_memory(step: Step, device: torch.device) -> int:
     """Bytes of the tensors that a step allocates, at their most, by PyTorch's allocator."""
     if device.type == "cuda":
@@ -80,16 +65,10 @@ def peak_memory(step: Step, device: torch.device) -> int:
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         step()
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    profiler: Any = profile.profiler
+    events = profiler.kineto_results.events()
     changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     return int(np.cumsum([0] + [size for _, size in changes]).max())
-
-
-def executed_macs(step: Step) -> int:
-    """Multiply-accumulates of a step, backward included, as PyTorch counts them."""
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops() // 2
 
 
 def set_precision(precision: str) -> torch.dtype:
@@ -99,33 +78,30 @@ def set_precision(precision: str) -> torch.dtype:
     return PRECISIONS[precision]
 
 
-def inference_step(model: Callable[[Tensor], Any], images: Tensor) -> Callable[[], None]:
-    """A forward pass without gradients, of a model in evaluation mode."""
+def inference_step(forward: Callable[[Tensor], Any], images: Tensor) -> Step:
+    """A forward pass without gradients."""
 
     @torch.no_grad()
     def step() -> None:
         torch.compiler.cudagraph_mark_step_begin()
-        model(images)
+        forward(images)
 
     return step
 
 
 def training_step(
     model: nn.Module, forward: Callable[[Tensor], Tensor], images: Tensor, dtype: torch.dtype
-) -> Callable[..., None]:
-    """One optimizer step: forward, cross-entropy, backward, AdamW; in autocast below float32.
+) -> Step:
+    """One step of AdamW on images (B, 3, H, W); in autocast below float32.
 
     Args:
-        forward: calls the model; it may be its compiled form.
-
-    Returns:
-        The step on these images, or on the images and labels that it is given.
+        forward: the model, or its compiled form.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=images.is_cuda or None)
-    zeros = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     low = dtype != torch.float32
 
-    def step(images: Tensor = images, labels: Tensor = zeros) -> None:
+    def step() -> None:
         torch.compiler.cudagraph_mark_step_begin()
         optimizer.zero_grad()
         with torch.autocast(images.device.type, dtype if low else None, enabled=low):
