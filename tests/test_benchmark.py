@@ -60,7 +60,7 @@ def test_every_setting_is_a_row_beside_its_dense_model(benchmark, tmp_path):
     table = (kept / "table.md").read_text()
     cells = [[c.strip() for c in line.split("|")] for line in table.splitlines() if "|" in line]
     assert cells[0][1:6] == ["model", "keep rate", "px", "mode", "dtype"]
-    names = ("dense", "dense, linear patches", "0.5 fuse", "0.5 drop")
+    names = ("dense", "dense, this code", "0.5 fuse", "0.5 drop")
     assert [c[2] for c in cells[2:]] == [*names] * 4 and result["commit"] in table
     assert {(c[4], c[5]) for c in cells[2:]} == {("eager", "fp32"), ("eager", "bf16")}
     assert "inference, batch 2, bf16, eager: 8 models\n" in result["printed"]
@@ -135,7 +135,7 @@ def test_what_does_not_compile_is_a_row_that_says_why(benchmark, monkeypatch):
         ("precisions=int8", "precisions must be of fp32, tf32, bf16, fp16, got 'int8'"),
         ("precisions=tf32", "tf32 needs a GPU"),
         ("compile=reduce-overhead", "reduce-overhead needs a GPU"),
-        ("what=speed", "what must be of inference, training, loader"),
+        ("what=speed", "what must be of inference, training"),
         ("paper=deit_b", "paper must be of none, false, true, deit_s, lvvit_s"),
         ("paper=deit_s", "leave out img_sizes, models"),
         ("device=tpu", "device must be of auto, cpu, cuda"),
@@ -144,27 +144,6 @@ def test_what_does_not_compile_is_a_row_that_says_why(benchmark, monkeypatch):
 )
 def test_what_cannot_be_timed_is_said_before_anything_is(refused, arguments, message):
     assert re.search(message, refused(f"{SMALL} {arguments}"))
-
-
-def test_the_wait_for_data_is_that_of_a_training_run(benchmark, monkeypatch):
-    from evit.commands import benchmark as command
-    from tests.test_conf import composed
-
-    asked: list[str] = []
-
-    def train(overrides, device):
-        asked.extend(overrides)
-        return dict(title="t", rows=[dict(images_per_s=1.0, data_wait=0.5)], verdict="v")
-
-    monkeypatch.setattr(command, "train_briefly", train)
-    data = "data.root=/photos data.backend=imagefolder max_images=12 keep_rates=[[0.9,0.8,0.7]]"
-    result = benchmark(f"{SMALL} what=loader {data}")
-    assert result["loader"]["rows"] == [dict(images_per_s=1.0, data_wait=0.5)]
-    cfg = composed(*asked)
-    assert (cfg.model.model_name, cfg.img_size) == ("evit_deit_tiny_patch16", 32)
-    assert cfg.keep_rate == [0.9, 0.8, 0.7]
-    assert (cfg.recipe.batch_size, cfg.recipe.max_train_images) == (2, 12)
-    assert (cfg.data.root, cfg.data.backend) == ("/photos", "imagefolder")
 
 
 def test_a_model_without_time_left_is_left_out():
@@ -194,7 +173,7 @@ def test_all_gpu_measurements_run_on_a_cpu_with_tiny_models(benchmark, tmp_path)
     assert not result["left_out"]
     table = (tmp_path / "kept/table.md").read_text()
     assert "agrees with the authors' code" in table and "Training run" in table
-    assert "dense, linear patches" in table and result["packages"]["torch"] in table
+    assert "dense, this code" in table and result["packages"]["torch"] in table
 
 
 @pytest.mark.slow

@@ -67,8 +67,8 @@ def test_a_name_of_conf_model_is_that_model():
 def test_models_of_other_kinds_have_the_macs_that_are_done(model):
     entry = Entry(model, img_size=64, dense=True)
     group = contest.Group("inference", 1, "fp32", False)
-    found = contest.prepare(entry, group, torch.device("cpu"), 1e-9)
-    assert found.macs == facts(entry)["macs"] > 1e6
+    *_, row = contest.prepare(entry, group, torch.device("cpu"), 1e-9)
+    assert row["macs_executed"] == facts(entry)["macs"] > 1e6
     assert facts(entry)["keep_rate"] == []
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import evit
+import evit.models
 
 FOLDER = Path(__file__).parents[1] / "golden"
 
@@ -59,6 +59,21 @@ def compare(model: torch.nn.Module, name: str) -> tuple[float, bool]:
         if f"kept_{i}" in expected
     ]
     return float(apart), all(same)
+
+
+def table(cases: list[str], device: torch.device) -> list[dict]:
+    """For each case the largest difference of the logits, and whether the patches are the same."""
+    rows = []
+    for case in cases:
+        meta, _ = load(case)
+        kind = "evit_lvvit_s" if "lvvit" in case else "evit_deit_small_patch16"
+        names = ("img_size", "num_classes", "keep_rate", "fusion", "embed_dim", "num_heads")
+        model = evit.models.create_model(kind, **{name: meta[name] for name in names}).to(device)
+        apart, same = compare(model, case)
+        with torch.autocast(device.type, torch.bfloat16):
+            low, _ = compare(model, case)
+        rows.append(dict(case=case, float32=f"{apart:.1e}", bf16=f"{low:.1e}", same_patches=same))
+    return rows
 
 
 def assert_agrees(model: torch.nn.Module, name: str) -> None:

@@ -15,7 +15,7 @@ import timm
 import torch
 from published import published_forward
 
-from evit.measure.speed import inference_step, take_turns, warm_up
+from evit.measure.speed import make_step, take_turns, warm_up
 
 CPU, ROUNDS = torch.device("cpu"), 15
 
@@ -24,8 +24,8 @@ def compare(batch_size: int, keep_rate: float, fusion: bool) -> str:
     images = torch.randn(batch_size, 3, 224, 224)
     model = timm.create_model("evit_deit_small_patch16", keep_rate=keep_rate, fusion=fusion).eval()
     steps = [
-        inference_step(lambda x: published_forward(model, x)[0], images),
-        inference_step(model, images),
+        make_step(model, lambda x: published_forward(model, x)[0], images, None),
+        make_step(model, model, images, None),
     ]
     calls = [warm_up(step, 0.5, CPU) for step in steps]
     published, ours = take_turns(steps, calls, ROUNDS, CPU)

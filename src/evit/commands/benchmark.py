@@ -11,10 +11,9 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from evit.commands.benchmark_gpu import measure_all, train_briefly
-from evit.config import CONF_DIR, listed, overridden
-from evit.measure import speed
-from evit.measure.contest import Group, contest
+from evit.commands.benchmark_gpu import measure_all
+from evit.config import listed, overridden
+from evit.measure.contest import DTYPES, Group, contest
 from evit.measure.entries import choose, facts
 from evit.report import benchmark, paper, results
 
@@ -22,11 +21,11 @@ DEFAULTS: dict[bool, dict[str, Any]] = {  # by whether there is a GPU
     True: dict(batch_sizes=[1, 32, 256], precisions="bf16", compile=list(benchmark.MODES)),
     False: dict(batch_sizes=8, precisions="fp32", compile=False),
 }
-LISTS = "what models keep_rates fusion img_sizes batch_sizes precisions compile reducers".split()
+ROWS = {"models", "keep_rates", "fusion", "img_sizes", "reducers"}
 CHOICES: dict[str, tuple[Any, ...]] = dict(
     device=("auto", "cpu", "cuda"),
-    what=("inference", "training", "loader"),
-    precisions=tuple(speed.PRECISIONS),
+    what=("inference", "training"),
+    precisions=tuple(DTYPES),
     compile=tuple(benchmark.MODES),
     paper=(None, False, True, *paper.MODELS, "field", "gpu"),
 )
@@ -38,44 +37,41 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: the configuration cannot be served; nothing has been written.
     """
-    cfg.data.img_size = None  # set for each model
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    given = list(HydraConfig.get().overrides.task)
-    device = complete(config, overridden(given))
+    device = complete(config)
     if config["threads"]:
         torch.set_num_threads(config["threads"])
     torch.manual_seed(config["seed"])
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it looks for a GPU
     started = time.perf_counter()
+    result: dict[str, Any] = dict(rows=[], matmul=[], left_out=[])
     if config["paper"] == "gpu":
-        result = measure_all(config, device)
+        measure_all(result, config, device)
     else:
-        result = dict(rows=[], matmul=[], left_out=[])
         entries = choose(config)
         for entry in sorted(entries, key=lambda entry: entry.dense):
             facts(entry)  # says what is wrong with a model
         names = ("what", "batch_sizes", "precisions", "compile")
         for values in product(*(config[name] for name in names)):
-            if (group := Group(*values)).what != "loader":
-                print(f"{group}: {len(entries)} models", flush=True)
-                contest(result, entries, group, device, config)
-        if "loader" in config["what"]:
-            result["loader"] = time_loader(config, device, given)
+            group = Group(*values)
+            print(f"{group}: {len(entries)} models", flush=True)
+            contest(result, entries, group, device, config)
     result |= dict(config=config, device=results.device_name(device))
     result |= results.provenance() | dict(seconds=round(time.perf_counter() - started, 1))
-    print(f"\n{benchmark.markdown(result)}")
-    for path in [folder, *map(Path, filter(None, [config["target"]]))]:
+    text = benchmark.markdown(result)
+    print(f"\n{text}")
+    folders = HydraConfig.get().runtime.output_dir, config["target"]
+    for path in map(Path, filter(None, folders)):
         path.mkdir(parents=True, exist_ok=True)
         results.write_json(result, path / "benchmark.json")
-        (path / "table.md").write_text(benchmark.markdown(result))
+        (path / "table.md").write_text(text)
         if config["paper"] == "gpu":
             benchmark.draw(result, path / "speed.svg")
         print(os.path.relpath(path / "table.md"))
     return result
 
 
-def complete(config: dict[str, Any], given: set[str]) -> torch.device:
+def complete(config: dict[str, Any]) -> torch.device:
     """Choose the device, fill in what depends on it, turn single values into lists.
 
     Raises:
@@ -84,35 +80,20 @@ def complete(config: dict[str, Any], given: set[str]) -> torch.device:
     gpu = torch.cuda.is_available() and config["device"] != "cpu"
     for knob, value in (DEFAULTS[gpu] | dict(min_seconds=0.1 if gpu else 0.5)).items():
         config[knob] = value if config[knob] is None else config[knob]
-    for knob in LISTS:
+    for knob in ROWS | {"what", "batch_sizes", "precisions", "compile"}:
         config[knob] = listed(config[knob])
     for knob, allowed in CHOICES.items():
-        for value in listed(config[knob]):
-            if value not in allowed:
-                names = ", ".join(str(name).lower() for name in allowed)
-                raise ValueError(f"{knob} must be of {names}, got {value!r}")
+        if wrong := [value for value in listed(config[knob]) if value not in allowed]:
+            names = ", ".join(str(name).lower() for name in allowed)
+            raise ValueError(f"{knob} must be of {names}, got {wrong[0]!r}")
     for knob in ("img_sizes", "batch_sizes", "repeats"):
         if not all(isinstance(value, int) and value > 0 for value in listed(config[knob])):
             raise ValueError(f"{knob} must be at least 1, got {config[knob]}")
     asked = config["device"], *config["precisions"], *config["compile"]
     if not gpu and (needs := {"cuda", "tf32", "reduce-overhead"}.intersection(asked)):
         raise ValueError(f"{', '.join(needs)} needs a GPU, and this runs on the CPU")
-    both = given & set("models keep_rates fusion img_sizes reducers".split())
+    both = overridden(HydraConfig.get().overrides.task) & ROWS
     if isinstance(config["paper"], str) and both:
         names = ", ".join(sorted(both))
         raise ValueError(f"paper={config['paper']} chooses its rows itself: leave out {names}")
     return torch.device("cuda" if gpu else "cpu")
-
-
-def time_loader(config: dict[str, Any], device: torch.device, given: list[str]) -> dict[str, Any]:
-    """Train the first model for two epochs of the user's images: does it wait for them?"""
-    model, rate, size = (config[name][0] for name in ("models", "keep_rates", "img_sizes"))
-    if not (CONF_DIR / f"model/{model}.yaml").is_file():
-        kind = "evit_deit" if model.startswith(("evit", "dynamic", "lvvit")) else "timm_vit"
-        model = f"{kind} model.model_name={model}"
-    batch = max(config["batch_sizes"])
-    images = config["max_images"] or batch * (100 if device.type == "cuda" else 8)
-    options = f"""model={model} keep_rate={str(rate).replace(" ", "")} img_size={size}
-        recipe.batch_size={batch} recipe.max_train_images={images} recipe.max_val_images=1"""
-    data = [override for override in given if override.startswith("data")]
-    return train_briefly([*options.split(), *data], device)

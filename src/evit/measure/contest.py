@@ -3,7 +3,6 @@
 import os
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +13,8 @@ from evit.measure import speed
 from evit.measure.entries import Entry, build, facts
 from evit.report import paper
 from evit.report.benchmark import MODES
+
+DTYPES = dict(fp32=torch.float32, tf32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
 
 class Group(NamedTuple):
@@ -28,36 +29,38 @@ class Group(NamedTuple):
         return f"{self.what}, batch {self.batch_size}, {self.precision}, {MODES[self.compile]}"
 
 
+def set_precision(precision: str) -> None:
+    """Multiply float32 matrices in TF32 from now on, or exactly."""
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
 def prepare(
     entry: Entry, group: Group, device: torch.device, min_seconds: float
-) -> SimpleNamespace:
+) -> tuple[speed.Step, int, dict[str, Any]]:
     """An entry's step, compiled and warm; how many calls a turn has; its memory and MACs."""
-    dtype, training = speed.set_precision(group.precision), group.what == "training"
+    dtype, training = DTYPES[group.precision], group.what == "training"
     model = build(entry).to(device).train(training).requires_grad_(training)
     images = torch.randn(group.batch_size, 3, entry.img_size, entry.img_size, device=device)
+    cast = dtype if training and dtype != torch.float32 else None
     if not training:
         model, images = model.to(dtype), images.to(dtype)
-
-    def step_of(forward: Any) -> speed.Step:
-        if training:
-            return speed.training_step(model, forward, images, dtype)
-        return speed.inference_step(forward, images)
-
+    step = speed.make_step(model, model, images, cast)
     with FlopCounterMode(display=False) as counter:
-        step_of(model)()
-    macs, forward, memory = counter.get_total_flops() // 2 // group.batch_size, model, None
+        step()
+    row: dict[str, Any] = dict(macs_executed=counter.get_total_flops() // 2 // group.batch_size)
     if group.compile:
         mode = group.compile if isinstance(group.compile, str) else None
-        forward = torch.compile(model, mode=mode, dynamic=False, fullgraph=True)  # type: ignore
-    step = step_of(forward)
-    first = speed.timed(step, 1, device)
+        forward: Any = torch.compile(model, mode=mode, dynamic=False, fullgraph=True)
+        step = speed.make_step(model, forward, images, cast)
+    row |= dict(first_seconds=speed.timed(step, 1, device), memory_bytes=None)
     calls = speed.warm_up(step, min_seconds, device)
     if group.compile != "reduce-overhead":  # the memory of a CUDA graph is not seen
         model.zero_grad()
         copies = 3 if training else 1  # AdamW keeps two numbers for each weight
         held = [*[*model.parameters()] * copies, *model.buffers(), images]
-        memory = speed.peak_memory(step, device) + sum(tensor.nbytes for tensor in held)
-    return SimpleNamespace(step=step, calls=calls, first=first, macs=macs, memory=memory)
+        row["memory_bytes"] = speed.peak_memory(step, device) + sum(t.nbytes for t in held)
+    return step, calls, row
 
 
 def contest(
@@ -68,24 +71,32 @@ def contest(
     config: dict[str, Any],
     until: float = float("inf"),
 ) -> None:
-    """Let entries take turns, and add a row for each to result.
+    """Let entries take turns, each beside its dense model, and add a row for each to result.
 
     What does not fit into memory, does not compile, or is not begun `until` a time.perf_counter()
     goes to result["left_out"], with the reason, and so does what is compared with it.
-
-    Args:
-        entries: each with the one that it is compared with, which is an entry too.
     """
-    ready: dict[Entry, SimpleNamespace] = {}
-    if group.compile:
-        prepare_compiler()
+    if group.compile:  # a form of each model is kept, in a cache that outlives the process
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{Path.home()}/.cache/evit-lab/inductor")
+        torch.compiler.reset()
+        torch.compiler.config.recompile_limit = 4096
+    set_precision(group.precision)
+    n = 8192 if device.type == "cuda" else 1024  # large enough to show the peak
+    a, b = torch.randn(2, n, n, device=device).to(DTYPES[group.precision])
+    steps: list[speed.Step] = [lambda: torch.mm(a, b)]
+    calls = [speed.warm_up(steps[0], config["min_seconds"] / 5, device)]
+    ready: dict[Entry, dict[str, Any]] = {}
     for entry, base in entries.items():
         reason = "no dense model (to compare with)" if base not in (entry, *ready) else ""
         if not reason and time.perf_counter() > until:
             reason = "no time left (run it again: what has been compiled is kept)"
         try:
             if not reason:
-                ready[entry] = prepare(entry, group, device, config["min_seconds"])
+                step, count, own = prepare(entry, group, device, config["min_seconds"])
+                ready[entry] = group._asdict() | facts(entry) | own
+                steps, calls = [*steps, step], [*calls, count]
+                if group.compile:
+                    print(f"  compiled in {own['first_seconds']:.0f} s: {entry}", flush=True)
         except RuntimeError as error:
             memory = isinstance(error, torch.OutOfMemoryError) or "allocate mem" in str(error)
             if not memory and not group.compile:
@@ -95,36 +106,18 @@ def contest(
         if reason:
             print(f"  left out: {entry}: {reason}", flush=True)
             result["left_out"].append(group._asdict() | facts(entry) | dict(reason=reason))
-        elif group.compile:
-            print(f"  compiled in {ready[entry].first:.0f} s: {entry}", flush=True)
-    n = 8192 if device.type == "cuda" else 1024  # large enough to show the peak
-    a, b = torch.randn(2, n, n, device=device).to(speed.set_precision(group.precision))
-    steps = [lambda: torch.mm(a, b), *(found.step for found in ready.values())]
-    calls = [speed.warm_up(steps[0], config["min_seconds"] / 5, device)]
-    calls += [found.calls for found in ready.values()]
     seconds = speed.take_turns(steps, calls, config["repeats"], device)
-    peak = n**3 / seconds[0]
+    peak, speeds = n**3 / seconds[0], dict(zip(ready, group.batch_size / seconds[1:], strict=True))
     result["matmul"].append(group._asdict() | dict(macs_per_s=float(np.median(peak))))
-    speeds = dict(zip(ready, group.batch_size / seconds[1:], strict=True))
-    for (entry, own), taken in zip(speeds.items(), seconds[1:], strict=True):
-        found, row = ready[entry], group._asdict() | facts(entry)
-        row |= dict(macs_executed=found.macs, memory_bytes=found.memory, first_seconds=found.first)
-        row |= dict(compared_with=str(entries[entry]), seconds=[float(f"{s:.6g}") for s in taken])
-        share = own * found.macs / peak
-        numbers = dict(images_per_s=own, latency_ms=1000 * taken, peak_share=share)
-        for name, values in (numbers | dict(ratio=own / speeds[entries[entry]])).items():
+    for entry, row in ready.items():
+        own, base = speeds[entry], entries[entry]
+        row |= dict(compared_with=str(base), seconds=(group.batch_size / own).round(9).tolist())
+        numbers = dict(images_per_s=own, latency_ms=1000 * group.batch_size / own)
+        numbers |= dict(ratio=own / speeds[base], peak_share=own * row["macs_executed"] / peak)
+        for name, values in numbers.items():
             low, row[name], high = np.percentile(values, [25, 50, 75]).tolist()
             row[f"{name}_quartiles"] = [low, high]
-        if config["paper"] and not entry.reducer and len(set(row["keep_rate"])) == 1:
-            setting = entry.model, row["keep_rate"][0], entry.fusion, entry.img_size
-            row["paper"] = paper.cost(*setting) if group.what == "inference" else None
+        rates = set(row["keep_rate"])
+        if config["paper"] and not entry.reducer and group.what == "inference" and len(rates) == 1:
+            row["paper"] = paper.cost(entry.model, rates.pop(), entry.fusion, entry.img_size)
         result["rows"].append(row)
-
-
-def prepare_compiler() -> None:
-    """Let torch.compile keep a form of each model, and its cache outlive the process."""
-    from torch._dynamo import config
-
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache/evit-lab/inductor"))
-    torch.compiler.reset()
-    config.recompile_limit = config.accumulated_recompile_limit = 4096

@@ -41,17 +41,17 @@ def choose(config: dict[str, Any]) -> dict[Entry, Entry]:
     chosen: list[Entry] = []
     table = config["paper"]
     if table == "field":
-        for row in paper.field():
-            if "timm" in row:
-                size = row.get("img_size", paper.BASE_SIZE)
-                chosen.append(Entry(row["timm"], img_size=size, dense=True))
+        others: Any = [
+            dict(img_size=paper.BASE_SIZE) | row for row in paper.field() if "timm" in row
+        ]
+        chosen += [Entry(row["timm"], img_size=row["img_size"], dense=True) for row in others]
         for name, model in paper.MODELS.items():
             rows = paper.tables()[f"keep_rate_{name}"]["fuse"]
             chosen += [Entry(model, row["keep_rate"], True) for row in rows]
     elif isinstance(table, str):
         for row in paper.costs(table):
-            size = row["img_size"]
-            entry = Entry(paper.MODELS[table], row["keep_rate"], row["fusion"], size)
+            setting = row["keep_rate"], row["fusion"], row["img_size"]
+            entry = Entry(paper.MODELS[table], *setting)
             chosen.append(entry if row["keep_rate"] < 1 else dense(entry))
     else:
         knobs = "models", "img_sizes", "reducers", "keep_rates", "fusion"
@@ -116,7 +116,7 @@ def facts(entry: Entry) -> dict[str, Any]:
         ValueError: build's.
     """
     with torch.device("meta"):
-        model: Any = build(entry)
+        model: Any = build(entry).requires_grad_(False)
         try:  # a ViT has the MACs of its reduced form that keeps every token
             counted: Any = build(replace(entry, dense=False)) if entry.dense else model
             macs, rates = count_macs(counted), list(counted.reducer.keep_rate)

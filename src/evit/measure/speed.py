@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Step = Callable[[], object]
-PRECISIONS = dict(fp32=torch.float32, tf32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
 
 def timed(step: Step, calls: int, device: torch.device) -> float:
@@ -25,6 +24,7 @@ def timed(step: Step, calls: int, device: torch.device) -> float:
     wait()
     started = time.perf_counter()
     for _ in range(calls):
+        torch.compiler.cudagraph_mark_step_begin()
         step()
     wait()
     return time.perf_counter() - started
@@ -42,14 +42,10 @@ def warm_up(step: Step, min_seconds: float, device: torch.device) -> int:
 def take_turns(
     steps: Sequence[Step], calls: Sequence[int], repeats: int, device: torch.device
 ) -> np.ndarray:
-    """Seconds of one call, (steps, rounds).
-
-    In each round every step is called calls[i] times in a row; each round begins with another step.
-    """
-    seconds = np.empty((len(steps), repeats))
+    """Seconds of one call, (steps, rounds); in each round another step is first."""
+    seconds, n = np.empty((len(steps), repeats)), len(steps)
     for turn in range(repeats):
-        for place in range(len(steps)):
-            i = (turn + place) % len(steps)
+        for i in (*range(turn % n, n), *range(turn % n)):
             seconds[i, turn] = timed(steps[i], calls[i], device) / calls[i]
     return seconds
 
@@ -62,49 +58,31 @@ def peak_memory(step: Step, device: torch.device) -> int:
         timed(step, 1, device)
         return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler complains of absent GPUs
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True) as profile:
         step()
     profiler: Any = profile.profiler
-    events = profiler.kineto_results.events()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events)
     return int(np.cumsum([0] + [size for _, size in changes]).max())
 
 
-def set_precision(precision: str) -> torch.dtype:
-    """Multiply float32 matrices in TF32 from now on, or exactly; the dtype of the precision."""
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    return PRECISIONS[precision]
-
-
-def inference_step(forward: Callable[[Tensor], Any], images: Tensor) -> Step:
-    """A forward pass without gradients."""
-
-    @torch.no_grad()
-    def step() -> None:
-        torch.compiler.cudagraph_mark_step_begin()
-        forward(images)
-
-    return step
-
-
-def training_step(
-    model: nn.Module, forward: Callable[[Tensor], Tensor], images: Tensor, dtype: torch.dtype
+def make_step(
+    model: nn.Module, forward: Callable[[Tensor], Any], images: Tensor, dtype: torch.dtype | None
 ) -> Step:
-    """One step of AdamW on images (B, 3, H, W); in autocast below float32.
+    """A forward pass without gradients; of a model in training mode a step of AdamW.
 
     Args:
         forward: the model, or its compiled form.
+        dtype: of a training step's autocast, if any.
     """
+    if not model.training:
+        return torch.no_grad()(lambda: forward(images))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=images.is_cuda or None)
     labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-    low = dtype != torch.float32
 
     def step() -> None:
-        torch.compiler.cudagraph_mark_step_begin()
         optimizer.zero_grad()
-        with torch.autocast(images.device.type, dtype if low else None, enabled=low):
+        with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
             loss = F.cross_entropy(forward(images), labels)
         loss.backward()
         optimizer.step()
