@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from evit.measure import contest, entries
+from evit.measure import entries, speed
 
 SMALL = "models=evit_deit_tiny_patch16 img_sizes=32 batch_sizes=2 "
 SMALL += "repeats=3 min_seconds=0.001 device=cpu"
@@ -149,9 +149,9 @@ def test_what_cannot_be_timed_is_said_before_anything_is(refused, arguments, mes
 def test_a_model_without_time_left_is_left_out():
     entry = entries.Entry("evit_deit_tiny_patch16", 0.5, True, 32)
     result: dict = dict(rows=[], matmul=[], left_out=[])
-    group, found = contest.Group("inference", 1, "fp32", False), entries.compared([entry], False)
+    group, found = speed.Group("inference", 1, "fp32", False), entries.compared([entry], False)
     config = dict(repeats=1, min_seconds=1e-9, paper=None)
-    contest.contest(result, found, group, torch.device("cpu"), config, until=0)
+    speed.contest(result, found, group, torch.device("cpu"), config, until=0)
     reasons = [row["reason"][:12] for row in result["left_out"]]
     assert reasons == ["no time left"] + ["no dense mod"] * 2 and not result["rows"]
 

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from evit.measure import contest
+from evit.measure import speed
 from evit.measure.entries import Entry, build, choose, dense, facts
 
 KNOBS: dict = dict(paper=None, keep_rates=[0.5], fusion=[True], img_sizes=[32], reducers=[None])
@@ -66,8 +66,8 @@ def test_a_name_of_conf_model_is_that_model():
 @pytest.mark.parametrize("model", ["cait_xxs24_224", "efficientnet_b0"])
 def test_models_of_other_kinds_have_the_macs_that_are_done(model):
     entry = Entry(model, img_size=64, dense=True)
-    group = contest.Group("inference", 1, "fp32", False)
-    *_, row = contest.prepare(entry, group, torch.device("cpu"), 1e-9)
+    group = speed.Group("inference", 1, "fp32", False)
+    *_, row = speed.prepare(entry, group, torch.device("cpu"), 1e-9)
     assert row["macs_executed"] == facts(entry)["macs"] > 1e6
     assert facts(entry)["keep_rate"] == []
 

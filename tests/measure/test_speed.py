@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from evit.measure import contest, speed
+from evit.measure import speed
 
 CPU = torch.device("cpu")
 
@@ -62,7 +62,7 @@ def test_a_training_step_changes_every_weight(dtype):
 
 
 def test_the_precision_of_float32_products_is_set():
-    contest.set_precision("tf32")
+    speed.set_precision("tf32")
     assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
-    contest.set_precision("bf16")
+    speed.set_precision("bf16")
     assert torch.get_float32_matmul_precision() == "highest"

@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from evit.commands.benchmark_gpu import measure_all
 from evit.config import listed, overridden
-from evit.measure.contest import DTYPES, Group, contest
 from evit.measure.entries import choose, facts
+from evit.measure.speed import DTYPES, Group, contest
 from evit.report import benchmark, paper, results
 
 DEFAULTS: dict[bool, dict[str, Any]] = {  # by whether there is a GPU

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from evit.measure.contest import Group, contest, set_precision
 from evit.measure.entries import Entry, choose, compared
+from evit.measure.speed import Group, contest, set_precision
 
 ROOT = Path(__file__).parents[3]
 CASES = {  # of tests/golden
@@ -38,20 +38,23 @@ def measure_all(result: dict[str, Any], config: dict[str, Any], device: torch.de
     model = "evit_deit_small_patch16"
     core = [Entry(model, rate, fusion) for rate in (0.7, 0.5) for fusion in (True, False)]
     infer, train = (Group(what, large, dtype, False) for what in ("inference", "training"))
-    parts = [(core, infer._replace(batch_size=1, compile=c), END) for c in {False, graphs}]
-    parts += [(core[::2], train._replace(compile=c), END) for c in {False, gpu}]
-    parts.append((core, infer, END))
+    parts = [(core, infer._replace(batch_size=1), END), (core[::2], train, END), (core, infer, END)]
+    if gpu:
+        parts.insert(0, (core, infer._replace(batch_size=1, compile=graphs), END))
+        parts.insert(0, (core[::2], train._replace(compile=True), END))
     for table, until in dict(deit_s=ROWS_UNTIL, lvvit_s=END).items():
-        rows = sorted(
-            choose(dict(paper=table)), key=lambda e: (e.img_size, e.keep_rate not in (0.7, 0.5))
-        )
-        parts.append((rows[: None if gpu else 4], infer._replace(compile=graphs), until))
+        rows = sorted(choose(dict(paper=table)), key=importance)[: None if gpu else 4]
+        parts.append((rows, infer._replace(compile=graphs), until))
     result["correctness"] = check_outputs(CASES[gpu].split(), device)
     result["training_run"] = train_briefly(device, large)
     for entries, group, until in parts:
         print(group, flush=True)
         found = compared(entries if gpu else map(shrink, entries), gpu)
         contest(result, found, group, device, config, started + until)
+
+
+def importance(entry: Entry) -> tuple[int, bool]:
+    return entry.img_size, entry.keep_rate not in (0.7, 0.5)
 
 
 def shrink(entry: Entry) -> Entry:
@@ -66,9 +69,7 @@ def check_outputs(cases: list[str], device: torch.device) -> dict[str, Any]:
     rows = runpy.run_path(str(ROOT / "tests/models/golden.py"))["table"](cases, device)
     right = all(row["same_patches"] and float(row["float32"]) < 1e-4 for row in rows)
     verdict = "float32 agrees with the authors' code." if right else "float32 DISAGREES."
-    title = (
-        "Largest difference to the logits of the authors' code, and whether patches are the same"
-    )
+    title = "Logits, compared with the authors' code: largest difference, and whether patches agree"
     return dict(title=title, rows=rows, verdict=verdict)
 
 
