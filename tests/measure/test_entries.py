@@ -4,11 +4,10 @@ import pytest
 import timm
 import torch
 
-import evit
-from evit.measure.contest import Contestant, Group
-from evit.measure.entries import Entry, build, choose, dense, dense_name, facts
+from evit.measure import speed
+from evit.measure.entries import Entry, build, choose, dense, facts
 
-KNOBS: dict = dict(paper=False, keep_rates=[0.5], fusion=[True], img_sizes=[32], reducers=[None])
+KNOBS: dict = dict(paper=None, keep_rates=[0.5], fusion=[True], img_sizes=[32], reducers=[None])
 
 
 def test_every_reduced_model_has_its_dense_model_and_itself_with_every_token():
@@ -56,47 +55,33 @@ def test_the_field_is_other_models_and_evit():
     ],
 )
 def test_every_family_has_its_dense_model(model, expected):
-    assert dense_name(Entry(model)) == expected
+    assert dense(Entry(model)).model == expected
 
 
-def test_a_name_of_conf_model_is_that_model_and_its_dense_one_has_its_sizes():
-    (base,) = set(choose(KNOBS | dict(models=["evit_deit_micro"], img_sizes=[28])).values())
-    model = build(base)
-    assert type(model).__module__.startswith("timm.")
-    assert (model.embed_dim, model.patch_embed.patch_size) == (96, (7, 7))
-    tiny = choose(KNOBS | dict(models=["evit_deit_tiny"]))
-    assert [entry.model for entry in tiny][:2] == [
-        "deit_tiny_patch16_224",
-        "evit_deit_tiny_patch16",
-    ]
+def test_a_name_of_conf_model_is_that_model():
+    found = choose(KNOBS | dict(models=["evit_deit"]))
+    assert {entry.model for entry in found} == {"deit_small_patch16_224", "evit_deit_small_patch16"}
 
 
 @pytest.mark.parametrize("model", ["cait_xxs24_224", "efficientnet_b0"])
 def test_models_of_other_kinds_have_the_macs_that_are_done(model):
     entry = Entry(model, img_size=64, dense=True)
-    group = Group("inference", 1, "fp32", False)
-    contestant = Contestant(entry, group, torch.device("cpu"), 1e-9)
-    assert contestant.macs_executed == facts(entry)["macs"] > 1e6
+    group = speed.Group("inference", 1, "fp32", False)
+    *_, row = speed.prepare(entry, group, torch.device("cpu"), 1e-9)
+    assert row["macs_executed"] == facts(entry)["macs"] > 1e6
     assert facts(entry)["keep_rate"] == []
 
 
 def test_any_timm_model_is_reduced_beside_timm_s_own():
     entry = Entry("deit_tiny_patch16_224", 0.5, True, 32)
-    assert hasattr(build(entry), "set_keep_rate") and not hasattr(
-        build(dense(entry)), "set_keep_rate"
-    )
+    assert hasattr(build(entry), "reducer") and not hasattr(build(dense(entry)), "reducer")
     assert facts(dense(entry))["macs"] == facts(Entry(entry.model, img_size=32))["macs"]
 
 
-def test_reducers_are_entries_beside_each_other(monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        evit, "reduce", lambda model, name, **knobs: asked.append((name, knobs)), raising=False
-    )
-    found = choose(KNOBS | dict(models=["deit_tiny_patch16_224"], reducers=["evit", "tome"]))
-    *_, own, other = found
-    assert (own.reducer, own.fusion) == ("evit", True)
-    assert (other.reducer, other.fusion) == ("tome", None)
-    build(other)
-    assert asked == [("tome", dict(keep_rate=0.5))]
+def test_reducers_are_entries_beside_each_other():
+    models = ["deit_tiny_patch16_224", "evit_deit_tiny_patch16"]
+    found = choose(KNOBS | dict(models=models, reducers=["evit", "tome"]))
+    own, other, *both = (entry for entry in found if entry.keep_rate != 1)
+    assert [(e.reducer, e.fusion) for e in (own, other)] == [("evit", True), ("tome", None)]
+    assert [build(e).reducer.name for e in (own, other, *both)] == ["evit", "tome"] * 2
     assert "deit_tiny_patch16_224 tome keep_rate=0.5" in str(other)

@@ -1,6 +1,5 @@
 """Time and memory of steps: what takes turns, and what is counted."""
 
-import numpy as np
 import pytest
 import timm
 import torch
@@ -33,10 +32,6 @@ def test_a_turn_s_seconds_are_of_one_call(monkeypatch):
     assert speed.warm_up(three_seconds, 10, CPU) == 4
 
 
-def test_quartiles():
-    assert speed.quartiles(np.array([5, 1, 3, 2, 4])) == (2, 3, 4)
-
-
 def test_peak_memory_is_of_what_is_held_at_once():
     """Two tensors of 4 MB at a time, though three are made."""
 
@@ -49,37 +44,25 @@ def test_peak_memory_is_of_what_is_held_at_once():
     assert speed.peak_memory(step, CPU) == pytest.approx(8e6, rel=0.01)
 
 
-def test_the_matrix_product_has_the_multiply_accumulates_that_it_says():
-    step, macs = speed.matmul_step(torch.float32, CPU)
-    assert speed.executed_macs(step) == macs
-
-
 def test_a_forward_pass_is_without_gradients():
     images, seen = torch.randn(1, 3, 32, 32), []
     evit = model().eval()
     evit.register_forward_hook(lambda module, args, out: seen.append(out.requires_grad))
-    speed.inference_step(evit, images)()
+    speed.make_step(evit, evit, images, None)()
     assert seen == [False]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_a_training_step_changes_every_weight(dtype):
     evit = model(drop_loc=[1]).train()
     before = {name: weight.clone() for name, weight in evit.named_parameters()}
-    speed.training_step(evit, evit, torch.randn(2, 3, 32, 32), dtype)()
+    speed.make_step(evit, evit, torch.randn(2, 3, 32, 32), dtype)()
     same = [name for name, weight in evit.named_parameters() if torch.equal(weight, before[name])]
     assert same == []
 
 
-def test_a_training_step_computes_about_three_times_a_forward_pass():
-    evit, images = model(), torch.randn(2, 3, 32, 32)
-    forward = speed.executed_macs(speed.inference_step(evit.eval(), images))
-    step = speed.training_step(evit.train(), evit, images, torch.float32)
-    assert 2.5 < speed.executed_macs(step) / forward < 3.5
-
-
 def test_the_precision_of_float32_products_is_set():
-    assert speed.set_precision("tf32") == torch.float32
+    speed.set_precision("tf32")
     assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
-    assert speed.set_precision("bf16") == torch.bfloat16
+    speed.set_precision("bf16")
     assert torch.get_float32_matmul_precision() == "highest"

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import evit
+import evit.models
 
 FOLDER = Path(__file__).parents[1] / "golden"
 
@@ -47,12 +47,36 @@ def images(meta: dict) -> torch.Tensor:
 
 
 @torch.no_grad()
-def assert_agrees(model: torch.nn.Module, name: str) -> None:
-    """The model, given the case's weights, has its logits to 1e-4 and keeps its patches."""
+def compare(model: torch.nn.Module, name: str) -> tuple[float, bool]:
+    """Given a case's weights: how far its logits are, and whether the same patches are kept."""
     meta, expected = load(name)
     evit.load_checkpoint(model.eval(), {"model": weights(meta)})
-    logits, kept = model(images(meta), return_kept=True)
-    assert np.abs(logits.numpy() - expected["logits"]).max() < 1e-4
-    for i, ids in enumerate(kept):
-        if f"kept_{i}" in expected:
-            assert np.array_equal(np.sort(ids, 1), np.sort(expected[f"kept_{i}"], 1))
+    logits, kept = model(images(meta).to(next(model.parameters()).device), return_kept=True)
+    apart = np.abs(logits.float().cpu().numpy() - expected["logits"]).max()
+    same = [
+        np.array_equal(np.sort(ids.cpu().numpy(), 1), np.sort(expected[f"kept_{i}"], 1))
+        for i, ids in enumerate(kept)
+        if f"kept_{i}" in expected
+    ]
+    return float(apart), all(same)
+
+
+def table(cases: list[str], device: torch.device) -> list[dict]:
+    """For each case the largest difference of the logits, and whether the patches are the same."""
+    rows = []
+    for case in cases:
+        meta, _ = load(case)
+        kind = "evit_lvvit_s" if "lvvit" in case else "evit_deit_small_patch16"
+        names = ("img_size", "num_classes", "keep_rate", "fusion", "embed_dim", "num_heads")
+        model = evit.models.create_model(kind, **{name: meta[name] for name in names}).to(device)
+        apart, same = compare(model, case)
+        with torch.autocast(device.type, torch.bfloat16):
+            low, _ = compare(model, case)
+        rows.append(dict(case=case, float32=f"{apart:.1e}", bf16=f"{low:.1e}", same_patches=same))
+    return rows
+
+
+def assert_agrees(model: torch.nn.Module, name: str) -> None:
+    """The model, given the case's weights, has its logits to 1e-4 and keeps its patches."""
+    apart, same = compare(model, name)
+    assert apart < 1e-4 and same

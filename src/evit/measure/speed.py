@@ -1,14 +1,15 @@
-"""Time and memory of a step, such as a forward pass or an optimizer step.
+"""Time and memory of models, beside the dense model.
 
-Machines are noisy and their speed drifts, so steps that are compared take turns, round after round,
-and are compared within each round.
+Machines are noisy and their speed drifts, so models that are compared take turns, round after
+round, and are compared within each round.
 """
 
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,8 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from evit.measure.entries import Entry, build, facts
+from evit.report import paper
+from evit.report.benchmark import MODES
+
 Step = Callable[[], object]
-PRECISIONS = dict(fp32=torch.float32, tf32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
+DTYPES = dict(fp32=torch.float32, tf32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
 
 def timed(step: Step, calls: int, device: torch.device) -> float:
@@ -26,6 +31,7 @@ def timed(step: Step, calls: int, device: torch.device) -> float:
     wait()
     started = time.perf_counter()
     for _ in range(calls):
+        torch.compiler.cudagraph_mark_step_begin()
         step()
     wait()
     return time.perf_counter() - started
@@ -43,30 +49,12 @@ def warm_up(step: Step, min_seconds: float, device: torch.device) -> int:
 def take_turns(
     steps: Sequence[Step], calls: Sequence[int], repeats: int, device: torch.device
 ) -> np.ndarray:
-    """Seconds of one call, (steps, rounds).
-
-    In each round every step is called calls[i] times in a row; each round begins with another step.
-    """
-    seconds = np.empty((len(steps), repeats))
+    """Seconds of one call, (steps, rounds); in each round another step is first."""
+    seconds, n = np.empty((len(steps), repeats)), len(steps)
     for turn in range(repeats):
-        for place in range(len(steps)):
-            i = (turn + place) % len(steps)
+        for i in (*range(turn % n, n), *range(turn % n)):
             seconds[i, turn] = timed(steps[i], calls[i], device) / calls[i]
     return seconds
-
-
-def quartiles(values: Iterable[float]) -> tuple[float, float, float]:
-    """The lower quartile, the median and the upper quartile."""
-    low, middle, high = np.percentile(np.asarray(values), [25, 50, 75])
-    return float(low), float(middle), float(high)
-
-
-def matmul_step(dtype: torch.dtype, device: torch.device) -> tuple[Step, int]:
-    """A matrix product that is large enough to show the peak, and its multiply-accumulates."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    product = torch.empty_like(a)
-    return lambda: torch.mm(a, b, out=product), n**3
 
 
 def peak_memory(step: Step, device: torch.device) -> int:
@@ -77,60 +65,139 @@ def peak_memory(step: Step, device: torch.device) -> int:
         timed(step, 1, device)
         return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler complains of absent GPUs
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+    with torch.profiler.profile(profile_memory=True) as profile:
         step()
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    profiler: Any = profile.profiler
+    events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events)
     return int(np.cumsum([0] + [size for _, size in changes]).max())
 
 
-def executed_macs(step: Step) -> int:
-    """Multiply-accumulates of a step, backward included, as PyTorch counts them."""
-    with FlopCounterMode(display=False) as counter:
-        step()
-    return counter.get_total_flops() // 2
-
-
-def set_precision(precision: str) -> torch.dtype:
-    """Multiply float32 matrices in TF32 from now on, or exactly; the dtype of the precision."""
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    return PRECISIONS[precision]
-
-
-def inference_step(model: Callable[[Tensor], Any], images: Tensor) -> Callable[[], None]:
-    """A forward pass without gradients, of a model in evaluation mode."""
-
-    @torch.no_grad()
-    def step() -> None:
-        torch.compiler.cudagraph_mark_step_begin()
-        model(images)
-
-    return step
-
-
-def training_step(
-    model: nn.Module, forward: Callable[[Tensor], Tensor], images: Tensor, dtype: torch.dtype
-) -> Callable[..., None]:
-    """One optimizer step: forward, cross-entropy, backward, AdamW; in autocast below float32.
+def make_step(
+    model: nn.Module, forward: Callable[[Tensor], Any], images: Tensor, dtype: torch.dtype | None
+) -> Step:
+    """A forward pass without gradients; of a model in training mode a step of AdamW.
 
     Args:
-        forward: calls the model; it may be its compiled form.
-
-    Returns:
-        The step on these images, or on the images and labels that it is given.
+        forward: the model, or its compiled form.
+        dtype: of a training step's autocast, if any.
     """
+    if not model.training:
+        return torch.no_grad()(lambda: forward(images))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=images.is_cuda or None)
-    zeros = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-    low = dtype != torch.float32
+    labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
 
-    def step(images: Tensor = images, labels: Tensor = zeros) -> None:
-        torch.compiler.cudagraph_mark_step_begin()
+    def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast(images.device.type, dtype if low else None, enabled=low):
+        with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
             loss = F.cross_entropy(forward(images), labels)
         loss.backward()
         optimizer.step()
 
     return step
+
+
+class Group(NamedTuple):
+    """What the entries of a comparison share."""
+
+    what: str
+    batch_size: int
+    precision: str
+    compile: bool | str
+
+    def __str__(self) -> str:
+        return f"{self.what}, batch {self.batch_size}, {self.precision}, {MODES[self.compile]}"
+
+
+def set_precision(precision: str) -> None:
+    """Multiply float32 matrices in TF32 from now on, or exactly."""
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+
+
+def prepare(
+    entry: Entry, group: Group, device: torch.device, min_seconds: float
+) -> tuple[Step, int, dict[str, Any]]:
+    """An entry's step, compiled and warm; how many calls a turn has; its memory and MACs."""
+    dtype, training = DTYPES[group.precision], group.what == "training"
+    model = build(entry).to(device).train(training).requires_grad_(training)
+    images = torch.randn(group.batch_size, 3, entry.img_size, entry.img_size, device=device)
+    cast = dtype if training and dtype != torch.float32 else None
+    if not training:
+        model, images = model.to(dtype), images.to(dtype)
+    step = make_step(model, model, images, cast)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    row: dict[str, Any] = dict(macs_executed=counter.get_total_flops() // 2 // group.batch_size)
+    if group.compile:
+        mode = group.compile if isinstance(group.compile, str) else None
+        forward: Any = torch.compile(model, mode=mode, dynamic=False, fullgraph=True)
+        step = make_step(model, forward, images, cast)
+    row |= dict(first_seconds=timed(step, 1, device), memory_bytes=None)
+    calls = warm_up(step, min_seconds, device)
+    if group.compile != "reduce-overhead":  # the memory of a CUDA graph is not seen
+        model.zero_grad()
+        copies = 3 if training else 1  # AdamW keeps two numbers for each weight
+        held = [*[*model.parameters()] * copies, *model.buffers(), images]
+        row["memory_bytes"] = peak_memory(step, device) + sum(t.nbytes for t in held)
+    return step, calls, row
+
+
+def contest(
+    result: dict[str, Any],
+    entries: dict[Entry, Entry],
+    group: Group,
+    device: torch.device,
+    config: dict[str, Any],
+    until: float = float("inf"),
+) -> None:
+    """Let entries take turns, each beside its dense model, and add a row for each to result.
+
+    What does not fit into memory, does not compile, or is not begun `until` a time.perf_counter()
+    goes to result["left_out"], with the reason, and so does what is compared with it.
+    """
+    if group.compile:  # a form of each model is kept, in a cache that outlives the process
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{Path.home()}/.cache/evit-lab/inductor")
+        torch.compiler.reset()
+        torch.compiler.config.recompile_limit = 4096
+    set_precision(group.precision)
+    n = 8192 if device.type == "cuda" else 1024  # large enough to show the peak
+    a, b = torch.randn(2, n, n, device=device).to(DTYPES[group.precision])
+    steps: list[Step] = [lambda: torch.mm(a, b)]
+    calls = [warm_up(steps[0], config["min_seconds"] / 5, device)]
+    ready: dict[Entry, dict[str, Any]] = {}
+    for entry, base in entries.items():
+        reason = "no dense model (to compare with)" if base not in (entry, *ready) else ""
+        if not reason and time.perf_counter() > until:
+            reason = "no time left (run it again: what has been compiled is kept)"
+        try:
+            if not reason:
+                step, count, own = prepare(entry, group, device, config["min_seconds"])
+                ready[entry] = group._asdict() | facts(entry) | own
+                steps, calls = [*steps, step], [*calls, count]
+                if group.compile:
+                    print(f"  compiled in {own['first_seconds']:.0f} s: {entry}", flush=True)
+        except RuntimeError as error:
+            memory = isinstance(error, torch.OutOfMemoryError) or "allocate mem" in str(error)
+            if not memory and not group.compile:
+                raise
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = "out of memory" if memory else f"does not compile ({first})"
+        if reason:
+            print(f"  left out: {entry}: {reason}", flush=True)
+            result["left_out"].append(group._asdict() | facts(entry) | dict(reason=reason))
+    seconds = take_turns(steps, calls, config["repeats"], device)
+    peak, speeds = n**3 / seconds[0], dict(zip(ready, group.batch_size / seconds[1:], strict=True))
+    result["matmul"].append(group._asdict() | dict(macs_per_s=float(np.median(peak))))
+    for entry, row in ready.items():
+        own, base = speeds[entry], entries[entry]
+        row |= dict(compared_with=str(base), seconds=(group.batch_size / own).round(9).tolist())
+        numbers = dict(images_per_s=own, latency_ms=1000 * group.batch_size / own)
+        numbers |= dict(ratio=own / speeds[base], peak_share=own * row["macs_executed"] / peak)
+        for name, values in numbers.items():
+            low, row[name], high = np.percentile(values, [25, 50, 75]).tolist()
+            row[f"{name}_quartiles"] = [low, high]
+        rates = set(row["keep_rate"])
+        if config["paper"] and not entry.reducer and group.what == "inference" and len(rates) == 1:
+            row["paper"] = paper.cost(entry.model, rates.pop(), entry.fusion, entry.img_size)
+        result["rows"].append(row)
