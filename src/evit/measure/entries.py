@@ -38,20 +38,17 @@ class Entry:
 
 def choose(config: dict[str, Any]) -> dict[Entry, Entry]:
     """The models of a configuration, or of the paper, each with its dense model; see compared."""
-    chosen: list[Entry] = []
-    table = config["paper"]
+    chosen, table = list[Entry](), config["paper"]
     if table == "field":
-        others: Any = [
-            dict(img_size=paper.BASE_SIZE) | row for row in paper.field() if "timm" in row
-        ]
-        chosen += [Entry(row["timm"], img_size=row["img_size"], dense=True) for row in others]
+        others = [row for row in paper.field() if "timm" in row]
+        sizes = [row.get("img_size", paper.BASE_SIZE) for row in others]
+        chosen += [dense(Entry(r["timm"], img_size=n)) for r, n in zip(others, sizes, strict=True)]
         for name, model in paper.MODELS.items():
             rows = paper.tables()[f"keep_rate_{name}"]["fuse"]
             chosen += [Entry(model, row["keep_rate"], True) for row in rows]
     elif isinstance(table, str):
         for row in paper.costs(table):
-            setting = row["keep_rate"], row["fusion"], row["img_size"]
-            entry = Entry(paper.MODELS[table], *setting)
+            entry = Entry(paper.MODELS[table], row["keep_rate"], row["fusion"], row["img_size"])
             chosen.append(entry if row["keep_rate"] < 1 else dense(entry))
     else:
         knobs = "models", "img_sizes", "reducers", "keep_rates", "fusion"
@@ -97,13 +94,13 @@ def build(entry: Entry) -> nn.Module:
         ValueError: there is no such model, or it cannot be served at this setting.
     """
     knobs: dict[str, Any] = {k: v for k, v in asdict(entry).items() if v is not None}
-    name, is_dense = knobs.pop("model"), knobs.pop("dense")
+    name = knobs.pop("model")
     try:
-        if is_dense:
+        if knobs.pop("dense"):
             return create_model(name, img_size=entry.img_size)
         return (create_model if name in NAMES else reduced)(name, **knobs)
     except TypeError as error:
-        if is_dense:  # it takes images of any size, and is not told one
+        if entry.dense:  # it takes images of any size, and is not told one
             return create_model(name)
         raise ValueError(f"{entry}: {error}") from error
 

@@ -22,6 +22,7 @@ from evit.report import paper
 from evit.report.benchmark import MODES
 
 Step = Callable[[], object]
+Ready = tuple[Step, int, dict[str, Any]]
 DTYPES = dict(fp32=torch.float32, tf32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
 
@@ -115,9 +116,7 @@ def set_precision(precision: str) -> None:
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
-def prepare(
-    entry: Entry, group: Group, device: torch.device, min_seconds: float
-) -> tuple[Step, int, dict[str, Any]]:
+def prepare(entry: Entry, group: Group, device: torch.device, min_seconds: float) -> Ready:
     """An entry's step, compiled and warm; how many calls a turn has; its memory and MACs."""
     dtype, training = DTYPES[group.precision], group.what == "training"
     model = build(entry).to(device).train(training).requires_grad_(training)

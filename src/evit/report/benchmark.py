@@ -69,12 +69,11 @@ def cells(row: Row) -> dict[str, str]:
         "px": str(row["img_size"]),
         "mode": MODES[row["compile"]],
         "dtype": row["precision"],
-        "images/s": row.get("reason", "").split(" (")[0],
+        "images/s": row.get("reason", "").split(" (")[0] or f"{row['images_per_s']:,.1f}",
         "IQR %": "",
     }
-    if not found["images/s"]:
+    if "ratio" in row:
         low, high = row["images_per_s_quartiles"]
-        found["images/s"] = f"{row['images_per_s']:,.1f}"
         found["IQR %"] = f"{100 * (high - low) / row['images_per_s']:.1f}"
     for title, (name, form, unit) in NUMBERS.items():
         found[title] = "" if row.get(name) is None else format(row[name] / unit, form)
