@@ -46,6 +46,11 @@ COMMANDS = {
     ".venv/bin/torchrun --nproc-per-node=2 src/train.py data.root=DIR": (
         f"{SMALL} trainer=ddp trainer.accelerator=cpu trainer.log_every_n_steps=1 logger=none"
     ),
+    ".venv/bin/python src/train.py data.root=DIR reducer=cover keep_rate=0.5": (
+        f"{SMALL} keep_rate=0.5 name=cover logger=none"
+    ),
+    ".venv/bin/python src/evaluate.py checkpoint=CHECKPOINT reducer=[evit,merge,cover,tome] "
+    "keep_rates=[0.7,0.5]": "trainer=cpu",
     ".venv/bin/python src/evaluate.py checkpoint=CHECKPOINT": "trainer=cpu",
     ".venv/bin/python src/evaluate.py checkpoint=CHECKPOINT model=evit_deit data.root=DIR "
     "keep_rates=[1,0.9,0.8,0.7,0.6,0.5] fusion=[true,false]": (
@@ -140,11 +145,16 @@ def test_without_images_the_embedded_set_is_used_and_said_first():
 
 
 def test_an_evaluation_shows_the_columns_of_this_page():
-    output = next(v for k, v in DONE.items() if "keep_rates" in k)
-    (header,) = (block for block in blocks("text") if block.startswith("keep  "))
+    output = next(v for k, v in DONE.items() if "fusion=[true,false]" in k and "keep_rates" in k)
     shown = [line.split() for line in output.splitlines()]
-    assert [line.split() for line in header.splitlines()] in [shown[i : i + 2] for i in (2, 3)]
     assert sum("dropped" in line for line in shown) == 5
+    assert any({"top-1", "KL", "GMACs"} <= set(line) for line in shown)
+
+
+def test_reducers_are_evaluated_side_by_side():
+    output = next(v for k, v in DONE.items() if "reducer=[" in k)
+    for name in ("evit", "merge", "cover", "tome"):
+        assert len(re.findall(rf"^ *{name} ", output, re.M)) == 2
 
 
 def test_prepared_files_say_how_to_train_on_them(shared_photos):
@@ -225,10 +235,10 @@ def test_the_python_example_runs(folder):
 def test_the_knobs_are_those_of_the_program():
     table = README.split("| knob |")[1].split("\n\n")[0]
     knobs = set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE))
-    assert knobs == {field.name for field in fields(RunConfig)} | {"experiment"}
+    assert knobs == {field.name for field in fields(RunConfig)} | {"experiment", "scale"}
 
 
-@pytest.mark.parametrize("group", ["model", "data", "recipe", "trainer", "logger", "experiment"])
+@pytest.mark.parametrize("group", ["reducer", "model", "data", "recipe", "trainer", "logger", "experiment"])
 def test_the_choices_of_each_group_are_listed(group):
     row = next(line for line in README.splitlines() if line.startswith(f"| `{group}`"))
     there = {path.stem for path in (ROOT / "conf" / group).glob("[a-z]*.yaml")}
