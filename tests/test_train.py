@@ -243,7 +243,7 @@ def test_a_damaged_image_ends_an_epoch_with_its_name_and_no_traceback(backend, p
 def test_a_checkpoint_of_another_architecture_is_named(photos, tmp_path, in_process):
     torch.save({"model": {"cls_token": torch.zeros(1, 1, 384)}}, tmp_path / "other.pth")
     shown = in_process(*QUICK, f"data.root={photos}", f"checkpoint={tmp_path}/other.pth")
-    assert "checkpoint does not fit EViT" in shown and "(1, 1, 384)" in shown
+    assert "checkpoint does not fit ReducedViT" in shown and "(1, 1, 384)" in shown
 
 
 @pytest.fixture

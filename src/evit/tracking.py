@@ -94,13 +94,19 @@ class Tracker(Logger):
                 where += f", and `wandb sync {run.settings.sync_dir}` uploads what W&B has"
             print(f"W&B has failed ({reason}): {where}", flush=True)
             self.run = None
+            with suppress(Exception):
+                if run:
+                    run.finish(1)
             with suppress(Exception, SystemExit):
-                wandb.teardown(1)
+                wandb.teardown()
 
     def end(self, exit_code: int = 0) -> None:
+        """End W&B's run, and its process."""
         if run := self.run:
             self.attempt(lambda: run.finish(exit_code))
             self.run = None
+            with suppress(Exception, SystemExit):
+                wandb.teardown()
 
     def log(self, content: Callable[[], dict[str, Any]]) -> None:
         if run := self.run:
