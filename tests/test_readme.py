@@ -238,7 +238,9 @@ def test_the_knobs_are_those_of_the_program():
     assert knobs == {field.name for field in fields(RunConfig)} | {"experiment", "scale"}
 
 
-@pytest.mark.parametrize("group", ["reducer", "model", "data", "recipe", "trainer", "logger", "experiment"])
+@pytest.mark.parametrize(
+    "group", ["reducer", "model", "data", "recipe", "trainer", "logger", "experiment"]
+)
 def test_the_choices_of_each_group_are_listed(group):
     row = next(line for line in README.splitlines() if line.startswith(f"| `{group}`"))
     there = {path.stem for path in (ROOT / "conf" / group).glob("[a-z]*.yaml")}
