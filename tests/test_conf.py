@@ -51,7 +51,7 @@ def test_every_group_file_composes(path):
 def test_the_knobs_of_a_sweep_are_these():
     """None of them is one of a run: what is not a knob of the sweep is for its runs."""
     knobs = set(OmegaConf.load(CONF_DIR / "sweep.yaml"))
-    assert knobs == {"job", "slots", "dry_run", "wandb", "launcher", "slurm"}
+    assert knobs == {"job", "slots", "dry_run", "launcher", "slurm"}
     assert knobs & {field.name for field in fields(RunConfig)} == {"dry_run"}
 
 
@@ -63,7 +63,7 @@ def test_prepare_composes():
 def test_the_knobs_of_an_evaluation_are_these():
     assert set(OmegaConf.load(CONF_DIR / "evaluate.yaml")) - {"defaults", "hydra"} == {
         *("checkpoint", "name", "keep_rate", "keep_rates", "fusion", "selection", "img_size"),
-        *("crop_pct", "max_val_images", "batch_size", "seed", "gmacs", "model"),
+        *("crop_pct", "max_val_images", "batch_size", "seed", "gmacs", "compile", "model"),
     }
 
 

@@ -43,9 +43,9 @@ def begin(tmp_path_factory):
     return json.loads(done.stdout)
 
 
-# Only FFCV needs numba; the others are for reports, exports, sweeps and data frames.
+# Only FFCV needs numba; the others are for reports, exports and sweeps.
 UNUSED = (
-    "numba ffcv cv2 plotly wandb_workspaces onnx onnxruntime onnxscript submitit pandas sklearn "
+    "numba ffcv cv2 plotly wandb_workspaces onnx onnxruntime onnxscript submitit sklearn "
     "IPython tensorboard evit.report.figures evit.commands.export evit.commands.sweep "
     "torch._inductor.compile_fx"
 )

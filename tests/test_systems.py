@@ -52,7 +52,7 @@ def test_a_teacher_for_another_kind_of_model_is_refused(tmp_path, shared_photos)
         "train.py", *QUICK, f"data.root={shared_photos}", "recipe.teacher=a.ckpt", cwd=tmp_path
     )
     assert done.returncode == 2
-    assert "recipe.teacher=a.ckpt is for DynamicViT: EViT has no distillation" in done.stderr
+    assert "recipe.teacher=a.ckpt is for DynamicViT alone" in done.stderr
 
 
 @pytest.mark.slow

@@ -1,6 +1,8 @@
-"""Vision Transformers that reduce their tokens as they go: EViT, and ten other methods."""
+"""Vision Transformers that reduce their tokens as they go: EViT, and eleven other methods."""
 
 import importlib
+import sys
+from pathlib import Path
 from typing import Any
 
 __version__ = "0.2.0"
@@ -17,9 +19,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import the models when they are first used: commands answer --help without PyTorch."""
     if name in ("measure", "reducers"):
         return importlib.import_module(f"evit.{name}")
     if name in __all__:
         return getattr(importlib.import_module("evit.models"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+# The commands in src/ answer --help and mistakes before they import PyTorch; for everyone else,
+# `import evit` registers the models with timm.
+if Path(sys.argv[0] if sys.argv else "").absolute().parent != Path(__file__).parents[1]:
+    importlib.import_module("evit.models")

@@ -247,7 +247,7 @@ def test_what_rand_augment_uncovers_has_the_mean_of_the_normalisation(photos, tm
     data.normalize_for(timm.create_model("vit_tiny_patch16_224.augreg_in21k"))
     data.prepare_data()
     data.setup()
-    assert data.train_dataloader().augmentation.fill.tolist() == [128, 128, 128]
+    assert data.train_dataloader().decoder.augmentation.fill.tolist() == [128, 128, 128]
 
 
 def test_a_color_jitter_that_is_not_used_is_said(photos, capsys):

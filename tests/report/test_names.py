@@ -115,10 +115,9 @@ def test_the_name_of_a_model_is_no_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     about = dict(model="../../../owned", keep_rate=[0.7], fusion=True, img_size=32)
     about |= dict(mean=[], std=[], num_classes=2, reducer=None)
-    monkeypatch.setattr(export.checkpoint, "complete", lambda cfg, source: cfg)
-    monkeypatch.setattr(export.checkpoint, "weighted", lambda cfg, source: (None, about))
-    monkeypatch.setattr(export, "write_pt2", lambda model, about, path: path.write_text("it"))
-    monkeypatch.setattr(export, "read_pt2", lambda path: None)
+    monkeypatch.setattr(export.checkpoint, "opened", lambda cfg: (None, about, cfg))
+    write = lambda model, about, path: path.write_text("it")  # noqa: E731
+    monkeypatch.setitem(export.FORMATS, "torch_export", (".pt2", write))
     monkeypatch.setattr(export, "largest_difference", lambda *_: 0.0)
     knobs = dict(format="torch_export", random=True, pretrained=False, checkpoint=None, seed=0)
     path = export.run(OmegaConf.create(knobs | dict(model={"_target_": "x"}, target=None)))

@@ -154,8 +154,8 @@ def test_frozen_parameters_stay_as_they_are_and_out_of_the_optimizer():
             dict(frozen=["cls_tokn"]),
             "recipe.frozen names 'cls_tokn', which ReducedViT does not have",
         ),
-        (dict(backbone_lr=0.1), "recipe.backbone_lr .* ReducedViT has one speed"),
-        (dict(backbone_frozen_epochs=1), "backbone_frozen_epochs .* ReducedViT has one speed"),
+        (dict(backbone_lr=0.1), "recipe.backbone_lr .* reducer that learns"),
+        (dict(backbone_frozen_epochs=1), "backbone_frozen_epochs .* reducer that learns"),
     ],
 )
 def test_a_recipe_for_another_kind_of_model_is_refused(knobs, message):

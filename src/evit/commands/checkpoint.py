@@ -102,6 +102,8 @@ def complete(cfg: DictConfig, source: Source) -> DictConfig:
 def validation(cfg: DictConfig, batch_size: int, **limits: Any) -> Any:
     """The data module of validation images alone; nothing is read yet."""
     options: Any = OmegaConf.to_container(cfg.data, resolve=True, throw_on_missing=True)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     recipe = Recipe(epochs=1, lr=1, batch_size=batch_size, crop_pct=cfg.crop_pct, **limits)
     return instantiate(options, recipe=recipe, splits=["val"], _convert_="object")
 
