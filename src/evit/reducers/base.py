@@ -56,7 +56,6 @@ class Reducer(nn.Module):
             and its projection) or "residual" (after the attention, before the MLP).
         selects: tokens that are left are copies of tokens, and queries of the class token are
             enough to choose them: only they need a query.
-        trained: it works on weights that were trained without it.
         static: the numbers of tokens do not depend on the image, so that it compiles and exports.
         published_names: prefixes in the authors' checkpoints, and what they are called here.
     """
@@ -67,7 +66,6 @@ class Reducer(nn.Module):
     extra: int = 0  # tokens appended for those that are left out
     static: ClassVar[bool] = True
     proportional: bool = False  # sizes enter the attention of the blocks that follow
-    needs_class_token: ClassVar[bool] = False
     published_names: ClassVar[dict[str, str]] = {}
     masked: bool = False  # in training no token is removed: see DynamicViT
     multiple = 1  # tokens are rounded up to it: few shapes to compile while the rate moves
@@ -98,10 +96,6 @@ class Reducer(nn.Module):
             ValueError: places, rates or counts do not suit the model.
         """
         depth, self.num_prefix = len(model.blocks), model.num_prefix_tokens
-        if self.needs_class_token and not model.has_class_token:
-            raise ValueError(
-                f"{self.name} needs a class token, and {type(model).__name__} has none"
-            )
         if self.at_default:
             self.at = tuple(range(depth) if self.own else self.quarters(depth))
         if list(self.at) != sorted(set(self.at) & set(range(depth))):
