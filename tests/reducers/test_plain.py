@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from evit.reducers import Seen
 from tests.reducers.tiny import AT, COUNTS, images, reduced, vit
 
 
@@ -81,3 +82,19 @@ def test_it_is_the_formula(method):
     torch.testing.assert_close(ours, torch.stack(logits), atol=1e-6, rtol=0)
     for a, b in zip(ours_source, source, strict=True):
         assert torch.equal(a[:, None] == a, b[:, None] == b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_cover_chooses_in_half_precision_as_in_float32(dtype):
+    reducer = reduced("cover").reducer
+    x, q, k = torch.randn(4, 65, 48), torch.randn(4, 3, 65, 16), torch.randn(4, 3, 65, 16)
+    half = [part.to(dtype) for part in (x, q, k)]
+    for autocast in (False, True):
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            plans = [
+                reducer.plan(0, Seen(tokens, 1, queries, keys, scale=0.25), 40)
+                for tokens, queries, keys in (half, [part.float() for part in half])
+            ]
+        assert torch.equal(plans[0].index_BK, plans[1].index_BK)
+        assert torch.equal(plans[0].host_BN, plans[1].host_BN)

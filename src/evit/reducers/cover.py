@@ -9,12 +9,13 @@ farthest point sampling (of which this is the parallel form), ToMe (sizes in the
 EViT (places, counts, weights).
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from evit.reducers.base import Reducer
-from evit.reducers.tokens import Reduction, Seen, merge_into, unit
+from evit.reducers.tokens import Reduction, Seen, merge_into, unit, wide
 
 
 class Cover(Reducer):
@@ -31,18 +32,22 @@ class Cover(Reducer):
 
     def __init__(self, *, attention_power: float = 0.25, size_power: float = 0.5, **schedule: Any):
         super().__init__(**schedule)
-        self.powers = attention_power, size_power
+        self.attention_power, self.size_power = attention_power, size_power
 
     def plan(self, i: int, seen: Seen, num_kept: int) -> Reduction:
-        weight_BN, sizes_BN = seen.scores(), seen.sizes()
-        with torch.no_grad(), torch.autocast(weight_BN.device.type, enabled=False):
+        # In float32, whatever the precision of the rest: close ranks would be equal in half of it.
+        q, k = (part.to(wide(part)) for part in (seen.q_BHTD, seen.k_BHTD))
+        with torch.autocast(q.device.type, enabled=False):
+            weight_BN, sizes_BN = replace(seen, q_BHTD=q, k_BHTD=k).scores(), seen.sizes()
+        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             score_BN, tokens_BNC = weight_BN.detach(), unit(seen.image())
             similarity_BNN = tokens_BNC @ tokens_BNC.mT
             # Only tokens of higher attention count; the highest one has none and comes first.
             higher_BNN = score_BN[:, None, :] > score_BN[:, :, None]
             nearest_BN = similarity_BNN.masked_fill(~higher_BNN, -1.0).amax(2)
             relative_BN = score_BN / score_BN.mean(1, keepdim=True)
-            rank_BN = (1 - nearest_BN) * relative_BN ** self.powers[0] * sizes_BN ** self.powers[1]
+            rank_BN = (1 - nearest_BN) * relative_BN**self.attention_power
+            rank_BN = rank_BN * sizes_BN**self.size_power
             index_BK = rank_BN.topk(num_kept).indices
             to_kept_BKN = similarity_BNN.gather(
                 1, index_BK[..., None].expand(-1, -1, similarity_BNN.shape[2])
