@@ -10,7 +10,6 @@ from evit.config import CONF_DIR
 from evit.models import create_model
 
 MICRO = "model=evit_deit_micro img_size=28"
-FIXED = dict(drop={"fusion"}, random={"fusion", "selection"})  # by what they are
 
 
 @pytest.fixture
@@ -23,8 +22,7 @@ def composed():
 @pytest.mark.parametrize("kind", reducers.KINDS, ids=lambda kind: kind.name)
 def test_every_option_of_a_method_is_a_knob_with_its_default(kind, composed):
     cfg = composed(*MICRO.split(), f"reducer={kind.name}", "keep_rate=0.6")
-    options = reducers.options(kind) - FIXED.get(kind.name, set())
-    assert set(cfg.reducer) == options | {"_target_"}
+    assert set(cfg.reducer) == reducers.options(kind) | {"_target_"}
     model = instantiate(cfg.model)
     assert type(model.reducer) is kind and model.keep_rate == (0.6,) * 3
     default = create_model("evit_deit_tiny_patch16", reducer=kind.name, keep_rate=0.6)

@@ -58,3 +58,10 @@ def put_back(states: list[Any], num_prefix: int) -> Iterator[Tensor]:
         else:
             map_BNC = state[:, num_prefix:]
         yield torch.cat([state[:, :num_prefix], map_BNC], 1)
+
+
+def weigh(x: Tensor, sizes_BT: Tensor, num_prefix: int) -> Tensor:
+    """Weigh image tokens by the patches they stand for; their mean weight is 1."""
+    sizes = sizes_BT[:, num_prefix:, None]
+    share = (sizes * (sizes.shape[1] / sizes.sum(1, keepdim=True))).to(x.dtype)
+    return torch.cat([x[:, :num_prefix], x[:, num_prefix:] * share], 1)

@@ -9,16 +9,18 @@ from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
     get_pretrained_cfg,
+    load_pretrained,
     register_model,
 )
 from torch import nn
 
+from evit import reducers
 from evit.models.convert import reduce
 from evit.models.lvvit import LVViT
 from evit.models.patches import check_img_size
 from evit.models.vit import ReducedViT
 from evit.models.weights import fit_state_dict
-from evit.reducers import REDUCERS, KeepRate, Reducer
+from evit.reducers import KeepRate, Reducer
 
 DEIT: dict[str, dict[str, Any]] = {
     "tiny": dict(embed_dim=192, depth=12, num_heads=3),
@@ -132,12 +134,17 @@ def reduced(
         ValueError: timm has no such model, it cannot be served, or its patches do not tile
             img_size.
     """
-    if reducer is None:
-        reducer, keep_rate = "evit", 1.0
-    fusion = kwargs.pop("fusion", None)
-    options = dict(fusion=fusion) if fusion is not None and reducer == "evit" else {}
-    model: Any = create_model(model_name, **kwargs)
-    given: Any = dict(keep_rate=keep_rate, at=drop_loc) if reducer in REDUCERS else {}
-    reduce(model, reducer, **given, **options)
+    made = reducers.take(kwargs, reducer, keep_rate, drop_loc, kwargs.pop("fusion", None))
+    model = reduce(create_model(model_name, **kwargs), made)
     check_img_size(model.patch_embed.img_size, model.patch_embed.patch_size)
+    return model
+
+
+@register_model
+def reduced_vit(pretrained: bool = False, *, base: str, **kwargs: Any) -> ReducedViT:
+    """timm's model `base` with a reducer: what evit.reduce made, read again by timm."""
+    model = reduced(base, **kwargs)
+    if pretrained:
+        shape = dict(num_classes=model.num_classes, in_chans=model.patch_embed.proj.in_channels)
+        load_pretrained(model, **shape)
     return model

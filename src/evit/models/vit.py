@@ -1,5 +1,6 @@
 """timm's VisionTransformer with a token reducer in some of its blocks: the same parameters."""
 
+import bisect
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,6 +51,7 @@ class ReducedViT(VisionTransformer):
     """
 
     kind: type[VisionTransformer] | None = None  # timm's class that this one was made of
+    built_from: dict[str, Any] = {}  # the arguments of timm.create_model
 
     def __init__(
         self,
@@ -63,21 +65,9 @@ class ReducedViT(VisionTransformer):
         **kwargs: Any,
     ):
         check_img_size(img_size, patch_size)
-        if reducer is None:
-            reducer, keep_rate = "evit", 1.0
-        if reducer in reducers.REDUCERS:
-            kind = reducers.REDUCERS[reducer]
-            known = reducers.options(kind) - {"keep_rate", "at", "fusion"}
-            own = {name: kwargs.pop(name) for name in known & set(kwargs)}
-            if fusion is not None and "fusion" in reducers.options(kind):
-                own["fusion"] = fusion
-            reducer = reducers.make(reducer, keep_rate=keep_rate, at=drop_loc, **own)
-        elif drop_loc is None:
-            reducer = reducers.make(reducer)
-        else:
-            raise ValueError(f"drop_loc={list(drop_loc)} is the reducer's: reducer.at")
+        made = reducers.take(kwargs, reducer, keep_rate, drop_loc, fusion)
         super().__init__(img_size, patch_size, *args, **kwargs)
-        self._attach(reducer)
+        self._attach(made)
 
     def _attach(self, reducer: Reducer) -> None:
         if type(self.patch_drop) is not nn.Identity:
@@ -95,6 +85,17 @@ class ReducedViT(VisionTransformer):
     fusion = of_reducer("fusion", "EViT's: whether tokens that are not kept are fused into one.")
     selection = of_reducer("selection", "EViT's: which tokens are kept.")
 
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        """What timm writes into config.json beside the weights, to make the model again."""
+        config = self.reducer.config()
+        own = dict(reducer=self.reducer.name, drop_loc=config.pop("at")) | config
+        return {k: v for k, v in self.built_from.items() if k != "keep_rate"} | own
+
+    @_model_args.setter
+    def _model_args(self, arguments: dict[str, Any]) -> None:
+        self.built_from = arguments
+
     def set_keep_rate(self, keep_rate: KeepRate) -> None:
         """Use keep_rate, one number or one for each of drop_loc, from the next forward on."""
         self.reducer.set_keep_rate(keep_rate)
@@ -105,13 +106,9 @@ class ReducedViT(VisionTransformer):
 
     def tokens_per_block(self) -> list[int]:
         """Image tokens that enter the MLP of each block (a fused token counts as one)."""
-        n = self.patch_embed.num_patches
-        left = dict(zip(self.drop_loc, self.reducer.counts(n), strict=True))
-        counts = []
-        for i in range(len(self.blocks)):
-            n = left.get(i, n)
-            counts.append(n)
-        return counts
+        n, at = self.patch_embed.num_patches, self.drop_loc
+        left = [n, *self.reducer.counts(n)]
+        return [left[bisect.bisect(at, i)] for i in range(len(self.blocks))]
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) to the tokens (B, T, C) that enter the first block."""
@@ -150,23 +147,18 @@ class ReducedViT(VisionTransformer):
         for i in range(start, len(self.blocks) if stop is None else stop):
             place, num_kept = kept.get(i, (0, n))
             bias = self.reducer.key_bias(sizes, x.dtype)
+            step = Step(P) if prefix_only and i == last else None
             if num_kept < n:
                 class_token = self.has_class_token
                 step = Step(P, self.reducer, place, num_kept, sizes, bias, class_token)
-                x = self.run(self.blocks[i], x, bias, False, step)
-                assert step.reduction is not None
-                found.append(step.reduction)
-                if states is not None:
-                    states.append(step.reduction)
-                sizes, n = step.reduction.sizes_BT, num_kept + self.reducer.extra
-            elif prefix_only and i == last:
-                x = self.run(self.blocks[i], x, bias, False, Step(P))
-            elif bias is not None:
-                x = self.run(self.blocks[i], x, bias)
-            else:
-                x = self.run(self.blocks[i], x)
+            with_step = () if step is None and bias is None else (bias, False, step)
+            x = self.run(self.blocks[i], x, *with_step)
+            new = [] if step is None or step.reduction is None else [step.reduction]
+            for reduction in new:
+                sizes, n = reduction.sizes_BT, num_kept + self.reducer.extra
+            found += new
             if states is not None:
-                states.append(x)
+                states += [*new, x]
         return x, found
 
     def run(self, function: Any, *args: Any) -> Any:
@@ -174,16 +166,6 @@ class ReducedViT(VisionTransformer):
         if self.grad_checkpointing and self.training:
             return checkpoint(function, *args, use_reentrant=False)
         return function(*args)
-
-    def weigh(self, x: Tensor, found: list[Reduction]) -> Tensor:
-        """Weigh tokens by the patches they stand for, where the classifier averages them."""
-        sizes_BT = found[-1].sizes_BT if found else None
-        if self.global_pool != "avg" or sizes_BT is None or x.shape[1] != sizes_BT.shape[1]:
-            return x
-        P = self.num_prefix_tokens
-        sizes = sizes_BT[:, P:, None]
-        share = (sizes * (sizes.shape[1] / sizes.sum(1, keepdim=True))).to(x.dtype)
-        return torch.cat([x[:, :P], x[:, P:] * share], 1)
 
     def forward_features(self, x: Tensor, return_kept: bool = False) -> Any:  # type: ignore[override]
         """Normalised tokens (B, T, C); with return_kept, also the ids of the surviving patches."""
@@ -218,26 +200,18 @@ class ReducedViT(VisionTransformer):
         states: list[Any] = [x]
         self.encode(x, stop=last + 1 if stop_early else None, states=states)
         placed = list(follow.put_back(states, self.num_prefix_tokens))
-        chosen = [placed[i] for i in take]
-        if norm:
-            chosen = [self.norm(tokens) for tokens in chosen]
+        chosen = [self.norm(placed[i]) if norm else placed[i] for i in take]
         P = self.num_prefix_tokens
-        maps = [tokens[:, P:] for tokens in chosen]
+        maps: list[Any] = [tokens[:, P:] for tokens in chosen]
         if output_fmt == "NCHW":
             maps = [self.as_grid(tokens, size) for tokens in maps]
-        prefix = [tokens[:, :P] for tokens in chosen] if P else None
+        prefix = [tokens[:, :P] for tokens in chosen] if P and return_prefix_tokens else None
         if output_dict:
-            result: dict[str, Any] = dict(image_intermediates=maps)
-            if prefix is not None and return_prefix_tokens:
-                result["image_intermediates_prefix"] = prefix
-            return (
-                result
-                if intermediates_only
-                else result | dict(image_features=self.norm(placed[-1]))
-            )
-        found: list[Any] = maps
-        if return_prefix_tokens and prefix is not None:
-            found = list(zip(maps, prefix, strict=True))
+            result = dict(image_intermediates=maps, image_intermediates_prefix=prefix)
+            if not intermediates_only:
+                result["image_features"] = self.norm(placed[-1])
+            return {name: value for name, value in result.items() if value is not None}
+        found = maps if prefix is None else list(zip(maps, prefix, strict=True))
         return found if intermediates_only else (self.norm(placed[-1]), found)
 
     def as_grid(self, tokens: Tensor, size: Any) -> Tensor:
@@ -282,7 +256,10 @@ class ReducedViT(VisionTransformer):
         """Logits of embedded tokens that have been through the blocks before `start`."""
         prefix_only = self.head_reads_prefix and states is None
         x, found = self.encode(x, start, prefix_only=prefix_only, states=states)
-        return self.forward_head(self.weigh(self.norm(x), found)), found
+        x, sizes_BT = self.norm(x), found[-1].sizes_BT if found else None
+        if self.global_pool == "avg" and sizes_BT is not None and sizes_BT.shape[1] == x.shape[1]:
+            x = follow.weigh(x, sizes_BT, self.num_prefix_tokens)
+        return self.forward_head(x), found
 
     def token_outputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits, and what a teacher is compared by at each image token (B, N, ...)."""
@@ -295,10 +272,7 @@ class ReducedViT(VisionTransformer):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle a class that was made for one of timm's by that one."""
         how: Any = super().__reduce_ex__(protocol)
-        made, arguments, *state = how
-        if self.kind is not None:
-            made, arguments = blank, (self.kind,)
-        return made, arguments, *state
+        return how if self.kind is None else (blank, (self.kind,), *how[2:])
 
 
 CLASSES: dict[Any, type[ReducedViT]] = {VisionTransformer: ReducedViT}

@@ -1,10 +1,10 @@
 """Token reducers: one file, one method."""
 
-import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from evit.reducers.ats import ATS
-from evit.reducers.base import KeepRate, Reducer
+from evit.reducers.base import KeepRate, Reducer, options
 from evit.reducers.cover import Cover
 from evit.reducers.dynamicvit import DynamicViT
 from evit.reducers.evit import Drop, EViT, Random
@@ -19,18 +19,6 @@ KINDS: list[type[Reducer]] = [
     *(EViT, Drop, Random, Merge, Cover, ToMe, PiToMe, MCTF, Squeeze, ATS, DynamicViT, DiffRate)
 ]
 REDUCERS: dict[str, type[Reducer]] = {kind.name: kind for kind in KINDS} | {"topk": Drop}
-
-
-def options(kind: type[Reducer]) -> set[str]:
-    """The names of the arguments that a reducer takes."""
-    named = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [p for base in kind.__mro__ for p in _parameters(base)]
-    return {p.name for p in parameters if p.kind in named} - {"self"}
-
-
-def _parameters(kind: type) -> list[inspect.Parameter]:
-    own = kind.__dict__.get("__init__") if issubclass(kind, Reducer) else None
-    return list(inspect.signature(own).parameters.values()) if own else []
 
 
 def make(reducer: str | Reducer, **arguments: Any) -> Reducer:
@@ -54,6 +42,27 @@ def make(reducer: str | Reducer, **arguments: Any) -> Reducer:
     return kind(**arguments)
 
 
+def take(
+    kwargs: dict[str, Any],
+    reducer: str | Reducer | None,
+    keep_rate: KeepRate | None,
+    drop_loc: Sequence[int] | None,
+    fusion: bool | None,
+) -> Reducer:
+    """The reducer that a model's arguments ask for; its options are taken out of kwargs."""
+    if reducer is None:
+        reducer, keep_rate = "evit", 1.0
+    if isinstance(reducer, Reducer) and drop_loc is not None:
+        raise ValueError(f"drop_loc={list(drop_loc)} is the reducer's: reducer.at")
+    if reducer not in REDUCERS:
+        return make(reducer)
+    known = options(REDUCERS[reducer]) - {"keep_rate", "at"}
+    own = {name: kwargs.pop(name) for name in known & set(kwargs)}
+    if fusion is not None and "fusion" in known:
+        own["fusion"] = fusion
+    return make(reducer, keep_rate=keep_rate, at=drop_loc, **own)
+
+
 __all__ = [
     *[kind.__name__ for kind in KINDS],
     "KINDS",
@@ -66,4 +75,5 @@ __all__ = [
     "merge_into",
     "nearest",
     "options",
+    "take",
 ]

@@ -4,6 +4,7 @@ A reducer decides where each token goes, in `plan`. The framework does the rest:
 a query, projecting after the reduction, indices, pictures, MACs, compilation, export.
 """
 
+import inspect
 import itertools
 import math
 from collections.abc import Sequence
@@ -39,8 +40,19 @@ def per_place(keep_rate: Any, count: int) -> tuple[float, ...]:
     return tuple(float(r) for r in rates)
 
 
+def options(kind: type) -> set[str]:
+    """The names of the arguments that a reducer takes."""
+    inits = [base.__init__ for base in kind.__mro__ if issubclass(base, Reducer)]
+    named = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [p for init in inits for p in inspect.signature(init).parameters.values()]
+    fixed = {"self", *getattr(kind, "fixed", ())}
+    return {p.name for p in parameters if p.kind in named} - fixed
+
+
 class Reducer(nn.Module):
     """Base of all token reducers; a subclass has to write `plan`.
+
+    A subclass keeps its options as attributes of the same names, so that `config` finds them.
 
     Args:
         keep_rate: share of the image tokens kept at each place, in (0, 1]; one number, or one for
@@ -67,6 +79,8 @@ class Reducer(nn.Module):
     static: ClassVar[bool] = True
     proportional: bool = False  # sizes enter the attention of the blocks that follow
     published_names: ClassVar[dict[str, str]] = {}
+    schedules: ClassVar[tuple[str, ...]] = ()  # options that are a schedule of the method's own
+    fixed: ClassVar[tuple[str, ...]] = ()  # options of its base that it does not take
     masked: bool = False  # in training no token is removed: see DynamicViT
     multiple = 1  # tokens are rounded up to it: few shapes to compile while the rate moves
 
@@ -225,6 +239,15 @@ class Reducer(nn.Module):
         """Products of the reduction itself, from n to k image tokens, by the published count."""
         return 0
 
+    def config(self) -> dict[str, Any]:
+        """The arguments of evit.reduce that make this reducer again, but its name."""
+        names = sorted(options(type(self)) - {"keep_rate", "at", "counts"})
+        own = {k: getattr(self, k) for k in names if self.own or k not in self.schedules}
+        if self.given is not None:
+            own |= dict(counts=self.given)
+        elif not self.own:
+            own = dict(keep_rate=self.keep_rate or self.wanted_rate) | own
+        return dict(at=self.at) | {k: v for k, v in own.items() if v is not None}
+
     def extra_repr(self) -> str:
-        rates = self.keep_rate or self.wanted_rate
-        return f"keep_rate={rates}, at={self.at}"
+        return ", ".join(f"{name}={value!r}" for name, value in self.config().items())

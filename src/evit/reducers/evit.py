@@ -52,14 +52,12 @@ class EViT(Reducer):
     def macs(self, n: int, k: int, dim: int) -> int:
         return n + (n - k) * dim * self.fusion
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, fusion={self.fusion}, selection={self.selection!r}"
-
 
 class Drop(EViT):
     """Keep the tokens of highest class attention and drop the others (Top-K)."""
 
     name = "drop"
+    fixed = ("fusion",)
 
     def __init__(self, *, selection: str = "attentive", **schedule: Any):
         super().__init__(fusion=False, selection=selection, **schedule)
@@ -69,6 +67,7 @@ class Random(EViT):
     """Keep tokens at random and drop the others."""
 
     name = "random"
+    fixed = ("fusion", "selection")
 
     def __init__(self, **schedule: Any):
         super().__init__(fusion=False, selection="random", **schedule)

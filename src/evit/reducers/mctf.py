@@ -45,7 +45,7 @@ class MCTF(Pairing):
         if any(not tau > 0 for tau in taus.values()):
             raise ValueError(f"{taus} must be above 0")
         self.one_step_ahead = bool(one_step_ahead)
-        self.taus = tau_sim, tau_info, tau_size
+        self.tau_sim, self.tau_info, self.tau_size = tau_sim, tau_info, tau_size
         self.share = self.r if isinstance(self.r, float) and self.r < 1 else None
 
     def attach(self, model: Any) -> Any:
@@ -88,15 +88,15 @@ class MCTF(Pairing):
         sizes, P, n = seen.sizes(), seen.num_prefix, seen.x_BTC.shape[1] - seen.num_prefix
         importance_BT = weight_BHTT.detach().float().mean((1, 2))
         inverse = 1 / importance_BT
-        value_BN = (inverse / inverse.amax(1, keepdim=True))[:, P:] ** (1 / self.taus[1])
+        value_BN = (inverse / inverse.amax(1, keepdim=True))[:, P:] ** (1 / self.tau_info)
         if seen.sizes_BT is not None:
             small = 1 / seen.sizes_BT
             small = (small / small.amax(1, keepdim=True))[:, P:]
-            value_BN = value_BN * small ** (1 / self.taus[2])
+            value_BN = value_BN * small ** (1 / self.tau_size)
         a, b, place = split(n, P, sizes.device)
         tokens = unit(seen.image())
         cosine = (tokens[:, a] @ tokens[:, b].mT + 1) / 2
-        W = cosine ** (1 / self.taus[0]) * value_BN[:, a, None] * value_BN[:, None, b]
+        W = cosine ** (1 / self.tau_sim) * value_BN[:, a, None] * value_BN[:, None, b]
         r = n - num_kept
         r1, r2 = r // 2, r - r // 2
         best_BA, match_BA = W.max(2)

@@ -51,6 +51,7 @@ class DiffRate(Merge):
     """
 
     name = "diffrate"
+    schedules = ("prune_counts", "merge_counts")
 
     def __init__(
         self,
@@ -60,26 +61,28 @@ class DiffRate(Merge):
         **schedule: Any,
     ):
         super().__init__(**schedule)
-        self.pruned, self.merged = list(prune_counts or ()), list(merge_counts or ())
-        self.own = bool(self.pruned or self.merged)
-        pairs = list(zip(self.pruned, self.merged, strict=False))
-        if len(self.pruned) != len(self.merged) or any(not p >= g > 1 for p, g in pairs):
+        self.prune_counts, self.merge_counts = list(prune_counts or ()), list(merge_counts or ())
+        self.own = bool(self.prune_counts or self.merge_counts)
+        pairs = list(zip(self.prune_counts, self.merge_counts, strict=False))
+        if len(self.prune_counts) != len(self.merge_counts) or any(
+            not p >= g > 1 for p, g in pairs
+        ):
             raise ValueError(
-                f"prune_counts={self.pruned} must have as many entries as merge_counts="
-                f"{self.merged}, each at least as large, and these at least 2"
+                f"prune_counts={self.prune_counts} must have as many entries as merge_counts="
+                f"{self.merge_counts}, each at least as large, and these at least 2"
             )
 
     def wanted(self, i: int, n: int) -> int:
-        return min(self.merged[i] - 1, n) if self.own else super().wanted(i, n)
+        return min(self.merge_counts[i] - 1, n) if self.own else super().wanted(i, n)
 
     def check(self, n: int) -> None:
-        if self.own and len(self.merged) != len(self.at):
+        if self.own and len(self.merge_counts) != len(self.at):
             raise ValueError(
-                f"merge_counts={self.merged}: give one for each of {len(self.at)} places"
+                f"merge_counts={self.merge_counts}: give one for each of {len(self.at)} places"
             )
         super().check(n)
 
     def plan(self, i: int, seen: Seen, num_kept: int) -> Reduction:
         score_BN = seen.scores().detach()
-        ranked = self.pruned[i] - 1 if self.own else score_BN.shape[1]
+        ranked = self.prune_counts[i] - 1 if self.own else score_BN.shape[1]
         return merge(seen, score_BN, min(ranked, score_BN.shape[1]), num_kept)

@@ -25,6 +25,7 @@ class PiToMe(Pairing):
     """
 
     name = "pitome"
+    schedules = ("r", "ratio")
 
     def __init__(self, *, ratio: float | None = None, prop_attn: bool = False, **schedule: Any):
         super().__init__(prop_attn=prop_attn, **schedule)

@@ -37,7 +37,7 @@ class Squeeze(DynamicViT):
         super().__init__(**schedule)
         if score not in ("class", "predictor"):
             raise ValueError(f"score must be class or predictor, got {score!r}")
-        self.masked = score == "predictor"
+        self.score, self.masked = score, score == "predictor"
 
     @property
     def stage(self) -> str:  # type: ignore[override]

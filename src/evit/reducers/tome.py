@@ -7,7 +7,7 @@ similarities. Needs no training. Written from the paper.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -41,10 +41,16 @@ class Pairing(Reducer):
         prop_attn: sizes enter the attention (proportional attention).
     """
 
+    schedules: ClassVar[tuple[str, ...]] = ("r",)
+
     def __init__(self, *, r: Any = None, prop_attn: bool = True, **schedule: Any):
         super().__init__(**schedule)
-        self.r, self.proportional = r, prop_attn
+        self.r, self.prop_attn = r, prop_attn
         self.own = r is not None
+
+    @property
+    def proportional(self) -> bool:  # type: ignore[override]
+        return self.prop_attn
 
     def fewest(self, n: int) -> int:
         return n - n // 2
