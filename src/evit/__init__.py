@@ -7,6 +7,7 @@ from typing import Any
 
 __version__ = "0.2.0"
 __all__ = [
+    "Cascade",
     "DynamicViT",
     "EViT",
     "LVViT",

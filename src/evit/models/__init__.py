@@ -1,5 +1,6 @@
 """Models. Importing this package registers them with timm."""
 
+from evit.models.cascade import Cascade
 from evit.models.convert import reduce, reorganize
 from evit.models.lvvit import LVViT
 from evit.models.registry import create_model
@@ -7,6 +8,7 @@ from evit.models.vit import DynamicViT, EViT, ReducedViT
 from evit.models.weights import load_checkpoint
 
 __all__ = [
+    "Cascade",
     "DynamicViT",
     "EViT",
     "LVViT",

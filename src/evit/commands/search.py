@@ -1,0 +1,109 @@
+"""Search the keep rates that lose least at a cost; write front.json, front.png and what to type."""
+
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from matplotlib.figure import Figure
+from omegaconf import DictConfig
+
+from evit.commands import checkpoint
+from evit.data.batch import normalize
+from evit.measure.search import Found, Search, gmacs
+from evit.measure.speed import timed
+from evit.report import results
+
+
+def run(cfg: DictConfig) -> dict[str, Any]:
+    """Search by a composed configuration; leave front.json and front.png in the run folder.
+
+    Schedules are searched on one half of the images and reported on the other.
+
+    Raises:
+        ValueError: the budget is not one, or cannot be met; the reducer has no rates to search.
+    """
+    budgets = {k: cfg[k] for k in ("gmacs", "images_per_s", "accuracy") if cfg[k] is not None}
+    if len(budgets) != 1 or cfg.images < 2:
+        raise ValueError(
+            f"give one budget: gmacs=3.0, images_per_s=1.5 (times the dense model's) or "
+            f"accuracy=-0.5 (points of top-1), and images=2 or more; got {budgets}"
+        )
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    model, about, cfg = checkpoint.opened(cfg)
+    reducer = getattr(model, "reducer", None)
+    if reducer is None or reducer.masked or reducer.own or reducer.given:
+        kind = type(model).__name__ if reducer is None else f"reducer {reducer.name}"
+        raise ValueError(f"{kind} has no keep rates to search: take reducer=evit or another")
+    places = range(1, len(model.blocks)) if cfg.places == "search" else reducer.at
+    data = checkpoint.validation(cfg, cfg.images, max_val_images=cfg.images)
+    data.prepare_data()
+    data.setup()
+    pixels, labels = next(iter(data.val_dataloader()))[:2]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    images, labels = normalize(pixels, about["mean"], about["std"]).to(device), labels.to(device)
+    model.to(device)
+    timing = "images_per_s" in budgets
+    cost = partial(seconds, images=images[:: max(1, len(images) // 32)]) if timing else gmacs
+    halves = [(images[i::2], labels[i::2]) for i in (0, 1)]
+    print(f"Searching {reducer.name} on {len(halves[0][0])} images of {data.name}", flush=True)
+    search, held_out = (Search(model, *half, places, cost) for half in halves)
+    unit, dense = "s" if timing else "GMACs", search.dense.cost
+    budget = dense / (cfg.images_per_s or 1) if timing else float(cfg.gmacs or dense)
+    if not 0 < budget <= dense:
+        raise ValueError(
+            f"{budgets} is no budget: the dense model takes {dense:.4g} {unit}, give less"
+        )
+    search.uniform(budget)  # or it cannot be met
+    search.sensitivities()
+    print(f"{len(search.known)} schedules measured; now those of several places", flush=True)
+    front = search.front()
+    if cfg.accuracy is None:
+        found = search.best(budget)
+    else:
+        enough = [f for f in front if f.top1 >= search.dense.top1 + cfg.accuracy]
+        found = min(enough, key=lambda f: f.cost, default=search.dense)
+    uniforms = [u for f in front if (u := search.uniform(f.cost, or_none=True))]
+    uniform = search.uniform(found.cost, or_none=True) or search.dense
+    at, rates = search.keep_rates(found)
+    rows = dict(dense=search.dense, uniform=uniform, found=found)
+    held = {name: held_out.measure(row.counts) for name, row in rows.items()}
+    print(
+        f"{len(search.known)} schedules measured\n\n{'':8} {unit:>8}  KL: searched  held out  top-1"
+    )
+    for name, row in rows.items():
+        other: Any = held[name]
+        print(f"{name:8} {row.cost:8.4g} {row.loss:13.4f} {other.loss:9.4f}  {other.top1:5.2f}")
+    line = f"reducer={reducer.name} reducer.at={at} keep_rate={rates}".replace(", ", ",")
+    print(f"\nNext, with src/train.py, evaluate.py, benchmark.py or export.py:\n  {line}")
+    result = dict(budget=budgets, unit=unit, reducer=reducer.name, overrides=line, at=at)
+    result |= dict(keep_rate=rates, measured=len(search.known), checkpoint=str(cfg.checkpoint))
+    for name, group in dict(front=front, uniform=uniforms, searched=rows.values()).items():
+        result[name] = [row._asdict() for row in group]
+    result["held_out"] = {name: row and row._asdict() for name, row in held.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    results.write_json(result, folder / "front.json")
+    draw(dict(searched=front, uniform=uniforms), found, unit, folder / "front.png")
+    print(f"{folder}/front.json, front.png")
+    return result
+
+
+def seconds(model: Any, images: torch.Tensor) -> float:
+    """Seconds for an image, the median of 5 batches."""
+    step = torch.no_grad()(partial(model, images))
+    return median(timed(step, 1, images.device) for _ in range(5)) / len(images)
+
+
+def draw(lines: dict[str, list[Found]], found: Found, unit: str, path: Path) -> None:
+    """Draw divergence against cost, of the searched and the uniform schedules."""
+    figure = Figure(figsize=(5, 3.3), layout="constrained")
+    axes = figure.add_subplot(xlabel=f"{unit} per image", ylabel="KL(dense || reduced)")
+    axes.set_yscale("log")
+    for (name, rows), marker in zip(lines.items(), "os", strict=True):
+        rows = sorted((row for row in rows if row.loss > 0), key=lambda row: row.cost)
+        axes.plot([r.cost for r in rows], [r.loss for r in rows], marker=marker, label=name)
+    axes.plot([found.cost], [found.loss], "*", markersize=12, label="chosen")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=200)

@@ -1,0 +1,217 @@
+"""Keep rates that lose least at a cost: a dynamic program over measured sensitivities.
+
+The loss of a schedule is the divergence KL(dense || reduced) of the predictions, for which no
+labels are needed. It is measured for each place alone; a dynamic program adds these up, and the
+schedules that it finds are measured as they are, and improved by small moves.
+"""
+
+import copy
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from evit.measure.macs import count_macs
+from evit.reducers.dynamicvit import divergence
+
+BINS = 600  # of what a schedule saves
+
+
+class Found(NamedTuple):
+    """A schedule: image tokens after each place; its cost, loss and top-1 (percent)."""
+
+    counts: tuple[int, ...]
+    cost: float
+    loss: float
+    top1: float
+
+
+def gmacs(model: Any) -> float:
+    """1e9 multiply-accumulates of an image, by the published count."""
+    return count_macs(model) / 1e9
+
+
+class Search:
+    """Schedules of a model's reducer, measured on some images.
+
+    Args:
+        model: a reduced model in eval mode, whose reducer needs no training.
+        images, labels: (B, 3, H, W), normalised, and (B,); the labels serve top1 alone.
+        places: blocks that may reduce.
+        cost: of the model with the reducer that it has.
+        steps: how many numbers of tokens are tried at a place.
+
+    Attributes:
+        known: every schedule measured so far.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: Any,
+        images: Tensor,
+        labels: Tensor,
+        places: Sequence[int],
+        cost: Callable[[Any], float] = gmacs,
+        steps: int = 10,
+    ):
+        self.model, self.labels, self.places, self.cost = model, labels, tuple(places), cost
+        self.patches = n = model.patch_embed.num_patches
+        self.grid = sorted({math.ceil(n * i / steps) for i in range(1, steps + 1)}, reverse=True)
+        self.known: dict[tuple[int, ...], Found] = {}
+        self.reducer = model.reducer
+        self.use([n] * len(self.places))
+        x, self.trunk = model.embed(images), {}
+        for done, place in zip((0, *self.places), self.places, strict=False):
+            x, _ = model.encode(x, done, place)
+            self.trunk[place] = x
+        self.logits = model.classify(x, self.places[-1])[0]
+        dense = self.measure([n] * len(self.places))
+        assert dense is not None
+        self.dense: Found = dense
+
+    def use(self, counts: Sequence[int]) -> None:
+        """Let the model reduce to these counts at the places.
+
+        Raises:
+            ValueError: the reducer cannot.
+        """
+        reducer, before = copy.deepcopy(self.reducer), [self.patches, *counts]
+        changes = [i for i in range(len(counts)) if counts[i] != before[i]]
+        reducer.at = tuple(self.places[i] for i in changes)
+        reducer.given, reducer.own = [counts[i] for i in changes], False
+        reducer.keep_rate = tuple(counts[i] / before[i] for i in changes)
+        reducer.check(self.patches)
+        self.model.reducer = reducer
+
+    @torch.no_grad()
+    def measure(self, counts: Sequence[int]) -> Found | None:
+        """Measure a schedule, once; None if the reducer cannot serve it."""
+        counts = tuple(counts)
+        if counts not in self.known:
+            try:
+                self.use(counts)
+            except ValueError:
+                return None
+            start = min(self.model.reducer.at, default=self.places[-1])
+            logits = self.model.classify(self.trunk[start], start)[0]
+            loss = divergence(logits, self.logits).mean().item()
+            top1 = 100 * (logits.argmax(1) == self.labels).float().mean().item()
+            self.known[counts] = Found(counts, self.cost(self.model), loss, top1)
+        return self.known[counts]
+
+    def uniform(self, budget: float, or_none: bool = False) -> Any:
+        """The largest keep rate that fits the budget, the same at the reducer's own places.
+
+        Raises:
+            ValueError: none fits.
+        """
+        fitting, low, high = None, 0.0, 1.0
+        for _ in range(9):
+            reducer, rate = copy.deepcopy(self.reducer), (low + high) / 2
+            try:
+                reducer.set_keep_rate(rate)
+                left = dict(zip(reducer.at, reducer.counts(self.patches), strict=True))
+                counts, n = [], self.patches
+                for place in self.places:
+                    n = left.get(place, n)
+                    counts.append(n)
+                found = self.measure(counts)
+            except ValueError:
+                found = None
+            if found is None or found.cost <= budget:
+                low, fitting = rate, found or fitting
+            else:
+                high = rate
+        if fitting is None and not or_none:
+            raise ValueError(f"no keep rate of {self.reducer.name} gets down to {budget:.4g}")
+        return fitting
+
+    def sensitivities(self) -> None:
+        """Measure each place alone, at every number of tokens; then solve the program once.
+
+        What comes after a place that leaves k tokens is as if this place had left k of all: a
+        schedule loses, and saves, at each place what that adds to what its tokens had lost before.
+        """
+        n, L, G = self.patches, len(self.places), len(self.grid)
+        loss, saved = np.full((L, G), np.inf), np.zeros((L, G))
+        for i, g in itertools.product(range(L), range(G)):
+            if found := self.measure([n] * i + [self.grid[g]] * (L - i)):
+                loss[i, g], saved[i, g] = found.loss, self.dense.cost - found.cost
+        loss = np.maximum.accumulate(loss, 1)  # fewer tokens are not better
+        self.unit = max(saved.max() / BINS, 1e-12)
+        bins = np.round(saved / self.unit).astype(int).clip(0)
+        self.value = np.full((G, BINS + 1), np.inf)  # least loss, by tokens left and bins saved
+        self.value[0, 0] = 0
+        self.back = np.zeros((L, G, BINS + 1, 2), int)  # tokens left and bins saved before
+        for i in range(L):
+            value = np.full_like(self.value, np.inf)
+            for before, g in itertools.combinations_with_replacement(range(G), 2):
+                more = max(bins[i, g] - bins[i, before], 0)
+                if np.isinf(loss[i, g]) or more > BINS:
+                    continue
+                came = np.arange(BINS + 1 - more)
+                total = self.value[before, came] + loss[i, g] - loss[i, before]
+                better = total < value[g, came + more]
+                value[g, came[better] + more] = total[better]
+                self.back[i, g, came[better] + more] = np.stack(
+                    [np.full(better.sum(), before), came[better]], 1
+                )
+            self.value = value
+
+    def path(self, bins: int) -> tuple[int, ...]:
+        """The schedule of least predicted loss that saves at least so many bins; () if none."""
+        g, b = np.unravel_index(self.value[:, bins:].argmin(), self.value[:, bins:].shape)
+        b += bins
+        if np.isinf(self.value[g, b]):
+            return ()
+        counts = []
+        for i in reversed(range(len(self.places))):
+            counts.append(self.grid[g])
+            g, b = self.back[i, g, b]
+        return tuple(reversed(counts))
+
+    def front(self, count: int = 12) -> list[Found]:
+        """Measured schedules, from the cheapest to the dense one."""
+        paths = {self.path(int(bins)) for bins in np.linspace(BINS, 0, count)} - {()}
+        found = {f for path in paths if (f := self.measure(path))}
+        return sorted(found, key=lambda f: f.cost)
+
+    def best(self, budget: float, moves: int = 60) -> Found:
+        """The schedule of least loss that fits the budget: uniform()'s, or a better one."""
+        best, wanted = self.uniform(budget), (self.dense.cost - budget) / self.unit
+        for bins in range(max(0, math.floor(wanted)), BINS + 1, 6):
+            path = self.path(bins)
+            if path and (found := self.measure(path)) and found.cost <= budget:
+                best = min(best, found, key=lambda f: f.loss)
+                break
+        step, limit, better = max(1, self.patches // 16), len(self.known) + moves, True
+        while better:
+            better = False
+            for up, down in itertools.permutations(range(len(self.places)), 2):
+                for lowered in range(1, 5):
+                    counts = np.array(best.counts)
+                    counts[[up, down]] += step, -lowered * step
+                    counts = np.minimum.accumulate(counts.clip(1, self.patches))
+                    found = self.measure(counts.tolist())
+                    if len(self.known) >= limit:
+                        return best
+                    if found and found.cost <= budget:
+                        better = better or found.loss < best.loss
+                        best = min(best, found, key=lambda f: f.loss)
+                        break
+        return best
+
+    def keep_rates(self, found: Found) -> tuple[list[int], list[float]]:
+        """The places that reduce and their keep rates, in as few digits as give the counts."""
+        self.use(found.counts)
+        reducer, n, rates = self.model.reducer, self.patches, []
+        for kept, left in zip(reducer.kept(n), reducer.given, strict=True):
+            exact = (round((kept - 0.5) / n, digits) for digits in range(2, 9))
+            rates.append(next(rate for rate in exact if math.ceil(rate * n) == kept))
+            n = left
+        return list(reducer.at), rates
