@@ -22,8 +22,8 @@ imagenet: setup  ## ROOT=DIR, ImageNet as downloaded or in class folders -> FFCV
 	@$(if $(ROOT),,$(error give the folder that holds ImageNet: make imagenet ROOT=DIR))
 	$(PYTHON) src/prepare.py "source='$$ROOT'" $(if $(TARGET),"target='$$TARGET'") imagenet=true $(ARGS)
 
-test: setup  ## the tests, under 10 minutes
-	$(PYTHON) -m pytest -m "not slow and not slurm" $(ARGS)
+test: setup  ## the tests, in 6 minutes on two cores
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile -m "not slow and not slurm" $(ARGS)
 
 test-all: setup  ## the slow tests too
 	$(PYTHON) -m pytest -m "not slurm" $(ARGS)
