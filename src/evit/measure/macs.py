@@ -31,9 +31,14 @@ def count_macs(
         was_training, weight = model.training, next(model.parameters())
         image = torch.zeros(1, 3, *size, dtype=weight.dtype, device=weight.device)
         eager = torch.compiler.set_stance("force_eager")  # a compiled model hides its products
+        learning = [p for p in model.parameters() if p.requires_grad]
+        for p in learning:  # the counter stumbles over views of them in a module's inputs
+            p.requires_grad_(False)
         with torch.no_grad(), eager, FlopCounterMode(display=False) as counter:
             model.eval()(image)
         model.train(was_training)
+        for p in learning:
+            p.requires_grad_(True)
         return counter.get_total_flops() // 2
     if not hasattr(model, "reducer"):
         raise ValueError(
@@ -103,17 +108,28 @@ def _published(model: Any, size: tuple[int, int]) -> int:
         attn, t = block.attn, prefix + n
         scaled = t * dim if lvvit else heads * t**2  # the queries, or the attention
         norms = heads * (_affine(attn.q_norm) + _affine(attn.k_norm)) + _affine(attn.norm)
-        macs += t * 4 * dim**2 + 2 * t**2 * dim + scaled
-        macs += t * (dim + norms + _affine(block.ls1))
+        macs += t * _linear(attn) + 2 * t**2 * dim + scaled
+        macs += t * (dim + norms + _scale(block, 1))
         n = left
-        macs += (prefix + n) * (2 * dim * block.mlp.fc1.out_features + dim + _affine(block.ls2))
+        macs += (prefix + n) * (_linear(block.mlp) + dim + _scale(block, 2))
     macs += (prefix + n) * _affine(model.norm) + _affine(model.fc_norm)
     classifiers = sum(getattr(model, name, None) is not None for name in ("head", "head_dist"))
     macs += classifiers * dim * model.num_classes
     return macs + (model.head_macs(n) if lvvit else 0)
 
 
-def _affine(module: nn.Module) -> int:
+def _linear(module: nn.Module) -> int:
+    """Products per token of the linear layers in a module."""
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def _scale(block: Any, number: int) -> int:
+    """Products per token of a block's LayerScale: a module of timm's Block, a tensor of Eva's."""
+    gamma = getattr(block, f"gamma_{number}", None)
+    return _affine(getattr(block, f"ls{number}", None)) if gamma is None else gamma.numel()
+
+
+def _affine(module: nn.Module | None) -> int:
     """Products per token of an affine norm or a LayerScale: one per channel; none of others."""
     weight = getattr(module, "weight", getattr(module, "gamma", None))
     return 0 if weight is None else weight.numel()

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+from timm.models.eva import Eva, EvaBlock
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import nn
 
 from evit import reducers
 from evit.models.vit import ReducedViT, reduced_class
 from evit.reducers import KeepRate, Reducer
-from evit.reducers.blocks import ReducedBlock
+from evit.reducers.blocks import ROTATED, ReducedBlock, ReducedEvaBlock
 
 
 def reduce(
@@ -67,20 +68,24 @@ def check_model(model: Any) -> None:
     for wrapper, inner in (("module", "DataParallel"), ("_orig_mod", "OptimizedModule")):
         if inner in kind and hasattr(model, wrapper):
             raise ValueError(f"{kind} wraps the model: hand over model.{wrapper}")
-    if not isinstance(model, VisionTransformer):
+    if not isinstance(model, VisionTransformer | Eva):
         children = model.named_children() if isinstance(model, nn.Module) else []
-        inside = [name for name, child in children if isinstance(child, VisionTransformer)]
+        inside = [name for name, child in children if isinstance(child, VisionTransformer | Eva)]
         way = (
             f"hand over model.{inside[0]}"
             if inside
             else "take one from timm.create_model('vit_...')"
         )
         package = type(model).__module__.split(".")[0]
-        raise ValueError(f"{kind} of {package} is not a timm VisionTransformer: {way}")
+        raise ValueError(f"{kind} of {package} is not a timm VisionTransformer or Eva: {way}")
+    if getattr(model, "rope_mixed", False):
+        raise ValueError(f"{kind} has other rotary positions in each block, which is not served")
     for i, block in enumerate(model.blocks):
-        if type(block) not in (Block, ReducedBlock):
+        if type(block) not in (Block, EvaBlock, ReducedBlock, ReducedEvaBlock):
             name = type(block).__name__
             raise ValueError(f"block {i} of {kind} is a {name}, which cannot be served")
-        if type(block.attn) is not Attention or getattr(block.attn, "gate", None) is not None:
-            name = type(block.attn).__name__
-            raise ValueError(f"block {i} of {kind} attends by {name}, or with a gate")
+        attn: Any = block.attn
+        served = type(attn) in (Attention, *ROTATED) and getattr(attn, "gate", None) is None
+        if not served or getattr(attn, "num_kv_heads", attn.num_heads) != attn.num_heads:
+            name = type(attn).__name__
+            raise ValueError(f"block {i} of {kind} attends by {name}, with a gate or shared keys")

@@ -133,7 +133,7 @@ class Reducer(nn.Module):
 
     def quarters(self, depth: int) -> list[int]:
         """The blocks that reduce by default: a quarter, half and three quarters of the depth."""
-        return [depth * quarter // 4 for quarter in (1, 2, 3)]
+        return sorted({depth * quarter // 4 for quarter in (1, 2, 3)})
 
     def build(self, dim: int) -> None:
         """Make the parameters, if there are any, for tokens of `dim` channels."""

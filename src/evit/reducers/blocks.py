@@ -7,16 +7,20 @@ parametrizes it.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Mlp
+from timm.layers import AttentionRope, Mlp, apply_rot_embed_cat
+from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
 from evit.reducers.base import Reducer
 from evit.reducers.tokens import Reduction, Seen, plain
+
+ROTATED = (EvaAttention, AttentionRope)
 
 
 def eager_cpu(x: Tensor) -> bool:
@@ -38,8 +42,29 @@ def parts(attn: Any, flat_BTX: Tensor, first: int, last: int) -> list[Tensor]:
     return [norm(part) if norm else part for norm, part in zip(norms, split.unbind(0), strict=True)]
 
 
-def project(attn: Any, x_BTC: Tensor, first: int, last: int) -> list[Tensor]:
-    """Some of query (0), key (1) and value (2) of timm's Attention, (B, H, T, D) each."""
+def rotated(attn: Any, x_BTC: Tensor, rope_B1ND: Tensor | None) -> list[Tensor]:
+    """Query, key and value of timm's attention in Eva, the first two rotated by their positions."""
+    if attn.qkv is None:
+        flat = torch.cat([attn.q_proj(x_BTC), attn.k_proj(x_BTC), attn.v_proj(x_BTC)], -1)
+    else:
+        flat = attn.qkv(x_BTC)
+        if getattr(attn, "q_bias", None) is not None:
+            flat = flat + torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+    q, k, v = flat.unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    rotate, P = partial(apply_rot_embed_cat, half=attn.rotate_half), attn.num_prefix_tokens
+    q, k = attn.q_norm(q), attn.k_norm(k)
+    if rope_B1ND is not None:
+        q = torch.cat([q[:, :, :P], rotate(q[:, :, P:], rope_B1ND)], 2).type_as(v)
+        k = torch.cat([k[:, :, :P], rotate(k[:, :, P:], rope_B1ND)], 2).type_as(v)
+    return [q, k, v]
+
+
+def project(
+    attn: Any, x_BTC: Tensor, first: int, last: int, rope_B1ND: Tensor | None = None
+) -> list[Tensor]:
+    """Some of query (0), key (1) and value (2) of timm's attention, (B, H, T, D) each."""
+    if isinstance(attn, ROTATED):
+        return rotated(attn, x_BTC, rope_B1ND)[first:last]
     if last - first == 3:
         return parts(attn, attn.qkv(x_BTC), 0, 3)
     if not plain(attn.qkv, nn.Linear):
@@ -57,14 +82,14 @@ def mix(attn: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) 
     return attn.norm(out_BHTD.transpose(1, 2).flatten(2))
 
 
-def masked_attention(attn: Any, x_BTC: Tensor, kept_BT: Tensor) -> Tensor:
-    """timm's Attention.forward in which a token sees the kept ones and itself, for DynamicViT.
+def masked_attention(attn: Any, x_BTC: Tensor, step: Any, rope_B1ND: Any) -> Tensor:
+    """The attention's output in which a token sees the kept ones and itself, for DynamicViT.
 
-    Differentiable in kept_BT (ones and zeros). The softmax is the authors', in float32 whatever the
-    precision of the rest.
+    Differentiable in step.mask_BT (ones and zeros). The softmax is the authors', in float32
+    whatever the precision of the rest.
     """
-    T = x_BTC.shape[1]
-    q, k, v = project(attn, x_BTC, 0, 3)
+    T, kept_BT = x_BTC.shape[1], step.mask_BT
+    q, k, v = project(attn, x_BTC, 0, 3, rope_B1ND)
     logits = ((q * attn.scale) @ k.transpose(-2, -1)).float()
     seen_BTT = kept_BT[:, None].float().expand(-1, T, -1)
     seen_BTT = seen_BTT + (1 - seen_BTT) * torch.eye(T, device=logits.device)
@@ -111,49 +136,53 @@ class Step:
         return self.reduction
 
 
-class ReducedBlock(Block):
-    """timm's Block, which reduces tokens between its attention and its MLP if it is given a step.
+class Reducing(nn.Module):
+    """What a timm block that reduces tokens does between its attention and its MLP.
 
     In a block that reduces, `attn` itself is not called, but each of its parts is.
     """
 
     attn: Any
     mlp: Any
+    norm1: Any
 
-    def forward(
-        self,
-        x: Tensor,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        step: Step | None = None,
-    ) -> Tensor:
+    def whole(self, x: Tensor, bias: Tensor | None, is_causal: bool, rope: Any) -> Tensor:
+        """timm's own forward."""
+        raise NotImplementedError
+
+    def add(self, x: Tensor, out: Tensor) -> Tensor:
+        """The residual stream after the attention's output."""
+        raise NotImplementedError
+
+    def after(self, x: Tensor) -> Tensor:
+        """timm's forward after the attention."""
+        raise NotImplementedError
+
+    def go(self, x: Tensor, bias: Tensor | None, is_causal: bool, step: Any, rope: Any) -> Tensor:
         """Tokens (B, T, C) to (B, T, C); with a step, to the tokens that are left."""
         if step is None:
-            out = self.attn(self.norm1(x), attn_mask=attn_mask, is_causal=is_causal)
-            x = x + self.drop_path1(self.ls1(out))
-            return self.after(x)
+            return self.whole(x, bias, is_causal, rope)
         if step.mask_BT is not None:
-            out = masked_attention(self.attn, self.norm1(x), step.mask_BT)
-            return self.after(x + self.drop_path1(self.ls1(out)))
+            return self.after(self.add(x, masked_attention(self.attn, self.norm1(x), step, rope)))
         if step.num_kept is None:
-            return self.prefix_alone(x, step, attn_mask)
-        assert step.reducer is not None
-        stage = step.reducer.stage
+            return self.prefix_alone(x, step, bias, rope)
+        stage, attn = step.reducer.stage, self.attn
         if stage == "input":
             reduction = step.reduce(step.seen(x))
-            return self.forward(reduction(x), step.reducer.key_bias(reduction.sizes_BT, x.dtype))
+            bias = step.reducer.key_bias(reduction.sizes_BT, x.dtype)
+            return self.whole(reduction(x), bias, False, reduction.positions(rope))
         if stage == "block":
-            x, step.reduction = step.reducer.through(self, step.place, step.seen(x), step.num_kept)
+            seen = step.seen(x, rope_B1ND=rope)
+            x, step.reduction = step.reducer.through(self, step.place, seen, step.num_kept)
             return x
-        attn, y = self.attn, self.norm1(x)
-        if step.reducer.selects and step.class_token and plain(attn.qkv, nn.Linear):
+        y = self.norm1(x)
+        if step.reducer.selects and step.class_token and self.slices:
             (q,), (k, v) = project(attn, y[:, :1], 0, 1), project(attn, y, 1, 3)
         else:
-            q, k, v = project(attn, y, 0, 3)
+            q, k, v = project(attn, y, 0, 3, rope)
         seen = step.seen(x, q_BHTD=q, k_BHTD=k, v_BHTD=v, scale=attn.scale)
         if stage == "residual":
-            x = x + self.drop_path1(self.ls1(self.projected(mix(attn, q, k, v, seen.bias_B11T))))
-            seen.x_BTC = x
+            seen.x_BTC = x = self.add(x, self.projected(mix(attn, q, k, v, seen.bias_B11T)))
             return self.after(step.reduce(seen)(x))
         reduction = step.reduce(seen)
         if step.reducer.selects:  # only the tokens that are left need a query
@@ -165,27 +194,74 @@ class ReducedBlock(Block):
             out = attn.proj(mix(attn, q, k, v, seen.bias_B11T))
         else:  # the projection is linear: fewer tokens go through it
             out = reduction.project(attn.proj, mix(attn, q, k, v, seen.bias_B11T))
-        x = reduction(x) + self.drop_path1(self.ls1(attn.proj_drop(out)))
-        return self.after(x)
+        return self.after(self.add(reduction(x), attn.proj_drop(out)))
+
+    @property
+    def slices(self) -> bool:
+        """Whether a part of qkv may be computed alone."""
+        return isinstance(self.attn, Attention) and plain(self.attn.qkv, nn.Linear)
 
     def projected(self, out: Tensor) -> Tensor:
         """The attention's output projection and dropout."""
         return self.attn.proj_drop(self.attn.proj(out))
 
-    def after(self, x: Tensor) -> Tensor:
-        """timm's Block.forward after its attention."""
-        return x + self.drop_path2(self.ls2(feed_forward(self.mlp, self.norm2(x))))
-
-    def prefix_alone(self, x: Tensor, step: Step, bias: Tensor | None) -> Tensor:
+    def prefix_alone(self, x: Tensor, step: Step, bias: Tensor | None, rope: Any) -> Tensor:
         """The block's output for the prefix tokens, (B, P, C)."""
-        attn, P = self.attn, step.num_prefix
-        if not plain(self, type(self)) or not plain(attn, Attention):  # a hook expects all of them
-            return self.forward(x, bias)
+        attn, P, kinds = self.attn, step.num_prefix, (Attention, *ROTATED)
+        seen = not any(plain(attn, kind) for kind in kinds)
+        if not plain(self, type(self)) or seen:  # a hook expects all tokens
+            return self.whole(x, bias, False, rope)
         y = self.norm1(x)
-        if plain(attn.qkv, nn.Linear):
+        if self.slices:
             (q,), (k, v) = project(attn, y[:, :P], 0, 1), project(attn, y, 1, 3)
         else:
-            q, k, v = project(attn, y, 0, 3)
+            q, k, v = project(attn, y, 0, 3, rope)
             q = q[:, :, :P]
-        x = x[:, :P] + self.drop_path1(self.ls1(self.projected(mix(attn, q, k, v, bias))))
-        return self.after(x)
+        return self.after(self.add(x[:, :P], self.projected(mix(attn, q, k, v, bias))))
+
+
+class ReducedBlock(Reducing, Block):
+    """timm's Block, which reduces tokens if it is given a step."""
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        step: Step | None = None,
+    ) -> Tensor:
+        return self.go(x, attn_mask, is_causal, step, None)
+
+    def whole(self, x: Tensor, bias: Tensor | None, is_causal: bool, rope: Any) -> Tensor:
+        out = self.attn(self.norm1(x), attn_mask=bias, is_causal=is_causal)
+        return self.after(self.add(x, out))
+
+    def add(self, x: Tensor, out: Tensor) -> Tensor:
+        return x + self.drop_path1(self.ls1(out))
+
+    def after(self, x: Tensor) -> Tensor:
+        return x + self.drop_path2(self.ls2(feed_forward(self.mlp, self.norm2(x))))
+
+
+class ReducedEvaBlock(Reducing, EvaBlock):
+    """timm's EvaBlock, whose tokens carry rotary positions, with a step as ReducedBlock."""
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        step: Step | None = None,
+    ) -> Tensor:
+        return self.go(x, attn_mask, is_causal, step, rope)
+
+    def whole(self, x: Tensor, bias: Tensor | None, is_causal: bool, rope: Any) -> Tensor:
+        return EvaBlock.forward(self, x, rope, bias, is_causal)
+
+    def add(self, x: Tensor, out: Tensor) -> Tensor:
+        return x + self.drop_path1(out if self.gamma_1 is None else self.gamma_1 * out)
+
+    def after(self, x: Tensor) -> Tensor:
+        out = self.mlp(self.norm2(x))
+        return x + self.drop_path2(out if self.gamma_2 is None else self.gamma_2 * out)

@@ -93,16 +93,14 @@ class DynamicViT(Reducer):
         P = model.num_prefix_tokens
         prefix, kept = x.new_ones(len(x), P), x.new_ones(len(x), x.shape[1] - P)
         decisions: list[Tensor] = []
+        rope = model.rotary(x.shape[1] - P)
         for i, block in enumerate(model.blocks):
             if i in self.at:
                 log_prob = self.predictors[len(decisions)](x[:, P:], kept)
                 kept = kept * F.gumbel_softmax(log_prob.float(), hard=True)[:, :, 0]
                 decisions.append(kept)
-            if decisions:
-                step = Step(P, mask_BT=torch.cat([prefix, kept], 1))
-                x = model.run(block, x, None, False, step)
-            else:
-                x = model.run(block, x)
+            step = Step(P, mask_BT=torch.cat([prefix, kept], 1)) if decisions else None
+            x = model.run(block, x, step=step, rope=rope)
         return x, decisions
 
     def losses(

@@ -63,12 +63,12 @@ class MCTF(Pairing):
     def through(self, block: Any, i: int, seen: Seen, num_kept: int) -> tuple[Tensor, Reduction]:
         attn, x = block.attn, seen.x_BTC
         y = block.norm1(x)
-        q, k, *v = project(attn, y, 0, 2 if self.one_step_ahead else 3)
+        q, k, *v = project(attn, y, 0, 2 if self.one_step_ahead else 3, seen.rope_B1ND)
         logits = (q * attn.scale) @ k.mT
         weight_BHTT = (logits if seen.bias_B11T is None else logits + seen.bias_B11T).softmax(-1)
         if not self.one_step_ahead:
             out = (attn.attn_drop(weight_BHTT) @ v[0]).transpose(1, 2).flatten(2)
-            seen.x_BTC = x = block.after(self.added(block, x, out))
+            seen.x_BTC = x = block.after(block.add(x, block.projected(attn.norm(out))))
             reduction = self.fuse(seen, weight_BHTT, num_kept)
             return reduction(x), reduction
         reduction = self.fuse(seen, weight_BHTT, num_kept)
@@ -79,10 +79,7 @@ class MCTF(Pairing):
         members = reduction.members(rows.shape[1])
         fused = members(rows.flatten(2)).unflatten(2, rows.shape[2:]).permute(0, 3, 2, 1)
         out = (attn.attn_drop(fused) @ value).transpose(1, 2).flatten(2)
-        return block.after(self.added(block, x, out)), reduction
-
-    def added(self, block: Any, x: Tensor, out: Tensor) -> Tensor:
-        return x + block.drop_path1(block.ls1(block.projected(block.attn.norm(out))))
+        return block.after(block.add(x, block.projected(attn.norm(out)))), reduction
 
     def fuse(self, seen: Seen, weight_BHTT: Tensor, num_kept: int) -> Reduction:
         sizes, P, n = seen.sizes(), seen.num_prefix, seen.x_BTC.shape[1] - seen.num_prefix

@@ -67,6 +67,7 @@ class Seen:
     v_BHTD: Any = None
     scale: float = 1.0
     sizes_BT: Tensor | None = None  # patches that each token stands for; None: one each
+    rope_B1ND: Tensor | None = None  # at stage "block": rotary positions of the image tokens
     bias_B11T: Tensor | None = None  # log of the sizes, as the attention adds it to its logits
     class_token: bool = True
 
@@ -166,6 +167,17 @@ class Reduction:
         if self.sizes_BT is not None:  # a token of size 0 is padding
             kept_BK = torch.where(self.sizes_BT[:, self.num_prefix :] > 0, kept_BK, -1)
         return kept_BK if self.rest_BN is None else F.pad(kept_BK, (0, 1), value=-1)
+
+    def positions(self, rope_B1ND: Any) -> Any:
+        """Rotary positions of the tokens that are left: a merged one has its leader's, a fused one
+        that of the heaviest in it. None stays None."""
+        if rope_B1ND is None:
+            return None
+        index_BK = self.index_BK
+        if self.rest_BN is not None:
+            index_BK = torch.cat([index_BK, self.rest_BN.argmax(1, keepdim=True)], 1)
+        rope_B1ND = rope_B1ND.expand(len(index_BK), -1, -1, -1)
+        return rope_B1ND.gather(2, index_BK[:, None, :, None].expand(-1, 1, -1, rope_B1ND.shape[3]))
 
     def hosts(self, num_tokens: int) -> Tensor:
         """The new image token that each of N old ones went into, (B, N); -1: dropped."""
