@@ -33,6 +33,10 @@ def view(chart: dict, name: str) -> list[dict]:
     return next(shown["data"] for shown in chart["views"] if shown["name"] == name)
 
 
+def beside_dense(content) -> dict:
+    return charts.costs("key", "fashion-mnist, 28 px", content, settings.ours(content))
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -73,7 +77,7 @@ def test_the_spread_over_seeds_is_a_bar_and_in_the_hover_text(tmp_path):
         for seed in range(3)
     }
     points(tmp_path, **runs)
-    chart = charts.relative(0, settings.ours(read(tmp_path)))
+    chart = beside_dense(read(tmp_path))
     (own,) = (t for t in view(chart, "GMACs") if not t["name"].endswith("(paper)"))
     assert own["error_y"]["array"] == [1.0, 1.0] and own["y"] == [-0.5, 0.0]
     assert "81.50 ± 1.00 % (mean and standard deviation of 3 runs)" in own["hovertext"][0]
@@ -107,7 +111,7 @@ def test_no_two_lines_of_a_chart_look_the_same(tmp_path):
             fake.write(tmp_path / f"{rate}-{epochs}", run)
     content = read(tmp_path)
     found = settings.ours(content)
-    for chart in charts.imagenet(content, found), charts.relative(0, found):
+    for chart in charts.costs("a", "ImageNet", content, found), beside_dense(content):
         for shown in chart["views"]:
             looks = [(one["line"]["color"], one["marker"]["symbol"]) for one in shown["data"]]
             assert len(set(looks)) == len(looks) > 5
@@ -149,7 +153,7 @@ def test_two_recipes_are_two_lines_with_names(tmp_path):
     found = settings.ours(read(tmp_path))
     named = {"outputs/low", "outputs/high"}
     assert {name.split(", ")[-1] for name in charts.line_names(found)} == named
-    traces = view(charts.relative(0, found), "GMACs")
+    traces = view(beside_dense(read(tmp_path)), "GMACs")
     assert sum(not trace["name"].endswith("(paper)") for trace in traces) == 2
     assert set(tables.all_settings("28 px", found).frame["recipe"]) == named
 

@@ -39,7 +39,7 @@ class Script(Job):
 
 def script(folder: Path, code: str, **more) -> Script:
     overrides = [f"name={folder.name}"]
-    return Script("train", overrides, cfg=None, config={}, folder=folder, code=BEGIN + code, **more)
+    return Script("train", overrides, folder, code=BEGIN + code, **more)
 
 
 def run(jobs, slots=1):

@@ -6,8 +6,7 @@ import re
 import signal
 import subprocess
 import time
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from evit.commands.jobs import Job
 from evit.config import listed
@@ -21,8 +20,7 @@ FAILED = "failed.json"  # in the folder of a job that failed: why, for the repor
 GRACE = 60  # seconds for a run to end after SIGTERM
 
 
-@dataclass
-class Process:
+class Process(NamedTuple):
     """A job that runs."""
 
     job: Job
@@ -32,11 +30,7 @@ class Process:
 
 
 def make_slots(slots: Any) -> list[dict[str, str]]:
-    """Make the environment of each slot from a number of slots, or a list of their GPUs.
-
-    Raises:
-        ValueError: it is neither.
-    """
+    """Make the environment of each slot from a number of slots, or a list of their GPUs."""
     if isinstance(slots, list) and slots:
         return [{"CUDA_VISIBLE_DEVICES": ",".join(map(str, listed(gpus)))} for gpus in slots]
     if not isinstance(slots, int) or slots < 1:
@@ -49,8 +43,7 @@ def make_slots(slots: Any) -> list[dict[str, str]]:
 
     if not (count := torch.cuda.device_count()):
         return [{"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // slots))}] * slots
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-    gpus = visible.split(",")
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
     shares = [gpus[i::slots] or [gpus[i % len(gpus)]] for i in range(slots)]
     return [{"CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
 
@@ -66,7 +59,6 @@ def start(job: Job, slot: dict[str, str]) -> Process | None:
     The log in its folder is locked for as long as a process of the run is alive, even if the sweep
     has ended before it.
     """
-    command = job.command
     job.folder.mkdir(parents=True, exist_ok=True)
     with (job.folder / LOG).open("ab") as log:
         try:
@@ -75,8 +67,8 @@ def start(job: Job, slot: dict[str, str]) -> Process | None:
             return None
         (job.folder / FAILED).unlink(missing_ok=True)
         where: Any = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-        popen = subprocess.Popen(command, env=environment(slot), start_new_session=True, **where)
-        return Process(job, slot, popen, log.tell())
+        where |= dict(env=environment(slot), start_new_session=True)
+        return Process(job, slot, subprocess.Popen(job.command, **where), log.tell())
 
 
 def stop(popens: list[subprocess.Popen]) -> None:
@@ -89,7 +81,7 @@ def stop(popens: list[subprocess.Popen]) -> None:
                 pass
         until = time.monotonic() + seconds
         while any(popen.poll() is None for popen in popens) and time.monotonic() < until:
-            time.sleep(0.1)
+            time.sleep(0.05)
 
 
 def why(process: Process) -> str:
@@ -101,10 +93,8 @@ def why(process: Process) -> str:
         ended = f"killed by signal {number} ({signal.Signals(number).name})"
     if number == signal.SIGKILL:
         return f"{ended}: out of memory?"
-    with (process.job.folder / LOG).open("rb") as log:
-        log.seek(process.offset)
-        lines = log.read().decode(errors="replace").splitlines()
-    lines = [line.strip() for line in lines if line.strip()]
+    log = (process.job.folder / LOG).read_bytes()[process.offset :].decode(errors="replace")
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception)\b", line)]
     return ": ".join([ended, *(errors or lines)[-1:]])
 
@@ -118,41 +108,41 @@ def run_all(jobs: list[Job], slots: Any) -> list[tuple[Job, str]]:
     """
     free, waiting = make_slots(slots), list(jobs)
     running: list[Process] = []
-    failed: list[tuple[Job, str]] = []
-
-    def tell(job: Job, text: str) -> None:
-        print(f"job {job.number} {text}", flush=True)
+    failed: dict[Any, tuple[Job, str]] = {}
 
     def fail(job: Job, reason: str) -> None:
-        failed.append((job, reason))
-        tell(job, f"failed: {job.name} ({reason})")
+        failed[job.folder] = job, reason
+        print(f"job {job.number} failed: {job.name} ({reason})", flush=True)
 
     try:
         while running or waiting:
             unfinished = {job.folder for job in waiting + [process.job for process in running]}
             for job in [job for job in waiting if job.source not in unfinished][: len(free)]:
                 waiting.remove(job)
-                if any(job.source == other.folder for other, _ in failed):
+                text = f"running: {job.name} ({job.folder / LOG})"
+                if job.source in failed:
                     fail(job, f"not begun: it starts from {job.source}, which failed")
-                elif job.state() == "finished":
-                    tell(job, f"finished: {job.name} (its source has the same result as before)")
+                    continue
+                if job.state() == "finished":
+                    text = f"finished: {job.name} (its source has the same result as before)"
                 elif process := start(job, free[0]):
                     running.append(process)
                     free.pop(0)
-                    tell(job, f"running: {job.name} ({job.folder / LOG})")
                 else:
                     fail(job, f"it runs already, see {job.folder / LOG}")
+                    continue
+                print(f"job {job.number} {text}", flush=True)
             for process in [process for process in running if process.popen.poll() is not None]:
                 job = process.job
                 running.remove(process)
                 free.append(process.slot)
                 stop([process.popen])  # what it may have left behind
                 if process.popen.returncode == 0 and job.state() == "finished":
-                    tell(job, f"finished: {job.name}")
+                    print(f"job {job.number} finished: {job.name}", flush=True)
                 else:
-                    fail(job, why(process))
-                    write_json(dict(job=job.name, reason=failed[-1][1]), job.folder / FAILED)
-            time.sleep(0.2)
+                    fail(job, reason := why(process))
+                    write_json(dict(job=job.name, reason=reason), job.folder / FAILED)
+            time.sleep(0.1)
     finally:
         stop([process.popen for process in running])
-    return failed
+    return list(failed.values())

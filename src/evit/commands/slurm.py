@@ -65,14 +65,9 @@ def job_id(folder: Path | None) -> str | None:
 
 
 def submit(name: str, jobs: list[Job], options: dict[str, Any]) -> None:
-    """Submit the jobs that are not in the queue.
+    """Submit the jobs that are not in the queue, as an array NAME.
 
-    Args:
-        name: the array's.
-        options: of each job, as submitit's AutoExecutor names them.
-
-    Raises:
-        ValueError: there is no SLURM, or no such option.
+    options are each job's, as submitit's AutoExecutor names them; a ValueError if it has no such.
     """
     there = queued()
     todo = [job for job in jobs if job_id(job.folder) not in there]

@@ -7,7 +7,6 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -41,7 +40,7 @@ def run(arguments: list[str]) -> int:
         jobs = [job for job in jobs if job.number in listed(cfg.job)]
     costs = [hours(job, sweep.needs) for job in jobs] if cfg.dry_run else None
     broken = [(job, f"it does not compose: {job.error}") for job in jobs if job.error]
-    if cfg.dry_run:
+    if costs:
         show(name, jobs, costs)
         return tell_failed(broken)
     for knob in sweep.needs:
@@ -65,11 +64,7 @@ def run(arguments: list[str]) -> int:
 
 
 def split(arguments: list[str]) -> tuple[SimpleNamespace, list[str]]:
-    """Split a command line into the sweep's own knobs, and the overrides of all of its runs.
-
-    Raises:
-        ValueError: a knob has no such value.
-    """
+    """Split a command line into the sweep's own knobs, and the overrides of all of its runs."""
     arguments = ["dry_run=true" if a == "--dry-run" else a for a in arguments]
     knobs = OmegaConf.load(KNOBS)
     own = [a for a in arguments if {name.split(".")[0] for name in overridden([a])} <= set(knobs)]
@@ -91,11 +86,7 @@ def tell_failed(failed: list[tuple[Job, str]]) -> int:
 
 
 def hours(job: Job, needs: list[str]) -> tuple[float, Any]:
-    """The estimated GPU hours of a run, 0 if not known, and the paper's top-1.
-
-    Args:
-        needs: knobs that are taken as given.
-    """
+    """The estimated GPU hours of a run, 0 if not known, and the paper's top-1; needs are given."""
     from evit.commands.plan import GPUS, plan
 
     if job.program != "train" or job.error:
@@ -113,28 +104,19 @@ def hours(job: Job, needs: list[str]) -> tuple[float, Any]:
 
 def show(name: str, jobs: list[Job], costs: list[tuple[float, Any]] | None = None) -> None:
     """Print the jobs of a sweep, their states and results; and their hours, if given."""
+    heads = ["job", f"python src/{jobs[0].program}.py", "state", "top-1"]
+    table = Table(*heads, *["paper", "GPU hours"] * bool(costs), box=None)
     states = ["broken" if job.error else job.state() for job in jobs]
-    title = f"sweep {name}: {len(jobs)} runs, {states.count('finished')} finished"
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", show_edge=False)
-    table.add_column("job", justify="right")
-    table.add_column(f"python src/{jobs[0].program}.py", overflow="fold")
-    table.add_column("state")
-    for column in ("top-1", "paper", "GPU hours") if costs else ("top-1",):
-        table.add_column(column, justify="right")
     for i, (job, state) in enumerate(zip(jobs, states, strict=True)):
-        result = results.finished(job.folder) if state == "finished" else None
         if state == "missing" and (job.folder / processes.FAILED).is_file():
             state = "failed"
-        cells = [
-            str(job.number),
-            escape(job.name),
-            state,
-            f"{result['top1']:.2f}" if result else "",
-        ]
-        if costs:
-            amount, published = costs[i]
-            cells += [str(published), f"{amount:.0f}" if amount >= 10 else f"{amount:.2g}"]
-        table.add_row(*cells)
+        result = results.finished(job.folder) if state == "finished" else None
+        top1 = f"{result['top1']:.2f}" if result else ""
+        cost = (
+            [str(costs[i][1]), f"{costs[i][0]:.{0 if costs[i][0] >= 10 else 1}f}"] if costs else []
+        )
+        table.add_row(str(job.number), escape(job.name), state, top1, *cost)
+    print(f"sweep {name}: {len(jobs)} runs, {states.count('finished')} finished")
     Console().print(table, highlight=False)
     if costs and (total := sum(amount for amount, _ in costs)):
         print(f"{total:.0f} GPU hours in all, as estimated (docs/recipes.md, Hours)")

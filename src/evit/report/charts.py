@@ -29,6 +29,9 @@ HOVER = dict(
     top5="top-5 {:.2f} %", kl="KL to the dense model {:.4f}", macs="{:.3g} GMACs per image"
 )
 HOVER |= dict(images_per_s="{:,.4g} images/s", speed="{:.2f} times the dense model's")
+COSTS = {"GMACs": ("macs", "per image"), "images/s": ("images_per_s", "paper: GPU")}
+COSTS |= {"speed-up": ("speed", "times the dense model's images/s at 224 px")}
+KIND = ["model", "reducer", "rate", "rest", "img_size", "start", "epochs"]
 Views = dict[str, tuple[Any, ...]]
 
 
@@ -54,7 +57,7 @@ def names(points: pd.DataFrame) -> pd.Series:
     return line_names(points) + ", " + rates + sizes
 
 
-def lines(points: pd.DataFrame, **columns: Any) -> pd.DataFrame:
+def lines(points: pd.DataFrame) -> pd.DataFrame:
     """Settings with line and hover: all numbers of each point, a line each."""
 
     def hover(point: Any) -> str:
@@ -66,66 +69,44 @@ def lines(points: pd.DataFrame, **columns: Any) -> pd.DataFrame:
         )
 
     texts = [hover(point) for _, point in points.iterrows()]
-    return points.assign(line=line_names(points), hover=texts, **columns)
+    return points.assign(line=line_names(points), hover=texts)
 
 
-def imagenet(content: Found, points: pd.DataFrame) -> dict[str, Any]:
-    """Top-1 on ImageNet against the cost of an image: the paper's rows, and ours."""
-    kind = ["model", "reducer", "rate", "rest", "img_size", "start", "epochs"]
-    mine = points[points.section == "ImageNet"]
-    mine = mine.assign(model=mine.model.replace(paper.CONF))
-    way, _ = settings.measured(content, mine)
-    theirs = lines(settings.published().drop_duplicates(kind), ours=False)
-    found = pd.concat([theirs, lines(mine, ours=True)])
-    larger = found.img_size != paper.BASE_SIZE
-    found = found.assign(
-        y=found.top1,
-        line=found.line + larger.map({True: ", higher resolution", False: ""}),
-        style=larger.map({True: "markers", False: "lines+markers"}),
-    )
-    titles = dict(
-        macs=("GMACs", "GMACs per image"),
-        speed=("speed-up", "images/s (times the dense model's at 224 px)"),
-        images_per_s=("images/s", "images/s (paper: GPU; ours: see below)"),
-    )
-    return chart(
-        "imagenet",
-        "ImageNet: accuracy against cost",
-        f"Hollow and dotted: published. Filled: ours, where runs on all of ImageNet have finished. "
-        f"A point for each keep rate. Our images/s: {way or 'not measured'}.",
-        {
-            name: (found.assign(x=found[cost]), title, TOP1, cost != "speed")
-            for cost, (name, title) in titles.items()
-        },
-    )
+def costs(key: str, title: str, content: Found, points: pd.DataFrame) -> dict[str, Any]:
+    """Top-1 against the cost of an image, and the paper's: on ImageNet as it is.
 
-
-def relative(index: int, points: pd.DataFrame) -> dict[str, Any]:
-    """Change of top-1 against cost, each beside its own dense model; the paper's too."""
-    theirs = settings.published()
-    theirs = theirs[theirs.table.str.startswith("keep_rate") | theirs.model.str.startswith("dyn")]
-    own = changes(points)
+    On other data each setting, ours and the paper's, is beside its own dense model.
+    """
+    theirs, whole = settings.published().drop_duplicates(KIND), title == "ImageNet"
+    if whole:
+        way, _ = settings.measured(content, points)
+        both = [lines(theirs), lines(points.assign(model=points.model.replace(paper.CONF)))]
+        note = f"Our images/s: {way or 'not measured'}."
+    else:
+        scratch = theirs.table.str.startswith("keep_rate") | theirs.model.str.startswith("dyn")
+        both = [changes(theirs[scratch]), changes(points)]
+        note = f"Bars: standard deviation over seeds. {SPEED_NOTE}"
+    found = pd.concat([both[0].assign(ours=False), both[1].assign(ours=True)])
+    larger = (found.img_size != paper.BASE_SIZE) & whole
+    found["line"] += larger.map({True: ", higher resolution", False: ""})
+    found["style"] = larger.map({True: "markers", False: "lines+markers"})
     views: Views = {}
-    for name, cost in (("GMACs", "macs"), ("images/s", "images_per_s")):
-        shown = own.assign(x=100 * own[cost] / own[f"dense_{cost}"])
-        if shown.dropna(subset=["x", "y"]).groupby("line").size().gt(1).any():
-            beside = changes(theirs).assign(ours=False)
-            beside["x"] = 100 * beside[cost] / beside[f"dense_{cost}"]
-            both = pd.concat([beside, shown.assign(ours=True)])
-            title = f"{name} (% of the dense model's)"
-            views[name] = both, title, "top-1, change to the dense model (points)", False
-    return chart(
-        f"relative-{index}",
-        "Accuracy against cost, beside the dense model",
-        "Every model beside its own dense model, so that runs on other data can stand beside the "
-        "paper's on ImageNet (hollow). A point for each keep rate. Bars: standard deviation over "
-        f"seeds. {SPEED_NOTE}",
-        views,
-    )
+    for name, (cost, unit) in COSTS.items():
+        if whole:
+            views[name] = found.assign(x=found[cost], y=found.top1), f"{name} ({unit})", TOP1
+        elif cost != "speed":
+            share = 100 * found[cost] / found[f"dense_{cost}"]
+            shown = found.assign(x=share, y=found.top1 - found.dense_top1)
+            own = shown[shown.ours].dropna(subset=["x", "y"])
+            if own.groupby("line").size().gt(1).any():
+                y = "top-1, change to the dense model (points)"
+                views[name] = shown, f"{name} (% of the dense model's)", y
+    note = f"Hollow and dotted: the paper. Filled: ours. A point for each keep rate. {note}"
+    return chart(key, f"Accuracy against cost, {title}", note, views)
 
 
 def changes(points: pd.DataFrame) -> pd.DataFrame:
-    """Each setting with y, its top-1 beside its dense model's; a line begins with that model."""
+    """Each reduced setting that has a dense model; a line begins with that model."""
     points = lines(settings.with_dense(points))
     sparse = points[(points.rate != 1) & (points.dense != -1)]
     made = [points[:0]]
@@ -133,8 +114,7 @@ def changes(points: pd.DataFrame) -> pd.DataFrame:
         start = points.loc[[dense]].assign(line=line)
         own = {f"dense_{key}": start[key] for key in ("top1", "macs", "images_per_s")}
         made += [start.assign(**own), group]
-    found = pd.concat(made)
-    return found.assign(y=found.top1 - found.dense_top1)
+    return pd.concat(made)
 
 
 def comparable(points: pd.DataFrame) -> pd.DataFrame:
@@ -162,7 +142,7 @@ def reducers(index: int, title: str, points: pd.DataFrame) -> dict[str, Any]:
         f"A line for each reducer on {title}, a point for each keep rate. KL: divergence to the "
         f"dense model's logits, which tells reducers apart on few images. {SPEED_NOTE}",
         {
-            name: (found.assign(y=found[key]), "GMACs per image", y, False)
+            name: (found.assign(y=found[key]), "GMACs (per image)", y)
             for key, (name, y) in titles.items()
             if found[key][~dense].notna().any()
         },
@@ -194,7 +174,7 @@ def other_models(found: Found) -> dict[str, Any]:
         shown = lines(points.assign(x=x, y=points.top1, images_per_s=x))
         hover = points.model.replace(paper.TITLES) + "\n" + shown.hover
         shown = shown.assign(line=points.folder, hover=hover)
-        views[name] = shown, f"images/s ({how})", TOP1, True
+        views[name] = shown, f"images/s ({how})", TOP1
     return chart(
         "field",
         "The field: EViT beside other models",
@@ -228,6 +208,6 @@ def curves(index: int, runs: list[Run], names: dict[str, str]) -> dict[str, Any]
         found = found[(size > 1) & (parts.cumcount() % (1 + size // MAX_POINTS) == 0)]
         hover = found.part + "\nstep " + found.step.map("{:.0f}".format)
         found = found.assign(hover=hover + "\n" + found.y.map("{:.4g}".format), style="lines")
-        views[view] = found, "training step (optimizer updates)", title, False
+        views[view] = found, "training step (optimizer updates)", title
     note = "A line for each run, in one colour those of a setting."
     return chart(f"curves-{index}", "How training went", note, views)

@@ -11,10 +11,6 @@ from matplotlib.figure import Figure
 # Readable on white and on black.
 PALETTE = "#2f86e0 #e8743b #17a07a #d6498f #b08d1c #9a63d6 #c2483d #6b8794 #4fa3a5 #8c6d4f".split()
 SYMBOLS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "triangle-down": "v"}
-TICKS = [step * 10**power for power in range(-2, 6) for step in (1, 2, 5)]  # of logarithmic axes
-LOG = dict(
-    type="log", tickvals=TICKS, ticktext=[f"{t // 1000}k" if t > 999 else f"{t:g}" for t in TICKS]
-)
 COLUMN = 3.3  # inches: the width of a paper's column
 STYLE: Any = {
     "font.size": 7,
@@ -33,14 +29,16 @@ STYLE: Any = {
 POINT = dict(ours=True, part="", style="lines+markers", hover="", spread=0.0)
 
 
-def chart(key: str, title: str, note: str, views: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
+def chart(
+    key: str, title: str, note: str, views: dict[str, tuple[Any, str, str]]
+) -> dict[str, Any]:
     """Make figures of the same lines over different axes, for page.js and the page.
 
     A line has the same colour and marker in all of them.
 
     Args:
-        views: by the names of their buttons: points with line, x, y, and POINT's columns; the axes'
-            titles; and whether x is logarithmic.
+        views: by the names of their buttons: points with line, x, y, and POINT's columns; and the
+            axes' titles.
     """
     views = {name: (p.dropna(subset=["x", "y"]), *more) for name, (p, *more) in views.items()}
     names = list(dict.fromkeys(line for points, *_ in views.values() for line in points.line))
@@ -51,11 +49,10 @@ def chart(key: str, title: str, note: str, views: dict[str, tuple[Any, ...]]) ->
                 points.assign(**{k: v for k, v in POINT.items() if k not in points}), names
             ),
             layout=dict(
-                xaxis=dict(title=dict(text=literal(x))) | (LOG if log else {}),
-                yaxis=dict(title=dict(text=literal(y))),
+                xaxis=dict(title=dict(text=literal(x))), yaxis=dict(title=dict(text=literal(y)))
             ),
         )
-        for name, (points, x, y, log) in views.items()
+        for name, (points, x, y) in views.items()
         if len(points)
     ]
     return dict(id=key, title=title, note=note, views=drawn)
@@ -102,12 +99,12 @@ def save(chart: dict[str, Any], folder: Path) -> None:
     for view in chart["views"]:
         stem = f"{chart['id']}-{view['name']}".replace("/", "_per_").replace(" ", "_")
         with matplotlib.rc_context(STYLE):
-            drawn = draw(view["data"], view["layout"]["xaxis"], view["layout"]["yaxis"])
+            drawn = draw(view["data"], view["layout"])
             drawn.savefig(folder / f"{stem}.svg", metadata=dict(Date=None))
             drawn.savefig(folder / f"{stem}.png", dpi=300)
 
 
-def draw(data: list[dict[str, Any]], x: dict[str, Any], y: dict[str, Any]) -> Figure:
+def draw(data: list[dict[str, Any]], layout: dict[str, Any]) -> Figure:
     """Draw plotly's traces with matplotlib."""
     shown = [trace["name"] for trace in data if trace["showlegend"]]
     columns = 2 if max(map(len, shown)) < 24 else 1
@@ -126,14 +123,8 @@ def draw(data: list[dict[str, Any]], x: dict[str, Any], y: dict[str, Any]) -> Fi
             color=trace["line"]["color"],
             markerfacecolor="white" if hollow else None,
         )
-    if "tickvals" in x:
-        axes.set_xscale("log")
-        axes.set_xticks(x["tickvals"], x["ticktext"])
-        axes.minorticks_off()
-        values = [value for trace in data for value in trace["x"]]
-        axes.set_xlim(min(values) / 1.2, max(values) * 1.2)
-    axes.set_xlabel(text(x["title"]["text"]))
-    axes.set_ylabel(text(y["title"]["text"]).replace(" (", "\n("))
+    axes.set_xlabel(text(layout["xaxis"]["title"]["text"]))
+    axes.set_ylabel(text(layout["yaxis"]["title"]["text"]).replace(" (", "\n("))
     figure.legend(loc="outside lower left", ncols=columns)
     return figure
 

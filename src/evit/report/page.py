@@ -45,13 +45,17 @@ def build(content: Found) -> Report:
             if run.picture and run.row["reducer"] != "none":
                 uri = "data:image/webp;base64," + base64.b64encode(run.picture).decode()
                 pictures[names[run.row["setting"]]] = uri
-        made = charts.relative(index, own), charts.curves(index, runs, names)
+        cost = charts.costs(f"relative-{index}", title, content, own)
+        made = cost if title != "ImageNet" else {}, charts.curves(index, runs, names)
         table = tables.all_settings(title, own)
-        sections.append(Section(title, table, [c for c in made if c["views"]], [*pictures.items()]))
+        sections.append(
+            Section(title, table, [c for c in made if c.get("views")], [*pictures.items()])
+        )
         if len(alike := charts.comparable(own)):
             table = tables.all_settings(f"Reducers on {title}", alike, by="reducer")
             reducers.append(Section(table.title, table, [charts.reducers(index, title, alike)]))
-    beside = [charts.imagenet(content, points), charts.other_models(content)]
+    whole = charts.costs("imagenet", "ImageNet", content, points[points.section == "ImageNet"])
+    beside = [whole, charts.other_models(content)]
     papers = [tables.beside_paper(content, points, name) for name in paper.TABLES]
     return Report(sections + reducers, beside, papers)
 
