@@ -8,7 +8,7 @@ from evit.report import paper, settings
 from evit.report.collect import Found, Run
 from evit.report.figures import chart
 from evit.report.settings import SCRATCH
-from evit.report.tables import rate_text, top1_text
+from evit.report.tables import rate_text
 
 TOP1 = "top-1 accuracy (%)"
 SPEED_NOTE = (
@@ -25,10 +25,6 @@ CURVES = {
     "learning rate": ("lr", "learning rate (1 per step)"),
 }
 FAMILIES = ("DeiT", "LV-ViT")  # of the other models: lines of their own
-HOVER = dict(
-    top5="top-5 {:.2f} %", kl="KL to the dense model {:.4f}", macs="{:.3g} GMACs per image"
-)
-HOVER |= dict(images_per_s="{:,.4g} images/s", speed="{:.2f} times the dense model's")
 COSTS = {"GMACs": ("macs", "per image"), "images/s": ("images_per_s", "paper: GPU")}
 COSTS |= {"speed-up": ("speed", "times the dense model's images/s at 224 px")}
 KIND = ["model", "reducer", "rate", "rest", "img_size", "start", "epochs"]
@@ -58,18 +54,9 @@ def names(points: pd.DataFrame) -> pd.Series:
 
 
 def lines(points: pd.DataFrame) -> pd.DataFrame:
-    """Settings with line and hover: all numbers of each point, a line each."""
-
-    def hover(point: Any) -> str:
-        runs = f" (mean and standard deviation of {point.runs} runs)" if point.runs > 1 else ""
-        texts = [("keep rate " if point.rate != 1 else "") + rate_text(point.rate)]
-        texts += [f"{point.img_size} px", f"top-1 {top1_text(point)} %{runs}"]
-        return "\n".join(
-            texts + [f.format(point[k]) for k, f in HOVER.items() if pd.notna(point[k])]
-        )
-
-    texts = [hover(point) for _, point in points.iterrows()]
-    return points.assign(line=line_names(points), hover=texts)
+    """Settings with line and hover, what is said of each beside its x and y."""
+    texts = points.rate.map(rate_text) + points.img_size.map(", {} px, ".format)
+    return points.assign(line=line_names(points), hover=texts + points.runs.map("{} run(s)".format))
 
 
 def costs(key: str, title: str, content: Found, points: pd.DataFrame) -> dict[str, Any]:
@@ -164,17 +151,15 @@ def other_models(found: Found) -> dict[str, Any]:
     fused = theirs[(theirs.rest == "fused") & theirs.table.str.startswith("keep_rate")]
     fused = fused.assign(folder="EViT-" + fused.model.map(paper.TITLES), style="lines+markers")
     points = pd.concat([others.assign(style="markers"), fused], ignore_index=True)
-    points = points.assign(speed=float("nan"))
+    texts = points.model.replace(paper.TITLES) + ", " + points.rate.map(rate_text)
+    points = points.assign(line=points.folder, y=points.top1, hover=texts)
     way, speeds = settings.measured(found, points)
     views: Views = {}
     for name, how, x in (
         ("published", "published, GPU", points.images_per_s),
         ("measured", f"measured on {way}", speeds.images_per_s),
     ):
-        shown = lines(points.assign(x=x, y=points.top1, images_per_s=x))
-        hover = points.model.replace(paper.TITLES) + "\n" + shown.hover
-        shown = shown.assign(line=points.folder, hover=hover)
-        views[name] = shown, f"images/s ({how})", TOP1
+        views[name] = points.assign(x=x), f"images/s ({how})", TOP1
     return chart(
         "field",
         "The field: EViT beside other models",
@@ -206,8 +191,7 @@ def curves(index: int, runs: list[Run], names: dict[str, str]) -> dict[str, Any]
         parts = found.groupby(keys[:2])
         size = parts.y.transform("size")
         found = found[(size > 1) & (parts.cumcount() % (1 + size // MAX_POINTS) == 0)]
-        hover = found.part + "\nstep " + found.step.map("{:.0f}".format)
-        found = found.assign(hover=hover + "\n" + found.y.map("{:.4g}".format), style="lines")
+        found = found.assign(hover=found.part, style="lines")
         views[view] = found, "training step (optimizer updates)", title
     note = "A line for each run, in one colour those of a setting."
     return chart(f"curves-{index}", "How training went", note, views)

@@ -77,7 +77,7 @@ def read(source: Path) -> Found:
     """
     found = Found(source.parent if source.is_file() else source)
     paths = [source] if source.is_file() else sorted(source.rglob("*.json"))
-    for path in sorted((path for path in paths if path.name in NAMES), key=_order):
+    for path in sorted((p for p in paths if p.name in NAMES), key=lambda p: NAMES.index(p.name)):
         with found.reading(path):
             content = printable(json.loads(path.read_text()))
             if path.name == "result.json":
@@ -101,10 +101,6 @@ def read(source: Path) -> Found:
     keys = ("model", "keep_rate", "fusion")
     found.runs.sort(key=lambda run: ([str(run.row[key]) for key in keys], run.row["seed"]))
     return found
-
-
-def _order(path: Path) -> int:
-    return NAMES.index(path.name)
 
 
 def read_more(found: Found, run: Run, folder: Path) -> None:

@@ -184,21 +184,19 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
 
 def show(result: dict[str, Any], folder: Path) -> None:
     """Print a result, and where its files are."""
-    row, where = summary(result), f" on {result['device']}"
+    row = summary(result)
+    speeds = {"training": row["train_images_per_s"], "inference": row["throughput"]}
     lines = {
         "top-1": f"{row['top1']:.2f} %",
         "top-5": f"{row['top5']:.2f} %",
-        "keep rate": "1 (dense)" if row["reducer"] == "none" else row["keep_rate"],
-        "reducer": row["reducer"],
+        "keep rate": row["keep_rate"],
+        "reducer": row["reducer"] + ", fused" * row["fusion"],
         "epochs": result["config"]["recipe"]["epochs"],
         "MACs": f"{row['macs'] / 1e9:.3f} G per image",
         "parameters": f"{row['params'] / 1e6:.2f} M",
+        **{k: f"{v:.0f} images/s" if v else "not measured" for k, v in speeds.items()},
+        "time": f"{result['seconds'] / 60:.1f} min on {result['device']}",
     }
-    if row["reducer"] == "evit":
-        lines["reducer"] += ", the rest " + ("fused" if row["fusion"] else "dropped")
-    for name, key in dict(training="train_images_per_s", inference="throughput").items():
-        lines[name] = f"{row[key]:.0f} images/s{where}" if row[key] else "not measured"
-    lines["time"] = f"{result['seconds'] / 60:.1f} min"
     print(f"{row['model']} on {result['data']['name']}, {row['img_size']} px")
     for name, value in lines.items():
         print(f"│ {name:<10} │ {value}")

@@ -125,13 +125,9 @@ def all_settings(title: str, points: pd.DataFrame, by: str = "start") -> Table:
 
 def provenance(found: list[Row]) -> str:
     """Say which devices, commits and versions of torch the runs are from."""
-    columns = {
-        "": {str(row["device"]) for row in found},
-        "commit ": {str(row["commit"]) for row in found},
-        "torch ": {str(row["packages"]["torch"]) for row in found},
-    }
-    found_texts = [name + ", ".join(sorted(values)) for name, values in columns.items()]
-    return plain("; ".join(found_texts)) + "."
+    values = [{str(row[key]) for row in found} for key in ("device", "commit")]
+    values.append({str(row["packages"]["torch"]) for row in found})
+    return plain("{}; commit {}; torch {}.".format(*(", ".join(sorted(v)) for v in values)))
 
 
 def report(content: Found, sections: Sequence[Table], papers: Sequence[Table]) -> str:
