@@ -2,8 +2,12 @@
 
 import itertools
 import json
+import os
 import shlex
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ from evit.report import results
 SWEEPS = CONF_DIR.parent / "sweeps"
 # The programs: their configuration, and the file that a run of them leaves.
 PROGRAMS = {"train": ("config", "result.json"), "evaluate": ("evaluate", "evaluation.json")}
+GRACE = 60  # seconds for a run to end after SIGTERM
 NOT_COMPOSED = (HydraException, OmegaConfBaseException, ValueError, OSError)
 
 
@@ -167,3 +172,16 @@ def make_job(program: str, overrides: list[str], source: Path | None = None) -> 
 def broken(program: str, overrides: list[str], error: Exception) -> Job:
     folder = Path("outputs", folder_name("+".join(overrides)))  # to tell jobs apart
     return Job(program, overrides, folder, error=" ".join(str(error).split()))
+
+
+def stop(popens: list[subprocess.Popen]) -> None:
+    """End processes and all that they have started; a run goes on from its last checkpoint."""
+    for number, seconds in ((signal.SIGTERM, GRACE), (signal.SIGKILL, 10)):
+        for popen in popens:
+            try:
+                os.killpg(popen.pid, number)
+            except ProcessLookupError:
+                pass
+        until = time.monotonic() + seconds
+        while any(popen.poll() is None for popen in popens) and time.monotonic() < until:
+            time.sleep(0.05)

@@ -33,10 +33,6 @@ class Run:
     curves: list[Row] = field(default_factory=list)
     picture: bytes | None = None
 
-    @property
-    def folder(self) -> str:
-        return str(Path(self.name).parent)
-
 
 @dataclass
 class Found:
@@ -142,9 +138,9 @@ def printable(value: Any) -> Any:
 
 def row(result: dict[str, Any]) -> Row:
     """Make the row of a result.json; it names no folder of the machine."""
-    config = result["config"]
-    recipe = config["recipe"]
+    config, recipe = result["config"], result["config"]["recipe"]
     limits = {name: recipe[name] for name in ("max_train_images", "max_val_images")}
+    names = ("started_from", "seconds", "device", "precision", "commit", "packages")
     return results.summary(result) | dict(
         timm_name=timm_name(config["model"]),
         data=result["data"]["name"],
@@ -155,9 +151,8 @@ def row(result: dict[str, Any]) -> Row:
         from_checkpoint=bool(config["checkpoint"] or config.get("pretrained")),
         setting=results.setting(config),
         recipe=training(config, result["choices"].get("experiment")),
-        started_from=result.get("started_from"),
         seed=config["seed"],
-        **{key: result[key] for key in ("seconds", "device", "precision", "commit", "packages")},
+        **{name: result.get(name) for name in names},
     )
 
 

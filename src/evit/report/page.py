@@ -1,7 +1,6 @@
 """index.html: charts, tables and pictures of what has finished, beside the paper."""
 
 import base64
-from importlib import resources
 from typing import Any, NamedTuple
 
 import jinja2
@@ -63,16 +62,11 @@ def build(content: Found) -> Report:
 def html(content: Found, report: Report) -> str:
     """Render the page as one file, which fetches nothing."""
     loader = jinja2.PackageLoader("evit.report", "template")
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    folder = resources.files("evit.report").joinpath("template")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
     return environment.get_template("page.html").render(
         report=report,
         problems=content.problems,
         provenance=tables.provenance(content.rows) if content.runs else "",
         rows=content.rows,
-        css=folder.joinpath("page.css").read_text(),
-        script=folder.joinpath("page.js").read_text(),
         plotly=plotly.offline.get_plotlyjs(),
     )

@@ -167,11 +167,7 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     if name.startswith("timm_"):  # one file of conf/model for all of timm's models
         name = config["model"].get("model_name", name)
     rate = one_rate(model.get("keep_rate") or 1.0)
-    return dict(
-        top1=result["top1"],
-        top5=result["top5"],
-        throughput=result.get("throughput"),
-        train_images_per_s=result["train_images_per_s"],
+    return {k: result.get(k) for k in ("top1", "top5", "throughput", "train_images_per_s")} | dict(
         params=model["params"],
         macs=model.get("macs", model["macs_executed"]),
         model=name,

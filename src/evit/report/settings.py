@@ -14,6 +14,7 @@ The columns of a frame of settings:
   first weights; folder; recipe_name: set where lines would look the same otherwise.
 """
 
+import os
 import re
 from typing import Any
 
@@ -91,7 +92,7 @@ def runs(found: Found) -> list[dict[str, Any]]:
     for run in found.runs:
         groups.setdefault((run.row["setting"], run.row["from_checkpoint"]), []).append(run)
     for group in sorted(groups.values(), key=lambda group: -group[0].row["macs"]):
-        row = group[0].row
+        row, folder = group[0].row, os.path.dirname(group[0].name) or "."
         seeds = pd.DataFrame([run.row for run in group], columns=["top1", "top5", "throughput"])
         seeds = seeds.astype(float)
         made.append(
@@ -101,7 +102,7 @@ def runs(found: Found) -> list[dict[str, Any]]:
             | dict(images=images(row), val_images=row.get("max_val_images") or 0)
             | dict(top1=seeds.top1.mean(), spread=seeds.top1.std(), top5=seeds.top5.mean())
             # A busy machine moves the median less than the mean.
-            | dict(images_per_s=seeds.throughput.median(), runs=len(group), folder=group[0].folder)
+            | dict(images_per_s=seeds.throughput.median(), runs=len(group), folder=folder)
             | dict(macs=row["macs"] / 1e9, params=row["params"] / 1e6)
             | dict(name=canonical(row["timm_name"] or ""), origin=row["started_from"] or "")
         )
