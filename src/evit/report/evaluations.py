@@ -25,16 +25,16 @@ def show(result: dict[str, Any], path: Path) -> None:
         {"rate": rate(row)}
         | {HEADS[name]: FUSION.get(row[name], row[name]) for name in several}
         | {"top-1": f"{row['top1']:.2f}"}
-        | {"to dense": f"{row['top1'] - dense:+.2f}" if dense and rate(row) != "1" else ""}
+        | {"change": "" if dense is None or rate(row) == "1" else f"{row['top1'] - dense:+.2f}"}
         | {"KL": f"{row['kl']:.4f}", "top-5": f"{row['top5']:.2f}", "loss": f"{row['loss']:.4f}"}
         | {"GMACs": "" if row["macs"] is None else f"{row['macs'] / 1e9:.3f}"}
-        | {"executed": f"{row['macs_executed'] / 1e9:.3f}"}
+        | {"done": f"{row['macs_executed'] / 1e9:.3f}"}
         for row in rows
     ]
     print(f"\n{markdown(shown)}\n")
     print(
-        f"KL: divergence from the dense model's predictions. GMACs per image: counted as the "
-        f"published tables are, and executed. {result['precision']} on {result['device']}"
+        f"change, KL: top-1 and predictions beside the dense model's. GMACs per image: counted as "
+        f"the published tables are, and done. {result['precision']} on {result['device']}"
     )
     print(os.path.relpath(path))
 
