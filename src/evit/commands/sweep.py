@@ -122,9 +122,7 @@ def show(name: str, jobs: list[Job], costs: list[tuple[float, Any]] | None = Non
             state = "failed"
         result = results.finished(job.folder) if state == "finished" else None
         top1 = f"{result['top1']:.2f}" if result else ""
-        cost = (
-            [str(costs[i][1]), f"{costs[i][0]:.{0 if costs[i][0] >= 10 else 1}f}"] if costs else []
-        )
+        cost = [str(costs[i][1]), f"{costs[i][0]:.0f}"] if costs else []
         table.add_row(str(job.number), escape(job.name), state, top1, *cost)
     print(f"sweep {name}: {len(jobs)} runs, {states.count('finished')} finished")
     Console().print(table, highlight=False)

@@ -16,7 +16,6 @@ STYLE: Any = {
     "font.size": 7,
     "axes.grid": True,
     "grid.alpha": 0.25,
-    "legend.frameon": False,
     "legend.fontsize": 6,
     "lines.linewidth": 1,
     "lines.markersize": 4,
@@ -45,14 +44,13 @@ def chart(
     drawn = [
         dict(
             name=name,
-            data=traces(
-                points.assign(**{k: v for k, v in POINT.items() if k not in points}), names
-            ),
-            layout=dict(
-                xaxis=dict(title=dict(text=literal(x))), yaxis=dict(title=dict(text=literal(y)))
-            ),
+            data=traces(points, names),
+            layout={
+                f"{axis}axis": dict(title=dict(text=literal(t)))
+                for axis, t in zip("xy", titles, strict=True)
+            },
         )
-        for name, (points, x, y) in views.items()
+        for name, (points, *titles) in views.items()
         if len(points)
     ]
     return dict(id=key, title=title, note=note, views=drawn)
@@ -60,6 +58,7 @@ def chart(
 
 def traces(points: pd.DataFrame, names: list[str]) -> list[dict[str, Any]]:
     """Make plotly's traces of lines, each in order of x."""
+    points = points.assign(**{k: v for k, v in POINT.items() if k not in points})
     made: list[dict[str, Any]] = []
     for (line, ours, _), group in points.groupby(["line", "ours", "part"], sort=False):
         group = group.sort_values("x", kind="stable")
