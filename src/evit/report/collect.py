@@ -140,7 +140,7 @@ def row(result: dict[str, Any]) -> Row:
     """Make the row of a result.json; it names no folder of the machine."""
     config, recipe = result["config"], result["config"]["recipe"]
     limits = {name: recipe[name] for name in ("max_train_images", "max_val_images")}
-    names = ("started_from", "seconds", "device", "precision", "commit", "packages")
+    names = ("seconds", "device", "precision", "commit", "packages")
     return results.summary(result) | dict(
         timm_name=timm_name(config["model"]),
         data=result["data"]["name"],
@@ -151,8 +151,9 @@ def row(result: dict[str, Any]) -> Row:
         from_checkpoint=bool(config["checkpoint"] or config.get("pretrained")),
         setting=results.setting(config),
         recipe=training(config, result["choices"].get("experiment")),
+        started_from=result.get("started_from"),
         seed=config["seed"],
-        **{name: result.get(name) for name in names},
+        **{name: result[name] for name in names},
     )
 
 

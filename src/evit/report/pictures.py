@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from matplotlib import colormaps
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
@@ -69,7 +68,8 @@ def draw_kept(model: Any, images: Tensor, pixels: Tensor) -> Image.Image:
         weight = left.float().cpu().view_as(discarded).clamp(LOWEST)
         low, high = weight[discarded].min(), weight[discarded].max()
         share = (weight / low).log() / (1.01 * high / low).log()
-        heat = torch.tensor(255 * colormaps["inferno"](share.numpy())[..., :3]).movedim(-1, 1)
+        ramp = 2.6 * share[:, None] - torch.arange(3).view(3, 1, 1)  # black, red, yellow, pale
+        heat = 255 * ramp.clamp(0, 1)
         columns.append(upsample(torch.where(discarded[:, None], heat, 225.0), large))
         titles.append(f"fused weight\n{low:.1g} to {high:.1g}")
     return compose(torch.stack(columns, 1), titles)

@@ -167,7 +167,8 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     if name.startswith("timm_"):  # one file of conf/model for all of timm's models
         name = config["model"].get("model_name", name)
     rate = one_rate(model.get("keep_rate") or 1.0)
-    return {k: result.get(k) for k in ("top1", "top5", "throughput", "train_images_per_s")} | dict(
+    return {k: result[k] for k in ("top1", "top5", "train_images_per_s")} | dict(
+        throughput=result.get("throughput"),
         params=model["params"],
         macs=model.get("macs", model["macs_executed"]),
         model=name,
