@@ -234,7 +234,7 @@ def test_the_table_has_a_row_for_each_setting_and_the_difference_to_dense(
     arguments = [f"checkpoint={weights}", f"data.root={shared_photos}", *MICRO]
     result = evaluate(*arguments, "keep_rates=[1,0.7,0.5]", "fusion=[true,false]")
     dense, *others = result["settings"]
-    printed = [line.split() for line in result["printed"].splitlines()]
+    printed = [line.replace("|", "").split() for line in result["printed"].splitlines()]
     for row in others:
         numbers = [f"{row['top1']:.2f}", f"{row['top1'] - dense['top1']:+.2f}"]
         numbers += [f"{row['kl']:.4f}"]

@@ -47,7 +47,7 @@ def test_it_asks_for_nothing_and_complains_of_nothing(opened, address):
 
 def test_the_axes_switch(opened):
     title = "document.querySelector('#imagenet .xtitle').textContent"
-    assert opened.run(title) == "GMACs per image"
+    assert opened.run(title) == "GMACs (per image)"
     for name, axis in (("speed-up", "times the dense model"), ("images/s", "paper: GPU")):
         opened.run(button('[data-chart="imagenet"] .switch', name) + ".click()")
         opened.wait_for(f"{title}.includes({json.dumps(axis)})")

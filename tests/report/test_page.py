@@ -95,7 +95,7 @@ def test_every_axis_of_every_chart_says_its_unit(report):
         for view in chart["views"]:
             for axis in ("xaxis", "yaxis"):
                 title = html.unescape(view["layout"][axis]["title"]["text"])
-                assert re.search(r"\(.+\)|GMACs per image", title), title
+                assert re.search(r"\(.+\)", title), title
 
 
 def test_beside_the_paper_stand_ours_and_the_difference(root):
@@ -112,9 +112,9 @@ def test_beside_the_paper_stand_ours_and_the_difference(root):
 def test_every_row_of_the_paper_has_one_in_a_table():
     found = settings.published()
     found = found[(found.table != "off_the_shelf") | (found.rest != "dropped")]
-    assert set(found.table) == paper.tables().keys()
+    assert set(found.table) == paper.TABLES.keys()
     for name, rows in found.groupby("table"):
-        numbers = re.findall(r"'top1': ([\d.]+)", str(paper.tables()[name]))
+        numbers = re.findall(r"'top1': ([\d.]+)", str(paper.TABLES[name]))
         assert sorted(rows.top1) == sorted(map(float, numbers))
 
 
@@ -280,13 +280,13 @@ def test_no_path_of_the_machine_is_in_the_report(root, report):
 
 def test_figures_are_a_column_wide_with_letters_and_the_same_each_time(report, root, tmp_path):
     svg = (report / "figures/imagenet-speed-up.svg").read_text()
-    assert "<text" in svg and "images/s (times the dense model" in svg
+    assert "<text" in svg and "speed-up (times the dense model" in svg
     width = float(re.search(r'<svg [^>]*?width="([\d.]+)pt"', svg)[1]) / 72
     assert width == pytest.approx(3.3, abs=0.01)
     assert matplotlib.image.imread(report / "figures/field-published.png").shape[1] > 900
     chart, *_ = page.build(read(root)).paper
-    chart.views = {"speed-up": chart.views["speed-up"]}
-    figures.save(chart, tmp_path)
+    views = [view for view in chart["views"] if view["name"] == "speed-up"]
+    figures.save(chart | dict(views=views), tmp_path)
     assert (tmp_path / "imagenet-speed-up.svg").read_text() == svg
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from evit.report import charts, results, rows, settings, tables
+from evit.report import charts, collect, results, settings, tables
 from evit.report.collect import read
 from tests.report import fake
 from tests.test_conf import composed, resolvers
@@ -26,6 +26,15 @@ def baseline(found: pd.DataFrame) -> pd.Series | None:
     """The dense setting of the only sparse one."""
     ((_, sparse),) = found[found.rate != 1].iterrows()
     return None if sparse.dense == -1 else found.loc[sparse.dense]
+
+
+def view(chart: dict, name: str) -> list[dict]:
+    """The traces of a view of a chart."""
+    return next(shown["data"] for shown in chart["views"] if shown["name"] == name)
+
+
+def beside_dense(content) -> dict:
+    return charts.costs("key", "fashion-mnist, 28 px", content, settings.ours(content))
 
 
 @pytest.mark.parametrize(
@@ -68,10 +77,10 @@ def test_the_spread_over_seeds_is_a_bar_and_in_the_hover_text(tmp_path):
         for seed in range(3)
     }
     points(tmp_path, **runs)
-    chart = charts.relative(0, settings.ours(read(tmp_path)))
-    (own,) = (t for t in chart.views["GMACs"].data if not t.name.endswith("(paper)"))
-    assert own.error_y.array == (1.0, 1.0) and own.y == (-0.5, 0.0)
-    assert "81.50 ± 1.00 % (mean and standard deviation of 3 runs)" in own.hovertext[0]
+    chart = beside_dense(read(tmp_path))
+    (own,) = (t for t in view(chart, "GMACs") if not t["name"].endswith("(paper)"))
+    assert own["error_y"]["array"] == [1.0, 1.0] and own["y"] == [-0.5, 0.0]
+    assert own["hovertext"][0] == "0.5, 28 px, 3 run(s)"
 
 
 def test_several_seeds_of_a_row_of_the_paper_have_mean_spread_and_number_in_its_table(tmp_path):
@@ -83,15 +92,16 @@ def test_several_seeds_of_a_row_of_the_paper_have_mean_spread_and_number_in_its_
     assert line[2:5] == ["79.5", "79.50 ± 0.50, 3 runs", "+0.00"]
 
 
-def test_the_curve_of_a_setting_is_the_mean_and_its_runs_are_faint(tmp_path):
+def test_the_runs_of_a_setting_are_curves_of_one_colour(tmp_path):
     for seed, top1 in enumerate((80.0, 84.0)):
         fake.write(tmp_path / f"{seed}", fake.fashion(0.7, top1, seed=seed))
     runs = read(tmp_path).runs
     chart = charts.curves(0, runs, {runs[0].row["setting"]: "EViT"})
-    *single, mean = chart.views["top-1"].data
-    assert len(single) == 2 and all(line.opacity < mean.opacity for line in single)
-    assert mean.y[0] == sum(line.y[0] for line in single) / 2
-    assert "mean of 2 runs" in mean.hovertext[0] and mean.showlegend
+    first, second = view(chart, "top-1")
+    assert [line["y"][-1] for line in (first, second)] == pytest.approx([79.8, 83.79])
+    assert first["line"] == second["line"] and len(first["x"]) == 4
+    assert (first["showlegend"], second["showlegend"]) == (True, False)
+    assert "seed 1" in second["hovertext"][0]
 
 
 def test_no_two_lines_of_a_chart_look_the_same(tmp_path):
@@ -101,16 +111,16 @@ def test_no_two_lines_of_a_chart_look_the_same(tmp_path):
             fake.write(tmp_path / f"{rate}-{epochs}", run)
     content = read(tmp_path)
     found = settings.ours(content)
-    for chart in charts.imagenet(content, found), charts.relative(0, found):
-        for view in chart.views.values():
-            looks = [(one.line.color, one.marker.symbol) for one in view.data]
+    for chart in charts.costs("a", "ImageNet", content, found), beside_dense(content):
+        for shown in chart["views"]:
+            looks = [(one["line"]["color"], one["marker"]["symbol"]) for one in shown["data"]]
             assert len(set(looks)) == len(looks) > 5
 
 
 def training(*overrides: str) -> str:
     config = OmegaConf.to_container(composed(*overrides), resolve=True)
     experiment = overrides[0].removeprefix("experiment=")
-    return rows.training(config, experiment)
+    return collect.training(config, experiment)
 
 
 @pytest.mark.parametrize(
@@ -143,8 +153,8 @@ def test_two_recipes_are_two_lines_with_names(tmp_path):
     found = settings.ours(read(tmp_path))
     named = {"outputs/low", "outputs/high"}
     assert {name.split(", ")[-1] for name in charts.line_names(found)} == named
-    view = charts.relative(0, found).views["GMACs"]
-    assert sum(not trace.name.endswith("(paper)") for trace in view.data) == 2
+    traces = view(beside_dense(read(tmp_path)), "GMACs")
+    assert sum(not trace["name"].endswith("(paper)") for trace in traces) == 2
     assert set(tables.all_settings("28 px", found).frame["recipe"]) == named
 
 
@@ -163,7 +173,7 @@ def test_a_fine_tuned_run_is_compared_with_what_it_began_with(tmp_path):
     dense = fake.fashion(1.0, 80.0)
     checkpoint = fake.write(tmp_path / "outputs/dense", dense) / "checkpoints/last.ckpt"
     tuned = fake.fashion(0.7, 81.0, epochs=1, checkpoint=str(checkpoint))
-    tuned |= dict(started_from=rows.started_from(str(checkpoint)))
+    tuned |= dict(started_from=results.started_from(str(checkpoint)))
     found = points(tmp_path, long=long, tuned=tuned)
     assert baseline(found).top1 == 80.0
     unknown = points(tmp_path / "b", long=long, tuned=tuned | dict(started_from=None))
@@ -184,7 +194,7 @@ def test_a_checkpoint_that_no_run_left_is_known_by_its_content(tmp_path):
     path = tmp_path / "checkpoints/published.pth"
     path.write_bytes(b"weights")
     (tmp_path / "config.json").write_text('{"architectures": ["another"]}')
-    assert rows.started_from(str(path)) == results.sha256(path)
+    assert results.started_from(str(path)) == results.sha256(path)
     content = fake.evaluation() | dict(checkpoint_sha256=results.sha256(path))
     (tmp_path / "outputs").mkdir()
     (tmp_path / "outputs/evaluation.json").write_text(json.dumps(content))
@@ -252,8 +262,8 @@ def test_selections_and_reducers_are_columns_and_lines(tmp_path):
     assert list(shown["KL to dense"]).count("0.2500") == 8
     assert len(charts.comparable(found)) == 9
     chart = charts.reducers(0, "photos", found)
-    assert list(chart.views) == ["top-1", "KL"]
-    lines = {trace.name: len(trace.x) for trace in chart.views["KL"].data}
+    assert [shown["name"] for shown in chart["views"]] == ["top-1", "KL"]
+    lines = {trace["name"]: len(trace["x"]) for trace in view(chart, "KL")}
     assert lines.pop("dense") == 1 and set(lines.values()) == {2} and len(lines) == 4
     assert "tome" in lines and "evit, dropped, random" in lines
     reducers = charts.comparable(found[found.reducer != "tome"])
@@ -273,10 +283,10 @@ def test_models_of_timm_are_told_apart_by_their_names(tmp_path):
 
 def test_a_result_without_a_reducer_is_evit_s_or_dynamicvit_s():
     run = fake.fashion(0.7, 80.0)
-    assert rows.row(run)["reducer"] == "evit"
+    assert collect.row(run)["reducer"] == "evit"
     run["model"]["reducer"] = "tome"
-    assert rows.row(run)["reducer"] == "tome"
-    assert rows.row(fake.fashion(1.0, 80.0))["reducer"] == "none"
+    assert collect.row(run)["reducer"] == "tome"
+    assert collect.row(fake.fashion(1.0, 80.0))["reducer"] == "none"
     run = fake.fashion(0.7, 80.0)
     run["choices"]["model"] = "dynamicvit_deit"
-    assert rows.row(run)["reducer"] == "dynamicvit"
+    assert collect.row(run)["reducer"] == "dynamicvit"

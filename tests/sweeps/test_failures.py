@@ -70,9 +70,8 @@ def test_what_is_killed_or_does_not_compose_is_named_and_alone_repeated(sweep):
         assert first == again and "job 0, model=typo" in first and "no model=typo" in first
         assert begun() == {"keep_rate-1": 1, "seed-3": 1}
         assert f"of which {finished} have finished before" in out
-        assert [line.split()[-1] for line in out.splitlines() if "keep_rate=0.5" in line][
-            -1
-        ] == "failed"
+        *_, last = [line for line in out.splitlines() if "keep_rate=0.5" in line]
+        assert last.split()[-1] == "failed"
     problems = collect.read(Path("outputs")).problems
     assert f"mine/keep_rate-0.5 has not finished: {words}" in problems
     status, out, err = sweep(*lines, more=("--dry-run", "job=0"))

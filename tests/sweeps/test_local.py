@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from evit.commands import processes
+from evit.commands import jobs as made
+from evit.commands import sweep
 from evit.commands.cli import ended_in_a_line
 from evit.commands.jobs import Job
 from tests.conftest import ROOT
@@ -39,11 +40,11 @@ class Script(Job):
 
 def script(folder: Path, code: str, **more) -> Script:
     overrides = [f"name={folder.name}"]
-    return Script("train", overrides, cfg=None, config={}, folder=folder, code=BEGIN + code, **more)
+    return Script("train", overrides, folder, code=BEGIN + code, **more)
 
 
 def run(jobs, slots=1):
-    return processes.run_all(jobs, slots)
+    return sweep.run_all(jobs, slots)
 
 
 def begun(job: Job) -> int:
@@ -117,25 +118,25 @@ def test_as_many_jobs_run_at_once_as_there_are_slots(tmp_path):
 
 
 def test_each_slot_has_its_gpus(tmp_path, monkeypatch):
-    assert processes.make_slots([0, [1, 2]]) == [
+    assert sweep.make_slots([0, [1, 2]]) == [
         {"CUDA_VISIBLE_DEVICES": "0"},
         {"CUDA_VISIBLE_DEVICES": "1,2"},
     ]
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in processes.make_slots(2)] == ["0,2", "1,3"]
-    assert processes.make_slots(1) == [{}]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in sweep.make_slots(2)] == ["0,2", "1,3"]
+    assert sweep.make_slots(1) == [{}]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
-    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in processes.make_slots(2)] == ["5", "5"]
+    assert [slot["CUDA_VISIBLE_DEVICES"] for slot in sweep.make_slots(2)] == ["5", "5"]
     with pytest.raises(ValueError, match="slots must be"):
-        processes.make_slots(0)
+        sweep.make_slots(0)
 
 
 def test_a_run_does_not_see_the_launcher_of_the_sweep(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("WANDB_SWEEP_ID", "x")
-    env = processes.environment({"CUDA_VISIBLE_DEVICES": "3"})
+    env = sweep.environment({"CUDA_VISIBLE_DEVICES": "3"})
     assert not {"RANK", "WORLD_SIZE", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID"} & set(env)
     assert env["WANDB_SWEEP_ID"] == "x" and env["CUDA_VISIBLE_DEVICES"] == "3"
 
@@ -173,12 +174,12 @@ def test_a_signal_stops_the_jobs_and_leaves_them_to_be_taken_up_again(tmp_path):
 
 def test_a_job_that_outlives_its_sweep_is_not_begun_twice(tmp_path):
     job = script(tmp_path / "alive", "time.sleep(600)")
-    process = processes.start(job, {})
+    process = sweep.start(job, {})
     try:
         ((_, reason),) = run([job])
         assert "runs already" in reason
     finally:
-        processes.stop([process.popen])
+        made.stop([process.popen])
 
 
 def test_there_is_a_line_for_each_event(tmp_path, capsys):

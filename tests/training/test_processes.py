@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evit.commands.processes import RANKS
+from evit.commands.sweep import RANKS
 from tests.conftest import QUICK, ROOT
 
 TORCHRUN = [*("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")]

@@ -43,25 +43,20 @@ def paper_runs() -> list[dict[str, Any]]:
     """The published rows, with the summary keys of runs and a name, each once."""
     found: dict[str, dict[str, Any]] = {}
     for row in paper.training_runs():
-        dense, rate = row["keep_rate"] == 1, row["keep_rate"]
-        label = f"{row['model']} {rate} {row['img_size']} px"
-        if not dense and row["model"] in paper.MODELS:
-            label = "evit_" + label
-        label += "" if dense else " fused" if row["fusion"] else " dropped"
+        dense, fusion = row["keep_rate"] == 1, row["fusion"]
+        own = dict(
+            model=paper.MODEL_LIST[row["model"]]["conf"][0 if dense else -1],
+            reducer="none" if dense else results.reducer_name(None, row["model"]),
+            fusion=bool(fusion),
+            macs=row["macs"] * 1e9,
+        )
+        prefix = "" if fusion is None else "evit_"
+        name = f"{prefix}{row['model']} {row['keep_rate']} {row['img_size']} px"
+        name += "" if dense else " fused" if fusion else " dropped"
         if "params" in row:  # only in the table of fine-tuned models
             start = "from DeiT" if row["finetuned"] else "from scratch"
-            label += f" {row['epochs']} epochs {start}"
-        found.setdefault(
-            label,
-            {key: row.get(key) for key in KEYS}
-            | dict(
-                name=label,
-                model=paper.MODEL_LIST[row["model"]]["conf"][0 if dense else -1],
-                reducer="none" if dense else results.reducer_name(None, row["model"]),
-                fusion=bool(row["fusion"]),
-                macs=row["macs"] * 1e9,
-            ),
-        )
+            name += f" {row['epochs']} epochs {start}"
+        found.setdefault(name, {key: row.get(key) for key in KEYS} | own | dict(name=name))
     return list(found.values())
 
 
@@ -71,22 +66,15 @@ def log_paper(rows: list[dict[str, Any]], **where: Any) -> None:
     Args:
         where: project, entity and mode.
     """
+    kind: Any = dict(group="paper", job_type="paper", resume="allow", reinit="finish_previous")
+    kind |= where | dict(settings=wandb.Settings(silent=True))
     with tempfile.TemporaryDirectory() as folder:
         for row in rows:
-            summary = {key: value for key, value in row.items() if key != "name"}
-            tracked = wandb.init(
-                **where,
-                id="paper-" + "-".join(row["name"].replace(".", "").split()),
-                name=row["name"],
-                group="paper",
-                job_type="paper",
-                config={key: summary[key] for key in ("keep_rate", "fusion", "img_size")},
-                dir=folder,
-                resume="allow",
-                reinit="finish_previous",
-                settings=wandb.Settings(silent=True),
-            )
-            tracked.summary.update(summary)
+            name = row["name"]
+            config = {key: row[key] for key in ("keep_rate", "fusion", "img_size")}
+            key = "paper-" + "-".join(name.replace(".", "").split())
+            tracked = wandb.init(id=key, name=name, config=config, dir=folder, **kind)
+            tracked.summary.update({k: value for k, value in row.items() if k != "name"})
             tracked.finish()
 
 
@@ -96,12 +84,11 @@ def workspace(entity: str, project: str) -> Any:
 
     columns = ["run:displayName", "run:group", *(f"summary:{key}" for key in KEYS)]
     best_first = ws.Ordering(ws.Summary("top1"), ascending=False)
-    sections = [ws.Section(name=n, panels=p, is_open=True) for n, p in all_panels().items()]
     return ws.Workspace(
         entity=entity,
         project=project,
         name="EViT Lab",
-        sections=sections,
+        sections=[ws.Section(name=n, panels=p, is_open=True) for n, p in all_panels().items()],
         runset_settings=ws.RunsetSettings(order=[best_first], pinned_columns=columns),
     )
 
@@ -111,19 +98,14 @@ def report(entity: str, project: str) -> Any:
     import wandb_workspaces.reports.v2 as wr
 
     where: Any = dict(entity=entity, project=project)
+    ours = wr.Runset(**where, name="runs", filters="JobType != 'paper'")
+    theirs = wr.Runset(**where, name="paper", filters="JobType = 'paper'")
     blocks: list[Any] = [wr.TableOfContents()]
     for name, panels in all_panels().items():
-        runs = [wr.Runset(**where, name="runs", filters="JobType != 'paper'")]
-        if name == ACCURACY:
-            runs.append(wr.Runset(**where, name="paper", filters="JobType = 'paper'"))
+        runs = [ours, theirs] if name == ACCURACY else [ours]
         blocks += [wr.H1(name), wr.PanelGrid(runsets=runs, panels=panels)]
-    return wr.Report(
-        **where,
-        title="EViT Lab",
-        description="Accuracy and cost of every run, beside the rows of the paper.",
-        blocks=blocks,
-        width="fluid",
-    )
+    about = "Accuracy and cost of every run, beside the rows of the paper."
+    return wr.Report(**where, title="EViT Lab", description=about, blocks=blocks, width="fluid")
 
 
 def all_panels() -> dict[str, list[Any]]:
@@ -137,6 +119,7 @@ def all_panels() -> dict[str, list[Any]]:
     metrics = ("val/top1", "val/loss", "train/loss", "keep_rate", "tokens_per_image")
     columns = [wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(key)) for key in KEYS]
     wide = wr.Layout(w=24, h=9)
+    pictures = wr.MediaBrowser(media_keys=["kept_patches"], gallery_axis="step", layout=wide)
     return {
         ACCURACY: [
             scatter("macs", "top-1 by multiply-accumulates of an image"),
@@ -144,7 +127,5 @@ def all_panels() -> dict[str, list[Any]]:
             wr.ParallelCoordinatesPlot(columns=columns, layout=wide),
         ],
         "Training": [wr.LinePlot(title=m, x="trainer/global_step", y=[m]) for m in metrics],
-        "Patches that survive": [
-            wr.MediaBrowser(media_keys=["kept_patches"], gallery_axis="step", layout=wide)
-        ],
+        "Patches that survive": [pictures],
     }

@@ -2,9 +2,12 @@
 
 import itertools
 import json
+import os
 import shlex
+import signal
+import subprocess
 import sys
-from collections.abc import Iterator
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +20,14 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from evit.commands.cli import check_spelling, composed, with_scale
-from evit.config import CONF_DIR, folder_name, listed, overridden, plain
+from evit.commands.cli import check_spelling, composed
+from evit.config import CONF_DIR, folder_name, listed, overridden, plain, scale_for
 from evit.report import results
 
 SWEEPS = CONF_DIR.parent / "sweeps"
 # The programs: their configuration, and the file that a run of them leaves.
 PROGRAMS = {"train": ("config", "result.json"), "evaluate": ("evaluate", "evaluation.json")}
+GRACE = 60  # seconds for a run to end after SIGTERM
 NOT_COMPOSED = (HydraException, OmegaConfBaseException, ValueError, OSError)
 
 
@@ -33,9 +37,9 @@ class Job:
 
     program: str
     overrides: list[str]
-    cfg: DictConfig
-    config: dict[str, Any]  # plain values, as the run writes them
     folder: Path
+    cfg: Any = None
+    config: dict[str, Any] = field(default_factory=dict)  # plain values, as the run writes them
     source: Path | None = None  # folder of the run whose best checkpoint this one starts from
     number: int = 0
     error: str = ""  # why it does not compose
@@ -53,22 +57,19 @@ class Job:
 
     def state(self) -> str:
         """Say whether it is missing, finished, or changed: of another configuration or source."""
-        result, config = self.folder / PROGRAMS[self.program][1], self.folder / "config.json"
-        if self.program == "evaluate":
-            if not result.is_file():
-                return "missing"
-            before = json.loads(result.read_text())["config"]
-            given = {k: v for k, v in self.config.items() if v is not None}
-            return "finished" if given.items() <= before.items() else "changed"
-        if not config.is_file():
+        result, noted = self.folder / PROGRAMS[self.program][1], self.folder / results.START
+        path = self.folder / "config.json" if self.program == "train" else result
+        if not path.is_file():
             return "missing"
-        noted = self.folder / results.START
+        before = json.loads(path.read_text())
+        if self.program == "train":
+            same = before == self.config
+        else:
+            given = {k: v for k, v in self.config.items() if v is not None}
+            same = given.items() <= before["config"].items()
         if self.source and noted.is_file():
-            if results.outcome(self.source) not in (None, json.loads(noted.read_text())):
-                return "changed"
-        if json.loads(config.read_text()) != self.config:
-            return "changed"
-        return "finished" if result.is_file() else "missing"
+            same &= results.outcome(self.source) in (None, json.loads(noted.read_text()))
+        return ("finished" if result.is_file() else "missing") if same else "changed"
 
 
 @dataclass
@@ -86,11 +87,7 @@ def names() -> list[str]:
 
 
 def read(name: str) -> Sweep:
-    """Read a file of sweeps/.
-
-    Raises:
-        ValueError: there is none, or it has an unknown entry.
-    """
+    """Read a file of sweeps/; a ValueError if there is none, or it has an unknown entry."""
     path = SWEEPS / f"{name}.yaml"
     if not path.is_file():
         raise ValueError(f"there is no sweep {name!r} in sweeps/, but {', '.join(names())}")
@@ -104,18 +101,18 @@ def expand(line: str, more: list[str]) -> list[list[str]]:
     """Expand "keep_rate=0.5 img_size=256,288" into runs; the later value of a knob wins."""
     choices: dict[str, list[str]] = {}
     for one in OverridesParser.create().parse_overrides([*shlex.split(line), *more]):
-        key = one.get_key_element()
-        choices[key] = [one.input_line or ""]
+        key, words = one.get_key_element(), [one.input_line or ""]
         if one.is_sweep_override():  # true, not Python's True, so that folders are named alike
-            values = [
-                v.lower() if v in ("True", "False") else v for v in one.sweep_string_iterator()
-            ]
-            choices[key] = [f"{key}={value}" for value in values]
+            values = one.sweep_string_iterator()
+            words = [f"{key}={v.lower() if v in ('True', 'False') else v}" for v in values]
+        choices[key] = words
     return [list(run) for run in itertools.product(*choices.values())]
 
 
 def make_jobs(name: str, sweep: Sweep, more: list[str]) -> list[Job]:
     """Make the runs of a sweep, each once, with more overrides for all of them.
+
+    One that does not compose is a job with an error.
 
     Raises:
         ValueError: none of them composes.
@@ -132,43 +129,59 @@ def make_jobs(name: str, sweep: Sweep, more: list[str]) -> list[Job]:
     return jobs
 
 
-def jobs_of(entry: dict[str, str], sweep: Sweep, more: list[str]) -> Iterator[Job]:
-    """Make the runs of an entry of a sweep; one that does not compose is a job with an error."""
-
-    def broken(overrides: list[str], error: Exception) -> Job:
-        folder = Path("outputs", folder_name("+".join(overrides)))  # to tell jobs apart
-        text = " ".join(str(error).split())
-        return Job(sweep.program, overrides, OmegaConf.create(), {}, folder, error=text)
-
-    own, source = more, None
+def jobs_of(entry: dict[str, str], sweep: Sweep, more: list[str]) -> list[Job]:
+    """Make the runs of an entry of a sweep."""
+    source = None
     try:
         if "starts_from" in entry and "checkpoint" not in overridden(more):
             (overrides,) = expand(f"{sweep.overrides} {entry['starts_from']}", more)
-            source = make_job("train", overrides).folder
-            own = [f"checkpoint={source}/checkpoints/best.ckpt", *more]
-        runs = expand(f"{sweep.overrides} {entry['run']}", own)
+            first = make_job("train", overrides)
+            if first.error:
+                raise ValueError(first.error)
+            source = first.folder
+            more = [f"checkpoint={source}/checkpoints/best.ckpt", *more]
+        runs = expand(f"{sweep.overrides} {entry['run']}", more)
     except NOT_COMPOSED as error:
-        yield broken([entry["run"]], error)
-        return
-    for overrides in runs:
-        try:
-            yield make_job(sweep.program, overrides, source)
-        except NOT_COMPOSED as error:
-            yield broken(overrides, error)
+        return [broken(sweep.program, [entry["run"]], error)]
+    return [make_job(sweep.program, overrides, source) for overrides in runs]
 
 
 def make_job(program: str, overrides: list[str], source: Path | None = None) -> Job:
     config_name, _ = PROGRAMS[program]
-    check_spelling(overrides, config_name)
-    cfg = composed(config_name, with_scale(overrides) if program == "train" else overrides)
-    HydraConfig.instance().set_config(cfg)
-    if program == "evaluate":  # completes its groups from the checkpoint's run
-        knobs = [str(k) for k in cfg if k != "hydra" and not isinstance(cfg[k], DictConfig)]
-        config: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, knobs), resolve=True)
-    else:
-        config = plain(cfg)
-        fewer = [override for override in overrides if not override.startswith("fusion=")]
-        if set(listed(config["keep_rate"])) == {1} and fewer != overrides:
-            return make_job(program, fewer, source)  # there is nothing to fuse
-    folder = Path(cfg.hydra.run.dir)  # now, while these are Hydra's values
-    return Job(program, overrides, cfg, json.loads(json.dumps(config)), folder, source)
+    try:
+        check_spelling(overrides, config_name)
+        cfg = composed(config_name, overrides)
+        if program == "train" and "scale" not in overridden(overrides):
+            if (scale := scale_for(cfg)) != "published":
+                cfg = composed(config_name, [*overrides, f"scale={scale}"])
+        HydraConfig.instance().set_config(cfg)
+        if program == "evaluate":  # completes its groups from the checkpoint's run
+            knobs = [str(k) for k in cfg if k != "hydra" and not isinstance(cfg[k], DictConfig)]
+            config: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, knobs), resolve=True)
+        else:
+            config = plain(cfg)
+            fewer = [override for override in overrides if not override.startswith("fusion=")]
+            if set(listed(config["keep_rate"])) == {1} and fewer != overrides:
+                return make_job(program, fewer, source)  # there is nothing to fuse
+        folder = Path(cfg.hydra.run.dir)  # now, while these are Hydra's values
+    except NOT_COMPOSED as error:
+        return broken(program, overrides, error)
+    return Job(program, overrides, folder, cfg, json.loads(json.dumps(config)), source)
+
+
+def broken(program: str, overrides: list[str], error: Exception) -> Job:
+    folder = Path("outputs", folder_name("+".join(overrides)))  # to tell jobs apart
+    return Job(program, overrides, folder, error=" ".join(str(error).split()))
+
+
+def stop(popens: list[subprocess.Popen]) -> None:
+    """End processes and all that they have started; a run goes on from its last checkpoint."""
+    for number, seconds in ((signal.SIGTERM, GRACE), (signal.SIGKILL, 10)):
+        for popen in popens:
+            try:
+                os.killpg(popen.pid, number)
+            except ProcessLookupError:
+                pass
+        until = time.monotonic() + seconds
+        while any(popen.poll() is None for popen in popens) and time.monotonic() < until:
+            time.sleep(0.05)

@@ -172,7 +172,7 @@ def hours(
     if not rows or not hasattr(model, "reducer"):
         return None
     if own:
-        throughput = paper.tables()["keep_rate_deit_s"]["baseline"]["throughput"]
+        throughput = paper.dense_throughput("deit_s")
         return len(keep_rates) * images * forwards / (throughput * GPUS) / 3600
     macs = {}
     for rates in {tuple(rates) for rates in keep_rates}:

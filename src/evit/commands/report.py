@@ -26,24 +26,23 @@ def write(source: Path, target: Path | None, page: bool = True) -> None:
     content = collect.read(source)
     groups = settings.ours(content).groupby("section", sort=False)
     sections = [tables.all_settings(str(title), points) for title, points in groups]
-    table = tables.report(content, sections, [])
-    print(table)
+    written = {"table.md": tables.report(content, sections, [])}
+    print(written["table.md"])
     if not target:
         return
-    written = {"runs.json": json.dumps(content.rows, indent=1) + "\n"}
+    written["runs.json"] = json.dumps(content.rows, indent=1) + "\n"
     if page:
         from evit.report import figures  # plotly and matplotlib, which only the page needs
         from evit.report.page import build, html
 
         report = build(content)
         sections = [section.table for section in report.sections]
-        written["index.html"] = html(content, report)
+        del written["table.md"]
         written["tables.md"] = tables.report(content, sections, report.papers)
+        written["index.html"] = html(content, report)
         written["runs.csv"] = as_csv(content)
         for chart in report.charts:
             figures.save(chart, target / "figures")
-    else:
-        written["table.md"] = table
     target.mkdir(parents=True, exist_ok=True)
     for name, text in written.items():
         (target / name).write_text(text)

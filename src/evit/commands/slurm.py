@@ -10,8 +10,7 @@ from typing import Any
 
 import submitit
 
-from evit.commands import processes
-from evit.commands.jobs import Job
+from evit.commands.jobs import GRACE, Job, stop
 from evit.config import CONF_DIR
 
 JOB_ID = "slurm_job"  # in the folder of a run: its id in SLURM
@@ -36,14 +35,14 @@ class Task:
         self.popen = subprocess.Popen(self.command, start_new_session=True)
         status = self.popen.wait()
         if status == 128 + signal.SIGTERM:
-            time.sleep(processes.GRACE)  # SLURM preempts this job, and is about to end it
+            time.sleep(GRACE)  # SLURM preempts this job, and is about to end it
         if status:
             raise RuntimeError(f"exit status {status}: {' '.join(self.command)}")
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Stop before the end of time or preemption; submitit requeues the job."""
         if self.popen:
-            processes.stop([self.popen])
+            stop([self.popen])
         self.popen = None
         return submitit.helpers.DelayedSubmission(self)
 
@@ -65,14 +64,9 @@ def job_id(folder: Path | None) -> str | None:
 
 
 def submit(name: str, jobs: list[Job], options: dict[str, Any]) -> None:
-    """Submit the jobs that are not in the queue.
+    """Submit the jobs that are not in the queue, as an array NAME.
 
-    Args:
-        name: the array's.
-        options: of each job, as submitit's AutoExecutor names them.
-
-    Raises:
-        ValueError: there is no SLURM, or no such option.
+    options are each job's, as submitit's AutoExecutor names them; a ValueError if it has no such.
     """
     there = queued()
     todo = [job for job in jobs if job_id(job.folder) not in there]

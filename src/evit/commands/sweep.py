@@ -1,24 +1,33 @@
 """src/sweep.py: the runs of a file of sweeps/, each a process, and only those not finished."""
 
+import fcntl
+import os
+import re
+import signal
+import subprocess
 import sys
+import time
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from evit.commands import processes
 from evit.commands.cli import check_spelling
-from evit.commands.jobs import NOT_COMPOSED, PROGRAMS, Job, make_jobs, names, read
+from evit.commands.jobs import NOT_COMPOSED, PROGRAMS, Job, make_jobs, names, read, stop
 from evit.config import CONF_DIR, listed, overridden
 from evit.report import results
 
 KNOBS = CONF_DIR / "sweep.yaml"
+# What torchrun, SLURM and MPI tell the processes that they start: a run is to start its own.
+RANKS = "RANK LOCAL_RANK NODE_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
+LAUNCHERS = ("SLURM_", "TORCHELASTIC_", "PMI_", "PMIX_", "OMPI_", "GROUP_", "ROLE_")
+LOG = "run.log"
+FAILED = "failed.json"  # in the folder of a job that failed: why, for the report
 
 
 def run(arguments: list[str]) -> int:
@@ -41,7 +50,7 @@ def run(arguments: list[str]) -> int:
         jobs = [job for job in jobs if job.number in listed(cfg.job)]
     costs = [hours(job, sweep.needs) for job in jobs] if cfg.dry_run else None
     broken = [(job, f"it does not compose: {job.error}") for job in jobs if job.error]
-    if cfg.dry_run:
+    if costs:
         show(name, jobs, costs)
         return tell_failed(broken)
     for knob in sweep.needs:
@@ -59,17 +68,13 @@ def run(arguments: list[str]) -> int:
     before = len(jobs) - len(todo) - len(broken)
     print(f"{len(jobs)} runs, of which {before} have finished before", flush=True)
     tell_failed(broken)
-    failed = processes.run_all(todo, cfg.slots)
+    failed = run_all(todo, cfg.slots)
     show(name, jobs)
     return tell_failed(broken + failed)
 
 
 def split(arguments: list[str]) -> tuple[SimpleNamespace, list[str]]:
-    """Split a command line into the sweep's own knobs, and the overrides of all of its runs.
-
-    Raises:
-        ValueError: a knob has no such value.
-    """
+    """Split a command line into the sweep's own knobs, and the overrides of all of its runs."""
     arguments = ["dry_run=true" if a == "--dry-run" else a for a in arguments]
     knobs = OmegaConf.load(KNOBS)
     own = [a for a in arguments if {name.split(".")[0] for name in overridden([a])} <= set(knobs)]
@@ -91,11 +96,7 @@ def tell_failed(failed: list[tuple[Job, str]]) -> int:
 
 
 def hours(job: Job, needs: list[str]) -> tuple[float, Any]:
-    """The estimated GPU hours of a run, 0 if not known, and the paper's top-1.
-
-    Args:
-        needs: knobs that are taken as given.
-    """
+    """The estimated GPU hours of a run, 0 if not known, and the paper's top-1; needs are given."""
     from evit.commands.plan import GPUS, plan
 
     if job.program != "train" or job.error:
@@ -113,28 +114,132 @@ def hours(job: Job, needs: list[str]) -> tuple[float, Any]:
 
 def show(name: str, jobs: list[Job], costs: list[tuple[float, Any]] | None = None) -> None:
     """Print the jobs of a sweep, their states and results; and their hours, if given."""
+    heads = ["job", f"python src/{jobs[0].program}.py", "state", "top-1"]
+    table = Table(*heads, *["paper", "GPU hours"] * bool(costs), box=None)
     states = ["broken" if job.error else job.state() for job in jobs]
-    title = f"sweep {name}: {len(jobs)} runs, {states.count('finished')} finished"
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", show_edge=False)
-    table.add_column("job", justify="right")
-    table.add_column(f"python src/{jobs[0].program}.py", overflow="fold")
-    table.add_column("state")
-    for column in ("top-1", "paper", "GPU hours") if costs else ("top-1",):
-        table.add_column(column, justify="right")
     for i, (job, state) in enumerate(zip(jobs, states, strict=True)):
-        result = results.finished(job.folder) if state == "finished" else None
-        if state == "missing" and (job.folder / processes.FAILED).is_file():
+        if state == "missing" and (job.folder / FAILED).is_file():
             state = "failed"
-        cells = [
-            str(job.number),
-            escape(job.name),
-            state,
-            f"{result['top1']:.2f}" if result else "",
-        ]
-        if costs:
-            amount, published = costs[i]
-            cells += [str(published), f"{amount:.0f}" if amount >= 10 else f"{amount:.2g}"]
-        table.add_row(*cells)
+        result = results.finished(job.folder) if state == "finished" else None
+        top1 = f"{result['top1']:.2f}" if result else ""
+        cost = [str(costs[i][1]), f"{costs[i][0]:.0f}"] if costs else []
+        table.add_row(str(job.number), escape(job.name), state, top1, *cost)
+    print(f"sweep {name}: {len(jobs)} runs, {states.count('finished')} finished")
     Console().print(table, highlight=False)
     if costs and (total := sum(amount for amount, _ in costs)):
         print(f"{total:.0f} GPU hours in all, as estimated (docs/recipes.md, Hours)")
+
+
+class Process(NamedTuple):
+    """A job that runs."""
+
+    job: Job
+    slot: dict[str, str]  # environment of its own
+    popen: subprocess.Popen
+    offset: int  # in the log
+
+
+def make_slots(slots: Any) -> list[dict[str, str]]:
+    """Make the environment of each slot from a number of slots, or a list of their GPUs."""
+    if isinstance(slots, list) and slots:
+        return [{"CUDA_VISIBLE_DEVICES": ",".join(map(str, listed(gpus)))} for gpus in slots]
+    if not isinstance(slots, int) or slots < 1:
+        raise ValueError(
+            f"slots must be a number, or GPUs as in [0,1] or [[0,1],[2,3]], got {slots!r}"
+        )
+    if slots == 1:
+        return [{}]
+    import torch
+
+    if not (count := torch.cuda.device_count()):
+        return [{"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // slots))}] * slots
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    shares = [gpus[i::slots] or [gpus[i % len(gpus)]] for i in range(slots)]
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
+
+
+def environment(slot: dict[str, str]) -> dict[str, str]:
+    own = {k: v for k, v in os.environ.items() if k not in RANKS and not k.startswith(LAUNCHERS)}
+    return own | {"PYTHONUNBUFFERED": "1"} | slot
+
+
+def start(job: Job, slot: dict[str, str]) -> Process | None:
+    """Start a job; return None if it runs already.
+
+    The log in its folder is locked for as long as a process of the run is alive, even if the sweep
+    has ended before it.
+    """
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with (job.folder / LOG).open("ab") as log:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
+        (job.folder / FAILED).unlink(missing_ok=True)
+        where: Any = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
+        where |= dict(env=environment(slot), start_new_session=True)
+        return Process(job, slot, subprocess.Popen(job.command, **where), log.tell())
+
+
+def why(process: Process) -> str:
+    """Say how a process has ended, with the last error or line in its log."""
+    status = process.popen.returncode
+    number = -status if status < 0 else status - 128  # a shell's
+    ended = f"exit status {status}"
+    if number in set(signal.Signals):
+        ended = f"killed by signal {number} ({signal.Signals(number).name})"
+    if number == signal.SIGKILL:
+        return f"{ended}: out of memory?"
+    log = (process.job.folder / LOG).read_bytes()[process.offset :].decode(errors="replace")
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception)\b", line)]
+    return ": ".join([ended, *(errors or lines)[-1:]])
+
+
+def run_all(jobs: list[Job], slots: Any) -> list[tuple[Job, str]]:
+    """Run jobs, telling of each on a line; return those that failed, with the reason.
+
+    Args:
+        jobs: in the order in which they are started; one that starts from another of them waits.
+        slots: see make_slots.
+    """
+    free, waiting = make_slots(slots), list(jobs)
+    running: list[Process] = []
+    failed: dict[Any, tuple[Job, str]] = {}
+
+    def fail(job: Job, reason: str) -> None:
+        failed[job.folder] = job, reason
+        print(f"job {job.number} failed: {job.name} ({reason})", flush=True)
+
+    try:
+        while running or waiting:
+            unfinished = {job.folder for job in waiting + [process.job for process in running]}
+            for job in [job for job in waiting if job.source not in unfinished][: len(free)]:
+                waiting.remove(job)
+                text = f"running: {job.name} ({job.folder / LOG})"
+                if job.source in failed:
+                    fail(job, f"not begun: it starts from {job.source}, which failed")
+                    continue
+                if job.state() == "finished":
+                    text = f"finished: {job.name} (its source has the same result as before)"
+                elif process := start(job, free[0]):
+                    running.append(process)
+                    free.pop(0)
+                else:
+                    fail(job, f"it runs already, see {job.folder / LOG}")
+                    continue
+                print(f"job {job.number} {text}", flush=True)
+            for process in [process for process in running if process.popen.poll() is not None]:
+                job = process.job
+                running.remove(process)
+                free.append(process.slot)
+                stop([process.popen])  # what it may have left behind
+                if process.popen.returncode == 0 and job.state() == "finished":
+                    print(f"job {job.number} finished: {job.name}", flush=True)
+                else:
+                    fail(job, reason := why(process))
+                    results.write_json(dict(job=job.name, reason=reason), job.folder / FAILED)
+            time.sleep(0.1)
+    finally:
+        stop([process.popen for process in running])
+    return list(failed.values())

@@ -16,7 +16,7 @@ from evit.commands.build import build_data, build_model, build_teacher, compile_
 from evit.config import plain
 from evit.data import Images
 from evit.recipe import Recipe
-from evit.report import results, rows
+from evit.report import results
 from evit.tracking import JsonlLogger, Tracker, wandb_logger, wandb_mode
 from evit.training import checkpoints
 from evit.training.callbacks import InferenceSpeed, KeepRateSchedule, KeptPatches
@@ -94,7 +94,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             data=dict(name=data.name, num_classes=data.num_classes),
             choices={group: HydraConfig.get().runtime.choices[group] for group in GROUPS},
             config=config,
-            started_from=rows.started_from(config["checkpoint"] or (str(first) if first else None)),
+            started_from=results.started_from(config["checkpoint"] or first),
             processes=trainer.world_size,
             precision=str(trainer.precision),
             device=results.device_name(trainer.strategy.root_device),

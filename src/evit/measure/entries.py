@@ -44,8 +44,9 @@ def choose(config: dict[str, Any]) -> dict[Entry, Entry]:
         sizes = [row.get("img_size", paper.BASE_SIZE) for row in others]
         chosen += [dense(Entry(r["timm"], img_size=n)) for r, n in zip(others, sizes, strict=True)]
         for name, model in paper.MODELS.items():
-            rows = paper.tables()[f"keep_rate_{name}"]["fuse"]
-            chosen += [Entry(model, row["keep_rate"], True) for row in rows]
+            rows = [row for row in paper.costs(name) if row["fusion"]]
+            rates = [row["keep_rate"] for row in rows if row["img_size"] == paper.BASE_SIZE]
+            chosen += [Entry(model, rate, True) for rate in rates]
     elif isinstance(table, str):
         for row in paper.costs(table):
             entry = Entry(paper.MODELS[table], row["keep_rate"], row["fusion"], row["img_size"])

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+from evit.report import results
 
 Row = dict[str, Any]
 MODES = {False: "eager", True: "compiled", "reduce-overhead": "graphs"}
@@ -29,31 +29,18 @@ def markdown(result: Row) -> str:
     """The tables, what their columns mean and what made them."""
     parts, rows = [], [*result["rows"], *result.get("left_out", [])]
     for what, batch in dict.fromkeys((row["what"], row["batch_size"]) for row in rows):
-        found, peaks = (
-            [row for row in several if (row["what"], row["batch_size"]) == (what, batch)]
-            for several in (rows, result["matmul"])
-        )
-        peak = max(row["macs_per_s"] for row in peaks) / 1e9
+        same = dict(what=what, batch_size=batch).items()
+        peak = max(row["macs_per_s"] for row in result["matmul"] if row.items() >= same) / 1e9
         title = f"{what}, batch {batch}; a large matrix product does {peak:,.0f} GMACs/s"
-        parts += [f"**{title}**", table([cells(row) for row in found])]
+        found = [cells(row) for row in rows if row.items() >= same]
+        parts += [f"**{title}**", results.markdown(found)]
     for part in filter(None, map(result.get, ("correctness", "training_run"))):
-        parts += [f"**{part['title']}**", table(part["rows"]), part["verdict"]]
+        parts += [f"**{part['title']}**", results.markdown(part["rows"]), part["verdict"]]
     base = "at 224 px" if result["config"]["paper"] else "of the same image size"
     notes = NOTES.format(repeats=result["config"]["repeats"], base=base).replace("\n", " ")
     versions = "torch {torch}, timm {timm}".format(**result["packages"])
     parts.append(f"{result['device']}; {versions}, commit {result['commit']}. {notes}")
     return "\n\n".join(parts) + "\n"
-
-
-def table(rows: list[Row]) -> str:
-    """Rows in Markdown; columns that say nothing are left out."""
-    frame = pd.DataFrame(rows).astype(str)
-    frame = frame.loc[:, (frame != "").any()]
-    lines = [list(frame), *frame.values.tolist()]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    padded = ([c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
 
 
 def cells(row: Row) -> dict[str, str]:
@@ -62,7 +49,12 @@ def cells(row: Row) -> dict[str, str]:
     rate = (rates[0] if len(set(rates)) == 1 else " ".join(rates)) + rest
     if row["dense"] or set(rates) == {"1"}:
         rate = "dense" + ", this code" * (not row["dense"])
-    found = {
+    low, high = row.get("images_per_s_quartiles", (0, 0))
+    numbers = {
+        title: "" if row.get(name) is None else format(row[name] / unit, form)
+        for title, (name, form, unit) in NUMBERS.items()
+    }
+    return {
         "model": row["model"].replace("_patch16", "").removesuffix("_224"),
         "reducer": row.get("reducer") or "",
         "keep rate": rate,
@@ -70,31 +62,25 @@ def cells(row: Row) -> dict[str, str]:
         "mode": MODES[row["compile"]],
         "dtype": row["precision"],
         "images/s": row.get("reason", "").split(" (")[0] or f"{row['images_per_s']:,.1f}",
-        "IQR %": "",
+        "IQR %": f"{100 * (high - low) / row['images_per_s']:.1f}" if "ratio" in row else "",
+        **numbers,
+        "paper: to dense": f"{theirs['ratio']:.2f}" if theirs else "",
     }
-    if "ratio" in row:
-        low, high = row["images_per_s_quartiles"]
-        found["IQR %"] = f"{100 * (high - low) / row['images_per_s']:.1f}"
-    for title, (name, form, unit) in NUMBERS.items():
-        found[title] = "" if row.get(name) is None else format(row[name] / unit, form)
-    return found | {"paper: to dense": f"{theirs['ratio']:.2f}" if theirs else ""}
 
 
 def draw(result: Row, path: Path) -> None:
     """Draw a bar for each row of the largest batch: its speed beside the dense model's."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     largest = max(row["batch_size"] for row in result["rows"])
     rows = [row for row in result["rows"] if row["batch_size"] == largest][::-1]
     shown = ("model", "keep rate", "px", "mode")
     names = [" ".join([row["what"], *(cells(row)[name] for name in shown)]) for row in rows]
-    title = f"Speed beside the dense model's: {result['device']}, batch {largest}"
-    bars = pd.Series([row["ratio"] for row in rows], names)
-    axes = bars.plot.barh(figsize=(7, 1 + 0.22 * len(rows)), fontsize=6, title=title)
-    texts = [f"{row['images_per_s']:,.0f} images/s" for row in rows]
-    axes.bar_label(axes.containers[0], texts, fontsize=6)
-    axes.figure.savefig(path, bbox_inches="tight")
-    pyplot.close(axes.figure)
+    figure = Figure(figsize=(7, 1 + 0.22 * len(rows)))
+    axes = figure.add_subplot(
+        title=f"Speed beside the dense model's: {result['device']}, batch {largest}"
+    )
+    axes.tick_params(labelsize=6)
+    bars = axes.barh(range(len(rows)), [row["ratio"] for row in rows], tick_label=names)
+    axes.bar_label(bars, [f"{row['images_per_s']:,.0f} images/s" for row in rows], fontsize=6)
+    figure.savefig(path, bbox_inches="tight")

@@ -1,15 +1,14 @@
 """The charts of the report: accuracy against cost, reducers, training curves, other models."""
 
-import math
 from typing import Any
 
 import pandas as pd
 
 from evit.report import paper, settings
 from evit.report.collect import Found, Run
-from evit.report.figures import Chart
-from evit.report.settings import SCRATCH, label
-from evit.report.tables import rate_text, top1_text
+from evit.report.figures import chart
+from evit.report.settings import SCRATCH
+from evit.report.tables import rate_text
 
 TOP1 = "top-1 accuracy (%)"
 SPEED_NOTE = (
@@ -26,120 +25,83 @@ CURVES = {
     "learning rate": ("lr", "learning rate (1 per step)"),
 }
 FAMILIES = ("DeiT", "LV-ViT")  # of the other models: lines of their own
+COSTS = {"GMACs": ("macs", "per image"), "images/s": ("images_per_s", "paper: GPU")}
+COSTS |= {"speed-up": ("speed", "times the dense model's images/s at 224 px")}
+KIND = ["model", "reducer", "rate", "rest", "img_size", "start", "epochs"]
+Views = dict[str, tuple[Any, ...]]
 
 
 def line_names(points: pd.DataFrame) -> pd.Series:
     """Name the line of each setting: lines go through settings that differ in keep rate alone."""
+    several_images = points.images.nunique() > 1
 
     def name(point: Any) -> str:
         parts = [paper.TITLES.get(point.model, point.model)]
-        parts += [point.reducer] * (point.reducer not in ("", "evit", "dynamicvit"))
-        parts += [point.rest, point.selection]
-        parts += [point.start] * (point.start != SCRATCH)
+        parts += [point.reducer] * (point.reducer not in ("evit", "dynamicvit"))
+        parts += [point.rest, point.selection, point.start.replace(SCRATCH, "")]
         parts += [f"{point.epochs:.0f} epochs"] * (point.epochs < 300)
         parts += [f"{point.images} images"] * (several_images and bool(point.images))
         return ", ".join(filter(None, [*parts, point.recipe_name]))
 
-    several_images = points.images.nunique() > 1
-    return points.apply(name, axis=1)
+    return pd.Series([name(point) for _, point in points.iterrows()], points.index, dtype=object)
 
 
 def names(points: pd.DataFrame) -> pd.Series:
     """Name each setting."""
     sizes = points.img_size.map(", {} px".format) if points.img_size.nunique() > 1 else ""
-    rates = points.rate.map(lambda rate: "dense" if rate == 1 else f"keep rate {label(rate)}")
+    rates = points.rate.map(lambda r: "dense" if r == 1 else f"keep rate {settings.label(r)}")
     return line_names(points) + ", " + rates + sizes
 
 
-def hover(points: pd.DataFrame, names: pd.Series) -> list[str]:
-    """All numbers of each point, a line each."""
-    found = []
-    formats = dict(top5="top-5 {:.2f} %", kl="KL to the dense model {:.4f}")
-    formats |= dict(macs="{:.3g} GMACs per image", images_per_s="{:,.4g} images/s")
-    formats |= dict(speed="{:.2f} times the dense model's")
-    for (_, point), name in zip(points.iterrows(), names, strict=True):
-        runs = f" (mean and standard deviation of {point.runs} runs)" if point.runs > 1 else ""
-        texts = [name, f"{'' if point.rate == 1 else 'keep rate '}{rate_text(point.rate)}"]
-        texts += [f"{point.img_size} px", f"top-1 {top1_text(point)} %{runs}"]
-        texts += [text.format(point[key]) for key, text in formats.items() if pd.notna(point[key])]
-        found.append("\n".join(texts))
-    return found
+def lines(points: pd.DataFrame) -> pd.DataFrame:
+    """Settings with line and hover, what is said of each beside its x and y."""
+    texts = points.rate.map(rate_text) + points.img_size.map(", {} px, ".format)
+    return points.assign(line=line_names(points), hover=texts + points.runs.map("{} run(s)".format))
 
 
-def plot(chart: Chart, figure: Any, points: pd.DataFrame, ours: bool = True) -> None:
-    """Draw lines through points that have columns line, x and y, in order of x."""
-    for name, group in points.dropna(subset=["x", "y"]).groupby("line", sort=False):
-        group = group.sort_values("x", kind="stable")
-        shown = group.get("shown", group.line if ours else group.line + " (paper)")
-        spread = group.spread.fillna(0) if ours else None
-        mode = group["mode"].iloc[0] if "mode" in group else "lines+markers"
-        chart.line(figure, str(name), group.x, group.y, hover(group, shown), spread, ours, mode)
+def costs(key: str, title: str, content: Found, points: pd.DataFrame) -> dict[str, Any]:
+    """Top-1 against the cost of an image, and the paper's: on ImageNet as it is.
 
-
-def imagenet(content: Found, points: pd.DataFrame) -> Chart:
-    """Top-1 on ImageNet against the cost of an image: the paper's rows, and ours."""
-    kind = ["model", "reducer", "rate", "rest", "img_size", "start", "epochs"]
-    mine = points[points.section == "ImageNet"]
-    mine = mine.assign(model=mine.model.replace(paper.CONF))
-    way, _ = settings.measured(content, mine)
-    both = {False: settings.published().drop_duplicates(kind)} | ({True: mine} if len(mine) else {})
-    chart = Chart(
-        "imagenet",
-        "ImageNet: accuracy against cost",
-        f"Hollow and dotted: published. Filled: ours, where runs on all of ImageNet have finished. "
-        f"A point for each keep rate. Our images/s: {way or 'not measured'}.",
-    )
-    titles = dict(
-        macs=("GMACs", "GMACs per image"),
-        speed=("speed-up", "images/s (times the dense model's at 224 px)"),
-        images_per_s=("images/s", "images/s (paper: GPU; ours: see below)"),
-    )
-    for cost, (name, title) in titles.items():
-        figure = chart.view(name, title, TOP1, log_x=cost != "speed")
-        for ours, found in both.items():
-            base = found.img_size == paper.BASE_SIZE
-            line = line_names(found) + base.map({True: "", False: ", higher resolution"})
-            mode = base.map({True: "lines+markers", False: "markers"})
-            found = found.assign(x=found[cost], y=found.top1, line=line, mode=mode)
-            plot(chart, figure, found, ours)
-    return chart
-
-
-def relative(index: int, points: pd.DataFrame) -> Chart | None:
-    """Change of top-1 against cost, each beside its own dense model; the paper's too."""
-    chart = Chart(
-        f"relative-{index}",
-        "Accuracy against cost, beside the dense model",
-        "Every model beside its own dense model, so that runs on other data can stand beside the "
-        "paper's on ImageNet (hollow). A point for each keep rate. Bars: standard deviation over "
-        f"seeds. {SPEED_NOTE}",
-    )
-    theirs = settings.published()
-    theirs = theirs[theirs.table.str.startswith("keep_rate") | theirs.model.str.startswith("dyn")]
-    both = {False: changes(theirs), True: changes(points)}
-    for name, cost in (("GMACs", "macs"), ("images/s", "images_per_s")):
-        found = {
-            ours: it.assign(x=100 * it[cost] / it[f"dense_{cost}"]) for ours, it in both.items()
-        }
-        if found[True].dropna(subset=["x", "y"]).groupby("line").size().gt(1).any():
-            title = f"{name} (% of the dense model's)"
-            figure = chart.view(name, title, "top-1, change to the dense model (points)")
-            for ours, chosen in found.items():
-                plot(chart, figure, chosen, ours)
-    return chart if chart.views else None
+    On other data each setting, ours and the paper's, is beside its own dense model.
+    """
+    theirs, whole = settings.published().drop_duplicates(KIND), title == "ImageNet"
+    if whole:
+        way, _ = settings.measured(content, points)
+        both = [lines(theirs), lines(points.assign(model=points.model.replace(paper.CONF)))]
+        note = f"Our images/s: {way or 'not measured'}."
+    else:
+        scratch = theirs.table.str.startswith("keep_rate") | theirs.model.str.startswith("dyn")
+        both = [changes(theirs[scratch]), changes(points)]
+        note = f"Bars: standard deviation over seeds. {SPEED_NOTE}"
+    found = pd.concat([both[0].assign(ours=False), both[1].assign(ours=True)])
+    larger = (found.img_size != paper.BASE_SIZE) & whole
+    found["line"] += larger.map({True: ", higher resolution", False: ""})
+    found["style"] = larger.map({True: "markers", False: "lines+markers"})
+    views: Views = {}
+    for name, (cost, unit) in COSTS.items():
+        if whole:
+            views[name] = found.assign(x=found[cost], y=found.top1), f"{name} ({unit})", TOP1
+        elif cost != "speed":
+            share = 100 * found[cost] / found[f"dense_{cost}"]
+            shown = found.assign(x=share, y=found.top1 - found.dense_top1)
+            own = shown[shown.ours].dropna(subset=["x", "y"])
+            if own.groupby("line").size().gt(1).any():
+                y = "top-1, change to the dense model (points)"
+                views[name] = shown, f"{name} (% of the dense model's)", y
+    note = f"Hollow and dotted: the paper. Filled: ours. A point for each keep rate. {note}"
+    return chart(key, f"Accuracy against cost, {title}", note, views)
 
 
 def changes(points: pd.DataFrame) -> pd.DataFrame:
-    """Each setting with y, its top-1 beside its dense model's; a line begins with that model."""
-    points = settings.with_dense(points).assign(line=line_names(points))
+    """Each reduced setting that has a dense model; a line begins with that model."""
+    points = lines(settings.with_dense(points))
     sparse = points[(points.rate != 1) & (points.dense != -1)]
-    made = []
+    made = [points[:0]]
     for (line, dense), group in sparse.groupby(["line", "dense"], sort=False):
-        start = points.loc[[dense]].assign(line=line, start=group.start.iloc[0])
+        start = points.loc[[dense]].assign(line=line)
         own = {f"dense_{key}": start[key] for key in ("top1", "macs", "images_per_s")}
         made += [start.assign(**own), group]
-    found = pd.concat(made) if made else points[:0]
-    return found.assign(y=found.top1 - found.dense_top1)
+    return pd.concat(made)
 
 
 def comparable(points: pd.DataFrame) -> pd.DataFrame:
@@ -150,35 +112,36 @@ def comparable(points: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def reducers(index: int, title: str, points: pd.DataFrame) -> Chart:
+def reducers(index: int, title: str, points: pd.DataFrame) -> dict[str, Any]:
     """Accuracy, KL divergence and images/s of comparable settings against GMACs, by reducer."""
     dense = points.rate == 1
     parts = points[["reducer", "rest", "selection"]].mask(dense, "dense")
     for name in ("start", "images", "recipe_name"):
         if points[name].nunique() > 1:
             parts[name] = points[name]
-    names = parts.apply(lambda row: ", ".join(dict.fromkeys(filter(None, row))), axis=1)
-    chart = Chart(
+    named = parts.apply(lambda row: ", ".join(dict.fromkeys(filter(None, row))), axis=1)
+    found = lines(points).assign(line=named, x=points.macs)
+    titles = dict(top1=("top-1", TOP1), kl=("KL", "KL divergence to the dense model (nats)"))
+    titles |= dict(images_per_s=("images/s", "images/s (inference)"))
+    return chart(
         f"reducers-{index}",
         "Token reducers",
         f"A line for each reducer on {title}, a point for each keep rate. KL: divergence to the "
         f"dense model's logits, which tells reducers apart on few images. {SPEED_NOTE}",
+        {
+            name: (found.assign(y=found[key]), "GMACs (per image)", y)
+            for key, (name, y) in titles.items()
+            if found[key][~dense].notna().any()
+        },
     )
-    titles = dict(top1=("top-1", TOP1), kl=("KL", "KL divergence to the dense model (nats)"))
-    titles |= dict(images_per_s=("images/s", "images/s (inference)"))
-    for key, (name, y) in titles.items():
-        found = points.assign(line=names, x=points.macs, y=points[key])
-        if found.y[~dense].notna().any():
-            plot(chart, chart.view(name, "GMACs per image", y), found)
-    return chart
 
 
-def other_models(found: Found) -> Chart:
+def other_models(found: Found) -> dict[str, Any]:
     """Published top-1 of other models against images/s, published and, where timed, measured."""
     others = settings.frame(
         [
-            dict(model=row["name"], reducer="", rate=1.0, img_size=row.get("img_size", 224))
-            | dict(name=settings.canonical(str(row.get("timm", row["name"]))), top1=row["top1"])
+            dict(model=row["name"], img_size=row.get("img_size", 224), top1=row["top1"])
+            | dict(name=settings.canonical(str(row.get("timm", row["name"]))))
             | dict(images_per_s=row["throughput"])
             | dict(folder=row["family"] if row["family"] in FAMILIES else "other models")
             for row in paper.field()
@@ -186,53 +149,49 @@ def other_models(found: Found) -> Chart:
     )
     theirs = settings.published()
     fused = theirs[(theirs.rest == "fused") & theirs.table.str.startswith("keep_rate")]
-    fused = fused.assign(folder="EViT-" + fused.model.map(paper.TITLES))
-    points = pd.concat([others.assign(mode="markers"), fused.assign(mode="lines+markers")])
-    points = points.reset_index(drop=True)
-    shown = points.folder + ": " + points.model.replace(paper.TITLES)
-    points = points.assign(line=points.folder, shown=shown, speed=math.nan)
+    fused = fused.assign(folder="EViT-" + fused.model.map(paper.TITLES), style="lines+markers")
+    points = pd.concat([others.assign(style="markers"), fused], ignore_index=True)
+    texts = points.model.replace(paper.TITLES) + ", " + points.rate.map(rate_text)
+    points = points.assign(line=points.folder, y=points.top1, hover=texts)
     way, speeds = settings.measured(found, points)
-    chart = Chart(
+    views: Views = {}
+    for name, how, x in (
+        ("published", "published, GPU", points.images_per_s),
+        ("measured", f"measured on {way}", speeds.images_per_s),
+    ):
+        views[name] = points.assign(x=x), f"images/s ({how})", TOP1
+    return chart(
         "field",
         "The field: EViT beside other models",
         "Top-1 of all models and EViT as published, images/s published or measured here by "
         "src/benchmark.py. Published speeds of others are read off the paper's figure.",
+        views,
     )
-    views = dict(published=("published, GPU", points.images_per_s))
-    if speeds.speed.notna().any():
-        views["measured"] = f"measured on {way}", speeds.images_per_s
-    for name, (how, x) in views.items():
-        figure = chart.view(name, f"images/s ({how})", TOP1, log_x=True)
-        plot(chart, figure, points.assign(x=x, y=points.top1, images_per_s=x))
-    return chart
 
 
-def curves(index: int, runs: list[Run], names: dict[str, str]) -> Chart | None:
-    """Plot how runs went: a line for each setting, the mean of its runs, which are faint.
+def curves(index: int, runs: list[Run], names: dict[str, str]) -> dict[str, Any]:
+    """Plot how runs went: a line for each run, alike for the runs of a setting.
 
     Args:
         names: the settings' names, by their hashes.
     """
-    note = "A line for each setting; faint: its runs."
-    chart = Chart(f"curves-{index}", "How training went", note, names=list(names.values()))
+    keys = ["line", "part", "step"]
+    steps = pd.DataFrame(
+        [
+            row | dict(line=names[run.row["setting"]], part=f"seed {run.row['seed']}")
+            for run in runs
+            for row in run.curves
+        ],
+        columns=[*keys, *(metric for metric, _ in CURVES.values())],
+    )
+    views: Views = {}
     for view, (metric, title) in CURVES.items():
-        lines: dict[str, list[pd.Series]] = {}
-        for run in runs:
-            curve = pd.Series({row["step"]: row[metric] for row in run.curves if metric in row})
-            if len(curve) > 1:
-                curve = curve[:: 1 + len(curve) // MAX_POINTS].astype(float)
-                curve.name = f"seed {run.row['seed']}"
-                lines.setdefault(names[run.row["setting"]], []).append(curve)
-        if not lines:
-            continue
-        figure = chart.view(view, "training step (optimizer updates)", title)
-        for name, shown in lines.items():
-            if len(shown) > 1:  # over the steps that all have
-                mean = pd.concat(shown, axis=1, join="inner").mean(axis=1)
-                shown.append(mean.rename(f"mean of {len(shown)} runs"))
-            for curve in shown:
-                texts = [f"{name}, {curve.name}\nstep {x}\n{y:.4g}" for x, y in curve.items()]
-                mode = "lines" if len(curve) > 30 else "lines+markers"
-                faint = curve is not shown[-1]
-                chart.line(figure, name, curve.index, curve, texts, mode=mode, faint=faint)
-    return chart if chart.views else None
+        found = steps.assign(x=steps.step, y=steps[metric].astype(float)).dropna(subset="y")
+        found = found.drop_duplicates(keys, keep="last")
+        parts = found.groupby(keys[:2])
+        size = parts.y.transform("size")
+        found = found[(size > 1) & (parts.cumcount() % (1 + size // MAX_POINTS) == 0)]
+        found = found.assign(hover=found.part, style="lines")
+        views[view] = found, "training step (optimizer updates)", title
+    note = "A line for each run, in one colour those of a setting."
+    return chart(f"curves-{index}", "How training went", note, views)

@@ -1,95 +1,89 @@
-"""Figures: built with plotly for the page, saved with matplotlib as SVG and PNG for a paper."""
+"""Figures: plotly's traces for the page, saved with matplotlib as SVG and PNG for a paper."""
 
 import html
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import matplotlib
-import plotly.graph_objects as go
+import pandas as pd
 from matplotlib.figure import Figure
 
 # Readable on white and on black.
 PALETTE = "#2f86e0 #e8743b #17a07a #d6498f #b08d1c #9a63d6 #c2483d #6b8794 #4fa3a5 #8c6d4f".split()
 SYMBOLS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "triangle-down": "v"}
-TICKS = [step * 10**power for power in range(-2, 6) for step in (1, 2, 5)]  # of logarithmic axes
 COLUMN = 3.3  # inches: the width of a paper's column
 STYLE: Any = {
     "font.size": 7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.25,
-    "grid.linewidth": 0.5,
-    "legend.frameon": False,
     "legend.fontsize": 6,
+    "lines.linewidth": 1,
+    "lines.markersize": 4,
+    "errorbar.capsize": 1.5,
     "svg.fonttype": "none",  # letters stay letters
     "svg.hashsalt": "evit",  # the same file each time
 }
+# What a frame of points may leave out. ours: solid and filled, the paper's dotted and hollow; part:
+# one of several traces of a line; hover: what is said below the line's name.
+POINT = dict(ours=True, part="", style="lines+markers", hover="", spread=0.0)
 
 
-@dataclass
-class Chart:
-    """Figures of the same lines over different axes, by the names of their buttons.
+def chart(
+    key: str, title: str, note: str, views: dict[str, tuple[Any, str, str]]
+) -> dict[str, Any]:
+    """Make figures of the same lines over different axes, for page.js and the page.
 
-    The names of lines have the same colour and marker in all of them.
+    A line has the same colour and marker in all of them.
+
+    Args:
+        views: by the names of their buttons: points with line, x, y, and POINT's columns; and the
+            axes' titles.
     """
-
-    id: str
-    title: str
-    note: str
-    views: dict[str, go.Figure] = field(default_factory=dict)
-    names: list[str] = field(default_factory=list)
-
-    def view(self, name: str, x: str, y: str, log_x: bool = False) -> go.Figure:
-        """Add an empty figure with titled axes."""
-        ticks = [f"{tick // 1000}k" if tick > 999 else f"{tick:g}" for tick in TICKS]
-        log: Any = dict(type="log", tickvals=TICKS, ticktext=ticks) if log_x else {}
-        self.views[name] = go.Figure(
-            layout=dict(
-                template={},
-                xaxis=dict(title=dict(text=literal(x)), **log),
-                yaxis=dict(title=dict(text=literal(y))),
-                margin=dict(l=10, r=10, t=10, b=10),
-                hovermode="closest",
-            )
+    views = {name: (p.dropna(subset=["x", "y"]), *more) for name, (p, *more) in views.items()}
+    names = list(dict.fromkeys(line for points, *_ in views.values() for line in points.line))
+    drawn = [
+        dict(
+            name=name,
+            data=traces(points, names),
+            layout={
+                f"{axis}axis": dict(title=dict(text=literal(t)))
+                for axis, t in zip("xy", titles, strict=True)
+            },
         )
-        return self.views[name]
+        for name, (points, *titles) in views.items()
+        if len(points)
+    ]
+    return dict(id=key, title=title, note=note, views=drawn)
 
-    def line(
-        self, figure: go.Figure, name: str, x: Any, y: Any, hover: list[str], spread: Any = None,
-        ours: bool = True, mode: str = "lines+markers", faint: bool = False,
-    ) -> None:  # fmt: skip
-        """Add a line: ours is solid with filled markers, the paper's dotted with hollow ones."""
-        if name not in self.names:
-            self.names.append(name)
-        number = self.names.index(name)
+
+def traces(points: pd.DataFrame, names: list[str]) -> list[dict[str, Any]]:
+    """Make plotly's traces of lines, each in order of x."""
+    points = points.assign(**{k: v for k, v in POINT.items() if k not in points})
+    made: list[dict[str, Any]] = []
+    for (line, ours, _), group in points.groupby(["line", "ours", "part"], sort=False):
+        group = group.sort_values("x", kind="stable")
+        number = names.index(line)
         color = PALETTE[number % len(PALETTE)]
         symbol = list(SYMBOLS)[(number + number // len(PALETTE)) % len(SYMBOLS)]
-        shown = literal(name if ours else f"{name} (paper)")
-        seen = {trace.name for trace in figure.data if trace.showlegend}
-        marker = dict(symbol=symbol if ours else f"{symbol}-open", size=8, color=color)
-        bars = spread is not None and any(spread)
-        figure.add_scatter(
-            name=shown,
-            legendgroup=shown,
-            showlegend=not faint and shown not in seen,
-            x=list(x),
-            y=list(y),
-            mode=mode,
-            opacity=0.35 if faint else 1,
-            hoverinfo="text",
-            hovertext=[literal(text) for text in hover],
-            line=dict(color=color, width=1 if faint else 2, dash="solid" if ours else "dot"),
-            marker=marker | dict(line=dict(color=color, width=1.5)),
-            error_y=dict(array=list(spread), color=color) if bars else None,
-            cliponaxis=False,
+        shown = line if ours else f"{line} (paper)"
+        spread = list(group.spread.fillna(0)) if ours else []
+        made.append(
+            dict(
+                type="scatter",
+                name=literal(shown),
+                legendgroup=literal(shown),
+                showlegend=literal(shown) not in {trace["name"] for trace in made},
+                x=list(group.x),
+                y=list(group.y),
+                mode=group["style"].iloc[0],
+                hovertext=list(map(literal, group.hover)),
+                line=dict(color=color, width=2, dash="" if ours else "dot"),
+                marker=dict(symbol=symbol + "-open" * (not ours), size=8, color=color),
+                error_y=dict(array=spread, color=color, visible=any(spread)),
+                cliponaxis=False,
+            )
         )
-
-    def json(self) -> dict[str, Any]:
-        """Plotly's traces and layouts, for page.js."""
-        views = [dict(name=name) | figure.to_plotly_json() for name, figure in self.views.items()]
-        return dict(id=self.id, views=views)
+    return made
 
 
 def literal(text: str) -> str:
@@ -97,50 +91,40 @@ def literal(text: str) -> str:
     return html.escape(text).replace("$", "&#36;").replace("\n", "<br>")
 
 
-def save(chart: Chart, folder: Path) -> None:
+def save(chart: dict[str, Any], folder: Path) -> None:
     """Write CHART-VIEW.svg and .png, one column of a paper wide."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in chart.views.items():
-        stem = f"{chart.id}-{name}".replace("/", "_per_").replace(" ", "_")
+    for view in chart["views"]:
+        stem = f"{chart['id']}-{view['name']}".replace("/", "_per_").replace(" ", "_")
         with matplotlib.rc_context(STYLE):
-            drawn = draw(figure)
+            drawn = draw(view["data"], view["layout"])
             drawn.savefig(folder / f"{stem}.svg", metadata=dict(Date=None))
             drawn.savefig(folder / f"{stem}.png", dpi=300)
 
 
-def draw(figure: go.Figure) -> Figure:
-    """Draw the traces of a plotly figure with matplotlib."""
-    names = {trace.name for trace in figure.data}
-    columns = 2 if max(map(len, names)) < 24 else 1
-    size = COLUMN, 0.7 * COLUMN + 0.13 * len(names) / columns
-    drawn = Figure(figsize=size, layout="constrained")
-    axes = drawn.add_subplot()
-    for trace in figure.data:
-        hollow = trace.marker.symbol.endswith("-open")
-        marker = SYMBOLS[trace.marker.symbol.removesuffix("-open")]
-        look: Any = dict(color=trace.line.color, alpha=trace.opacity, linewidth=1, markersize=4)
-        if hollow:
-            look |= dict(markerfacecolor="white")
+def draw(data: list[dict[str, Any]], layout: dict[str, Any]) -> Figure:
+    """Draw plotly's traces with matplotlib."""
+    shown = [trace["name"] for trace in data if trace["showlegend"]]
+    columns = 2 if max(map(len, shown)) < 24 else 1
+    size = COLUMN, 0.7 * COLUMN + 0.13 * len(shown) / columns
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    for trace in data:
+        symbol, hollow, _ = trace["marker"]["symbol"].partition("-open")
         axes.errorbar(
-            trace.x,
-            trace.y,
-            trace.error_y.array,
-            label=text(trace.name) if trace.showlegend else None,
-            linestyle=(":" if hollow else "-") if "lines" in trace.mode else "none",
-            marker=marker if "markers" in trace.mode else "",
-            capsize=1.5,
-            **look,
+            trace["x"],
+            trace["y"],
+            trace["error_y"]["array"] or None,
+            label=text(trace["name"]) if trace["showlegend"] else None,
+            linestyle=(":" if hollow else "-") if "lines" in trace["mode"] else "none",
+            marker=SYMBOLS[symbol] if "markers" in trace["mode"] else "",
+            color=trace["line"]["color"],
+            markerfacecolor="white" if hollow else None,
         )
-    if figure.layout.xaxis.type == "log":
-        axes.set_xscale("log")
-        axes.set_xticks(TICKS, figure.layout.xaxis.ticktext)
-        axes.minorticks_off()
-        values = [x for trace in figure.data for x in trace.x]
-        axes.set_xlim(min(values) / 1.2, max(values) * 1.2)
-    axes.set_xlabel(text(figure.layout.xaxis.title.text))
-    axes.set_ylabel(text(figure.layout.yaxis.title.text).replace(" (", "\n("))
-    drawn.legend(loc="outside lower left", ncols=columns)
-    return drawn
+    axes.set_xlabel(text(layout["xaxis"]["title"]["text"]))
+    axes.set_ylabel(text(layout["yaxis"]["title"]["text"]).replace(" (", "\n("))
+    figure.legend(loc="outside lower left", ncols=columns)
+    return figure
 
 
 def text(escaped: str) -> str:

@@ -15,18 +15,13 @@ def read(name: str) -> Any:
     return yaml.safe_load(resources.files("evit.report").joinpath(name).read_text())
 
 
-TABLES: dict[str, Any] = read("paper.yaml")
+TABLES: dict[str, Any] = read("paper.yaml")  # each has a title and rows
 MODEL_LIST: dict[str, Row] = TABLES.pop("models")
 # The table names of the models, by their names in conf/model and in timm's registry.
 CONF = {name: key for key, model in MODEL_LIST.items() for name in model["conf"]}
 NAMES = {name: key for key, model in MODEL_LIST.items() for name in model["timm"]}
 MODELS = {key: model["timm"][1] for key, model in MODEL_LIST.items() if len(model["timm"]) == 2}
 TITLES = {key: model["title"] for key, model in MODEL_LIST.items()}
-
-
-def tables() -> dict[str, Any]:
-    """Every table by its name, as in paper.yaml."""
-    return TABLES
 
 
 def field() -> list[Row]:
@@ -42,30 +37,21 @@ def training_runs() -> tuple[Row, ...]:
     epochs (None: not published) and ratio: its images/s beside the dense model's at 224 px. The
     table of models that were reduced without training is left out.
     """
-    found: list[Row] = []
-    for name, table in tables().items():
-        if name == "off_the_shelf":
-            continue
-        for row in table.get("rows", []):
-            model, fusion = row["model"].removeprefix("evit_"), row["model"] == "evit_deit_s"
-            own = dict(model=model, fusion=fusion or None, finetuned=row["pretrained"])
-            found.append(row | own | dict(table=name))
-        for key, fusion in dict(baseline=None, baseline_384=None, drop=False, fuse=True).items():
-            rows = table.get(key, [])
-            for row in rows if isinstance(rows, list) else [rows]:
-                finetuned = "pretrain_img_size" in row
-                own = dict(model=table["model"], fusion=fusion, finetuned=finetuned)
-                epochs = None if finetuned else EPOCHS
-                found.append(row | own | dict(table=name, epochs=epochs))
+    default = dict(fusion=None, img_size=BASE_SIZE, finetuned=False, top5=None)
     return tuple(
-        dict(img_size=BASE_SIZE, ratio=row["throughput"] / dense_throughput(row["model"])) | row
-        for row in found
+        default
+        | dict(epochs=None if row.get("finetuned") else EPOCHS)
+        | dict(ratio=row["throughput"] / dense_throughput(row["model"]), table=name)
+        | row
+        for name, table in TABLES.items()
+        for row in table["rows"]
+        if name != "off_the_shelf"
     )
 
 
 def dense_throughput(model: str) -> float:
     name = model.removeprefix("dynamicvit_")
-    return tables()[f"keep_rate_{name}"]["baseline"]["throughput"]
+    return TABLES[f"keep_rate_{name}"]["rows"][0]["throughput"]
 
 
 def costs(name: str) -> list[Row]:
@@ -78,24 +64,19 @@ def costs(name: str) -> list[Row]:
     found: dict[Any, Row] = {}
     for row in training_runs():
         if row["model"] == name and (row["table"] != "dynamicvit_deit_s" or name not in MODELS):
-            key = row["keep_rate"], row["fusion"], row["img_size"]
-            found.setdefault(key, {key: row[key] for key in keys})
+            found.setdefault(tuple(map(row.get, keys[:3])), {key: row[key] for key in keys})
     return sorted(found.values(), key=lambda row: row["fusion"] is not None)
 
 
 def cost(model: str, keep_rate: float, fusion: bool | None, img_size: int) -> Row | None:
     """The published speed and MACs of one setting of timm's or our model, or None."""
-    name = NAMES.get(model)
+    name = NAMES.get(model, "")
     wanted: Row = dict(keep_rate=keep_rate, img_size=img_size)
     wanted |= dict(fusion=None if keep_rate == 1 or name not in MODELS else fusion)
-    return next((row for row in costs(name or "") if row.items() >= wanted.items()), None)
+    return next((row for row in costs(name) if row.items() >= wanted.items()), None)
 
 
 def runs(model: str, epochs: int, **setting: Any) -> list[Row]:
     """The training runs of one setting of timm's or our model."""
-    wanted = dict(model=NAMES.get(model)) | setting
-    return [
-        row
-        for row in training_runs()
-        if row.items() >= wanted.items() and row["epochs"] in (None, epochs)
-    ]
+    wanted = (setting | dict(model=NAMES.get(model))).items()
+    return [r for r in training_runs() if r.items() >= wanted and r["epochs"] in (None, epochs)]

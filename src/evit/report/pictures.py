@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
 from evit import reducers
 from evit.models.follow import moved
@@ -17,7 +18,6 @@ FONT = 14  # pixels
 FADED = 0.25  # how much of a discarded patch's colour is left, the rest is white
 MOST = 4  # reductions that are shown; of more, some spread evenly, the last included
 LOWEST = 1e-6  # weights below it are shown as it
-HEAT: Any = dict(black=(20, 11, 52), mid=(209, 70, 51), white=(252, 255, 164))
 
 
 @torch.no_grad()
@@ -68,7 +68,8 @@ def draw_kept(model: Any, images: Tensor, pixels: Tensor) -> Image.Image:
         weight = left.float().cpu().view_as(discarded).clamp(LOWEST)
         low, high = weight[discarded].min(), weight[discarded].max()
         share = (weight / low).log() / (1.01 * high / low).log()
-        heat = torch.stack([colours(image) for image in share])
+        ramp = 2.6 * share[:, None] - torch.arange(3).view(3, 1, 1)  # black, red, yellow, pale
+        heat = 255 * ramp.clamp(0, 1)
         columns.append(upsample(torch.where(discarded[:, None], heat, 225.0), large))
         titles.append(f"fused weight\n{low:.1g} to {high:.1g}")
     return compose(torch.stack(columns, 1), titles)
@@ -133,21 +134,13 @@ def upsample(values: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(values.float(), size=like.shape[-2:], mode="nearest").to(values.dtype)
 
 
-def colours(shares: Tensor) -> Tensor:
-    """Colours (3, rows, columns) of shares from 0, dark, to 1, bright."""
-    gray = Image.fromarray((255 * shares.clamp(0, 1)).byte().numpy())
-    return pil_to_tensor(ImageOps.colorize(gray, **HEAT)).float()
-
-
 def compose(cells: Tensor, titles: list[str]) -> Image.Image:
     """The cells (rows, columns, 3, H, W) with titles above the columns."""
-    cells = F.pad(cells, (0, GAP, 0, GAP), value=255.0)
-    grid = cells.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)
-    width, top = cells.shape[-1], 2 * FONT + 3 * GAP
-    picture = Image.new("RGB", (GAP + grid.shape[1], top + grid.shape[0]), "white")
-    picture.paste(Image.fromarray(grid.round().byte().numpy()), (GAP, top))
+    grid = make_grid(cells.flatten(0, 1), len(titles), padding=GAP, pad_value=255)
+    top, width = 2 * FONT + 2 * GAP, cells.shape[-1] + GAP
+    picture = to_pil_image(F.pad(grid, (0, 0, top, 0), value=255).round().byte())
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(FONT)
     for column, title in enumerate(titles):
-        x = GAP + column * width + (width - GAP) // 2
-        draw.multiline_text((x, top - GAP // 2), title, "black", font, anchor="md", align="center")
+        at = GAP + column * width + cells.shape[-1] // 2, top + GAP // 2
+        draw.multiline_text(at, title, "black", font, anchor="md", align="center")
     return picture

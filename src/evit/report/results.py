@@ -1,4 +1,4 @@
-"""result.json: the result of a finished run, and its table for the terminal."""
+"""The files that a run leaves, what identifies it, and its result on the terminal."""
 
 import hashlib
 import json
@@ -13,17 +13,15 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from evit.config import CONF_DIR
 from evit.files import whole_file
 
 PACKAGES = "torch torchvision timm lightning hydra-core torchmetrics wandb ffcv".split()
-
-
 START = "start.json"  # the outcome of the run that a run's first weights come from
+# Values in which runs of one setting may differ.
+OWN = {"seed", "name", "logger", "checkpoint", "overwrite"}
+OWN_DATA = {"seed", "cache_dir", "num_workers", "batches_ahead"}
 
 
 def start(folder: Path, config: dict[str, Any]) -> None:
@@ -40,6 +38,12 @@ def start(folder: Path, config: dict[str, Any]) -> None:
         write_json(source, folder / START)
 
 
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The result of the run that has finished in this folder, or None."""
+    path = folder / "result.json"
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
 def outcome(folder: Path) -> dict[str, Any] | None:
     """The metrics that identify a run's outcome, or None if no run has finished there."""
     result = finished(folder)
@@ -54,12 +58,6 @@ def check_config(folder: Path, config: dict[str, Any]) -> None:
             f"{folder} holds a run of another configuration (config.json): overwrite=true replaces "
             f"it, name=NAME puts this run elsewhere"
         )
-
-
-def finished(folder: Path) -> dict[str, Any] | None:
-    """The result of the run that has finished in this folder, or None."""
-    path = folder / "result.json"
-    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def run_folder(checkpoint: str | Path) -> Path | None:
@@ -95,7 +93,12 @@ def harmless(text: str) -> Any:
     Raises:
         ValueError: it asks for what no configuration of ours does.
     """
-    known = _callable()
+    folders, known = {CONF_DIR}, {"timm.create_model"}
+    if HydraConfig.initialized():  # and those that the user has given to Hydra
+        sources = HydraConfig.get().runtime.config_sources
+        folders |= {Path(source.path) for source in sources if source.schema == "file"}
+    for path in (path for folder in folders for path in folder.rglob("*.yaml")):
+        known.update(re.findall(r"^_target_: *(\S+)", path.read_text(), re.MULTILINE))
 
     def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         for key, value in pairs:
@@ -113,15 +116,26 @@ def harmless(text: str) -> Any:
     return json.loads(text, object_pairs_hook=checked)
 
 
-def _callable() -> set[str]:
-    """Every _target_ of conf/, and of the folders that the user has given to Hydra."""
-    folders = {CONF_DIR}
-    if HydraConfig.initialized():
-        sources = HydraConfig.get().runtime.config_sources
-        folders |= {Path(source.path) for source in sources if source.schema == "file"}
-    texts = (path.read_text() for folder in folders for path in folder.rglob("*.yaml"))
-    found = (re.findall(r"^_target_: *(\S+)", text, re.MULTILINE) for text in texts)
-    return {"timm.create_model"}.union(*found)
+def setting(config: dict[str, Any]) -> str:
+    """Hash a run's configuration; runs that differ by chance alone have the same hash."""
+    data = {key: value for key, value in config["data"].items() if key not in OWN_DATA}
+    return digest({k: v for k, v in config.items() if k not in OWN} | dict(data=data))
+
+
+def digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def started_from(checkpoint: str | Path | None) -> str | None:
+    """Identify a run's first weights: the setting of the run they come from, else their SHA-256."""
+    if not checkpoint:
+        return None
+    folder = run_folder(checkpoint)
+    if folder and (folder / "config.json").is_file():
+        config = json.loads((folder / "config.json").read_text())
+        if "recipe" in config:  # or it is of another program
+            return setting(config)
+    return sha256(Path(checkpoint))
 
 
 def finish(result: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -147,20 +161,14 @@ def write_json(content: dict[str, Any], path: Path) -> None:
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
-    """The numbers that runs are compared by.
-
-    throughput is images/s of inference; None: not measured.
-    """
+    """The numbers that runs are compared by; throughput: images/s of inference, None unmeasured."""
     config, model = result["config"], result["model"]
     name = result["choices"]["model"]
     if name.startswith("timm_"):  # one file of conf/model for all of timm's models
         name = config["model"].get("model_name", name)
     rate = one_rate(model.get("keep_rate") or 1.0)
-    return dict(
-        top1=result["top1"],
-        top5=result["top5"],
+    return {k: result[k] for k in ("top1", "top5", "train_images_per_s")} | dict(
         throughput=result.get("throughput"),
-        train_images_per_s=result["train_images_per_s"],
         params=model["params"],
         macs=model.get("macs", model["macs_executed"]),
         model=name,
@@ -172,31 +180,42 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any], folder: Path) -> None:
-    """Print a result as a table."""
-    row, device = summary(result), result["device"]
-    rate = str(row["keep_rate"])
-    if row["reducer"] == "evit":
-        rate += ", the rest " + ("fused" if row["fusion"] else "dropped")
+    """Print a result, and where its files are."""
+    row = summary(result)
+    speeds = {"training": row["train_images_per_s"], "inference": row["throughput"]}
     lines = {
         "top-1": f"{row['top1']:.2f} %",
         "top-5": f"{row['top5']:.2f} %",
-        "keep rate": "1 (dense)" if row["reducer"] == "none" else rate,
-        "reducer": row["reducer"],
-        "epochs": str(result["config"]["recipe"]["epochs"]),
+        "keep rate": row["keep_rate"],
+        "reducer": row["reducer"] + ", fused" * row["fusion"],
+        "epochs": result["config"]["recipe"]["epochs"],
         "MACs": f"{row['macs'] / 1e9:.3f} G per image",
         "parameters": f"{row['params'] / 1e6:.2f} M",
+        **{k: f"{v:.0f} images/s" if v else "not measured" for k, v in speeds.items()},
+        "time": f"{result['seconds'] / 60:.1f} min on {result['device']}",
     }
-    for name, key in dict(training="train_images_per_s", inference="throughput").items():
-        lines[name] = f"{row[key]:.0f} images/s on {device}" if row[key] else "not measured"
-    lines["time"] = f"{result['seconds'] / 60:.1f} min"
-    table = Table(box=box.ROUNDED, show_header=False, title_justify="left")
-    table.title = f"{row['model']} on {result['data']['name']}, {row['img_size']} px"
-    for line in lines.items():
-        table.add_row(*line)
-    console = Console(markup=False)  # [x] is part of a folder's name, not a colour
-    console.print(table)
-    files = "  ".join(sorted(path.name for path in folder.iterdir()))
-    console.print(f"{os.path.relpath(folder)}/\n  {files}", highlight=False, soft_wrap=True)
+    print(f"{row['model']} on {result['data']['name']}, {row['img_size']} px")
+    for name, value in lines.items():
+        print(f"│ {name:<10} │ {value}")
+    print(f"{os.path.relpath(folder)}/\n  {'  '.join(sorted(p.name for p in folder.iterdir()))}")
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """A table of texts; a column without any is left out."""
+    heads = [head for head in rows[0] if any(str(row[head]) for row in rows)]
+    lines = [
+        [plain(str(cell)) for cell in line]
+        for line in [heads, *([r[h] for h in heads] for r in rows)]
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    padded = ([c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+
+
+def plain(text: str) -> str:
+    """Text without what Markdown, or HTML in it, would take for its own."""
+    return re.sub(r"([|\[])", r"\\\1", text).replace("<", "&lt;")
 
 
 def one_rate(rates: Any) -> Any:

@@ -10,62 +10,64 @@ The columns of a frame of settings:
   trained at; epochs; images: their limits as text; val_images: 0 for all.
 - runs: how many seeds; top1, top5 (%) and kl, their means; spread: deviation of top1; macs (1e9 per
   image); params (1e6); images_per_s; speed: beside the dense model at the base size.
-- setting, recipe: hashes of rows.py; origin: the setting, or the SHA-256, of the first weights;
-  folder; recipe_name: set where lines would look the same otherwise.
+- setting, recipe: hashes of results.py and collect.py; origin: the setting, or the SHA-256, of the
+  first weights; folder; recipe_name: set where lines would look the same otherwise.
 """
 
+import os
 import re
 from typing import Any
 
 import pandas as pd
 
-from evit.report import paper, results, rows
+from evit.report import collect, paper, results
 from evit.report.collect import Found
 
 SCRATCH, TUNED, SHELF = "from scratch", "fine-tuned", "off the shelf"
 NAN = float("nan")
-METRICS = dict(top1=NAN, spread=NAN, top5=NAN, kl=NAN, macs=NAN, images_per_s=NAN, speed=NAN)
-METRICS |= dict(params=NAN)
-DEFAULTS: dict[str, Any] = dict(section="", table="", name="", selection="", rest="", start=SCRATCH)
-DEFAULTS |= dict(epochs=NAN, images="", val_images=0, runs=1, setting="", recipe="", origin="")
-DEFAULTS |= dict(folder="", recipe_name="") | METRICS
+METRICS = ["top1", "spread", "top5", "kl", "macs", "images_per_s", "speed", "params"]
+TEXTS = "section table name reducer rest selection images setting recipe origin folder recipe_name"
+DEFAULTS: dict[str, Any] = dict.fromkeys([*METRICS, "epochs"], NAN) | dict.fromkeys(
+    TEXTS.split(), ""
+)
+DEFAULTS |= dict(rate=1.0, start=SCRATCH, val_images=0, runs=1)
 TIMED = ["name", "reducer", "rate", "rest", "img_size"]  # what a measured speed belongs to
 
 
 def frame(found: list[dict[str, Any]]) -> pd.DataFrame:
     """Make a frame of settings from rows that leave out what is as in DEFAULTS."""
-    columns = ["model", "reducer", "rate", "img_size", *DEFAULTS]
-    made = pd.DataFrame([DEFAULTS | row for row in found], columns=columns)
-    metrics = [*METRICS, "epochs"]
-    return made.astype(dict(rate=object) | dict.fromkeys(metrics, float))
+    made = pd.DataFrame([DEFAULTS | row for row in found], columns=["model", "img_size", *DEFAULTS])
+    kinds: dict[str, Any] = dict.fromkeys([*METRICS, "epochs"], float)
+    return made.astype(kinds | dict(rate=object, img_size=int))
 
 
 def choices(reducer: str, rate: Any, fusion: bool | None) -> dict[str, Any]:
     """The columns that say how tokens are reduced."""
     rate = tuple(one) if isinstance(one := results.one_rate(rate), list) else one
-    fused = {True: "fused", False: "dropped", None: ""}[fusion]
     if rate in (1, ()):
-        return dict(reducer="", rate=1.0, rest="")
-    return dict(reducer=reducer, rate=rate, rest=fused if reducer == "evit" else "")
+        return {}
+    rest = {True: "fused", False: "dropped", None: ""}[fusion] if reducer == "evit" else ""
+    return dict(reducer=reducer, rate=rate, rest=rest)
 
 
 def published() -> pd.DataFrame:
     """The rows of the paper's tables; in each, the dense model comes first."""
-    shelf = paper.tables()["off_the_shelf"]
-    given = dict(table="off_the_shelf", model=shelf["model"], start=SHELF, img_size=paper.BASE_SIZE)
     found = [
-        given | choices("evit", row["keep_rate"], fusion) | dict(top1=row["top1"])
-        for row in shelf["rows"]
+        {key: row[key] for key in ("table", "model", "img_size", "epochs", "top1", "macs", "top5")}
+        | choices(results.reducer_name(None, row["model"]), row["keep_rate"], row["fusion"])
+        | dict(images_per_s=row["throughput"], speed=row["ratio"], setting=row["model"])
+        | dict(start=TUNED if row["finetuned"] else SCRATCH)
+        | dict(origin=row["model"].removeprefix("dynamicvit_") if row["finetuned"] else "")
+        for row in paper.training_runs()
+    ]
+    given = dict(table="off_the_shelf", start=SHELF, img_size=paper.BASE_SIZE)
+    found += [
+        given
+        | choices("evit", row["keep_rate"], fusion)
+        | dict(model=row["model"], top1=row["top1"])
+        for row in paper.TABLES["off_the_shelf"]["rows"]
         for fusion in (True, False)[: 1 if row["keep_rate"] == 1 else 2]  # which is not published
     ]
-    for row in paper.training_runs():
-        own = {key: row[key] for key in ("table", "model", "img_size", "epochs", "top1", "macs")}
-        reducer = results.reducer_name(None, row["model"])
-        own |= choices(reducer, row["keep_rate"], row["fusion"]) | dict(top5=row.get("top5"))
-        own |= dict(images_per_s=row["throughput"], speed=row["ratio"], setting=row["model"])
-        if row["finetuned"]:
-            own |= dict(start=TUNED, origin=row["model"].removeprefix("dynamicvit_"))
-        found.append(own)
     names = {key: canonical(model["timm"][-1]) for key, model in paper.MODEL_LIST.items()}
     return frame([row | dict(name=names[row["model"]]) for row in found])
 
@@ -74,12 +76,11 @@ def ours(found: Found) -> pd.DataFrame:
     """Our runs, the mean over the seeds of each setting, and our evaluations."""
     made = [*runs(found), *(row for one in found.evaluations for row in evaluated(one))]
     points = frame(made).drop_duplicates(ignore_index=True)
-    ways: dict[str, set[Any]] = {}
-    for row in found.rows:
-        ways.setdefault(section(row), set()).add((row["device"], row["precision"]))
     for title, group in points.groupby("section"):
         _, speeds = measured(found, group)
-        if len(ways.get(str(title), ())) != 1 or speeds.speed.notna().any():
+        own = [row for row in found.rows if section(row) == title]
+        ways = {(row["device"], row["precision"]) for row in own}
+        if len(ways) != 1 or speeds.speed.notna().any():
             points.loc[group.index, ["images_per_s", "speed"]] = speeds[["images_per_s", "speed"]]
     return told_apart(points)
 
@@ -87,15 +88,15 @@ def ours(found: Found) -> pd.DataFrame:
 def runs(found: Found) -> list[dict[str, Any]]:
     """The settings of our runs, those with most MACs first."""
     made = []
-    folders = {run.row["setting"]: run.folder for run in reversed(found.runs)}
-    groups: dict[Any, list[dict[str, Any]]] = {}
-    for row in found.rows:
-        groups.setdefault((row["setting"], row["from_checkpoint"]), []).append(row)
-    for group in sorted(groups.values(), key=lambda group: -group[0]["macs"]):
-        row, folder = group[0], folders[group[0]["setting"]]
-        seeds = pd.DataFrame(group, columns=["top1", "top5", "throughput"]).astype(float)
+    groups: dict[Any, list[collect.Run]] = {}
+    for run in found.runs:
+        groups.setdefault((run.row["setting"], run.row["from_checkpoint"]), []).append(run)
+    for group in sorted(groups.values(), key=lambda group: -group[0].row["macs"]):
+        row, folder = group[0].row, os.path.dirname(group[0].name) or "."
+        seeds = pd.DataFrame([run.row for run in group], columns=["top1", "top5", "throughput"])
+        seeds = seeds.astype(float)
         made.append(
-            {key: row[key] for key in ("model", "img_size", "epochs", "setting")}
+            {key: row[key] for key in ("model", "img_size", "epochs", "setting", "recipe")}
             | choices(row["reducer"], row["keep_rate"], row["fusion"])
             | dict(section=section(row), start=TUNED if row["from_checkpoint"] else SCRATCH)
             | dict(images=images(row), val_images=row.get("max_val_images") or 0)
@@ -103,8 +104,7 @@ def runs(found: Found) -> list[dict[str, Any]]:
             # A busy machine moves the median less than the mean.
             | dict(images_per_s=seeds.throughput.median(), runs=len(group), folder=folder)
             | dict(macs=row["macs"] / 1e9, params=row["params"] / 1e6)
-            | dict(name=canonical(row["timm_name"] or ""), recipe=row["recipe"])
-            | dict(origin=row["started_from"] or "")
+            | dict(name=canonical(row["timm_name"] or ""), origin=row["started_from"] or "")
         )
     return made
 
@@ -112,9 +112,9 @@ def runs(found: Found) -> list[dict[str, Any]]:
 def images(row: dict[str, Any]) -> str:
     """How the images of a run were limited."""
     limits = dict(training=row.get("max_train_images"), validation=row.get("max_val_images"))
-    parts = [f"{count} {name}" for name, count in limits.items() if count]
-    others: dict[Any, str] = {True: "", False: "limited", None: "unknown"}
-    return ", ".join(parts) or others[row.get("whole")]
+    whole = row.get("whole")
+    others = "unknown" if whole is None else "" if whole else "limited"
+    return ", ".join(f"{count} {name}" for name, count in limits.items() if count) or others
 
 
 def evaluated(result: dict[str, Any]) -> list[dict[str, Any]]:
@@ -122,20 +122,19 @@ def evaluated(result: dict[str, Any]) -> list[dict[str, Any]]:
 
     Weights that no run of ours left are taken to be a dense model's, if it was evaluated too.
     """
-    config, model, data = result["config"], result["model"], result["data"]
-    trained = result["trained_keep_rate"]
+    model, trained = result["model"], result["trained_keep_rate"]
     if trained is None:
         if not any(results.one_rate(row["keep_rate"]) in (1, []) for row in result["settings"]):
             return []
         trained = 1
-    rate = choices("", trained, None)["rate"]
-    limit = config["max_val_images"] or 0
+    rate = choices("", trained, None).get("rate", 1)
+    limit = result["config"]["max_val_images"] or 0
     limits = dict(img_size=model["img_size"], whole=not limit, max_val_images=limit)
     given = dict(model=model["name"], img_size=model["img_size"], val_images=limit)
-    given |= dict(section=section(limits | dict(data=data["name"]) | data), images=images(limits))
-    given |= dict(start=SHELF if rate == 1 else f"trained at {label(rate)}")
+    given |= dict(section=section(limits | dict(data=result["data"]["name"]) | result["data"]))
+    given |= dict(images=images(limits), start=SHELF if rate == 1 else f"trained at {label(rate)}")
     given |= dict.fromkeys(("recipe", "origin"), result["checkpoint_sha256"])
-    given |= dict(name=canonical(rows.timm_name(config["model"]) or ""))
+    given |= dict(name=canonical(collect.timm_name(result["config"]["model"]) or ""))
     return [
         given
         | choices(row["reducer"], row["keep_rate"], row["fusion"])
@@ -149,9 +148,8 @@ def evaluated(result: dict[str, Any]) -> list[dict[str, Any]]:
 
 def section(row: dict[str, Any]) -> str:
     """What a run is compared within: the data set, and but for ImageNet the image size."""
-    if row["num_classes"] == 1000 and row["whole"]:
-        return "ImageNet"
-    return f"{row['data']}, {row['img_size']} px"
+    whole_imagenet = row["num_classes"] == 1000 and row["whole"]
+    return "ImageNet" if whole_imagenet else f"{row['data']}, {row['img_size']} px"
 
 
 def label(rate: Any) -> str:
@@ -210,27 +208,26 @@ def measured(found: Found, points: pd.DataFrame) -> tuple[str, pd.DataFrame]:
         images_per_s, speed and macs with the index of points, NaN where not measured.
     """
     timed = []
-    for result in found.benchmarks:
-        for row in result["rows"]:
-            size = paper.BASE_SIZE if row["model"] in paper.NAMES else row["img_size"]
-            if row["what"] == "inference" and row["compared_with"].endswith(f"={size}"):
-                way = f"{result['device']}, batch {row['batch_size']:g}, {row['precision']}"
-                reducer = results.reducer_name(row.get("reducer"), row["model"])
-                timed.append(
-                    dict(way=way + ", torch.compile" * row["compile"], img_size=row["img_size"])
-                    | choices(reducer, 1 if row["dense"] else row["keep_rate"], row["fusion"])
-                    | dict(name=canonical(row["model"]), macs=row["macs"] / 1e9)
-                    | dict(images_per_s=row["images_per_s"], speed=row["ratio"])
+    for result, row in ((one, row) for one in found.benchmarks for row in one["rows"]):
+        size = paper.BASE_SIZE if row["model"] in paper.NAMES else row["img_size"]
+        if row["what"] == "inference" and row["compared_with"].endswith(f"={size}"):
+            way = f"{result['device']}, batch {row['batch_size']:g}, {row['precision']}"
+            reducer = results.reducer_name(row.get("reducer"), row["model"])
+            timed.append(
+                dict(
+                    way=way + f", compile={row['compile']}" * bool(row["compile"]),
+                    img_size=row["img_size"],
                 )
-    columns = [*TIMED, "images_per_s", "speed", "macs"]
-    speeds = pd.DataFrame(timed, columns=["way", *columns]).astype(dict(rate=object))
-    ways = {}
-    for way, group in speeds.groupby("way", sort=False):
-        group = group.drop_duplicates(TIMED, keep="last")[columns]
-        ways[way] = points[TIMED].merge(group, how="left", on=TIMED).set_axis(points.index)
-    best = max(ways, key=lambda way: ways[way].speed.notna().sum(), default="")
-    empty = pd.DataFrame(NAN, points.index, columns)
-    return str(best), ways.get(best, empty)[["images_per_s", "speed", "macs"]]
+                | choices(reducer, 1 if row["dense"] else row["keep_rate"], row["fusion"])
+                | dict(model="", name=canonical(row["model"]), macs=row["macs"] / 1e9)
+                | dict(images_per_s=row["images_per_s"], speed=row["ratio"])
+            )
+    speeds = frame(timed).assign(way=[row["way"] for row in timed])
+    speeds = speeds.drop_duplicates(["way", *TIMED], keep="last")
+    numbers = ["images_per_s", "speed", "macs"]
+    both = points[TIMED].reset_index().merge(speeds[[*TIMED, "way", *numbers]], on=TIMED)
+    best = max(speeds.way.unique(), key=both.way.tolist().count, default="")
+    return str(best), both[both.way == best].set_index("index")[numbers].reindex(points.index)
 
 
 def beside_paper(found: Found, points: pd.DataFrame, table: str) -> tuple[str, Any, Any]:
@@ -241,7 +238,7 @@ def beside_paper(found: Found, points: pd.DataFrame, table: str) -> tuple[str, A
         and columns, whose metrics are NaN where nothing was run.
     """
     theirs = published().query("table == @table")
-    own = theirs.assign(**METRICS)
+    own = theirs.assign(**dict.fromkeys(METRICS, NAN))
     mine = points[(points.section == "ImageNet") & (points.selection == "")]
     mine = mine.assign(model=mine.model.map(paper.CONF))
     keys = ["model", "reducer", "rate", "rest", "img_size", "start"]

@@ -21,7 +21,8 @@ function themed(layout, box) {
   const title = (axis) => ({ ...axis.title, font: { size: small ? 11 : 13 } });
   const below = { orientation: "h", x: 0, y: -0.2, yanchor: "top", font: { size: 11 } };
   return {
-    ...layout,
+    margin: { l: 10, r: 24, t: 10, b: 10 },
+    hovermode: "closest",
     font: { family: "system-ui, sans-serif", size: 13, color: color("--text") },
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
