@@ -205,21 +205,19 @@ def test_prepared_files_are_read_without_being_asked_for(weights, photos, evalua
     assert (result["data"]["backend"], result["images"]) == ("ffcv", 6)
 
 
-def test_two_processes_evaluate_each_image_once(weights, photos, tmp_path):
+def test_two_processes_evaluate_each_image_once(weights, photos, tmp_path, evaluate):
     """5 images over 2 processes: the metrics of one."""
     next((photos / "val/dog").iterdir()).unlink()
-    found = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        arguments = [f"checkpoint={weights}", f"data.root={photos}", *MICRO, "batch_size=2"]
-        arguments += ["trainer=ddp", "trainer.accelerator=cpu", f"trainer.devices={processes}"]
-        arguments += ["keep_rates=[1,0.5]", "reducer=[evit,drop]"]
-        arguments.remove("trainer=cpu")
-        done = command("evaluate.py", *arguments, cwd=folder)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("Evaluating 3 settings") == 1  # said once, not by each process
-        found.append(json.loads(only(folder, "outputs/*/*/evaluation.json").read_text()))
+    arguments = [f"checkpoint={weights}", f"data.root={photos}", *MICRO, "batch_size=2"]
+    arguments += ["keep_rates=[1,0.5]", "reducer=[evit,drop]"]
+    found = [evaluate(*arguments)]
+    arguments[arguments.index("trainer=cpu")] = "trainer=ddp"
+    (tmp_path / "two").mkdir()
+    two = "trainer.accelerator=cpu", "trainer.devices=2"
+    done = command("evaluate.py", *arguments, *two, cwd=tmp_path / "two")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Evaluating 3 settings") == 1  # said once, not by each process
+    found.append(json.loads(only(tmp_path, "two/outputs/*/*/evaluation.json").read_text()))
     assert [result["processes"] for result in found] == [1, 2]
     assert [result["images"] for result in found] == [5, 5]
     for one, two in zip(found[0]["settings"], found[1]["settings"], strict=True):
@@ -264,37 +262,6 @@ def test_budgets_find_the_keep_rate_of_each_reducer(weights, shared_photos, eval
     evit_row, merge_row = result["settings"]
     assert evit_row["keep_rate"] != merge_row["keep_rate"]
     assert all(0.018e9 < row["macs"] <= 0.02e9 for row in (evit_row, merge_row))
-
-
-MINE = """
-import torch
-from evit.reducers import Reducer, Reduction
-
-
-class Mine(Reducer):
-    \"\"\"Keep the longest tokens.\"\"\"
-
-    name, stage, selects = "mine", "input", True
-
-    def __init__(self, power: float = 1.0, **schedule):
-        super().__init__(**schedule)
-        self.power = power
-
-    def plan(self, i, seen, num_kept):
-        score = seen.x_BTC[:, seen.num_prefix :].norm(dim=-1) ** self.power
-        return Reduction(score.topk(num_kept).indices, seen.num_prefix)
-"""
-
-
-@pytest.fixture
-def plug_in(tmp_path, monkeypatch) -> str:
-    """--config-dir of a reducer from outside."""
-    (tmp_path / "mypackage.py").write_text(MINE)
-    (tmp_path / "conf/reducer").mkdir(parents=True)
-    node = "_target_: mypackage.Mine\nkeep_rate: ${keep_rate}\npower: 1.0\n"
-    (tmp_path / "conf/reducer/mine.yaml").write_text(node)
-    monkeypatch.syspath_prepend(tmp_path)
-    return f"--config-dir={tmp_path}/conf"
 
 
 def test_a_reducer_from_outside(weights, shared_photos, evaluate, plug_in):
@@ -360,7 +327,7 @@ def test_compiled_and_in_bf16_it_gives_about_the_same(
         return run
 
     arguments = [f"checkpoint={weights}", f"data.root={shared_photos}", *MICRO, "batch_size=4"]
-    arguments += ["keep_rates=[1,0.5]", "reducer=[evit,cover]"]
+    arguments += ["keep_rates=[1,0.5]", "reducer=cover"]
     plain = evaluate(*arguments)
     assert (plain["precision"], sizes) == ("32-true", [])
     real = torch.compile
@@ -432,20 +399,19 @@ MISTAKES = {
     "reducer.foo=1": "foo",
     "+reducer.foo=1": "got an unexpected keyword argument 'foo'",
     "reducer=dynamicvit": "reducer dynamicvit has to be trained",
-    "gmacs=[9]": "gmacs must be above 0 and at most 0.0",
+    "gmacs=[9]": "gmacs must be from 0.0",
     "keep_rate=0": "keep_rate must be in (0, 1]",
     "keep_rates=[0.5,1.5]": "got 1.5",
-    "keep_rates=[]": "keep_rates must be a list such as [1,0.7,0.5], got []",
     "keep_rates=[[0.9,0.7]]": "has 2 entries for 3 reorganizations",
     "img_size=30": "img_size 30 is not a multiple of the patch size 7: take 28 or 35",
     "selection=attentiv": "selection must be one of attentive, random, inattentive, got 'attentiv'",
     "selection=[random,best]": "selection must be one of attentive, random, inattentive",
     "fusion=perhaps": "fusion must be true, false or [true,false], got 'perhaps'",
-    "batch_size=0": "batch_size must be at least 1, got 0",
+    "batch_size=0": "batch_size must be from 1 to inf, got 0",
     "crop_pct=0": "crop_pct must be from 0.01 to 1, got 0",
     "max_val_images=0": "max_val_images must be from 1 to inf, got 0",
     "checkpoint=nowhere.pth": "checkpoint 'nowhere.pth' does not exist",
-    "checkpoint=null": "checkpoint=PATH is needed",
+    "checkpoint=null": "give the weights, one of checkpoint=PATH",
     "keeprates=[1]": "unknown knob 'keeprates' in 'keeprates=[1]': did you mean keep_rates?",
     "data.root=/nowhere": "data folder '/nowhere' does not exist: expected /nowhere/val/CLASS",
     "model.embed_dim=48": "checkpoint does not fit ReducedViT",

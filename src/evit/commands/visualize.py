@@ -1,10 +1,12 @@
 """Draw which patches of some images survive, or the features that they end in."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from evit.commands import checkpoint
@@ -20,25 +22,21 @@ def run(cfg: DictConfig) -> Path:
     """Draw by a composed configuration; the file."""
     if cfg.show not in ("kept", "features"):
         raise ValueError(f"show must be kept or features, got {cfg.show!r}")
-    model, about, cfg = checkpoint.opened(cfg)
+    if cfg.num_images < 1:
+        raise ValueError(f"num_images must be at least 1, got {cfg.num_images}")
+    model, about, cfg, _ = checkpoint.opened(cfg)
     if not hasattr(model, "reducer"):
-        raise ValueError(
-            f"{type(model).__name__} reduces no tokens: take it with a reducer by model=timm_vit "
-            f"model.model_name=NAME"
-        )
-    name = checkpoint.file_name(about) + "-features" * (cfg.show == "features")
-    target = Path(cfg.target or f"outputs/pictures/{name}.png")
+        raise ValueError(f"{type(model).__name__} reduces no tokens: {checkpoint.REDUCED}")
+    draw, suffix = dict(kept=(draw_kept, ""), features=(draw_features, "-features"))[cfg.show]
+    target = checkpoint.target_file(cfg, about, "outputs/pictures", f"{suffix}.png")
     if cfg.images is not None:
-        crop = evaluation_transform(cfg.img_size, cfg.crop_pct)
-        paths = image_paths(cfg.images, cfg.num_images)
-        pixels = torch.stack([crop(load_image(path)) for path in paths])
+        pixels = read_pixels(image_paths(cfg.images, cfg.num_images), cfg)
     else:
-        data = checkpoint.validation(cfg, cfg.num_images, max_val_images=cfg.num_images)
+        data = checkpoint.validation(cfg, cfg.num_images, cfg.num_images)
         data.prepare_data()
         data.setup()
         pixels = next(iter(data.val_dataloader()))[0]
     print(f"Drawing {len(pixels)} images at keep rate {rate(about)}", flush=True)
-    draw = draw_features if cfg.show == "features" else draw_kept
     picture = draw(model, normalize(pixels, about["mean"], about["std"]), pixels)
     target.parent.mkdir(parents=True, exist_ok=True)
     picture.save(target)
@@ -57,3 +55,9 @@ def image_paths(images: Any, most: int | None = None) -> list[Path]:
     if not paths:
         raise ValueError(f"images={given}: there are no images ({', '.join(IMG_EXTENSIONS)})")
     return paths
+
+
+def read_pixels(paths: Iterable[Path], cfg: DictConfig) -> Tensor:
+    """Images as evaluations crop them, uint8 (B, 3, img_size, img_size)."""
+    crop = evaluation_transform(cfg.img_size, cfg.crop_pct)
+    return torch.stack([crop(load_image(path)) for path in paths])

@@ -1,11 +1,14 @@
 """Parameters and multiply-accumulates."""
 
+import bisect
 from typing import Any
 
 import torch
 from timm.layers import to_2tuple
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+STEPS = 100_000  # of keep rates that match_macs tries
 
 
 def count_params(model: nn.Module) -> int:
@@ -36,10 +39,8 @@ def count_macs(
         model.train(was_training)
         return counter.get_total_flops() // 2
     if not hasattr(model, "reducer"):
-        raise ValueError(
-            f"no published count for {type(model).__name__}: evit.reduce it with keep_rate 1, "
-            f"or ask for executed=True"
-        )
+        name = type(model).__name__
+        raise ValueError(f"no published count for {name}: evit.reduce it, or executed=True")
     return _published(model, size)
 
 
@@ -51,36 +52,24 @@ def match_macs(model: Any, gmacs: float) -> float:
         gmacs: 1e9 multiply-accumulates, as count_macs counts.
 
     Raises:
-        ValueError: the model is cheaper at keep rate 1, or its reducer cannot get as low.
+        ValueError: no rate costs so much, or none so little.
     """
-    model.set_keep_rate(1.0)
-    dense = count_macs(model)
-    if not 0 < gmacs * 1e9 <= dense:
-        raise ValueError(
-            f"gmacs must be above 0 and at most {dense / 1e9:.3f}, which keep rate 1 costs, "
-            f"got {gmacs}"
-        )
-    low, high, least = 0.0, 1.0, dense  # too low, or cheap enough; too expensive, or 1
-    best = 1.0 if dense <= gmacs * 1e9 else None
-    while best != 1.0 and high - low > 1e-5:
-        rate = (low + high) / 2
+
+    def macs(step: int) -> int:
         try:
-            model.set_keep_rate(rate)
-            macs = count_macs(model)
+            model.set_keep_rate(step / STEPS)
+            return count_macs(model)
         except ValueError:  # fewer tokens than the reducer can leave
-            low = rate
-            continue
-        least = min(least, macs)
-        if macs <= gmacs * 1e9:
-            low = best = rate
-        else:
-            high = rate
-    if best is None:
+            return 0
+
+    steps = bisect.bisect(range(1, STEPS + 1), gmacs * 1e9, key=macs)
+    if not 0 < gmacs * 1e9 <= macs(STEPS) or not steps or not macs(steps):
+        least = macs(1 + bisect.bisect(range(1, STEPS), 0, key=macs))
         raise ValueError(
-            f"gmacs={gmacs} is out of reach: {model.reducer.name} gets down to {least / 1e9:.3f}"
+            f"gmacs must be from {least / 1e9:.3f}, the least of {model.reducer.name}, to "
+            f"{macs(STEPS) / 1e9:.3f}, which keep rate 1 costs, got {gmacs}"
         )
-    model.set_keep_rate(best)
-    return best
+    return steps / STEPS
 
 
 def _published(model: Any, size: tuple[int, int]) -> int:

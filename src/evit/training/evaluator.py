@@ -4,9 +4,8 @@ import math
 import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from copy import deepcopy
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -21,8 +20,7 @@ from evit.reducers.dynamicvit import divergence
 from evit.training.module import mix_seed
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """A reducer at a keep rate, as the rows of evaluation.json name it; None: does not apply."""
 
     keep_rate: tuple[float, ...] = ()
@@ -31,12 +29,13 @@ class Setting:
     reducer: str | None = None
 
 
-def setting_of(reducer: Reducer) -> Setting:
+def setting_of(reducer: Reducer | None) -> Setting:
     """The setting that a reducer attached to a model stands for."""
-    if all(rate == 1 for rate in reducer.keep_rate):
-        return Setting(reducer.keep_rate)
+    rates = () if reducer is None else reducer.keep_rate
+    if reducer is None or set(rates) <= {1.0}:
+        return Setting(rates)
     fusion, selection = (getattr(reducer, name, None) for name in ("fusion", "selection"))
-    return Setting(reducer.keep_rate, fusion, selection, reducer.name)
+    return Setting(rates, fusion, selection, reducer.name)
 
 
 class Evaluator(L.LightningModule):
@@ -54,22 +53,18 @@ class Evaluator(L.LightningModule):
     def __init__(self, model: Any, chosen: list[Any], num_classes: int, seed: int = 0):
         super().__init__()
         self.model, self.seed = model, seed
-        self.reducers: Any = nn.ModuleList(reducer for reducer in chosen if reducer is not None)
-        self.settings = [setting_of(r) for r in chosen if r is not None] or [Setting()]
+        self.settings = [setting_of(reducer) for reducer in chosen]
+        self.reducers: Any = nn.ModuleList(filter(None, chosen))
         if self.reducers:
             self.depth, patches = len(model.blocks), model.patch_embed.num_patches
             self.dense = reducers.make("evit", keep_rate=1.0).attach(model)
             counts = [zip(r.at, r.kept(patches), strict=True) for r in chosen]
             self.starts = [next((i for i, k in c if k < patches), self.depth) for c in counts]
-        kinds: dict[str, Any] = dict(
-            top1=partial(MulticlassAccuracy, num_classes, average="micro"),
-            top5=partial(MulticlassAccuracy, num_classes, min(5, num_classes), average="micro"),
-            loss=partial(MeanMetric, math.nan),  # the default leaves NaN out of the mean
-            kl=partial(MeanMetric, math.nan),
-        )
-        self.metrics: Any = nn.ModuleList(
-            nn.ModuleDict({name: kind() for name, kind in kinds.items()}) for _ in self.settings
-        )
+        kinds: dict[str, Any] = dict(loss=MeanMetric(math.nan), kl=MeanMetric(math.nan))  # keep NaN
+        for k in (1, 5):
+            top = MulticlassAccuracy(num_classes, min(k, num_classes), average="micro")
+            kinds[f"top{k}"] = top
+        self.metrics: Any = nn.ModuleList(nn.ModuleDict(deepcopy(kinds)) for _ in chosen)
         self.images = SumMetric()
         self.results: list[dict[str, Any]] = []
         self.full = 0  # images of a compiled batch; 0: nothing is compiled
@@ -86,8 +81,7 @@ class Evaluator(L.LightningModule):
         model = self.model
         images = images.to(next(model.parameters()).dtype)
         if not self.reducers:
-            dense = model(images)
-            yield from (dense, dense)
+            yield from 2 * [model(images)]
             return
         x, done, trunk = model.embed(images), 0, {}
         model.reducer = self.dense
@@ -117,16 +111,16 @@ class Evaluator(L.LightningModule):
                 metric[name].update(found, labels)
 
     def on_validation_epoch_end(self) -> None:
-        images, percent = int(self.images.compute()), dict(top1=100, top5=100)
-        self.results = [
-            {k: float(percent.get(k, 1) * m.compute()) for k, m in metric.items()}
-            | dict(images=images)
-            for metric in self.metrics
-        ]
-        for setting, result in zip(self.settings, self.results, strict=True):
-            if not math.isfinite(result["loss"]):
-                rates = "/".join(f"{rate:g}" for rate in setting.keep_rate)
+        images = int(self.images.compute())
+        for setting, metric in zip(self.settings, self.metrics, strict=True):
+            found: dict[str, Any] = {
+                k: float((100 if k.startswith("top") else 1) * m.compute())
+                for k, m in metric.items()
+            }
+            if not math.isfinite(found["loss"]):
                 raise FloatingPointError(
-                    f"the loss is {result['loss']} at keep_rate {rates}: the checkpoint is of a "
-                    f"model that has diverged, or precision {self.trainer.precision} is too low"
+                    f"the loss is {found['loss']} at keep_rate "
+                    f"{'/'.join(f'{rate:g}' for rate in setting.keep_rate)}: the checkpoint is of "
+                    f"a model that has diverged, or precision {self.trainer.precision} is too low"
                 )
+            self.results.append(found | dict(images=images))
