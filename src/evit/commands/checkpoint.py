@@ -24,11 +24,7 @@ from evit.report.evaluations import rate
 
 # For checkpoints that are not a run's, where nothing is given.
 DEFAULTS = dict(keep_rate=0.7, fusion=True, img_size=224, crop_pct=0.875, max_val_images=None)
-WAYS = dict(
-    checkpoint="checkpoint=PATH",
-    pretrained="pretrained=true (timm's download)",
-    random="random=true (to try out)",
-)
+WAYS = dict(checkpoint="PATH", pretrained="true (timm's download)", random="true (to try out)")
 REDUCED = "take it with a reducer by model=timm_vit model.model_name=NAME"
 
 
@@ -55,8 +51,7 @@ def open_source(checkpoint: str | None) -> Source:
     content = read_file(path)
     inside = content.get("evit") if isinstance(content, dict) else None
     run = results.harmless(json.dumps(inside or {})) | results.run_config(path)
-    folder = results.run_folder(path)
-    finished = folder and results.finished(folder)
+    finished = results.finished(results.run_folder(path) or path)
     name = finished["choices"]["model"] if finished else run.get("model", {}).get("model_name")
     return Source(path, read_state_dict(content), run, name)
 
@@ -76,8 +71,7 @@ def reducer_nodes(cfg: DictConfig) -> dict[str, Any]:
 def complete(cfg: DictConfig, source: Source) -> DictConfig:
     """Fill in the model, its reducer, its data and the knobs that are null: the run's, or defaults.
 
-    Raises:
-        ValueError: no model is given, or crop_pct is out of range.
+    Raises: ValueError if no model is given, or crop_pct is out of range.
     """
     cfg, names, run = cfg.copy(), given(), source.run
 
@@ -112,12 +106,10 @@ def complete(cfg: DictConfig, source: Source) -> DictConfig:
     return cfg
 
 
-def validation(cfg: DictConfig, batch_size: int, max_val_images: int | None) -> Any:
-    """The data module of validation images alone; nothing is read yet."""
-    options: Any = OmegaConf.to_container(cfg.data, resolve=True, throw_on_missing=True)
-    limits: Any = dict(max_val_images=max_val_images, crop_pct=cfg.crop_pct)
-    recipe = Recipe(epochs=1, lr=1, batch_size=batch_size, **limits)
-    return instantiate(options, recipe=recipe, splits=["val"], _convert_="object")
+def validation(cfg: DictConfig, batch_size: int, most: int | None) -> Any:
+    """The data module of `most` validation images; nothing is read yet."""
+    recipe = Recipe(1, batch_size, lr=1, max_val_images=most, crop_pct=cfg.crop_pct)
+    return instantiate(cfg.data, recipe=recipe, splits=["val"], _convert_="object")
 
 
 def attach(model: Any, reducer: dict[str, Any], source: Source) -> Any:
@@ -132,18 +124,15 @@ def attach(model: Any, reducer: dict[str, Any], source: Source) -> Any:
 def load(model: Any, source: Source) -> None:
     """Load the weights; those of a reducer that the model does not have are left out.
 
-    Raises:
-        ValueError: they do not fit, or the reducer has parameters that the checkpoint lacks.
+    Raises: ValueError if they do not fit, or the reducer has parameters that they lack.
     """
     weights, reducer = fit_state_dict(source.weights, model), getattr(model, "reducer", None)
     if reducer is None or not reducer.state_dict():
         others = ("reducer.", *chain(*(kind.published_names for kind in REDUCERS.values())))
         weights = {k: w for k, w in weights.items() if not k.startswith(others)}
     elif not any(k.startswith("reducer.") for k in weights):
-        raise ValueError(
-            f"reducer {reducer.name} has to be trained, and {source.path} has no weights of it: "
-            f"take another, or a checkpoint that was trained with it"
-        )
+        name = f"reducer {reducer.name} has to be trained"
+        raise ValueError(f"{name}, and {source.path} has no weights of it: take another")
     try:
         load_checkpoint(model, weights)
     except ValueError as error:
@@ -154,24 +143,22 @@ def load(model: Any, source: Source) -> None:
 def heed_rate(reducer: Any) -> None:
     """Refuse keep_rate beside counts or a schedule of the reducer's own, which win over it."""
     if (reducer.own or reducer.given) and given() & {"keep_rate", "keep_rates"}:
-        raise ValueError(
-            f"reducer {reducer.name} has another schedule than keep_rate: leave keep_rate out, or "
-            f"choose the reducer anew, reducer={reducer.name}"
-        )
+        way = f"leave keep_rate out, or choose the reducer anew, reducer={reducer.name}"
+        raise ValueError(f"reducer {reducer.name} has another schedule than keep_rate: {way}")
 
 
 def opened(cfg: DictConfig) -> tuple[Any, dict[str, Any], DictConfig, Source]:
     """The model that a command is about, frozen; facts about it; the completed configuration."""
     if sum(bool(cfg.get(name)) for name in WAYS) != 1:
-        ways = ", ".join(way for name, way in WAYS.items() if name in cfg)
+        ways = ", ".join(f"{name}={way}" for name, way in WAYS.items() if name in cfg)
         raise ValueError(f"give the weights, one of {ways}")
     source = open_source(cfg.checkpoint)
     cfg = complete(cfg, source)
     config: Any = OmegaConf.to_container(cfg.model, resolve=True, throw_on_missing=True)
-    head = source.weights.get("head.weight")
+    if (head := source.weights.get("head.weight")) is not None:
+        config["num_classes"] = len(head)
     torch.manual_seed(cfg.seed)
-    classes = {} if head is None else dict(num_classes=len(head))
-    model = instantiate(config | classes, _convert_="all")
+    model = instantiate(config, _convert_="all")
     if source.weights:
         load(model, source)
     reducer: Any = getattr(model, "reducer", None)

@@ -4,15 +4,12 @@ import math
 import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
-from copy import deepcopy
 from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, SumMetric
-from torchmetrics.classification import MulticlassAccuracy
 
 from evit import reducers
 from evit.reducers import Reducer
@@ -60,13 +57,7 @@ class Evaluator(L.LightningModule):
             self.dense = reducers.make("evit", keep_rate=1.0).attach(model)
             counts = [zip(r.at, r.kept(patches), strict=True) for r in chosen]
             self.starts = [next((i for i, k in c if k < patches), self.depth) for c in counts]
-        kinds: dict[str, Any] = dict(loss=MeanMetric(math.nan), kl=MeanMetric(math.nan))  # keep NaN
-        for k in (1, 5):
-            top = MulticlassAccuracy(num_classes, min(k, num_classes), average="micro")
-            kinds[f"top{k}"] = top
-        self.metrics: Any = nn.ModuleList(nn.ModuleDict(deepcopy(kinds)) for _ in chosen)
-        self.images = SumMetric()
-        self.results: list[dict[str, Any]] = []
+        self.top, self.results = min(5, num_classes), list[dict[str, Any]]()
         self.full = 0  # images of a compiled batch; 0: nothing is compiled
 
     def compile_parts(self, batch_size: int) -> None:
@@ -96,31 +87,36 @@ class Evaluator(L.LightningModule):
             torch.manual_seed(mix_seed(self.seed, batch_idx, self.global_rank, name))
             yield dense if start == self.depth else model.classify(trunk[start], start)[0]
 
+    def on_validation_epoch_start(self) -> None:
+        self.sums = torch.zeros(len(self.settings), 5, dtype=torch.float64, device=self.device)
+
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
         if not len(labels):
             return
-        self.images.update(len(labels))
         odd = self.full and len(images) != self.full
         with torch.compiler.set_stance("force_eager") if odd else nullcontext():
             dense, *each = (found.float() for found in self.logits(images, batch_idx))
-        for metric, found in zip(self.metrics, each, strict=True):
-            metric["loss"].update(F.cross_entropy(found, labels), len(labels))
-            metric["kl"].update(divergence(found, dense).mean(), len(labels))
-            for name in ("top1", "top5"):
-                metric[name].update(found, labels)
+        for sums, found in zip(self.sums, each, strict=True):
+            right = 100.0 * (found.topk(self.top).indices == labels[:, None])
+            loss = F.cross_entropy(found, labels, reduction="none")
+            values = (
+                right[:, 0],
+                right.sum(1),
+                loss,
+                divergence(found, dense),
+                torch.ones_like(loss),
+            )
+            sums += torch.stack([value.double().sum() for value in values])
 
     def on_validation_epoch_end(self) -> None:
-        images = int(self.images.compute())
-        for setting, metric in zip(self.settings, self.metrics, strict=True):
-            found: dict[str, Any] = {
-                k: float((100 if k.startswith("top") else 1) * m.compute())
-                for k, m in metric.items()
-            }
-            if not math.isfinite(found["loss"]):
+        sums: Any = self.trainer.strategy.reduce(self.sums, reduce_op="sum")
+        for setting, (*totals, images) in zip(self.settings, sums.tolist(), strict=True):
+            top1, top5, loss, kl = (total / images for total in totals)
+            if not math.isfinite(loss):
+                rates = "/".join(f"{rate:g}" for rate in setting.keep_rate)
                 raise FloatingPointError(
-                    f"the loss is {found['loss']} at keep_rate "
-                    f"{'/'.join(f'{rate:g}' for rate in setting.keep_rate)}: the checkpoint is of "
-                    f"a model that has diverged, or precision {self.trainer.precision} is too low"
+                    f"the loss is {loss} at keep_rate {rates}: the checkpoint is of a model that "
+                    f"has diverged, or precision {self.trainer.precision} is too low"
                 )
-            self.results.append(found | dict(images=images))
+            self.results.append(dict(top1=top1, top5=top5, loss=loss, kl=kl, images=int(images)))
