@@ -13,6 +13,7 @@ from PIL import Image
 
 import evit
 from evit.report import results
+from evit.training.progress import Lines
 from tests.conftest import QUICK, command
 
 MICRO = "model=evit_deit_micro img_size=28 trainer=cpu data.num_workers=0".split()
@@ -256,6 +257,17 @@ def test_reducers_side_by_side_are_each_on_its_own(weights, shared_photos, evalu
         assert any(name in line and f"{alone['kl']:.4f}" in line for line in printed)
 
 
+def test_off_a_terminal_it_tells_how_far_it_is_after_each_reducer(
+    weights, shared_photos, evaluate, monkeypatch
+):
+    told = []
+    monkeypatch.setattr(Lines, "tell", lambda self, trainer, *what: told.append(what))
+    arguments = [f"checkpoint={weights}", f"data.root={shared_photos}", *MICRO, "batch_size=4"]
+    evaluate(*arguments, "keep_rates=[1,0.5]", "reducer=[evit,drop]")
+    each = [("evaluating", i, 2) for i in (0, 0, 0, 1, 1, 1, 1, 2)]
+    assert told == each
+
+
 def test_budgets_find_the_keep_rate_of_each_reducer(weights, shared_photos, evaluate):
     arguments = [f"checkpoint={weights}", f"data.root={shared_photos}", *MICRO]
     result = evaluate(*arguments, "gmacs=0.02", "reducer=[evit,merge]")
@@ -307,8 +319,12 @@ def test_a_checkpoint_away_from_its_folder_tells_its_model(
     shown = refused(*arguments, at, "model=evit_deit_micro", "model.embed_dim=48")
     assert "does not fit" in shown and "the run had model=evit_deit_tiny_patch16" in shown
     sent(tmp_path / "sent.ckpt", classes=["ant", "bee"])
-    assert "classes, ant to bee, are not those of photos" in refused(*arguments, at)
-    assert "the checkpoint has 2 classes and fashion-mnist has 10" in refused(*arguments)
+    assert "has 2 classes, ant to bee, and photos has 2, cat to dog: give the data" in refused(
+        *arguments, at
+    )
+    assert "the checkpoint has 2 classes, ant to bee, and fashion-mnist has 10, " in refused(
+        *arguments
+    )
 
 
 def test_compiled_and_in_bf16_it_gives_about_the_same(
@@ -443,7 +459,10 @@ def test_another_number_of_classes_is_named(weights, photos, refused):
     shutil.copytree(photos / "val/dog", photos / "val/wolf")
     shutil.rmtree(photos / "train")
     shown = refused(f"checkpoint={weights}", f"data.root={photos}", *MICRO)
-    assert "the checkpoint has 2 classes and photos has 3" in shown
+    assert (
+        "the checkpoint has 2 classes, 0 to 1, and photos has 3, cat to wolf: give the data"
+        in shown
+    )
 
 
 class Attack:

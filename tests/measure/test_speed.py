@@ -32,6 +32,17 @@ def test_a_turn_s_seconds_are_of_one_call(monkeypatch):
     assert speed.warm_up(three_seconds, 10, CPU) == 4
 
 
+def test_off_a_terminal_something_is_said_every_half_minute(monkeypatch, capsys):
+    now = [0.0]
+
+    def nine_seconds() -> None:
+        now[0] += 9
+
+    monkeypatch.setattr(speed.time, "monotonic", lambda: now[0])
+    speed.take_turns([nine_seconds] * 2, [1, 1], 5, CPU, speed.Teller())
+    assert capsys.readouterr().out.split("\n") == [*(f"  round {turn}/5" for turn in (1, 3, 5)), ""]
+
+
 def test_peak_memory_is_of_what_is_held_at_once():
     """Two tensors of 4 MB at a time, though three are made."""
 

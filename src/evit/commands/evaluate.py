@@ -33,15 +33,29 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         cfg.trainer.precision = "bf16-true"
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     options = dict(max_epochs=1, enable_checkpointing=False)
-    trainer = build_trainer(cfg.trainer, folder, [Signals(), *progress()], **options)
+    shown: list[Any] = progress()
+    trainer: Any = build_trainer(cfg.trainer, folder, [Signals(), *shown], **options)
     batch_size = cfg.batch_size * trainer.world_size * trainer.accumulate_grad_batches
     data = checkpoint.validation(cfg, batch_size, cfg.max_val_images)
     data.trainer = trainer
     data.mean, data.std = tuple(about["mean"]), tuple(about["std"])
-    require_classes(about, data)
+    ours, theirs = list(data.classes), about["classes"] or [*range(about["num_classes"])]
+    if len(ours) != len(theirs) or about["classes"] and ours != theirs:
+        text = f"the checkpoint has {len(theirs)} classes, {theirs[0]} to {theirs[-1]}, and "
+        text += f"{data.name} has {len(ours)}, {ours[0]} to {ours[-1]}"
+        raise ValueError(f"{text}: give the data that it was trained on, data.root=DIR")
     chosen = choose(config, nodes or [config["reducer"]], model, source)
-    costs = [cost(model, reducer) for reducer in chosen]
+    costs = []
+    for reducer in chosen:  # as the published tables count, and as computed here
+        if reducer is not None:
+            model.reducer = reducer
+        published = None if reducer is None else measure.count_macs(model)
+        executed = measure.count_macs(model, executed=True)
+        costs.append(dict(macs=published, macs_executed=executed))
     evaluator = Evaluator(model, chosen, data.num_classes, cfg.seed)
+    evaluator.tell = lambda i: shown[-1].tell(
+        trainer, "evaluating", i, sum(trainer.num_val_batches)
+    )
     text = f"Evaluating {len(chosen)} setting{'s' * (len(chosen) > 1)} on {data.name} "
     text += f"({data.num_classes} classes), read by {data.backend}"
     if cfg.max_val_images:
@@ -85,17 +99,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     return result
 
 
-def require_classes(about: dict[str, Any], data: Any) -> None:
-    """Refuse data of other classes than the checkpoint's."""
-    count, names, text = about["num_classes"], about["classes"], ""
-    if count != data.num_classes:
-        text = f"the checkpoint has {count} classes and {data.name} has {data.num_classes}"
-    elif names and names != list(data.classes):
-        text = f"the checkpoint's classes, {names[0]} to {names[-1]}, are not those of {data.name}"
-    if text:
-        raise ValueError(f"{text}: give the data that it was trained on, data.root=DIR")
-
-
 def choose(config: dict[str, Any], nodes: list[Any], model: Any, source: Any) -> list[Any]:
     """Every reducer at every keep rate, with every fusion and selection that it has, each once.
 
@@ -126,11 +129,3 @@ def choose(config: dict[str, Any], nodes: list[Any], model: Any, source: Any) ->
                 measure.match_macs(model, budget)
             chosen.setdefault(setting_of(reducer), reducer)
     return list(chosen.values())
-
-
-def cost(model: Any, reducer: Any) -> dict[str, Any]:
-    """Multiply-accumulates of one image: as the published tables count, and as computed here."""
-    if reducer is not None:
-        model.reducer = reducer
-    published = None if reducer is None else measure.count_macs(model)
-    return dict(macs=published, macs_executed=measure.count_macs(model, executed=True))

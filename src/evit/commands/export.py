@@ -33,10 +33,8 @@ def run(cfg: DictConfig) -> Path:
         raise ValueError(f"target={cfg.target}: a {cfg.format} file ends in {suffix}")
     model, about, cfg, _ = checkpoint.opened(cfg)
     target, size = checkpoint.target_file(cfg, about, "outputs/export", suffix), about["img_size"]
-    rest = {True: ", the rest fused", False: ", the rest dropped", None: ""}[about["fusion"]]
-    texts = [about["model"], "random weights" * cfg.random, about["reducer"]]
-    texts += [f"keep rate {rate(about)}{rest}", f"{size} px"]
-    print("Exporting", ", ".join(filter(None, texts)), flush=True)
+    kind = "random weights" if cfg.random else about["reducer"] or "dense"
+    print(f"Exporting {about['model']}, {kind}, keep rate {rate(about)}, {size} px", flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     unchecked = target.with_name(f"unchecked-{target.name}")
     generator, largest = torch.Generator().manual_seed(cfg.seed), 0.0

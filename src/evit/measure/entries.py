@@ -20,8 +20,8 @@ from evit.report import paper
 class Entry(NamedTuple):
     """A registered model at one setting; fusion and reducer None are its defaults.
 
-    A dense one is timm's own, or the LV-ViT that keeps every token. `options` is JSON: further
-    arguments of the model, of which `reducer` is one of conf/reducer.
+    dense: timm's own, or the LV-ViT that keeps every token. options: further arguments of the
+    model, as JSON, of which `reducer` is as in conf/reducer.
     """
 
     model: str
@@ -41,8 +41,7 @@ class Entry(NamedTuple):
 def choose(config: dict[str, Any]) -> dict[Entry, Entry]:
     """The models of a configuration, or of the paper, each with its dense model; see compared.
 
-    Args:
-        config: of src/benchmark.py; models are pairs of a name and options, reducers a dict.
+    In config, models are pairs of a name and options, reducers those of conf/reducer by name.
     """
     chosen, table = list[Entry](), config["paper"]
     if table == "field":
@@ -96,11 +95,7 @@ def dense(entry: Entry) -> Entry:
 
 
 def build(entry: Entry) -> nn.Module:
-    """The entry's model, with random weights.
-
-    Raises:
-        ValueError: there is no such model, or it cannot be served at this setting.
-    """
+    """The entry's model, with random weights; a ValueError if it cannot be served."""
     knobs: dict[str, Any] = dict(keep_rate=entry.keep_rate, fusion=entry.fusion)
     knobs = {k: v for k, v in knobs.items() if v is not None and not entry.dense}
     options = json.loads(entry.options)
@@ -118,11 +113,7 @@ def build(entry: Entry) -> nn.Module:
 
 @functools.cache
 def facts(entry: Entry) -> dict[str, Any]:
-    """The entry, its parameters and published MACs; executed MACs where none are published.
-
-    Raises:
-        ValueError: build's.
-    """
+    """The entry, its parameters and published MACs; executed MACs where none are published."""
     with torch.device("meta"):
         model: Any = build(entry).requires_grad_(False)
         try:  # a ViT has the MACs of its reduced form that keeps every token

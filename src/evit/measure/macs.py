@@ -45,14 +45,9 @@ def count_macs(
 
 
 def match_macs(model: Any, gmacs: float) -> float:
-    """Set the largest keep rate at which an image costs at most `gmacs`, and return it.
+    """Set the largest keep rate at which an image costs at most `gmacs` 1e9, and return it.
 
-    Args:
-        model: a ReducedViT; one rate for all places.
-        gmacs: 1e9 multiply-accumulates, as count_macs counts.
-
-    Raises:
-        ValueError: no rate costs so much, or none so little.
+    Raises: ValueError if no rate costs so much, or none so little.
     """
 
     def macs(step: int) -> int:

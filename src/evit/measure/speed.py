@@ -52,14 +52,31 @@ def warm_up(step: Step, min_seconds: float, device: torch.device) -> int:
     return math.ceil(min_seconds * few / timed(step, few, device))
 
 
+class Teller:
+    """Prints a line 8 s after it was made, and then one every 30 s at most."""
+
+    def __init__(self) -> None:
+        self.due = time.monotonic() + 8
+
+    def __call__(self, text: str) -> None:
+        if time.monotonic() >= self.due:
+            self.due = time.monotonic() + 30
+            print(f"  {text}", flush=True)
+
+
 def take_turns(
-    steps: Sequence[Step], calls: Sequence[int], repeats: int, device: torch.device
+    steps: Sequence[Step],
+    calls: Sequence[int],
+    repeats: int,
+    device: torch.device,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> np.ndarray:
     """Seconds of one call, (steps, rounds); in each round another step is first."""
     seconds, n = np.empty((len(steps), repeats)), len(steps)
     for turn in range(repeats):
         for i in np.roll(range(n), -turn):
             seconds[i, turn] = timed(steps[i], calls[i], device) / calls[i]
+            tell(f"round {turn + 1}/{repeats}")
     return seconds
 
 
@@ -82,11 +99,9 @@ def peak_memory(step: Step, device: torch.device) -> int:
 def make_step(
     model: nn.Module, forward: Callable[[Tensor], Any], images: Tensor, dtype: torch.dtype | None
 ) -> Step:
-    """A forward pass without gradients; of a model in training mode a step of AdamW.
+    """A forward pass of a model, or of its compiled form `forward`, without gradients.
 
-    Args:
-        forward: the model, or its compiled form.
-        dtype: of a training step's autocast; float32 or None: without.
+    In training mode a step of AdamW, in autocast to dtype (float32 or None: without).
     """
     if not model.training:
         return torch.no_grad()(lambda: forward(images))
@@ -126,19 +141,17 @@ def prepare(
 ) -> tuple[Step, int, dict[str, Any]]:
     """An entry's step, compiled and warm; how many calls a turn has; its facts, memory and MACs."""
     dtype, training = DTYPES[group.precision], group.what == "training"
-    model = build(entry).to(device).train(training).requires_grad_(training)
-    images = torch.randn(group.batch_size, 3, entry.img_size, entry.img_size, device=device)
-    if not training:
-        model, images = model.to(dtype), images.to(dtype)
+    own: Any = dict(device=device, dtype=torch.float32 if training else dtype)
+    model: Any = build(entry).to(**own).train(training).requires_grad_(training)
+    images = torch.randn(group.batch_size, 3, entry.img_size, entry.img_size, **own)
     with FlopCounterMode(display=False) as counter:
         make_step(model, model, images, dtype)()
-    forward: Any = model
+    forward = model
     if group.compile:
         mode = group.compile if isinstance(group.compile, str) else None
         forward = torch.compile(model, mode=mode, dynamic=False, fullgraph=True)
     step, memory = make_step(model, forward, images, dtype), None
-    first = timed(step, 1, device)
-    calls = warm_up(step, min_seconds, device)
+    first, calls = timed(step, 1, device), warm_up(step, min_seconds, device)
     if group.compile != "reduce-overhead":  # the memory of a CUDA graph is not seen
         model.zero_grad()
         copies = 3 if training else 1  # AdamW keeps two numbers for each weight
@@ -159,8 +172,7 @@ def contest(
 ) -> None:
     """Let entries take turns, each beside its dense model, and add a row for each to result.
 
-    What PyTorch cannot run (for want of memory, or compiled), or is not begun `until` a
-    time.perf_counter(), goes to result["left_out"], and so does what is compared with it.
+    What PyTorch cannot run, or is not begun `until` a time.perf_counter(), is "left_out".
     """
     allow_graphs()
     torch.compiler.reset()
@@ -169,7 +181,9 @@ def contest(
     a, b = torch.randn(2, n, n, device=device).to(DTYPES[group.precision])
     steps: list[Step] = [lambda: torch.mm(a, b)]
     calls, rows = [warm_up(steps[0], config["min_seconds"] / 5, device)], dict[Entry, Any]()
-    for entry, base in entries.items():
+    tell = Teller()
+    for i, (entry, base) in enumerate(entries.items(), 1):
+        tell(f"warming up {i}/{len(entries)}: {entry}")
         try:
             if base not in (entry, *rows):
                 raise RuntimeError("no dense model to compare with")
@@ -183,14 +197,15 @@ def contest(
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             print(f"  left out: {entry}: {reason}", flush=True)
             result["left_out"].append(group._asdict() | facts(entry) | dict(reason=reason))
-    seconds = take_turns(steps, calls, config["repeats"], device)
-    peak, speeds = n**3 / seconds[0], dict(zip(rows, group.batch_size / seconds[1:], strict=True))
-    result["matmul"].append(group._asdict() | dict(macs_per_s=float(np.median(peak))))
+    product, *each = take_turns(steps, calls, config["repeats"], device, tell)
+    seconds = dict(zip(rows, each, strict=True))
+    result["matmul"].append(group._asdict() | dict(macs_per_s=float(np.median(n**3 / product))))
     for entry, row in rows.items():
-        own, base = speeds[entry], entries[entry]
-        row |= dict(compared_with=str(base), seconds=(group.batch_size / own).round(9).tolist())
-        numbers = dict(images_per_s=own, latency_ms=1000 * group.batch_size / own)
-        numbers |= dict(ratio=own / speeds[base], peak_share=own * row["macs_executed"] / peak)
+        own, base = seconds[entry], entries[entry]
+        row |= dict(compared_with=str(base), seconds=own.round(9).tolist())
+        peak_share = row["macs_executed"] * group.batch_size / own * product / n**3
+        numbers = dict(images_per_s=group.batch_size / own, latency_ms=1000 * own)
+        numbers |= dict(ratio=seconds[base] / own, peak_share=peak_share)
         for name, values in numbers.items():
             low, row[name], high = np.percentile(values, [25, 50, 75]).tolist()
             row[f"{name}_quartiles"] = [low, high]

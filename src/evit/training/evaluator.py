@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -38,13 +38,11 @@ def setting_of(reducer: Reducer | None) -> Setting:
 class Evaluator(L.LightningModule):
     """Top-1, top-5 (percent), loss and divergence from the dense model, with each of some reducers.
 
-    The dense model runs once; each reducer goes on from the block where it first reduces. `results`
+    `chosen` are reducers that are attached to the model, or [None] for a model that takes none. The
+    dense model runs once; each reducer goes on from the block where it first reduces. `results`
     then has dict(top1, top5, loss, kl, images) for each, over the images of all processes. kl is
     KL(dense || reduced) of the predicted distributions, averaged over images. Random selections
     depend on batch, process and setting, not on what else is evaluated.
-
-    Args:
-        chosen: reducers that are attached to the model, or [None] for a model that takes none.
     """
 
     def __init__(self, model: Any, chosen: list[Any], num_classes: int, seed: int = 0):
@@ -59,6 +57,7 @@ class Evaluator(L.LightningModule):
             self.starts = [next((i for i, k in c if k < patches), self.depth) for c in counts]
         self.top, self.results = min(5, num_classes), list[dict[str, Any]]()
         self.full = 0  # images of a compiled batch; 0: nothing is compiled
+        self.tell: Callable[[int], object] = lambda batch: None  # after each reducer
 
     def compile_parts(self, batch_size: int) -> None:
         """torch.compile what logits() calls, for batches of this size; others stay eager."""
@@ -96,18 +95,14 @@ class Evaluator(L.LightningModule):
             return
         odd = self.full and len(images) != self.full
         with torch.compiler.set_stance("force_eager") if odd else nullcontext():
-            dense, *each = (found.float() for found in self.logits(images, batch_idx))
-        for sums, found in zip(self.sums, each, strict=True):
-            right = 100.0 * (found.topk(self.top).indices == labels[:, None])
-            loss = F.cross_entropy(found, labels, reduction="none")
-            values = (
-                right[:, 0],
-                right.sum(1),
-                loss,
-                divergence(found, dense),
-                torch.ones_like(loss),
-            )
-            sums += torch.stack([value.double().sum() for value in values])
+            each = (logits.float() for logits in self.logits(images, batch_idx))
+            dense = next(each)
+            for sums, found in zip(self.sums, each, strict=True):
+                right = 100.0 * (found.topk(self.top).indices == labels[:, None])
+                loss = F.cross_entropy(found, labels, reduction="none")
+                values = right[:, 0], right.sum(1), loss, divergence(found, dense)
+                sums += torch.stack([v.double().sum() for v in (*values, torch.ones_like(loss))])
+                self.tell(batch_idx)
 
     def on_validation_epoch_end(self) -> None:
         sums: Any = self.trainer.strategy.reduce(self.sums, reduce_op="sum")
