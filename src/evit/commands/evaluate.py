@@ -45,17 +45,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         text += f"{data.name} has {len(ours)}, {ours[0]} to {ours[-1]}"
         raise ValueError(f"{text}: give the data that it was trained on, data.root=DIR")
     chosen = choose(config, nodes or [config["reducer"]], model, source)
-    costs = []
-    for reducer in chosen:  # as the published tables count, and as computed here
-        if reducer is not None:
-            model.reducer = reducer
-        published = None if reducer is None else measure.count_macs(model)
-        executed = measure.count_macs(model, executed=True)
-        costs.append(dict(macs=published, macs_executed=executed))
+    costs = [cost(model, reducer) for reducer in chosen]
     evaluator = Evaluator(model, chosen, data.num_classes, cfg.seed)
-    evaluator.tell = lambda i: shown[-1].tell(
-        trainer, "evaluating", i, sum(trainer.num_val_batches)
-    )
+    evaluator.lines = shown[-1]
     text = f"Evaluating {len(chosen)} setting{'s' * (len(chosen) > 1)} on {data.name} "
     text += f"({data.num_classes} classes), read by {data.backend}"
     if cfg.max_val_images:
@@ -129,3 +121,11 @@ def choose(config: dict[str, Any], nodes: list[Any], model: Any, source: Any) ->
                 measure.match_macs(model, budget)
             chosen.setdefault(setting_of(reducer), reducer)
     return list(chosen.values())
+
+
+def cost(model: Any, reducer: Any) -> dict[str, Any]:
+    """Multiply-accumulates of one image: as the published tables count, and as computed here."""
+    if reducer is not None:
+        model.reducer = reducer
+    published = None if reducer is None else measure.count_macs(model)
+    return dict(macs=published, macs_executed=measure.count_macs(model, executed=True))

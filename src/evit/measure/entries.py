@@ -11,7 +11,7 @@ import torch
 from hydra.utils import instantiate
 from torch import nn
 
-from evit.measure.macs import count_macs, count_params
+from evit.measure import count_macs, count_params
 from evit.models import create_model
 from evit.models.registry import NAMES, reduced
 from evit.report import paper

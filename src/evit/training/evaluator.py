@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -57,7 +57,7 @@ class Evaluator(L.LightningModule):
             self.starts = [next((i for i, k in c if k < patches), self.depth) for c in counts]
         self.top, self.results = min(5, num_classes), list[dict[str, Any]]()
         self.full = 0  # images of a compiled batch; 0: nothing is compiled
-        self.tell: Callable[[int], object] = lambda batch: None  # after each reducer
+        self.lines: Any = None  # tell how far it is after each reducer
 
     def compile_parts(self, batch_size: int) -> None:
         """torch.compile what logits() calls, for batches of this size; others stay eager."""
@@ -102,7 +102,9 @@ class Evaluator(L.LightningModule):
                 loss = F.cross_entropy(found, labels, reduction="none")
                 values = right[:, 0], right.sum(1), loss, divergence(found, dense)
                 sums += torch.stack([v.double().sum() for v in (*values, torch.ones_like(loss))])
-                self.tell(batch_idx)
+                if self.lines:
+                    batches = sum(self.trainer.num_val_batches)
+                    self.lines.tell(self.trainer, "evaluating", batch_idx, batches)
 
     def on_validation_epoch_end(self) -> None:
         sums: Any = self.trainer.strategy.reduce(self.sums, reduce_op="sum")

@@ -1,11 +1,13 @@
-"""Draw which patches of some images survive, or the features that they end in."""
+"""What a model makes of some images: which patches survive, or the classes it predicts."""
 
+import csv
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from timm.data import ImageNetInfo
 from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -18,8 +20,8 @@ from evit.report.evaluations import rate
 from evit.report.pictures import draw_features, draw_kept
 
 
-def run(cfg: DictConfig) -> Path:
-    """Draw by a composed configuration; the file."""
+def visualize(cfg: DictConfig) -> Path:
+    """Draw which patches of images survive, or the features that they end in; the file."""
     if cfg.show not in ("kept", "features"):
         raise ValueError(f"show must be kept or features, got {cfg.show!r}")
     if cfg.num_images < 1:
@@ -42,6 +44,34 @@ def run(cfg: DictConfig) -> Path:
     picture.save(target)
     print(f"{target} ({picture.width} x {picture.height} pixels)")
     return target
+
+
+@torch.no_grad()
+def predict(cfg: DictConfig) -> None:
+    """Predict the classes of images: names and probabilities, printed and as a table."""
+    if cfg.top < 1 or cfg.batch_size < 1:
+        raise ValueError(f"top={cfg.top} and batch_size={cfg.batch_size} must be at least 1")
+    rows: list[Any] = [("image", "rank", "class", "probability")]
+    paths = image_paths(cfg.images)
+    model, about, cfg, _ = checkpoint.opened(cfg)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    names = about["classes"] or [f"class {label}" for label in range(model.num_classes)]
+    if names[0] in ("class 0", "n01440764") and len(names) == 1000:  # ImageNet's
+        names = ImageNetInfo().label_descriptions()
+    model.to(device)
+    for start in range(0, len(paths), cfg.batch_size):
+        some = paths[start : start + cfg.batch_size]
+        images = normalize(read_pixels(some, cfg).to(device), about["mean"], about["std"])
+        values, labels = model(images).softmax(1).topk(min(cfg.top, len(names)))
+        for path, *best in zip(some, values.tolist(), labels.tolist(), strict=True):
+            found = [(names[label], value) for value, label in zip(*best, strict=True)]
+            print(f"{path}: " + ", ".join(f"{k} {v:.1%}" for k, v in found), flush=True)
+            rows += [(str(path), i, k, f"{v:.6f}") for i, (k, v) in enumerate(found, 1)]
+    if cfg.target:
+        Path(cfg.target).parent.mkdir(parents=True, exist_ok=True)
+        with open(cfg.target, "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+        print(f"{cfg.target} ({len(paths)} images)")
 
 
 def image_paths(images: Any, most: int | None = None) -> list[Path]:
