@@ -1,10 +1,7 @@
 """Which models are timed, by the names that users give them."""
 
 import pytest
-import timm
-import torch
 
-from evit.measure import speed
 from evit.measure.entries import Entry, build, choose, dense, facts
 
 KNOBS: dict = dict(paper=None, keep_rates=[0.5], fusion=[True], img_sizes=[32])
@@ -37,16 +34,6 @@ def test_a_shortcut_chooses_the_rows_of_the_paper():
     assert [entry.img_size for entry in found if entry.dense] == [224, 384]
 
 
-def test_the_field_is_other_models_and_evit():
-    found = choose(dict(paper="field"))
-    others = [entry for entry in found if entry.dense]
-    assert len(others) == 30 and all(timm.is_model(entry.model) for entry in others)
-    rates = [entry.keep_rate for entry in found if not entry.dense]
-    assert rates == [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.7, 0.5]
-    bases = {str(base) for entry, base in found.items() if "lvvit" in entry.model}
-    assert bases == {"lvvit_s dense img_size=224"}
-
-
 FAMILIES = dict(
     evit_deit_base_patch16="deit_base_patch16_224",
     dynamicvit_deit_small_patch16="deit_small_patch16_224",
@@ -59,15 +46,6 @@ FAMILIES = dict(
 @pytest.mark.parametrize("model", FAMILIES)
 def test_every_family_has_its_dense_model(model):
     assert dense(Entry(model)).model == FAMILIES[model]
-
-
-@pytest.mark.parametrize("model", ["cait_xxs24_224", "efficientnet_b0"])
-def test_models_of_other_kinds_have_the_macs_that_are_done(model):
-    entry = Entry(model, img_size=64, dense=True)
-    group = speed.Group("inference", 1, "fp32", False)
-    *_, row = speed.prepare(entry, group, torch.device("cpu"), 1e-9)
-    assert row["macs_executed"] == facts(entry)["macs"] > 1e6
-    assert facts(entry)["keep_rate"] == []
 
 
 def test_any_timm_model_is_reduced_beside_timm_s_own():

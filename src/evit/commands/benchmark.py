@@ -35,7 +35,7 @@ CHOICES: dict[str, tuple[Any, ...]] = dict(
     what=("inference", "training"),
     precisions=tuple(DTYPES),
     compile=tuple(benchmark.MODES),
-    paper=(None, False, True, *paper.MODELS, "field", "gpu"),
+    paper=(None, False, True, *paper.MODELS, "gpu"),
 )
 CASES = {  # of tests/golden, by whether there is a GPU
     True: "evit_deit_s_k07_fuse_224 evit_deit_s_k05_drop_304 evit_lvvit_s_k05_fuse_304",
@@ -183,8 +183,7 @@ def train_briefly(gpu: bool, batch: int) -> dict[str, Any]:
         model = "evit_deit img_size=224" if gpu else "evit_deit_micro img_size=28 trainer=cpu"
         options = f"""model={model} keep_rate=0.5 data.root={folder}/photos logger=none
             data.cache_dir={folder}/ffcv hydra.run.dir={folder}/run recipe.batch_size={batch}
-            recipe.epochs=2 recipe.eval_every=2 recipe.warmup_epochs=0 recipe.max_train_images=null
-            recipe.shrink_start_epoch=0 recipe.shrink_epochs=0"""
+            recipe.epochs=2 recipe.eval_every=2 recipe.max_train_images=null"""
         command = [sys.executable, str(ROOT / "src/train.py"), *options.split()]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

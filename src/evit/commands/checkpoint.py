@@ -166,10 +166,9 @@ def opened(cfg: DictConfig) -> tuple[Any, dict[str, Any], DictConfig, Source]:
         heed_rate(reducer)
     wanted = (getattr(model, "pretrained_cfg", None) or dict(mean=MEAN, std=STD)) | source.run
     rates = [] if reducer is None else list(reducer.keep_rate)
-    dense, choice = set(rates) <= {1.0}, HydraConfig.get().runtime.choices.get("model")
-    named = source.model or config.get("model_name", "model")
+    dense, choice = set(rates) <= {1.0}, HydraConfig.get().runtime.choices["model"]
     about = dict(
-        model=named if choice in (None, "null") else choice,  # in conf/model
+        model=choice or source.model or config.get("model_name", "model"),  # in conf/model
         reducer=None if dense else reducer.name,
         keep_rate=rates,
         fusion=None if dense else getattr(reducer, "fusion", None),

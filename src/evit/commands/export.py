@@ -21,11 +21,7 @@ Compute = Callable[[Tensor], np.ndarray]
 
 
 def run(cfg: DictConfig) -> Path:
-    """Export by a composed configuration; the file, which is there only if it computes the same.
-
-    Raises:
-        RuntimeError: the file's logits differ by more than TOLERANCE.
-    """
+    """Export by a composed configuration; the file, which is there only if it computes the same."""
     if cfg.format not in FORMATS:
         raise ValueError(f"format must be {' or '.join(FORMATS)}, got {cfg.format!r}")
     suffix, write = FORMATS[cfg.format]
@@ -42,21 +38,19 @@ def run(cfg: DictConfig) -> Path:
         compute = write(model, about, unchecked)
         for batch in BATCHES:
             images = torch.randn(batch, 3, size, size, generator=generator)
-            largest = max(largest, float(np.abs(compute(images) - model(images).numpy()).max()))
-            if not largest <= TOLERANCE:
+            difference = float(np.abs(compute(images) - model(images).numpy()).max())
+            if not difference <= TOLERANCE:  # NaN is not
                 raise RuntimeError(
-                    f"at batch size {batch} the exported logits differ by {largest:.1e}; if two "
-                    f"tokens score the same to rounding that can be: another seed= has other images"
+                    f"at batch size {batch} the exported logits differ by {difference:.1e}; where "
+                    f"two tokens score alike that can be: another seed= has other images"
                 )
+            largest = max(largest, difference)
         unchecked.replace(target)
     finally:
         unchecked.unlink(missing_ok=True)
-    print(
-        f"{target} ({target.stat().st_size / 1e6:.1f} MB): images float32 (batch, 3, {size}, "
-        f"{size}), normalised by mean {about['mean']} and std {about['std']}, to logits (batch, "
-        f"{about['num_classes']})\nChecked beside PyTorch at batch sizes "
-        f"{', '.join(map(str, BATCHES))}: the largest difference is {largest:.1e}"
-    )
+    sizes, norm = ", ".join(map(str, BATCHES)), f"mean {about['mean']}, std {about['std']}"
+    print(f"{target}: float32 images (batch, 3, {size}, {size}), normalised by {norm}, to logits")
+    print(f"Checked beside PyTorch at batch sizes {sizes}: they differ by {largest:.1e} at most")
     return target
 
 

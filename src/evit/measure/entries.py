@@ -44,14 +44,7 @@ def choose(config: dict[str, Any]) -> dict[Entry, Entry]:
     In config, models are pairs of a name and options, reducers those of conf/reducer by name.
     """
     chosen, table = list[Entry](), config["paper"]
-    if table == "field":
-        for row in (row for row in paper.field() if "timm" in row):
-            chosen.append(dense(Entry(row["timm"], img_size=row.get("img_size", paper.BASE_SIZE))))
-        tables = {
-            model: paper.tables()[f"keep_rate_{name}"] for name, model in paper.MODELS.items()
-        }
-        chosen += [Entry(m, row["keep_rate"], True) for m in tables for row in tables[m]["fuse"]]
-    elif isinstance(table, str):
+    if isinstance(table, str):
         for row in paper.costs(table):
             entry = Entry(paper.MODELS[table], row["keep_rate"], row["fusion"], row["img_size"])
             chosen.append(entry if row["keep_rate"] < 1 else dense(entry))
@@ -106,20 +99,15 @@ def build(entry: Entry) -> nn.Module:
     try:
         return make(entry.model, img_size=entry.img_size, **options | knobs)
     except TypeError as error:
-        if entry.dense:  # it takes images of any size, and is not told one
-            return create_model(entry.model, **options)
         raise ValueError(f"{entry}: {error}") from error
 
 
 @functools.cache
 def facts(entry: Entry) -> dict[str, Any]:
-    """The entry, its parameters and published MACs; executed MACs where none are published."""
+    """The entry, its parameters and published MACs; a dense one's are as with every token kept."""
     with torch.device("meta"):
-        model: Any = build(entry).requires_grad_(False)
-        try:  # a ViT has the MACs of its reduced form that keeps every token
-            counted: Any = build(entry._replace(dense=False)) if entry.dense else model
-            macs, rates = count_macs(counted), list(counted.reducer.keep_rate)
-        except ValueError:
-            macs, rates = count_macs(model, entry.img_size, executed=True), []
-    row = entry._asdict() | dict(keep_rate=rates, params=count_params(model), macs=macs)
-    return {name: value for name, value in row.items() if name != "options"}
+        model: Any = build(entry)
+        counted: Any = build(entry._replace(dense=False)) if entry.dense else model
+    row = entry._asdict() | dict(keep_rate=list(counted.reducer.keep_rate))
+    del row["options"]
+    return row | dict(params=count_params(model), macs=count_macs(counted))
