@@ -3,18 +3,22 @@
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import numpy
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import evit
+from evit.commands import evaluate as command
+from evit.measure import speed
 from evit.report import results
-from evit.training.progress import Lines
-from tests.conftest import QUICK, command
+from tests.conftest import QUICK
+from tests.conftest import command as program
 
 MICRO = "model=evit_deit_micro img_size=28 trainer=cpu data.num_workers=0".split()
 
@@ -46,7 +50,7 @@ def finished(tmp_path_factory, shared_photos) -> Path:
     arguments = [*QUICK, f"data.root={shared_photos}", "recipe.epochs=2", "recipe.ema_decay=0.9"]
     arguments += ["recipe.ema_evaluated=true"]
     arguments += ["keep_rate=0.6", "fusion=false", "recipe.crop_pct=0.7", "logger=none"]
-    done = command("train.py", *arguments, "recipe.max_val_images=5", cwd=folder)
+    done = program("train.py", *arguments, "recipe.max_val_images=5", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -215,7 +219,7 @@ def test_two_processes_evaluate_each_image_once(weights, photos, tmp_path, evalu
     arguments[arguments.index("trainer=cpu")] = "trainer=ddp"
     (tmp_path / "two").mkdir()
     two = "trainer.accelerator=cpu", "trainer.devices=2"
-    done = command("evaluate.py", *arguments, *two, cwd=tmp_path / "two")
+    done = program("evaluate.py", *arguments, *two, cwd=tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Evaluating 3 settings") == 1  # said once, not by each process
     found.append(json.loads(only(tmp_path, "two/outputs/*/*/evaluation.json").read_text()))
@@ -257,15 +261,22 @@ def test_reducers_side_by_side_are_each_on_its_own(weights, shared_photos, evalu
         assert any(name in line and f"{alone['kl']:.4f}" in line for line in printed)
 
 
-def test_off_a_terminal_it_tells_how_far_it_is_after_each_reducer(
+def test_off_a_terminal_it_tells_how_far_it_is_in_each_batch(
     weights, shared_photos, evaluate, monkeypatch
 ):
-    told = []
-    monkeypatch.setattr(Lines, "tell", lambda self, trainer, *what: told.append(what))
+    real = F.cross_entropy
+
+    def slow(*args, **kwargs):
+        time.sleep(0.05)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(F, "cross_entropy", slow)
+    monkeypatch.setattr(command, "telling", lambda text: speed.telling(text, 0.01))
     arguments = [f"checkpoint={weights}", f"data.root={shared_photos}", *MICRO, "batch_size=4"]
-    evaluate(*arguments, "keep_rates=[1,0.5]", "reducer=[evit,drop]")
-    each = [("evaluating", i, 2) for i in (0, 0, 0, 1, 1, 1, 1, 2)]
-    assert told == each
+    told = evaluate(*arguments, "keep_rates=[1,0.5]", "reducer=[evit,drop]")["printed"]
+    for batch in (1, 2):
+        for setting in (1, 2, 3):
+            assert f"  evaluating: batch {batch}/2, setting {setting}/3\n" in told
 
 
 def test_budgets_find_the_keep_rate_of_each_reducer(weights, shared_photos, evaluate):

@@ -1,5 +1,7 @@
 """Time and memory of steps: what takes turns, and what is counted."""
 
+import time
+
 import pytest
 import timm
 import torch
@@ -32,15 +34,14 @@ def test_a_turn_s_seconds_are_of_one_call(monkeypatch):
     assert speed.warm_up(three_seconds, 10, CPU) == 4
 
 
-def test_off_a_terminal_something_is_said_every_half_minute(monkeypatch, capsys):
-    now = [0.0]
-
-    def nine_seconds() -> None:
-        now[0] += 9
-
-    monkeypatch.setattr(speed.time, "monotonic", lambda: now[0])
-    speed.take_turns([nine_seconds] * 2, [1, 1], 5, CPU, speed.Teller())
-    assert capsys.readouterr().out.split("\n") == [*(f"  round {turn}/5" for turn in (1, 3, 5)), ""]
+def test_a_long_work_tells_where_it_is_until_it_ends(capsys):
+    state = iter(range(1000))
+    with speed.telling(lambda: f"step {next(state)}", every=0.01):
+        time.sleep(0.2)
+    told = capsys.readouterr().out
+    assert told.startswith("  step 0\n  step 1\n") and next(state) == told.count("\n")
+    time.sleep(0.05)
+    assert not capsys.readouterr().out
 
 
 def test_peak_memory_is_of_what_is_held_at_once():

@@ -21,7 +21,7 @@ from evit.commands import checkpoint
 from evit.commands.cli import composed
 from evit.config import CONF_DIR, listed
 from evit.measure.entries import Entry, choose, compared, facts
-from evit.measure.speed import DTYPES, Group, contest, set_precision
+from evit.measure.speed import DTYPES, Group, contest, set_precision, telling
 from evit.report import benchmark, paper, results
 
 ROOT = Path(__file__).parents[3]
@@ -60,14 +60,17 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     torch.manual_seed(config["seed"])
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it looks for a GPU
     started = time.perf_counter()
-    result: dict[str, Any] = dict(rows=[], matmul=[], left_out=[])
-    if config["paper"] == "gpu":
-        measure_all(result, config, device)
-    else:
-        names = ("what", "batch_sizes", "precisions", "compile")
-        for group in (Group(*values) for values in product(*(config[name] for name in names))):
-            print(f"{group}: {len(entries)} models", flush=True)
-            contest(result, entries, group, device, config)
+    result: dict[str, Any] = dict(rows=[], matmul=[], left_out=[], at="")
+    with telling(lambda: result["at"]):
+        if config["paper"] == "gpu":
+            measure_all(result, config, device)
+        else:
+            names = ("what", "batch_sizes", "precisions", "compile")
+            for values in product(*(config[name] for name in names)):
+                group = Group(*values)
+                print(f"{group}: {len(entries)} models", flush=True)
+                contest(result, entries, group, device, config)
+    del result["at"]
     result |= dict(config=config, device=results.device_name(device))
     result |= results.provenance() | dict(seconds=round(time.perf_counter() - started, 1))
     text = benchmark.markdown(result)
@@ -152,6 +155,7 @@ def measure_all(result: dict[str, Any], config: dict[str, Any], device: torch.de
         rows.sort(key=lambda entry: (entry.img_size, entry.keep_rate not in (0.7, 0.5)))
         parts.append((rows[: None if gpu else 3], infer._replace(compile=graphs), until))
     result["correctness"] = check_outputs(CASES[gpu], device)
+    result["at"] = "a training run through FFCV"
     result["training_run"] = train_briefly(gpu, large)
     for entries, group, until in parts:
         print(group, flush=True)
@@ -172,7 +176,6 @@ def check_outputs(cases: str, device: torch.device) -> dict[str, Any]:
 
 def train_briefly(gpu: bool, batch: int) -> dict[str, Any]:
     """Train for two epochs on photos of noise, in a process of its own: speed, wait for data."""
-    print("a training run through FFCV", flush=True)
     with TemporaryDirectory() as folder:
         for split, count in dict(train=20 * batch if gpu else 12, val=2 * batch).items():
             for i in range(count):

@@ -1,6 +1,7 @@
 """Evaluate a checkpoint with many reducers and keep rates in one pass; write evaluation.json."""
 
 import time
+from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from evit import measure
 from evit.commands import checkpoint
 from evit.config import listed
-from evit.measure.speed import allow_graphs
+from evit.measure.speed import allow_graphs, telling
 from evit.report import evaluations, results
 from evit.training.evaluator import Evaluator, setting_of
 from evit.training.progress import progress
@@ -33,8 +34,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         cfg.trainer.precision = "bf16-true"
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     options = dict(max_epochs=1, enable_checkpointing=False)
-    shown: list[Any] = progress()
-    trainer: Any = build_trainer(cfg.trainer, folder, [Signals(), *shown], **options)
+    bar = progress()[:-1]  # on a terminal
+    trainer = build_trainer(cfg.trainer, folder, [Signals(), *bar], **options)
     batch_size = cfg.batch_size * trainer.world_size * trainer.accumulate_grad_batches
     data = checkpoint.validation(cfg, batch_size, cfg.max_val_images)
     data.trainer = trainer
@@ -47,7 +48,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     chosen = choose(config, nodes or [config["reducer"]], model, source)
     costs = [cost(model, reducer) for reducer in chosen]
     evaluator = Evaluator(model, chosen, data.num_classes, cfg.seed)
-    evaluator.lines = shown[-1]
     text = f"Evaluating {len(chosen)} setting{'s' * (len(chosen) > 1)} on {data.name} "
     text += f"({data.num_classes} classes), read by {data.backend}"
     if cfg.max_val_images:
@@ -61,7 +61,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         rank_zero_only(step)()
 
     started = time.perf_counter()
-    trainer.validate(evaluator, data, verbose=False)
+    silent = bar or not trainer.is_global_zero
+    with nullcontext() if silent else telling(lambda: evaluator.at):
+        trainer.validate(evaluator, data, verbose=False)
     each = zip(evaluator.settings, evaluator.results, costs, strict=True)
     rows = [setting._asdict() | found | cost for setting, found, cost in each]
     result: dict[str, Any] = dict(

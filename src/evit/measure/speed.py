@@ -6,8 +6,10 @@ round, and are compared within each round.
 
 import math
 import os
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,31 +54,32 @@ def warm_up(step: Step, min_seconds: float, device: torch.device) -> int:
     return math.ceil(min_seconds * few / timed(step, few, device))
 
 
-class Teller:
-    """Prints a line 8 s after it was made, and then one every 30 s at most."""
+@contextmanager
+def telling(text: Callable[[], str], every: float = 30) -> Iterator[None]:
+    """Print where a long work is: after 8 s, and then every 30 s."""
+    ended = threading.Event()
 
-    def __init__(self) -> None:
-        self.due = time.monotonic() + 8
+    def tell() -> None:
+        wait = min(8, every)
+        while not ended.wait(wait):
+            print(f"  {text()}", flush=True)
+            wait = every
 
-    def __call__(self, text: str) -> None:
-        if time.monotonic() >= self.due:
-            self.due = time.monotonic() + 30
-            print(f"  {text}", flush=True)
+    threading.Thread(target=tell, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def take_turns(
-    steps: Sequence[Step],
-    calls: Sequence[int],
-    repeats: int,
-    device: torch.device,
-    tell: Callable[[str], None] = lambda text: None,
+    steps: Sequence[Step], calls: Sequence[int], repeats: int, device: torch.device
 ) -> np.ndarray:
     """Seconds of one call, (steps, rounds); in each round another step is first."""
     seconds, n = np.empty((len(steps), repeats)), len(steps)
     for turn in range(repeats):
         for i in np.roll(range(n), -turn):
             seconds[i, turn] = timed(steps[i], calls[i], device) / calls[i]
-            tell(f"round {turn + 1}/{repeats}")
     return seconds
 
 
@@ -181,9 +184,8 @@ def contest(
     a, b = torch.randn(2, n, n, device=device).to(DTYPES[group.precision])
     steps: list[Step] = [lambda: torch.mm(a, b)]
     calls, rows = [warm_up(steps[0], config["min_seconds"] / 5, device)], dict[Entry, Any]()
-    tell = Teller()
     for i, (entry, base) in enumerate(entries.items(), 1):
-        tell(f"warming up {i}/{len(entries)}: {entry}")
+        result["at"] = f"warming up {i}/{len(entries)}: {entry}"
         try:
             if base not in (entry, *rows):
                 raise RuntimeError("no dense model to compare with")
@@ -197,7 +199,8 @@ def contest(
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             print(f"  left out: {entry}: {reason}", flush=True)
             result["left_out"].append(group._asdict() | facts(entry) | dict(reason=reason))
-    product, *each = take_turns(steps, calls, config["repeats"], device, tell)
+    result["at"] = f"timing {len(rows)} models in {config['repeats']} rounds"
+    product, *each = take_turns(steps, calls, config["repeats"], device)
     seconds = dict(zip(rows, each, strict=True))
     result["matmul"].append(group._asdict() | dict(macs_per_s=float(np.median(n**3 / product))))
     for entry, row in rows.items():

@@ -57,7 +57,7 @@ class Evaluator(L.LightningModule):
             self.starts = [next((i for i, k in c if k < patches), self.depth) for c in counts]
         self.top, self.results = min(5, num_classes), list[dict[str, Any]]()
         self.full = 0  # images of a compiled batch; 0: nothing is compiled
-        self.lines: Any = None  # tell how far it is after each reducer
+        self.at = "preparing"  # where the evaluation is
 
     def compile_parts(self, batch_size: int) -> None:
         """torch.compile what logits() calls, for batches of this size; others stay eager."""
@@ -97,14 +97,14 @@ class Evaluator(L.LightningModule):
         with torch.compiler.set_stance("force_eager") if odd else nullcontext():
             each = (logits.float() for logits in self.logits(images, batch_idx))
             dense = next(each)
-            for sums, found in zip(self.sums, each, strict=True):
+            for i, (sums, found) in enumerate(zip(self.sums, each, strict=True), 1):
+                count = sum(self.trainer.num_val_batches)
+                place = f"batch {batch_idx + 1}/{count}, setting {i}/{len(self.sums)}"
+                self.at = f"evaluating: {place}"
                 right = 100.0 * (found.topk(self.top).indices == labels[:, None])
                 loss = F.cross_entropy(found, labels, reduction="none")
                 values = right[:, 0], right.sum(1), loss, divergence(found, dense)
                 sums += torch.stack([v.double().sum() for v in (*values, torch.ones_like(loss))])
-                if self.lines:
-                    batches = sum(self.trainer.num_val_batches)
-                    self.lines.tell(self.trainer, "evaluating", batch_idx, batches)
 
     def on_validation_epoch_end(self) -> None:
         sums: Any = self.trainer.strategy.reduce(self.sums, reduce_op="sum")
