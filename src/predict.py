@@ -2,7 +2,7 @@
 
 from evit.commands.cli import entry_point
 
-main = entry_point("evit.commands.predict:run", config="predict")
+main = entry_point("evit.commands.images:predict", config="predict")
 
 if __name__ == "__main__":
     main()

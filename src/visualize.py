@@ -2,7 +2,7 @@
 
 from evit.commands.cli import entry_point
 
-main = entry_point("evit.commands.visualize:run", config="visualize")
+main = entry_point("evit.commands.images:visualize", config="visualize")
 
 if __name__ == "__main__":
     main()

@@ -105,3 +105,34 @@ def run_script(argv: list[str], cwd: Path, env: dict[str, str], streams: tuple[P
     os.environ.update(env)
     sys.argv, sys.path[0] = argv, str(Path(argv[0]).parent)
     runpy.run_path(argv[0], run_name="__main__")
+
+
+MINE = """
+import torch
+from evit.reducers import Reducer, Reduction
+
+
+class Mine(Reducer):
+    \"\"\"Keep the longest tokens.\"\"\"
+
+    name, stage, selects = "mine", "input", True
+
+    def __init__(self, power: float = 1.0, **schedule):
+        super().__init__(**schedule)
+        self.power = power
+
+    def plan(self, i, seen, num_kept):
+        score = seen.x_BTC[:, seen.num_prefix :].norm(dim=-1) ** self.power
+        return Reduction(score.topk(num_kept).indices, seen.num_prefix)
+"""
+
+
+@pytest.fixture
+def plug_in(tmp_path, monkeypatch) -> str:
+    """--config-dir of a reducer from outside."""
+    (tmp_path / "mypackage.py").write_text(MINE)
+    (tmp_path / "conf/reducer").mkdir(parents=True)
+    node = "_target_: mypackage.Mine\nkeep_rate: ${keep_rate}\npower: 1.0\n"
+    (tmp_path / "conf/reducer/mine.yaml").write_text(node)
+    monkeypatch.syspath_prepend(tmp_path)
+    return f"--config-dir={tmp_path}/conf"

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from evit.measure import entries, speed
+from tests.test_predict import sent
 
 SMALL = "models=evit_deit_tiny_patch16 img_sizes=32 batch_sizes=2 "
 SMALL += "repeats=3 min_seconds=0.001 device=cpu"
@@ -94,22 +95,47 @@ def test_training_takes_more_than_inference(benchmark):
 
 
 def test_beside_the_paper_s_numbers_the_dense_model_has_224_px(benchmark):
-    models = "models=[evit_deit_small_patch16,dynamicvit_deit_small_patch16]"
-    arguments = f"{models} img_sizes=[64] keep_rates=[0.5] fusion=[true,false] batch_sizes=1"
+    arguments = "models=dynamicvit_deit img_sizes=[64] keep_rates=[0.5] batch_sizes=1"
     result = benchmark(f"{arguments} repeats=1 min_seconds=0.001 device=cpu paper=true")
     dense, whole, *others = result["rows"]
     assert (dense["img_size"], dense["paper"]["macs"], dense["paper"]["ratio"]) == (224, 4.6, 1)
     assert {row["compared_with"] for row in others} == {dense["compared_with"]}
-    assert {row["paper"] and row["paper"]["macs"] for row in others if row["fusion"]} == {None}
+    assert whole["img_size"] == 224 and [row["paper"] for row in others] == [None]
+
+
+def test_reducers_side_by_side_one_of_them_from_outside(benchmark, plug_in):
+    """--config-dir and a YAML whose _target_ is a class of one's own, with an option of it."""
+    rows = benchmark(f"{SMALL} keep_rates=0.5 reducer=[evit,mine] {plug_in}")["rows"]
+    assert [(row["model"], row["reducer"]) for row in rows] == [
+        ("deit_tiny_patch16_224", None),
+        *(("evit_deit_tiny_patch16", name) for name in (None, "evit", "mine")),
+    ]
+    assert rows[3]["macs_executed"] < rows[2]["macs_executed"] < rows[1]["macs_executed"]
+
+
+def test_a_run_s_checkpoint_is_its_model_size_and_reducer(benchmark, tmp_path):
+    arguments = f"checkpoint={sent(tmp_path / 'sent.ckpt')} keep_rates=0.6 batch_sizes=2"
+    rows = benchmark(f"{arguments} repeats=1 min_seconds=0.001 device=cpu")["rows"]
+    assert [(row["reducer"], row["img_size"], row["params"] < 2e6) for row in rows] == [
+        *[(None, 28, True)] * 2,
+        ("merge", 28, True),
+    ]
+
+
+def test_names_of_conf_model_are_models_with_their_options(benchmark):
+    names = "models=[evit_deit_micro,evit_deit_tiny] img_sizes=[112] keep_rates=1 batch_sizes=1"
+    rows = benchmark(f"{names} repeats=1 min_seconds=0.001 device=cpu")["rows"]
+    assert [(row["dense"], row["params"] < 2e6) for row in rows] == [
+        *((True, True), (False, True), (True, False), (False, False))
+    ]
 
 
 def test_what_does_not_fit_into_memory_is_a_row_that_says_so(benchmark):
     result = benchmark(f"{SMALL} batch_sizes=[1,1000000000] keep_rates=0.5")
     assert {row["batch_size"] for row in result["rows"]} == {1}
-    assert [row["reason"][:14] for row in result["left_out"]] == ["out of memory"] + [
-        "no dense model"
-    ] * 2
-    assert "left out: deit_tiny_patch16_224 dense img_size=32: out of memory" in result["printed"]
+    memory, *others = [row["reason"] for row in result["left_out"]]
+    assert "allocate" in memory and others == ["no dense model to compare with"] * 2
+    assert f"left out: deit_tiny_patch16_224 dense img_size=32: {memory}" in result["printed"]
 
 
 def test_what_does_not_compile_is_a_row_that_says_why(benchmark, monkeypatch):
@@ -119,8 +145,8 @@ def test_what_does_not_compile_is_a_row_that_says_why(benchmark, monkeypatch):
     monkeypatch.setattr(torch, "compile", broken)
     result = benchmark(f"{SMALL} compile=[false,true] keep_rates=0.5")
     assert [row["compile"] for row in result["rows"]] == [False] * 3
-    assert result["left_out"][0]["reason"] == "does not compile (a graph break)"
-    assert re.search(r"compiled \| fp32 +\| does not compile +\|", result["printed"])
+    assert result["left_out"][0]["reason"] == "a graph break"
+    assert re.search(r"compiled \| fp32 +\| a graph break +\|", result["printed"])
 
 
 @pytest.mark.parametrize(
@@ -138,6 +164,8 @@ def test_what_does_not_compile_is_a_row_that_says_why(benchmark, monkeypatch):
         ("what=speed", "what must be of inference, training"),
         ("paper=deit_b", "paper must be of none, false, true, deit_s, lvvit_s"),
         ("paper=deit_s", "leave out img_sizes, models"),
+        ("reducer=[evit,nosuch]", "nosuch"),
+        ("checkpoint=nowhere", "'nowhere' does not exist"),
         ("device=tpu", "device must be of auto, cpu, cuda"),
         ("keeprates=[1]", "did you mean keep_rates"),
     ],

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evit.commands import visualize as command
+from evit.commands import images as command
 from evit.data.batch import normalize
 from evit.data.folders import load_image
 from evit.data.imagefolder import evaluation_transform
@@ -148,7 +148,7 @@ def test_of_a_run_the_model_the_knobs_and_the_validation_images_are_the_run_s(
     [
         ("model=evit_deit", "give the weights, one of checkpoint=PATH"),
         ("random=true", "model=NAME is needed"),
-        (f"{RANDOM} num_images=0", "batch_size must be at least 1"),
+        (f"{RANDOM} num_images=0", "num_images must be at least 1, got 0"),
         (f"{RANDOM} target=kept.txt images=IMAGE", "unknown file extension: .txt"),
         (f"{RANDOM} show=all", "show must be kept or features, got 'all'"),
         (f"{RANDOM} crop_pct=2", "crop_pct must be from 0.01 to 1"),

@@ -1,29 +1,29 @@
 """Which models are timed, by the names that users give them."""
 
 import pytest
-import timm
-import torch
 
-from evit.measure import speed
 from evit.measure.entries import Entry, build, choose, dense, facts
 
-KNOBS: dict = dict(paper=None, keep_rates=[0.5], fusion=[True], img_sizes=[32], reducers=[None])
+KNOBS: dict = dict(paper=None, keep_rates=[0.5], fusion=[True], img_sizes=[32])
+TINY = "evit_deit_tiny_patch16"
+
+
+def chosen(*models, reducers=None, **knobs):
+    own = dict(models=[(model, {}) for model in models], reducers=reducers or {None: {}})
+    return choose(KNOBS | own | knobs)
 
 
 def test_every_reduced_model_has_its_dense_model_and_itself_with_every_token():
-    found = choose(KNOBS | dict(models=["evit_deit_tiny_patch16"], fusion=[True, False]))
+    found = chosen(TINY, fusion=[True, False])
     base = Entry("deit_tiny_patch16_224", img_size=32, dense=True)
     whole, *reduced = (entry for entry in found if not entry.dense)
-    assert set(found.values()) == {base} and whole == Entry("evit_deit_tiny_patch16", img_size=32)
+    assert set(found.values()) == {base} and whole == Entry(TINY, img_size=32)
     assert [entry.fusion for entry in reduced] == [True, False]
 
 
 def test_an_lvvit_that_keeps_every_token_is_its_dense_model():
-    found = choose(KNOBS | dict(models=["evit_lvvit_t"], keep_rates=[1, 0.5]))
-    assert [(entry.model, entry.dense) for entry in found] == [
-        ("lvvit_t", True),
-        ("evit_lvvit_t", False),
-    ]
+    found = [(e.model, e.dense) for e in chosen("evit_lvvit_t", keep_rates=[1, 0.5])]
+    assert found == [("lvvit_t", True), ("evit_lvvit_t", False)]
 
 
 def test_a_shortcut_chooses_the_rows_of_the_paper():
@@ -34,42 +34,18 @@ def test_a_shortcut_chooses_the_rows_of_the_paper():
     assert [entry.img_size for entry in found if entry.dense] == [224, 384]
 
 
-def test_the_field_is_other_models_and_evit():
-    found = choose(dict(paper="field"))
-    others = [entry for entry in found if entry.dense]
-    assert len(others) == 30 and all(timm.is_model(entry.model) for entry in others)
-    rates = [entry.keep_rate for entry in found if not entry.dense]
-    assert rates == [1, 0.9, 0.8, 0.7, 0.6, 0.5, 0.7, 0.5]
-    bases = {str(base) for entry, base in found.items() if "lvvit" in entry.model}
-    assert bases == {"lvvit_s dense img_size=224"}
-
-
-@pytest.mark.parametrize(
-    ("model", "expected"),
-    [
-        ("evit_deit_base_patch16", "deit_base_patch16_224"),
-        ("dynamicvit_deit_small_patch16", "deit_small_patch16_224"),
-        ("evit_lvvit_m", "lvvit_m"),
-        ("dynamicvit_lvvit_s", "lvvit_s"),
-        ("deit3_small_patch16_224", "deit3_small_patch16_224"),
-    ],
+FAMILIES = dict(
+    evit_deit_base_patch16="deit_base_patch16_224",
+    dynamicvit_deit_small_patch16="deit_small_patch16_224",
+    evit_lvvit_m="lvvit_m",
+    dynamicvit_lvvit_s="lvvit_s",
+    deit3_small_patch16_224="deit3_small_patch16_224",
 )
-def test_every_family_has_its_dense_model(model, expected):
-    assert dense(Entry(model)).model == expected
 
 
-def test_a_name_of_conf_model_is_that_model():
-    found = choose(KNOBS | dict(models=["evit_deit"]))
-    assert {entry.model for entry in found} == {"deit_small_patch16_224", "evit_deit_small_patch16"}
-
-
-@pytest.mark.parametrize("model", ["cait_xxs24_224", "efficientnet_b0"])
-def test_models_of_other_kinds_have_the_macs_that_are_done(model):
-    entry = Entry(model, img_size=64, dense=True)
-    group = speed.Group("inference", 1, "fp32", False)
-    *_, row = speed.prepare(entry, group, torch.device("cpu"), 1e-9)
-    assert row["macs_executed"] == facts(entry)["macs"] > 1e6
-    assert facts(entry)["keep_rate"] == []
+@pytest.mark.parametrize("model", FAMILIES)
+def test_every_family_has_its_dense_model(model):
+    assert dense(Entry(model)).model == FAMILIES[model]
 
 
 def test_any_timm_model_is_reduced_beside_timm_s_own():
@@ -79,9 +55,12 @@ def test_any_timm_model_is_reduced_beside_timm_s_own():
 
 
 def test_reducers_are_entries_beside_each_other():
-    models = ["deit_tiny_patch16_224", "evit_deit_tiny_patch16"]
-    found = choose(KNOBS | dict(models=models, reducers=["evit", "tome"]))
+    evit, tome = dict(_target_="evit.reducers.EViT"), dict(_target_="evit.reducers.ToMe")
+    nodes = dict(evit=evit | dict(fusion=None, keep_rate=None), tome=tome | dict(keep_rate=None))
+    found = chosen("deit_tiny_patch16_224", TINY, reducers=nodes, fusion=[False])
     own, other, *both = (entry for entry in found if entry.keep_rate != 1)
-    assert [(e.reducer, e.fusion) for e in (own, other)] == [("evit", True), ("tome", None)]
-    assert [build(e).reducer.name for e in (own, other, *both)] == ["evit", "tome"] * 2
+    assert [(e.reducer, e.fusion) for e in (own, other)] == [("evit", False), ("tome", None)]
+    models = [build(entry) for entry in (own, other, *both)]
+    assert [model.reducer.name for model in models] == ["evit", "tome"] * 2
+    assert {model.keep_rate for model in models} == {(0.5,) * 3} and not models[0].fusion
     assert "deit_tiny_patch16_224 tome keep_rate=0.5" in str(other)

@@ -79,6 +79,10 @@ def test_every_command_takes_it(mine, tmp_path, monkeypatch, shared_photos):
     (path,) = tmp_path.glob("outputs/evaluation/*/evaluation.json")
     rows = json.loads(path.read_text())["settings"]
     assert [row["reducer"] for row in rows] == ["evit", "longest"]
+    small = "img_sizes=28 batch_sizes=1 repeats=1 min_seconds=0.001 device=cpu target=speed".split()
+    run("benchmark", "models=evit_deit_micro", "reducer=[evit,longest]", "keep_rates=0.5", *small)
+    rows = json.loads((tmp_path / "speed/benchmark.json").read_text())["rows"]
+    assert [row["reducer"] for row in rows] == [None, None, "evit", "longest"]
     run("visualize", source, "target=kept.png", "num_images=2")
     run("export", source, "format=torch_export", "target=model.pt2")
     run("predict", source, f"images={shared_photos}/val")

@@ -1,7 +1,5 @@
 """The data, the model and the teacher of a configuration, for a run and for its plan."""
 
-import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +8,7 @@ from omegaconf import DictConfig
 
 from evit import load_checkpoint
 from evit.data import Images
+from evit.measure.speed import allow_graphs
 from evit.models.weights import read_state_dict
 from evit.recipe import Recipe
 from evit.training.losses import Classification, dense_teacher
@@ -46,14 +45,6 @@ def build_teacher(cfg: DictConfig, model: Any) -> Any:
     if source:
         load_checkpoint(teacher, weights, new_parts=True)
     return teacher
-
-
-def allow_graphs() -> None:
-    """Let torch.compile make a graph for each combination of token counts."""
-    # By default the cache is a folder of /tmp whose name others can guess.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache/evit-lab/inductor"))
-    limits: Any = torch._dynamo.config  # type: ignore[attr-defined]
-    limits.recompile_limit = limits.accumulated_recompile_limit = 4096
 
 
 def compile_all(model: torch.nn.Module, objective: Classification, how: Any = True) -> None:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from evit.commands import checkpoint
 from evit.report.evaluations import rate
 
-OPSET = 20
 BATCHES = (1, 2, 5)  # that the file is checked with; it was made with another
 TOLERANCE = 1e-4
 Compute = Callable[[Tensor], np.ndarray]
@@ -26,29 +25,32 @@ def run(cfg: DictConfig) -> Path:
     if cfg.format not in FORMATS:
         raise ValueError(f"format must be {' or '.join(FORMATS)}, got {cfg.format!r}")
     suffix, write = FORMATS[cfg.format]
-    model, about, cfg = checkpoint.opened(cfg)
-    target = Path(cfg.target or Path("outputs/export") / (checkpoint.file_name(about) + suffix))
-    if target.suffix != suffix:
-        raise ValueError(f"target={target}: a {cfg.format} file ends in {suffix}")
-    texts = [about["model"], "random weights" * cfg.random, about["reducer"] or ""]
-    texts += [f"keep rate {rate(about)}", f"{about['img_size']} px"]
-    texts[3] += {True: ", the rest fused", False: ", the rest dropped", None: ""}[about["fusion"]]
-    print("Exporting " + ", ".join(text for text in texts if text), flush=True)
+    if cfg.target and Path(cfg.target).suffix != suffix:
+        raise ValueError(f"target={cfg.target}: a {cfg.format} file ends in {suffix}")
+    model, about, cfg, _ = checkpoint.opened(cfg)
+    target, size = checkpoint.target_file(cfg, about, "outputs/export", suffix), about["img_size"]
+    kind = "random weights" if cfg.random else about["reducer"] or "dense"
+    print(f"Exporting {about['model']}, {kind}, keep rate {rate(about)}, {size} px", flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     unchecked = target.with_name(f"unchecked-{target.name}")
+    generator, largest = torch.Generator().manual_seed(cfg.seed), 0.0
     try:
         compute = write(model, about, unchecked)
-        difference = largest_difference(model, compute, about["img_size"], cfg.seed)
+        for batch in BATCHES:
+            images = torch.randn(batch, 3, size, size, generator=generator)
+            difference = float(np.abs(compute(images) - model(images).numpy()).max())
+            if not difference <= TOLERANCE:  # NaN is not
+                raise RuntimeError(
+                    f"at batch size {batch} the exported logits differ by {difference:.1e}; where "
+                    f"two tokens score alike that can be: another seed= has other images"
+                )
+            largest = max(largest, difference)
         unchecked.replace(target)
     finally:
         unchecked.unlink(missing_ok=True)
-    size, sizes = about["img_size"], ", ".join(map(str, BATCHES))
-    print(
-        f"{target} ({target.stat().st_size / 1e6:.1f} MB): images float32 (batch, 3, {size}, "
-        f"{size}), normalised by mean {about['mean']} and std {about['std']}, to logits (batch, "
-        f"{about['num_classes']})\nChecked beside PyTorch at batch sizes {sizes}: the largest "
-        f"difference is {difference:.1e}"
-    )
+    sizes, norm = ", ".join(map(str, BATCHES)), f"mean {about['mean']}, std {about['std']}"
+    print(f"{target}: float32 images (batch, 3, {size}, {size}), normalised by {norm}, to logits")
+    print(f"Checked beside PyTorch at batch sizes {sizes}: they differ by {largest:.1e} at most")
     return target
 
 
@@ -72,16 +74,14 @@ def write_onnx(model: nn.Module, about: dict[str, Any], path: Path) -> Compute:
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ValueError(
-            f"format=onnx needs {error.name}: pip install 'evit-lab[export]', or take "
-            f"format=torch_export"
-        ) from error
+        way = "pip install 'evit-lab[export]', or take format=torch_export"
+        raise ValueError(f"format=onnx needs {error.name}: {way}") from error
     for name in ("torch.onnx", "onnxscript", "onnx_ir"):  # they tell what they rewrite
         logging.getLogger(name).setLevel(logging.ERROR)
     names: Any = dict(input_names=["images"], output_names=["logits"])
     with warnings.catch_warnings(action="ignore"):  # of the exporter's own insides
         program: Any = torch.onnx.export(
-            model, **example(about), **names, dynamo=True, opset_version=OPSET, verbose=False
+            model, **example(about), **names, dynamo=True, opset_version=20, verbose=False
         )
     program.model.metadata_props.update({k: json.dumps(v) for k, v in about.items()})
     program.save(path)
@@ -90,19 +90,3 @@ def write_onnx(model: nn.Module, about: dict[str, Any], path: Path) -> Compute:
 
 
 FORMATS = dict(onnx=(".onnx", write_onnx), torch_export=(".pt2", write_pt2))
-
-
-@torch.no_grad()
-def largest_difference(model: nn.Module, compute: Compute, img_size: int, seed: int) -> float:
-    """The largest difference of logits; above TOLERANCE it is a RuntimeError."""
-    generator, found = torch.Generator().manual_seed(seed), 0.0
-    for size in BATCHES:
-        images = torch.randn(size, 3, img_size, img_size, generator=generator)
-        difference = np.abs(compute(images) - model(images).numpy()).max()
-        if not difference <= TOLERANCE:
-            raise RuntimeError(
-                f"at batch size {size} the exported logits differ by {difference:.1e}; if two "
-                f"tokens score the same to rounding that can be, and another seed= has other images"
-            )
-        found = max(found, float(difference))
-    return found

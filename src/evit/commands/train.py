@@ -90,6 +90,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             loss=metrics["val/loss"],
             train_images_per_s=throughput.images_per_s,
             throughput=inference.images_per_s,
+            throughput_mode=inference.mode,
             model=facts(module.model, data.img_size),
             data=dict(name=data.name, num_classes=data.num_classes),
             choices={group: HydraConfig.get().runtime.choices[group] for group in GROUPS},

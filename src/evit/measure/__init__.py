@@ -1,5 +1,119 @@
-"""What a model costs."""
+"""What a model costs: parameters and multiply-accumulates."""
 
-from evit.measure.macs import count_macs, count_params, match_macs
+import bisect
+from typing import Any
 
-__all__ = ["count_macs", "count_params", "match_macs"]
+import torch
+from timm.layers import to_2tuple
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+STEPS = 100_000  # of keep rates that match_macs tries
+
+
+def count_params(model: nn.Module) -> int:
+    """Number of parameters, trained or frozen."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def count_macs(
+    model: Any, img_size: int | tuple[int, int] | None = None, executed: bool = False
+) -> int:
+    """Multiply-accumulates of one image.
+
+    By default those of the published algorithm, counted as the published tables were (torchprofile
+    0.0.4: matrix products, convolutions, elementwise products and affine norms; not softmax, GELU,
+    sorting), whatever shortcuts the code takes. With executed=True the products that this code
+    really computes, counted by PyTorch.
+
+    Raises:
+        ValueError: the published convention is not defined for this model.
+    """
+    size = model.patch_embed.img_size if img_size is None else to_2tuple(img_size)
+    if executed:
+        was_training, weight = model.training, next(model.parameters())
+        image = torch.zeros(1, 3, *size, dtype=weight.dtype, device=weight.device)
+        eager = torch.compiler.set_stance("force_eager")  # a compiled model hides its products
+        learning = [p for p in model.parameters() if p.requires_grad]
+        for p in learning:  # the counter stumbles over views of them in a module's inputs
+            p.requires_grad_(False)
+        with torch.no_grad(), eager, FlopCounterMode(display=False) as counter:
+            model.eval()(image)
+        model.train(was_training)
+        for p in learning:
+            p.requires_grad_(True)
+        return counter.get_total_flops() // 2
+    if not hasattr(model, "reducer"):
+        name = type(model).__name__
+        raise ValueError(f"no published count for {name}: evit.reduce it, or executed=True")
+    return _published(model, size)
+
+
+def match_macs(model: Any, gmacs: float) -> float:
+    """Set the largest keep rate at which an image costs at most `gmacs` 1e9, and return it.
+
+    Raises: ValueError if no rate costs so much, or none so little.
+    """
+
+    def macs(step: int) -> int:
+        try:
+            model.set_keep_rate(step / STEPS)
+            return count_macs(model)
+        except ValueError:  # fewer tokens than the reducer can leave
+            return 0
+
+    steps = bisect.bisect(range(1, STEPS + 1), gmacs * 1e9, key=macs)
+    if not 0 < gmacs * 1e9 <= macs(STEPS) or not steps or not macs(steps):
+        least = macs(1 + bisect.bisect(range(1, STEPS), 0, key=macs))
+        raise ValueError(
+            f"gmacs must be from {least / 1e9:.3f}, the least of {model.reducer.name}, to "
+            f"{macs(STEPS) / 1e9:.3f}, which keep rate 1 costs, got {gmacs}"
+        )
+    return steps / STEPS
+
+
+def _published(model: Any, size: tuple[int, int]) -> int:
+    """torchprofile 0.0.4's count of the authors' code, which computes all of the attention."""
+    dim, heads, prefix = model.embed_dim, model.blocks[0].attn.num_heads, model.num_prefix_tokens
+    patch, reducer = model.patch_embed.patch_size, model.reducer
+    n = size[0] // patch[0] * (size[1] // patch[1])
+    macs = n * model.patch_embed.proj.weight.numel() + (prefix + n) * _affine(model.norm_pre)
+    lvvit = hasattr(model, "stem_macs")
+    if lvvit:
+        macs += model.stem_macs(size)
+    counts = dict(zip(reducer.at, reducer.kept(n), strict=True))
+    for i, block in enumerate(model.blocks):
+        k = counts.get(i, n)
+        left = k + reducer.extra * (k < n)
+        if k < n:
+            macs += reducer.macs(n, k, dim)
+        if reducer.stage == "input":
+            n = left
+        attn, t = block.attn, prefix + n
+        scaled = t * dim if lvvit else heads * t**2  # the queries, or the attention
+        norms = heads * (_affine(attn.q_norm) + _affine(attn.k_norm)) + _affine(attn.norm)
+        macs += t * _linear(attn) + 2 * t**2 * dim + scaled
+        macs += t * (dim + norms + _scale(block, 1))
+        n = left
+        macs += (prefix + n) * (_linear(block.mlp) + dim + _scale(block, 2))
+    macs += (prefix + n) * _affine(model.norm) + _affine(model.fc_norm)
+    classifiers = sum(getattr(model, name, None) is not None for name in ("head", "head_dist"))
+    macs += classifiers * dim * model.num_classes
+    return macs + (model.head_macs(n) if lvvit else 0)
+
+
+def _linear(module: nn.Module) -> int:
+    """Products per token of the linear layers in a module."""
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
+
+
+def _scale(block: Any, number: int) -> int:
+    """Products per token of a block's LayerScale: a module of timm's Block, a tensor of Eva's."""
+    gamma = getattr(block, f"gamma_{number}", None)
+    return _affine(getattr(block, f"ls{number}", None)) if gamma is None else gamma.numel()
+
+
+def _affine(module: nn.Module | None) -> int:
+    """Products per token of an affine norm or a LayerScale: one per channel; none of others."""
+    weight = getattr(module, "weight", getattr(module, "gamma", None))
+    return 0 if weight is None else weight.numel()

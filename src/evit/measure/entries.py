@@ -1,26 +1,27 @@
 """The models that a benchmark times, each with the dense model that it is compared with."""
 
 import functools
+import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from hydra.utils import instantiate
 from torch import nn
 
-from evit.measure.macs import count_macs, count_params
+from evit.measure import count_macs, count_params
 from evit.models import create_model
 from evit.models.registry import NAMES, reduced
 from evit.report import paper
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A registered model at one setting; fusion and reducer None are its defaults.
 
-    A dense one is timm's own, or the LV-ViT that keeps every token.
+    dense: timm's own, or the LV-ViT that keeps every token. options: further arguments of the
+    model, as JSON, of which `reducer` is as in conf/reducer.
     """
 
     model: str
@@ -29,6 +30,7 @@ class Entry:
     img_size: int = paper.BASE_SIZE
     dense: bool = False
     reducer: str | None = None
+    options: str = "{}"
 
     def __str__(self) -> str:
         rate = "dense" if self.dense else f"keep_rate={self.keep_rate}"
@@ -37,27 +39,23 @@ class Entry:
 
 
 def choose(config: dict[str, Any]) -> dict[Entry, Entry]:
-    """The models of a configuration, or of the paper, each with its dense model; see compared."""
+    """The models of a configuration, or of the paper, each with its dense model; see compared.
+
+    In config, models are pairs of a name and options, reducers those of conf/reducer by name.
+    """
     chosen, table = list[Entry](), config["paper"]
-    if table == "field":
-        others = [row for row in paper.field() if "timm" in row]
-        sizes = [row.get("img_size", paper.BASE_SIZE) for row in others]
-        chosen += [dense(Entry(r["timm"], img_size=n)) for r, n in zip(others, sizes, strict=True)]
-        for name, model in paper.MODELS.items():
-            rows = [row for row in paper.costs(name) if row["fusion"]]
-            rates = [row["keep_rate"] for row in rows if row["img_size"] == paper.BASE_SIZE]
-            chosen += [Entry(model, rate, True) for rate in rates]
-    elif isinstance(table, str):
+    if isinstance(table, str):
         for row in paper.costs(table):
             entry = Entry(paper.MODELS[table], row["keep_rate"], row["fusion"], row["img_size"])
             chosen.append(entry if row["keep_rate"] < 1 else dense(entry))
     else:
-        knobs = "models", "img_sizes", "reducers", "keep_rates", "fusion"
-        for model, size, reducer, rate, fusion in product(*(config[knob] for knob in knobs)):
-            model = paper.MODELS.get(paper.CONF.get(model, ""), model)
-            fuses = reducer == "evit" if reducer else not model.startswith("dynamicvit")
+        knobs = [config[k] for k in ("models", "img_sizes", "reducers", "keep_rates", "fusion")]
+        for (model, options), size, name, rate, fusion in product(*knobs):
+            node = config["reducers"][name]
+            fuses = "fusion" in node if name else not model.startswith("dynamicvit")
             rate = tuple(rate) if isinstance(rate, list) else rate
-            chosen.append(Entry(model, rate, fusion if fuses else None, size, reducer=reducer))
+            options = json.dumps(options | (dict(reducer=node) if name else {}))
+            chosen.append(Entry(model, rate, fusion if fuses else None, size, False, name, options))
     return compared(chosen, at_base_size=bool(table))
 
 
@@ -72,10 +70,10 @@ def compared(chosen: Iterable[Entry], at_base_size: bool) -> dict[Entry, Entry]:
     for entry in chosen:
         base = dense(entry)
         if at_base_size and entry.model in paper.NAMES:
-            base = replace(base, img_size=paper.BASE_SIZE)
+            base = base._replace(img_size=paper.BASE_SIZE)
         entries |= {base: base}
         if not entry.dense and base.model not in NAMES:
-            entries |= {Entry(entry.model, img_size=base.img_size): base}
+            entries |= {base._replace(model=entry.model, dense=False): base}
         if entry.dense or entry.keep_rate != 1:
             entries |= {entry: base}
     return entries
@@ -85,39 +83,31 @@ def dense(entry: Entry) -> Entry:
     """The dense model of the same image size."""
     name = re.sub(r"^(evit|dynamicvit)_", "", entry.model)
     name += "_224" * (name != entry.model and name.startswith("deit"))
-    return Entry(name, img_size=entry.img_size, dense=True)
+    options = {k: v for k, v in json.loads(entry.options).items() if k != "reducer"}
+    return Entry(name, img_size=entry.img_size, dense=True, options=json.dumps(options))
 
 
 def build(entry: Entry) -> nn.Module:
-    """The entry's model, with random weights.
-
-    Raises:
-        ValueError: there is no such model, or it cannot be served at this setting.
-    """
-    knobs: dict[str, Any] = {k: v for k, v in asdict(entry).items() if v is not None}
-    name = knobs.pop("model")
+    """The entry's model, with random weights; a ValueError if it cannot be served."""
+    knobs: dict[str, Any] = dict(keep_rate=entry.keep_rate, fusion=entry.fusion)
+    knobs = {k: v for k, v in knobs.items() if v is not None and not entry.dense}
+    options = json.loads(entry.options)
+    if node := options.get("reducer"):
+        own = {k: v for k, v in knobs.items() if k in node}
+        knobs = dict(reducer=instantiate(node | own, _convert_="all"))
+    make = create_model if entry.dense or entry.model in NAMES else reduced
     try:
-        if knobs.pop("dense"):
-            return create_model(name, img_size=entry.img_size)
-        return (create_model if name in NAMES else reduced)(name, **knobs)
+        return make(entry.model, img_size=entry.img_size, **options | knobs)
     except TypeError as error:
-        if entry.dense:  # it takes images of any size, and is not told one
-            return create_model(name)
         raise ValueError(f"{entry}: {error}") from error
 
 
 @functools.cache
 def facts(entry: Entry) -> dict[str, Any]:
-    """The entry, its parameters and published MACs; executed MACs where none are published.
-
-    Raises:
-        ValueError: build's.
-    """
+    """The entry, its parameters and published MACs; a dense one's are as with every token kept."""
     with torch.device("meta"):
-        model: Any = build(entry).requires_grad_(False)
-        try:  # a ViT has the MACs of its reduced form that keeps every token
-            counted: Any = build(replace(entry, dense=False)) if entry.dense else model
-            macs, rates = count_macs(counted), list(counted.reducer.keep_rate)
-        except ValueError:
-            macs, rates = count_macs(model, entry.img_size, executed=True), []
-    return asdict(entry) | dict(keep_rate=rates, params=count_params(model), macs=macs)
+        model: Any = build(entry)
+        counted: Any = build(entry._replace(dense=False)) if entry.dense else model
+    row = entry._asdict() | dict(keep_rate=list(counted.reducer.keep_rate))
+    del row["options"]
+    return row | dict(params=count_params(model), macs=count_macs(counted))

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from evit.measure.macs import count_macs
+from evit.measure import count_macs
 from evit.reducers.dynamicvit import divergence
 
 BINS = 600  # of what a schedule saves

@@ -6,8 +6,10 @@ round, and are compared within each round.
 
 import math
 import os
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +24,15 @@ from evit.report import paper
 from evit.report.benchmark import MODES
 
 Step = Callable[[], object]
-Ready = tuple[Step, int, dict[str, Any]]
 DTYPES = dict(fp32=torch.float32, tf32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
+
+
+def allow_graphs() -> None:
+    """Let torch.compile make a graph for each combination of token counts, and keep them all."""
+    # By default the cache is a folder of /tmp whose name others can guess.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache/evit-lab/inductor"))
+    limits: Any = torch._dynamo.config  # type: ignore[attr-defined]
+    limits.recompile_limit = limits.accumulated_recompile_limit = 4096
 
 
 def timed(step: Step, calls: int, device: torch.device) -> float:
@@ -41,10 +50,26 @@ def timed(step: Step, calls: int, device: torch.device) -> float:
 def warm_up(step: Step, min_seconds: float, device: torch.device) -> int:
     """Call a step until it is warm; return how many calls take min_seconds."""
     timed(step, 2, device)
-    calls = 1
-    while (seconds := timed(step, calls, device)) < min_seconds:
-        calls = max(calls + 1, min(10 * calls, math.ceil(calls * min_seconds / seconds)))
-    return calls
+    few = math.ceil(min_seconds / 10 / timed(step, 1, device))
+    return math.ceil(min_seconds * few / timed(step, few, device))
+
+
+@contextmanager
+def telling(text: Callable[[], str], every: float = 30) -> Iterator[None]:
+    """Print where a long work is: after 8 s, and then every 30 s."""
+    ended = threading.Event()
+
+    def tell() -> None:
+        wait = min(8, every)
+        while not ended.wait(wait):
+            print(f"  {text()}", flush=True)
+            wait = every
+
+    threading.Thread(target=tell, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 def take_turns(
@@ -53,7 +78,7 @@ def take_turns(
     """Seconds of one call, (steps, rounds); in each round another step is first."""
     seconds, n = np.empty((len(steps), repeats)), len(steps)
     for turn in range(repeats):
-        for i in (*range(turn % n, n), *range(turn % n)):
+        for i in np.roll(range(n), -turn):
             seconds[i, turn] = timed(steps[i], calls[i], device) / calls[i]
     return seconds
 
@@ -77,11 +102,9 @@ def peak_memory(step: Step, device: torch.device) -> int:
 def make_step(
     model: nn.Module, forward: Callable[[Tensor], Any], images: Tensor, dtype: torch.dtype | None
 ) -> Step:
-    """A forward pass without gradients; of a model in training mode a step of AdamW.
+    """A forward pass of a model, or of its compiled form `forward`, without gradients.
 
-    Args:
-        forward: the model, or its compiled form.
-        dtype: of a training step's autocast, if any.
+    In training mode a step of AdamW, in autocast to dtype (float32 or None: without).
     """
     if not model.training:
         return torch.no_grad()(lambda: forward(images))
@@ -90,7 +113,7 @@ def make_step(
 
     def step() -> None:
         optimizer.zero_grad()
-        with torch.autocast(images.device.type, dtype, enabled=dtype is not None):
+        with torch.autocast(images.device.type, dtype, enabled=dtype not in (None, torch.float32)):
             loss = F.cross_entropy(forward(images), labels)
         loss.backward()
         optimizer.step()
@@ -116,30 +139,30 @@ def set_precision(precision: str) -> None:
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
-def prepare(entry: Entry, group: Group, device: torch.device, min_seconds: float) -> Ready:
-    """An entry's step, compiled and warm; how many calls a turn has; its memory and MACs."""
+def prepare(
+    entry: Entry, group: Group, device: torch.device, min_seconds: float
+) -> tuple[Step, int, dict[str, Any]]:
+    """An entry's step, compiled and warm; how many calls a turn has; its facts, memory and MACs."""
     dtype, training = DTYPES[group.precision], group.what == "training"
-    model = build(entry).to(device).train(training).requires_grad_(training)
-    images = torch.randn(group.batch_size, 3, entry.img_size, entry.img_size, device=device)
-    cast = dtype if training and dtype != torch.float32 else None
-    if not training:
-        model, images = model.to(dtype), images.to(dtype)
-    step = make_step(model, model, images, cast)
+    own: Any = dict(device=device, dtype=torch.float32 if training else dtype)
+    model: Any = build(entry).to(**own).train(training).requires_grad_(training)
+    images = torch.randn(group.batch_size, 3, entry.img_size, entry.img_size, **own)
     with FlopCounterMode(display=False) as counter:
-        step()
-    row: dict[str, Any] = dict(macs_executed=counter.get_total_flops() // 2 // group.batch_size)
+        make_step(model, model, images, dtype)()
+    forward = model
     if group.compile:
         mode = group.compile if isinstance(group.compile, str) else None
-        forward: Any = torch.compile(model, mode=mode, dynamic=False, fullgraph=True)
-        step = make_step(model, forward, images, cast)
-    row |= dict(first_seconds=timed(step, 1, device), memory_bytes=None)
-    calls = warm_up(step, min_seconds, device)
+        forward = torch.compile(model, mode=mode, dynamic=False, fullgraph=True)
+    step, memory = make_step(model, forward, images, dtype), None
+    first, calls = timed(step, 1, device), warm_up(step, min_seconds, device)
     if group.compile != "reduce-overhead":  # the memory of a CUDA graph is not seen
         model.zero_grad()
         copies = 3 if training else 1  # AdamW keeps two numbers for each weight
         held = [*[*model.parameters()] * copies, *model.buffers(), images]
-        row["memory_bytes"] = peak_memory(step, device) + sum(t.nbytes for t in held)
-    return step, calls, row
+        memory = peak_memory(step, device) + sum(t.nbytes for t in held)
+    macs = counter.get_total_flops() // 2 // group.batch_size
+    row = dict(macs_executed=macs, first_seconds=first, memory_bytes=memory)
+    return step, calls, group._asdict() | facts(entry) | row
 
 
 def contest(
@@ -148,55 +171,48 @@ def contest(
     group: Group,
     device: torch.device,
     config: dict[str, Any],
-    until: float = float("inf"),
+    until: float = math.inf,
 ) -> None:
     """Let entries take turns, each beside its dense model, and add a row for each to result.
 
-    What does not fit into memory, does not compile, or is not begun `until` a time.perf_counter()
-    goes to result["left_out"], with the reason, and so does what is compared with it.
+    What PyTorch cannot run, or is not begun `until` a time.perf_counter(), is "left_out".
     """
-    if group.compile:  # a form of each model is kept, in a cache that outlives the process
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{Path.home()}/.cache/evit-lab/inductor")
-        torch.compiler.reset()
-        torch.compiler.config.recompile_limit = 4096
+    allow_graphs()
+    torch.compiler.reset()
     set_precision(group.precision)
     n = 8192 if device.type == "cuda" else 1024  # large enough to show the peak
     a, b = torch.randn(2, n, n, device=device).to(DTYPES[group.precision])
     steps: list[Step] = [lambda: torch.mm(a, b)]
-    calls = [warm_up(steps[0], config["min_seconds"] / 5, device)]
-    ready: dict[Entry, dict[str, Any]] = {}
-    for entry, base in entries.items():
-        reason = "no dense model (to compare with)" if base not in (entry, *ready) else ""
-        if not reason and time.perf_counter() > until:
-            reason = "no time left (run it again: what has been compiled is kept)"
+    calls, rows = [warm_up(steps[0], config["min_seconds"] / 5, device)], dict[Entry, Any]()
+    for i, (entry, base) in enumerate(entries.items(), 1):
+        result["at"] = f"warming up {i}/{len(entries)}: {entry}"
         try:
-            if not reason:
-                step, count, own = prepare(entry, group, device, config["min_seconds"])
-                ready[entry] = group._asdict() | facts(entry) | own
-                steps, calls = [*steps, step], [*calls, count]
-                if group.compile:
-                    print(f"  compiled in {own['first_seconds']:.0f} s: {entry}", flush=True)
+            if base not in (entry, *rows):
+                raise RuntimeError("no dense model to compare with")
+            if time.perf_counter() > until:
+                raise RuntimeError("no time left: run it again, what has been compiled is kept")
+            step, count, rows[entry] = prepare(entry, group, device, config["min_seconds"])
+            steps, calls = [*steps, step], [*calls, count]
+            if group.compile:
+                print(f"  compiled in {rows[entry]['first_seconds']:.0f} s: {entry}", flush=True)
         except RuntimeError as error:
-            memory = isinstance(error, torch.OutOfMemoryError) or "allocate mem" in str(error)
-            if not memory and not group.compile:
-                raise
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
-            reason = "out of memory" if memory else f"does not compile ({first})"
-        if reason:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             print(f"  left out: {entry}: {reason}", flush=True)
             result["left_out"].append(group._asdict() | facts(entry) | dict(reason=reason))
-    seconds = take_turns(steps, calls, config["repeats"], device)
-    peak, speeds = n**3 / seconds[0], dict(zip(ready, group.batch_size / seconds[1:], strict=True))
-    result["matmul"].append(group._asdict() | dict(macs_per_s=float(np.median(peak))))
-    for entry, row in ready.items():
-        own, base = speeds[entry], entries[entry]
-        row |= dict(compared_with=str(base), seconds=(group.batch_size / own).round(9).tolist())
-        numbers = dict(images_per_s=own, latency_ms=1000 * group.batch_size / own)
-        numbers |= dict(ratio=own / speeds[base], peak_share=own * row["macs_executed"] / peak)
+    result["at"] = f"timing {len(rows)} models in {config['repeats']} rounds"
+    product, *each = take_turns(steps, calls, config["repeats"], device)
+    seconds = dict(zip(rows, each, strict=True))
+    result["matmul"].append(group._asdict() | dict(macs_per_s=float(np.median(n**3 / product))))
+    for entry, row in rows.items():
+        own, base = seconds[entry], entries[entry]
+        row |= dict(compared_with=str(base), seconds=own.round(9).tolist())
+        peak_share = row["macs_executed"] * group.batch_size / own * product / n**3
+        numbers = dict(images_per_s=group.batch_size / own, latency_ms=1000 * own)
+        numbers |= dict(ratio=seconds[base] / own, peak_share=peak_share)
         for name, values in numbers.items():
             low, row[name], high = np.percentile(values, [25, 50, 75]).tolist()
             row[f"{name}_quartiles"] = [low, high]
         rates = set(row["keep_rate"])
         if config["paper"] and not entry.reducer and group.what == "inference" and len(rates) == 1:
             row["paper"] = paper.cost(entry.model, rates.pop(), entry.fusion, entry.img_size)
-        result["rows"].append(row)
+    result["rows"] += rows.values()

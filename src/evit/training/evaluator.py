@@ -4,16 +4,12 @@ import math
 import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, SumMetric
-from torchmetrics.classification import MulticlassAccuracy
 
 from evit import reducers
 from evit.reducers import Reducer
@@ -21,8 +17,7 @@ from evit.reducers.dynamicvit import divergence
 from evit.training.module import mix_seed
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(NamedTuple):
     """A reducer at a keep rate, as the rows of evaluation.json name it; None: does not apply."""
 
     keep_rate: tuple[float, ...] = ()
@@ -31,48 +26,38 @@ class Setting:
     reducer: str | None = None
 
 
-def setting_of(reducer: Reducer) -> Setting:
+def setting_of(reducer: Reducer | None) -> Setting:
     """The setting that a reducer attached to a model stands for."""
-    if all(rate == 1 for rate in reducer.keep_rate):
-        return Setting(reducer.keep_rate)
+    rates = () if reducer is None else reducer.keep_rate
+    if reducer is None or set(rates) <= {1.0}:
+        return Setting(rates)
     fusion, selection = (getattr(reducer, name, None) for name in ("fusion", "selection"))
-    return Setting(reducer.keep_rate, fusion, selection, reducer.name)
+    return Setting(rates, fusion, selection, reducer.name)
 
 
 class Evaluator(L.LightningModule):
     """Top-1, top-5 (percent), loss and divergence from the dense model, with each of some reducers.
 
-    The dense model runs once; each reducer goes on from the block where it first reduces. `results`
+    `chosen` are reducers that are attached to the model, or [None] for a model that takes none. The
+    dense model runs once; each reducer goes on from the block where it first reduces. `results`
     then has dict(top1, top5, loss, kl, images) for each, over the images of all processes. kl is
     KL(dense || reduced) of the predicted distributions, averaged over images. Random selections
     depend on batch, process and setting, not on what else is evaluated.
-
-    Args:
-        chosen: reducers that are attached to the model, or [None] for a model that takes none.
     """
 
     def __init__(self, model: Any, chosen: list[Any], num_classes: int, seed: int = 0):
         super().__init__()
         self.model, self.seed = model, seed
-        self.reducers: Any = nn.ModuleList(reducer for reducer in chosen if reducer is not None)
-        self.settings = [setting_of(r) for r in chosen if r is not None] or [Setting()]
+        self.settings = [setting_of(reducer) for reducer in chosen]
+        self.reducers: Any = nn.ModuleList(filter(None, chosen))
         if self.reducers:
             self.depth, patches = len(model.blocks), model.patch_embed.num_patches
             self.dense = reducers.make("evit", keep_rate=1.0).attach(model)
             counts = [zip(r.at, r.kept(patches), strict=True) for r in chosen]
             self.starts = [next((i for i, k in c if k < patches), self.depth) for c in counts]
-        kinds: dict[str, Any] = dict(
-            top1=partial(MulticlassAccuracy, num_classes, average="micro"),
-            top5=partial(MulticlassAccuracy, num_classes, min(5, num_classes), average="micro"),
-            loss=partial(MeanMetric, math.nan),  # the default leaves NaN out of the mean
-            kl=partial(MeanMetric, math.nan),
-        )
-        self.metrics: Any = nn.ModuleList(
-            nn.ModuleDict({name: kind() for name, kind in kinds.items()}) for _ in self.settings
-        )
-        self.images = SumMetric()
-        self.results: list[dict[str, Any]] = []
+        self.top, self.results = min(5, num_classes), list[dict[str, Any]]()
         self.full = 0  # images of a compiled batch; 0: nothing is compiled
+        self.at = "preparing"  # where the evaluation is
 
     def compile_parts(self, batch_size: int) -> None:
         """torch.compile what logits() calls, for batches of this size; others stay eager."""
@@ -86,8 +71,7 @@ class Evaluator(L.LightningModule):
         model = self.model
         images = images.to(next(model.parameters()).dtype)
         if not self.reducers:
-            dense = model(images)
-            yield from (dense, dense)
+            yield from 2 * [model(images)]
             return
         x, done, trunk = model.embed(images), 0, {}
         model.reducer = self.dense
@@ -102,31 +86,34 @@ class Evaluator(L.LightningModule):
             torch.manual_seed(mix_seed(self.seed, batch_idx, self.global_rank, name))
             yield dense if start == self.depth else model.classify(trunk[start], start)[0]
 
+    def on_validation_epoch_start(self) -> None:
+        self.sums = torch.zeros(len(self.settings), 5, dtype=torch.float64, device=self.device)
+
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
         if not len(labels):
             return
-        self.images.update(len(labels))
         odd = self.full and len(images) != self.full
         with torch.compiler.set_stance("force_eager") if odd else nullcontext():
-            dense, *each = (found.float() for found in self.logits(images, batch_idx))
-        for metric, found in zip(self.metrics, each, strict=True):
-            metric["loss"].update(F.cross_entropy(found, labels), len(labels))
-            metric["kl"].update(divergence(found, dense).mean(), len(labels))
-            for name in ("top1", "top5"):
-                metric[name].update(found, labels)
+            each = (logits.float() for logits in self.logits(images, batch_idx))
+            dense = next(each)
+            for i, (sums, found) in enumerate(zip(self.sums, each, strict=True), 1):
+                count = sum(self.trainer.num_val_batches)
+                place = f"batch {batch_idx + 1}/{count}, setting {i}/{len(self.sums)}"
+                self.at = f"evaluating: {place}"
+                right = 100.0 * (found.topk(self.top).indices == labels[:, None])
+                loss = F.cross_entropy(found, labels, reduction="none")
+                values = right[:, 0], right.sum(1), loss, divergence(found, dense)
+                sums += torch.stack([v.double().sum() for v in (*values, torch.ones_like(loss))])
 
     def on_validation_epoch_end(self) -> None:
-        images, percent = int(self.images.compute()), dict(top1=100, top5=100)
-        self.results = [
-            {k: float(percent.get(k, 1) * m.compute()) for k, m in metric.items()}
-            | dict(images=images)
-            for metric in self.metrics
-        ]
-        for setting, result in zip(self.settings, self.results, strict=True):
-            if not math.isfinite(result["loss"]):
+        sums: Any = self.trainer.strategy.reduce(self.sums, reduce_op="sum")
+        for setting, (*totals, images) in zip(self.settings, sums.tolist(), strict=True):
+            top1, top5, loss, kl = (total / images for total in totals)
+            if not math.isfinite(loss):
                 rates = "/".join(f"{rate:g}" for rate in setting.keep_rate)
                 raise FloatingPointError(
-                    f"the loss is {result['loss']} at keep_rate {rates}: the checkpoint is of a "
-                    f"model that has diverged, or precision {self.trainer.precision} is too low"
+                    f"the loss is {loss} at keep_rate {rates}: the checkpoint is of a model that "
+                    f"has diverged, or precision {self.trainer.precision} is too low"
                 )
+            self.results.append(dict(top1=top1, top5=top5, loss=loss, kl=kl, images=int(images)))

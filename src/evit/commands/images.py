@@ -1,0 +1,93 @@
+"""What a model makes of some images: which patches survive, or the classes it predicts."""
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from timm.data import ImageNetInfo
+from torch import Tensor
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from evit.commands import checkpoint
+from evit.config import listed
+from evit.data.batch import normalize
+from evit.data.folders import image_files, load_image
+from evit.data.imagefolder import evaluation_transform
+from evit.report.evaluations import rate
+from evit.report.pictures import draw_features, draw_kept
+
+
+def visualize(cfg: DictConfig) -> Path:
+    """Draw which patches of images survive, or the features that they end in; the file."""
+    if cfg.show not in ("kept", "features"):
+        raise ValueError(f"show must be kept or features, got {cfg.show!r}")
+    if cfg.num_images < 1:
+        raise ValueError(f"num_images must be at least 1, got {cfg.num_images}")
+    model, about, cfg, _ = checkpoint.opened(cfg)
+    if not hasattr(model, "reducer"):
+        raise ValueError(f"{type(model).__name__} reduces no tokens: {checkpoint.REDUCED}")
+    draw, suffix = dict(kept=(draw_kept, ""), features=(draw_features, "-features"))[cfg.show]
+    target = checkpoint.target_file(cfg, about, "outputs/pictures", f"{suffix}.png")
+    if cfg.images is not None:
+        pixels = read_pixels(image_paths(cfg.images, cfg.num_images), cfg)
+    else:
+        data = checkpoint.validation(cfg, cfg.num_images, cfg.num_images)
+        data.prepare_data()
+        data.setup()
+        pixels = next(iter(data.val_dataloader()))[0]
+    print(f"Drawing {len(pixels)} images at keep rate {rate(about)}", flush=True)
+    picture = draw(model, normalize(pixels, about["mean"], about["std"]), pixels)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(target)
+    print(f"{target} ({picture.width} x {picture.height} pixels)")
+    return target
+
+
+@torch.no_grad()
+def predict(cfg: DictConfig) -> None:
+    """Predict the classes of images: names and probabilities, printed and as a table."""
+    if cfg.top < 1 or cfg.batch_size < 1:
+        raise ValueError(f"top={cfg.top} and batch_size={cfg.batch_size} must be at least 1")
+    rows: list[Any] = [("image", "rank", "class", "probability")]
+    paths = image_paths(cfg.images)
+    model, about, cfg, _ = checkpoint.opened(cfg)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    names = about["classes"] or [f"class {label}" for label in range(model.num_classes)]
+    if names[0] in ("class 0", "n01440764") and len(names) == 1000:  # ImageNet's
+        names = ImageNetInfo().label_descriptions()
+    model.to(device)
+    for start in range(0, len(paths), cfg.batch_size):
+        some = paths[start : start + cfg.batch_size]
+        images = normalize(read_pixels(some, cfg).to(device), about["mean"], about["std"])
+        values, labels = model(images).softmax(1).topk(min(cfg.top, len(names)))
+        for path, *best in zip(some, values.tolist(), labels.tolist(), strict=True):
+            found = [(names[label], value) for value, label in zip(*best, strict=True)]
+            print(f"{path}: " + ", ".join(f"{k} {v:.1%}" for k, v in found), flush=True)
+            rows += [(str(path), i, k, f"{v:.6f}") for i, (k, v) in enumerate(found, 1)]
+    if cfg.target:
+        Path(cfg.target).parent.mkdir(parents=True, exist_ok=True)
+        with open(cfg.target, "w", newline="") as file:
+            csv.writer(file).writerows(rows)
+        print(f"{cfg.target} ({len(paths)} images)")
+
+
+def image_paths(images: Any, most: int | None = None) -> list[Path]:
+    """The images that are named, and of each folder some, spread over it; most=None: all."""
+    given: Any = OmegaConf.to_object(images) if OmegaConf.is_list(images) else images
+    paths: list[Path] = []
+    for path in (Path(name).expanduser() for name in listed(given)):
+        inside = [Path(name) for name in image_files(str(path))] if path.is_dir() else [path]
+        count = min(most or len(inside), len(inside))
+        paths += [inside[i * len(inside) // count] for i in range(count)]
+    if not paths:
+        raise ValueError(f"images={given}: there are no images ({', '.join(IMG_EXTENSIONS)})")
+    return paths
+
+
+def read_pixels(paths: Iterable[Path], cfg: DictConfig) -> Tensor:
+    """Images as evaluations crop them, uint8 (B, 3, img_size, img_size)."""
+    crop = evaluation_transform(cfg.img_size, cfg.crop_pct)
+    return torch.stack([crop(load_image(path)) for path in paths])
