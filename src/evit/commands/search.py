@@ -32,13 +32,13 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             f"accuracy=-0.5 (points of top-1), and images=2 or more; got {budgets}"
         )
     folder = Path(HydraConfig.get().runtime.output_dir)
-    model, about, cfg = checkpoint.opened(cfg)
+    model, about, cfg, _ = checkpoint.opened(cfg)
     reducer = getattr(model, "reducer", None)
     if reducer is None or reducer.masked or reducer.own or reducer.given:
         kind = type(model).__name__ if reducer is None else f"reducer {reducer.name}"
         raise ValueError(f"{kind} has no keep rates to search: take reducer=evit or another")
     places = range(1, len(model.blocks)) if cfg.places == "search" else reducer.at
-    data = checkpoint.validation(cfg, cfg.images, max_val_images=cfg.images)
+    data = checkpoint.validation(cfg, cfg.images, cfg.images)
     data.prepare_data()
     data.setup()
     pixels, labels = next(iter(data.val_dataloader()))[:2]
