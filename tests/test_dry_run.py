@@ -65,7 +65,7 @@ def test_what_a_run_refuses_the_plan_refuses(dry_run, root, photos, capsys):
     with pytest.raises(SystemExit) as ended:
         dry_run("experiment=evit_deit_s", f"data.root={root}")
     assert ended.value.code == 2
-    reason = "has 2 classes, not 1000" if root == "photos" else "does not exist"
+    reason = "has 2 classes, class 0 is" if root == "photos" else "does not exist"
     assert reason in capsys.readouterr().err
 
 

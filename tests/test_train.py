@@ -191,8 +191,8 @@ def broken_jpeg(root):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (no_train, "has no train/"),
-        (no_val, "has no val/"),
+        (no_train, "no class folders in train/"),
+        (no_val, "no class folders in val/"),
         (strange_class, "has classes that train/ lacks: wolf"),
         (broken_jpeg, r"train/dog/3.jpg is not a readable image"),
     ],

@@ -84,8 +84,7 @@ def evaluation_differences(
 
 def _crops(data: bytes, img_size: int, seed: int) -> tuple[int, dict[str, np.ndarray]]:
     """The fraction's denominator, and (img_size, img_size, 3) by each way; none if not a JPEG."""
-    from evit.data.ffcv.decode import choose_shrink, crop_image, decode_jpeg
-    from evit.data.ffcv.draw import random_crops
+    from evit.data.ffcv.decode import crop_image, decode_jpeg, random_crops
 
     image = Image.open(io.BytesIO(data))
     size = image.height, image.width
@@ -105,7 +104,8 @@ def _crops(data: bytes, img_size: int, seed: int) -> tuple[int, dict[str, np.nda
     filters = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
     for name, resample in zip(PAIRS[1], filters, strict=True):
         ways[name] = np.asarray(cut.resize((img_size, img_size), resample))
-    return choose_shrink(height, width, img_size, img_size), ways
+    enough = min(height, width) // (2 * img_size)
+    return max(s for s in (1, 2, 4, 8) if s <= max(enough, 1)), ways
 
 
 if __name__ == "__main__":

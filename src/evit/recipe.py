@@ -11,7 +11,7 @@ POSITIVE = (
 )
 NOT_NEGATIVE = (
     "lr min_lr warmup_lr warmup_epochs cooldown_epochs backbone_lr backbone_frozen_epochs "
-    "weight_decay clip_grad mixup cutmix color_jitter shrink_start_epoch shrink_epochs "
+    "weight_decay clip_grad mixup cutmix shrink_start_epoch shrink_epochs "
     "token_label_weight ratio_weight distill_weight"
 )
 RANGES = (
@@ -59,7 +59,6 @@ class Recipe:
     mixup_switch_prob: float = 0.5
     mixup_mode: str = "batch"  # one draw for a batch, a pair or each image (elem)
     rand_augment: str | None = None  # as timm writes it: rand-m9-mstd0.5-inc1
-    color_jitter: float = 0.0  # only where there is no RandAugment, as in timm
     random_erasing: float = 0.0  # probability
     repeated_augmentations: int = 1  # views of an image in an epoch, which has fewer images then
     crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])

@@ -35,58 +35,25 @@ def table(path):
     return int(np.fromfile(path, beton.HEADER, 1)["alloc_table_ptr"][0])
 
 
-def test_the_layout_is_that_of_ffcv():
-    from ffcv import types
-    from ffcv.fields import IntField, RGBImageField
-
-    for ours, theirs in (
-        (beton.HEADER, types.HeaderType),
-        (beton.ALLOCATION, types.ALLOC_TABLE_TYPE),
-        (beton.Layout().metadata, types.get_metadata_type([RGBImageField(), IntField()])),
-        (beton.FIELD, types.FieldDescType),
-    ):
-        assert ours.itemsize == theirs.itemsize
-        offsets = [[dtype.fields[name][1] for name in dtype.names] for dtype in (ours, theirs)]
-        assert offsets[0] == offsets[1]
-    assert types.CURRENT_VERSION == beton.BETON_VERSION
-    assert [types.TYPE_ID_HANDLER[i] for i in beton.Layout().fields["type_id"]] == [
-        RGBImageField,
-        IntField,
-    ]
-
-
 def test_a_whole_file_passes_and_gives_its_sidecar(written):
     assert check_beton(written) == json.loads(sidecar_path(written).read_text())
 
 
-def test_a_missing_file_is_told(tmp_path):
-    with pytest.raises(BetonError, match="none.beton: no such file; prepare"):
-        check_beton(tmp_path / "none.beton")
-
-
 SIZE = "truncated, or not the file of its sidecar"
 CRC = "the CRC32s differ"
-DESCRIPTION = "copy.beton.json cannot be used"
-METADATA = beton.Layout().metadata, beton.Layout().metadata_start
+DESCRIPTION = "copy.beton.json, cannot be used"
+FIELDS, METADATA = beton.layout()
+START = beton.HEADER.itemsize + FIELDS.nbytes
 DAMAGES = {
-    "empty": (lambda p: p.write_bytes(b""), f"{SIZE} .0 bytes, not"),
+    "missing": (lambda p: p.unlink(), "No such file"),
+    "empty": (lambda p: p.write_bytes(b""), DESCRIPTION),
     "text": (lambda p: p.write_text("not images\n" * 1000), SIZE),
     "cut at 50 %": (lambda p: keep(p, 0.5), SIZE),
-    "cut at 90 %": (lambda p: keep(p, 0.9), SIZE),
     "last entries missing": (lambda p: p.write_bytes(p.read_bytes()[: -24 * 7]), SIZE),
     "no samples": (lambda p: change_header(p, num_samples=0), CRC),
-    "too many samples": (lambda p: change_header(p, num_samples=2**40), CRC),
-    "odd page size": (lambda p: change_header(p, page_size=2**21 + 1), CRC),
-    "one field": (lambda p: change_header(p, num_fields=1), CRC),
-    "other field": (
-        lambda p: change(p, beton.FIELD, beton.HEADER.itemsize, name=b"x"),
-        "its fields are not",
-    ),
-    "no width": (lambda p: change(p, beton.IMAGE, METADATA[1], width=0), CRC),
+    "other field": (lambda p: change(p, beton.FIELD, beton.HEADER.itemsize, name=120), "fields"),
     "data outside the file": (lambda p: change(p, beton.ALLOCATION, table(p), ptr=2**63), CRC),
-    "data too long": (lambda p: change(p, beton.ALLOCATION, table(p), size=2**64 - 1), CRC),
-    "other label": (lambda p: change(p, *METADATA, label=1), CRC),
-    "negative label": (lambda p: change(p, *METADATA, label=-1), CRC),
+    "other label": (lambda p: change(p, METADATA, START, f1=1), CRC),
     "no sidecar": (lambda p: sidecar_path(p).unlink(), DESCRIPTION),
     "half a sidecar": (lambda p: keep(sidecar_path(p), 0.5), DESCRIPTION),
     "sidecar of another format": (lambda p: change_sidecar(p, format="x"), "not in format"),
@@ -96,9 +63,10 @@ DAMAGES = {
     ),
     "sidecar of another size": (lambda p: change_sidecar(p, bytes=1), SIZE),
     "sidecar of fewer samples": (lambda p: change_sidecar(p, num_samples=70), CRC),
+    "sidecar of label maps": (lambda p: change_sidecar(p, label_map_shape=[4, 3]), "fields"),
     "sidecar with a changed name": (
         lambda p: sidecar_path(p).write_text(sidecar_path(p).read_text().replace('"b"', '"d"')),
-        "json cannot be used .damaged",
+        "json is damaged, or",
     ),
     "sidecar of another file": (lambda p: change_sidecar(p, index_crc32=1), CRC),
 }

@@ -19,11 +19,11 @@ def test_two_runs_may_unpack_the_embedded_data_at_once(tmp_path, monkeypatch):
     def overtaken(packed):
         if not unpacked:  # another run, from beginning to end
             unpacked.append(packed)
-            unpacked.append(data.dataset("val", None))
+            unpacked.append(data.dataset("val"))
         return unpack(packed)
 
     monkeypatch.setattr(datasets.gzip, "decompress", overtaken)
-    images = data.dataset("val", None)
+    images = data.dataset("val")
     assert (images.data == unpacked[1].data).all()
     assert [path.name for path in (tmp_path / "FashionMNIST").iterdir()] == ["raw"]
 
@@ -48,7 +48,7 @@ class Small(list):
 
     classes = ["a", "b"]
 
-    def __init__(self, root, train, transform, download):
+    def __init__(self, root, train, download):
         assert download
         self.data = (
             np.arange(8 * 32 * 32 * 3, dtype=np.uint32).astype(np.uint8).reshape(8, 32, 32, 3)
@@ -72,7 +72,7 @@ def test_what_torchvision_downloads_is_written_once_and_streamed(name, tmp_path,
     ((images, labels),) = data.val_dataloader()
     assert written.stat().st_mtime_ns == before and data.classes == ["a", "b"]
     assert labels.tolist() == [0, 1] * 4
-    assert (images.permute(0, 2, 3, 1).numpy() == Small("", True, None, True).data).all()
+    assert (images.permute(0, 2, 3, 1).numpy() == Small("", True, True).data).all()
 
 
 @pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100", "FashionMNIST"])
@@ -87,7 +87,3 @@ def test_without_a_network_it_is_said_where_to_put_the_files(name, tmp_path, mon
     message = str(refusal.value)
     assert f"put {datasets.DOWNLOADS[name][3]} into {tmp_path}" in message and "\n" not in message
     assert "data.root=DIR" in message
-
-
-def test_class_folders_take_the_place_of_the_download(shared_photos):
-    assert module(datasets.auto, shared_photos, dataset="CIFAR10").classes == ["cat", "dog"]

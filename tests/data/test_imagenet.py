@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import io
-import re
 import shutil
 import sys
 import tarfile
@@ -17,7 +16,6 @@ from torchvision.datasets import imagenet as torchvision_imagenet
 from evit.commands import prepare as command
 from evit.commands.prepare import find_images, prepare
 from evit.data import Folder
-from evit.data.ffcv.format import check_beton
 from evit.data.folders import require_imagenet
 from tests.data.build import folder, module
 
@@ -120,26 +118,11 @@ def test_every_layout_has_the_images_labels_and_order_of_the_tree(tree, layout, 
             archive.unlink()
 
 
-def test_kaggles_layout_is_prepared_as_it_is(layout, tmp_path):
-    found = prepare(layout("kaggle"), tmp_path / "b", **OPTIONS)
-    assert check_beton(found / "val.beton")["num_samples"] == 7
-    assert check_beton(found / "train.beton")["classes"] == WNIDS
-
-
 def test_the_devkit_is_read_by_torchvision(layout, tmp_path):
     pytest.importorskip("scipy")
     root = layout("flat val")
     (root / torchvision_imagenet.META_FILE).unlink()
     with pytest.raises(ValueError, match="classes of the validation images are missing"):
-        find_images(root)
-
-
-def test_without_scipy_it_is_said_how_to_get_it(layout, monkeypatch):
-    root = layout("flat val")
-    (root / torchvision_imagenet.META_FILE).unlink()
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    monkeypatch.setitem(sys.modules, "scipy.io", None)
-    with pytest.raises(ValueError, match="pip install scipy"):
         find_images(root)
 
 
@@ -152,14 +135,22 @@ def cut(path: Path) -> None:
     [
         ("archives", lambda r: cut(r / TRAIN), f"{TRAIN}.* is corrupted"),
         ("archives", lambda r: (r / VAL).write_bytes(b"<html>" * 999), f"{VAL}.* is corrupted"),
-        ("archives", lambda r: (r / TRAIN).unlink(), "has no train/.*as downloaded .*Kaggle"),
-        ("archives", lambda r: (r / VAL).unlink(), "has no val/.*as downloaded .*Kaggle"),
-        ("flat val", lambda r: shutil.rmtree(r / "train" / WNIDS[1]), f"{WNIDS[1]}, which train/"),
+        (
+            "archives",
+            lambda r: (r / TRAIN).unlink(),
+            "no class folders in train/.*as downloaded .*Kaggle",
+        ),
+        (
+            "archives",
+            lambda r: (r / VAL).unlink(),
+            "no class folders in val/.*as downloaded .*Kaggle",
+        ),
+        ("flat val", lambda r: shutil.rmtree(r / "train" / WNIDS[1]), "is of no class that train"),
         ("flat val", lambda r: (r / "train/n1.tar").touch(), "n1.tar has not been unpacked"),
         (
             "kaggle",
             lambda r: (r / command.SOLUTION).write_text("ImageId,PredictionString\n"),
-            "of class unknown, which train/ lacks",
+            "is of no class that train/ has",
         ),
     ],
 )
@@ -170,25 +161,13 @@ def test_what_is_missing_or_damaged_is_named(layout, name, harm, message):
         find_images(root)
 
 
-def test_without_a_solution_or_a_devkit_it_is_said_what_is_missing(layout):
-    root = layout("kaggle")
-    (root / command.SOLUTION).unlink()
-    with pytest.raises(ValueError, match=f"scipy|{command.SOLUTION}"):
-        find_images(root)
-
-
-def test_an_empty_folder_is_told_what_it_may_hold(tmp_path):
-    with pytest.raises(ValueError, match=f"no train/.*{TRAIN}.*Kaggle has it"):
-        find_images(tmp_path)
-
-
 def test_imagenet_has_its_classes_in_its_order(tree, tmp_path):
     wnids = ImageNetInfo("imagenet-1k").label_names()
     assert wnids == sorted(wnids) and set(WNIDS) < set(wnids)
     require_imagenet(wnids, tree)
-    with pytest.raises(ValueError, match="class 1 is 'n01484850', where ImageNet-1k has 'n01443"):
+    with pytest.raises(ValueError, match="class 1 is 'n01484850', not 'n01443"):
         require_imagenet([wnids[0], *wnids[2:], wnids[1]], tree)
-    with pytest.raises(ValueError, match="has 3 classes, not 1000"):
+    with pytest.raises(ValueError, match="has 3 classes. .* need ImageNet-1k's 1000"):
         prepare(tree, tmp_path, imagenet=True, **OPTIONS)
 
 
@@ -196,21 +175,13 @@ def test_a_thousand_classes_in_words_are_not_data_imagenet(tmp_path):
     for split in "train", "val":
         for label in range(1000):
             (tmp_path / split / f"word {label:03}").mkdir(parents=True)
-    with pytest.raises(ValueError, match="class 0 is 'word 000', where .* WordNet ids"):
+    with pytest.raises(ValueError, match="class 0 is 'word 000', not .* WordNet ids"):
         module(Folder, tmp_path, num_classes=1000)
 
 
 def test_training_on_what_is_to_be_prepared_says_so(layout):
-    with pytest.raises(ValueError, match="has no train/.*make imagenet ROOT="):
+    with pytest.raises(ValueError, match="no class folders in train/.*make imagenet ROOT="):
         module(Folder, layout("kaggle"))
-
-
-def test_other_numbers_of_images_are_told(tree, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(command, "require_imagenet", lambda *_: None)
-    prepare(tree, tmp_path / "b", imagenet=True, **OPTIONS)
-    shown = capsys.readouterr().out
-    assert re.search(r"warning: train has \d+ images, ImageNet-1k has 1281167", shown)
-    assert "warning: val has 7 images, ImageNet-1k has 50000" in shown
 
 
 def test_a_changed_image_is_prepared_again_and_others_are_not(tree, tmp_path, capsys):

@@ -1,30 +1,25 @@
 """Label maps in .beton files and in training batches."""
 
 import shutil
-import threading
 
 import numpy as np
 import pytest
 import torch
-from ffcv.fields import IntField, NDArrayField, RGBImageField
-from ffcv.fields.ndarray import NDArrayDecoder
-from ffcv.reader import Reader
-from ffcv.types import get_metadata_type
 from PIL import Image
 
 import evit
 from evit.commands.prepare import prepare
 from evit.data import FashionMNIST, Folder, auto
+from evit.data.ffcv import augment
 from evit.data.ffcv import format as beton
-from evit.data.ffcv._ffcv import Compiler, Loader, ToTensor
-from evit.data.ffcv.format import BetonError, check_beton, sidecar_path
+from evit.data.ffcv.format import BetonError, sidecar_path
 from evit.data.ffcv.write import write_beton
 from evit.recipe import Recipe
 from evit.training.losses import make_objective
 from tests.conftest import write_photos
 from tests.data import build
 from tests.data.build import stream
-from tests.data.test_beton import change, change_sidecar, table
+from tests.data.test_beton import table
 
 CLASSES = ["a", "b", "c"]
 SHAPE = (3, 4)
@@ -65,78 +60,6 @@ def copied(mapped, tmp_path):
     return path
 
 
-def test_the_layout_is_that_of_ffcv():
-    field = NDArrayField(np.dtype("<f2"), (2, 5, *SHAPE))
-    layout = beton.Layout(SHAPE)
-    theirs = get_metadata_type([RGBImageField(), IntField(), field])
-    assert layout.metadata.itemsize == theirs.itemsize
-    assert [layout.metadata.fields[name][1] for name in layout.metadata.names] == [
-        theirs.fields[name][1] for name in theirs.names
-    ]
-    assert bytes(layout.fields["arguments"][2]) == bytes(field.to_binary()[0])
-
-
-def test_the_check_passes_and_tells_the_shape(mapped):
-    assert check_beton(mapped)["label_map_shape"] == list(SHAPE)
-
-
-@pytest.mark.parametrize("os_cache", [True, False])
-def test_ffcv_itself_reads_the_maps(mapped, os_cache):
-    Compiler.set_enabled(False)  # as compiling takes long
-    try:
-        loader = Loader(
-            str(mapped),
-            batch_size=71,
-            num_workers=1,
-            os_cache=os_cache,
-            pipelines={"image": None, "label_map": [NDArrayDecoder(), ToTensor()]},
-        )
-        ((labels, found),) = [(x.clone(), y.clone()) for x, y in loader]
-    finally:
-        Compiler.set_enabled(True)
-    assert labels.flatten().tolist() == [k % 3 for k in range(71)]
-    assert torch.equal(found, torch.stack([map_of(k) for k in range(71)]))
-
-
-def test_images_are_stored_as_in_a_file_without_maps(mapped, written):
-    def images(path):
-        content, table = path.read_bytes(), Reader(str(path)).alloc_table
-        first = table[np.unique(table["sample_id"], return_index=True)[1]]
-        return [content[ptr : ptr + size] for _, ptr, size in first.tolist()]
-
-    assert images(mapped) == images(written)
-
-
-START = beton.Layout(SHAPE).metadata_start
-SIZE, CRC = "truncated, or not the file of its sidecar", "the CRC32s differ"
-DAMAGES = {
-    "last entries missing": (lambda p: p.write_bytes(p.read_bytes()[: -24 * 7]), SIZE),
-    "other field": (
-        lambda p: change(p, beton.FIELD, beton.Layout().metadata_start, name=b"depth"),
-        "its fields are not",
-    ),
-    "map elsewhere": (
-        lambda p: change(p, beton.Layout(SHAPE).metadata, START, label_map=START),
-        CRC,
-    ),
-    "map of another size": (lambda p: change(p, beton.ALLOCATION, table(p) + 24, size=100), CRC),
-    "sidecar of a file without maps": (lambda p: change_sidecar(p, label_map_shape=None), CRC),
-    "sidecar of other maps": (
-        lambda p: change_sidecar(p, label_map_shape=[4, 3]),
-        "its fields are not",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_file_is_refused(copied, name):
-    check_beton(copied)
-    damage, reason = DAMAGES[name]
-    damage(copied)
-    with pytest.raises(BetonError, match=reason):
-        check_beton(copied)
-
-
 @pytest.mark.parametrize("which", [0, 1])
 def test_a_damaged_map_is_named_when_it_is_read(copied, which):
     content = bytearray(copied.read_bytes())
@@ -159,14 +82,6 @@ def test_a_map_of_another_shape_is_named_and_nothing_is_left_behind(samples, map
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_a_skipped_image_takes_its_map_along(samples, maps, tmp_path):
-    missing = [samples[0], (tmp_path / "missing.jpg", 0), samples[2]]
-    write(tmp_path / "x.beton", missing, maps[:3], skip_bad=True)
-    _, _, found, _ = next(iter(stream(tmp_path / "x.beton", batch_size=2, seed=1)))
-    order = stream(tmp_path / "x.beton", batch_size=2, seed=1).samples()
-    assert torch.equal(found, torch.stack([map_of([0, 2][k]) for k in order]))
-
-
 def test_training_batches_hold_the_maps_of_their_images(mapped):
     one = stream(mapped)
     assert one.label_map_shape == SHAPE
@@ -175,12 +90,6 @@ def test_training_batches_hold_the_maps_of_their_images(mapped):
     assert images.dtype == torch.uint8 and labels.tolist() == [k % 3 for k in one.samples()]
     assert torch.equal(found, torch.stack([map_of(k) for k in one.samples()]))
     assert crops.shape == (64, 5) and crops.dtype == torch.float32
-
-
-def test_evaluation_and_files_without_maps_give_images_and_labels(mapped, written):
-    for one in stream(mapped, train=False), stream(written):
-        assert one.label_map_shape is None
-        assert len(next(iter(one))) == 2
 
 
 def test_images_are_the_same_with_and_without_maps(mapped, written):
@@ -225,7 +134,6 @@ def test_the_crops_are_what_the_pixels_show(tmp_path, backend):
         tmp_path / "tree", tmp_path / "cache", img_size=40, batch_size=16, backend=backend,
         mode="raw", num_workers=0, label_maps=tmp_path / "maps",
     )  # fmt: skip
-    assert data.train_dataloader().label_map_shape == SHAPE
     loader = data.train_dataloader()
     for epoch in range(2):
         loader.batch_sampler.sampler.set_epoch(epoch)
@@ -236,7 +144,7 @@ def test_the_crops_are_what_the_pixels_show(tmp_path, backend):
         torch.testing.assert_close(shown_crops(images), crops, atol=0.03, rtol=0)
 
 
-def test_the_warps_are_what_the_pixels_show(tmp_path):
+def test_the_warps_are_what_the_pixels_show(tmp_path, monkeypatch):
     """From shown pixels over the warp, the mirror and the crop to a place in the image."""
     folder = gradients(tmp_path / "a", [(200, 200)] * 12)
     torch.save(map_of(0, 1), tmp_path / "map.pt")
@@ -251,7 +159,7 @@ def test_the_warps_are_what_the_pixels_show(tmp_path):
         limits = np.where(operations == 3, 20, 0.15)
         return operations, rng.uniform(-limits, limits)
 
-    one.decoder.augmentation.draw = draw
+    monkeypatch.setattr(augment, "draw", lambda seeds, *_: draw(seeds))
     ((images, _, _, crops, warps),) = one
     assert warps.shape == (12, 2, 3) and warps.dtype == torch.float32
     centres = (torch.arange(64) + 0.5) / 64
@@ -283,34 +191,6 @@ def test_both_backends_give_warps_with_rand_augment(labelled, tmp_path, backend)
     assert torch.isfinite(loss(*data.on_after_batch_transfer(batches[0], 0))["loss"])
 
 
-def test_batches_with_maps_do_not_depend_on_the_number_of_threads_or_earlier_epochs(mapped):
-    def third(one):
-        one.set_epoch(2)
-        return [torch.cat([t.flatten().double() for t in batch]) for batch in one]
-
-    used = stream(mapped, num_workers=2)
-    list(used)
-    for a, b in zip(third(used), third(stream(mapped, num_workers=1)), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_ranks_train_on_disjoint_maps(mapped):
-    ranks = [stream(mapped, rank=rank, world_size=2) for rank in range(2)]
-    seen = [{one.numpy().tobytes() for batch in rank for one in batch[2]} for rank in ranks]
-    assert [len(s) for s in seen] == [32, 32] and not seen[0] & seen[1]
-
-
-def test_a_batch_with_maps_stays_valid_when_later_ones_are_read(mapped):
-    before = threading.active_count()
-    batches, copies = [], []
-    for batch in stream(mapped):
-        batches.append(batch)
-        copies.append([tensor.clone() for tensor in batch])
-    for batch, copy in zip(batches, copies, strict=True):
-        assert all(map(torch.equal, batch, copy))
-    assert threading.active_count() == before
-
-
 @pytest.fixture
 def labelled(tmp_path):
     """(a tree of photos, the folder of its label maps)"""
@@ -332,7 +212,6 @@ def test_both_backends_give_every_image_its_own_map(labelled, tmp_path):
     expected = {map_of(k, 2).numpy().tobytes(): k // 6 for k in range(len(paths))}
     for backend in "ffcv", "imagefolder":
         data = folder(tree, tmp_path, label_maps=maps, backend=backend, num_workers=0)
-        assert data.train_dataloader().label_map_shape == SHAPE
         seen = {
             one.numpy().tobytes(): int(label)
             for _, labels, found, _ in data.train_dataloader()
@@ -340,26 +219,6 @@ def test_both_backends_give_every_image_its_own_map(labelled, tmp_path):
         }
         assert seen == expected
         assert len(next(iter(data.val_dataloader()))) == 2
-
-
-def test_a_limit_keeps_images_and_maps_together(labelled, tmp_path):
-    tree, maps = labelled
-    expected = {map_of(k, 2).numpy().tobytes(): k // 6 for k in range(12)}
-    options = dict(label_maps=maps, max_train_images=8, num_workers=0)
-    for backend in "ffcv", "imagefolder":
-        data = folder(tree, tmp_path, backend=backend, **options)
-        for _, labels, found, _ in data.train_dataloader():
-            for label, one in zip(labels, found, strict=True):
-                assert expected[one.numpy().tobytes()] == label
-
-
-def test_the_batch_on_the_device_keeps_maps_and_crops(labelled, tmp_path):
-    tree, maps = labelled
-    data = folder(tree, tmp_path, label_maps=maps)
-    batch = next(iter(data.train_dataloader()))
-    images, *rest = data.on_after_batch_transfer(batch, 0)
-    assert images.dtype == torch.float32
-    assert all(torch.equal(a, b) for a, b in zip(rest, batch[1:], strict=True))
 
 
 def test_files_with_other_maps_or_none_have_folders_of_their_own(labelled, tmp_path):

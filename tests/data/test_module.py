@@ -1,6 +1,5 @@
 """The data modules: what they refuse, and the two backends side by side."""
 
-import random
 import re
 from types import SimpleNamespace
 
@@ -12,11 +11,11 @@ from PIL import Image
 
 from evit.commands.prepare import prepare
 from evit.data import Folder, auto
-from evit.data.batch import augment_batch, denormalize, make_mixup, normalize
-from evit.data.ffcv.format import BetonError, Layout
+from evit.data.batch import denormalize, make_mixup, normalize
+from evit.data.ffcv.format import HEADER, BetonError, layout
 from evit.data.folders import ClassFolders, tree_classes
 from evit.data.imagefolder import folder_loader
-from evit.data.order import Shard, choose_samples, repeated_order
+from evit.data.order import Shard, repeated_order
 from tests.conftest import ROOT
 from tests.data import build
 
@@ -27,28 +26,15 @@ def folder(photos, tmp_path, **options):
     return build.folder(photos, tmp_path / "cache", **OPTIONS | options)
 
 
-def test_both_backends_evaluate_the_same_images_to_resampling_error(photos, tmp_path):
-    (ffcv,), (pil,) = (
-        list(folder(photos, tmp_path, batch_size=6, backend=backend).val_dataloader())
-        for backend in ("ffcv", "imagefolder")
-    )
-    assert torch.equal(ffcv[1], pil[1])
-    assert ffcv[0].dtype == pil[0].dtype == torch.uint8
-    assert ffcv[0].shape == pil[0].shape == (6, 3, 28, 28)
-    assert (ffcv[0].float() - pil[0].float()).abs().mean() < 25  # the photos are noise
-
-
-@pytest.mark.parametrize("backend", ["ffcv", "imagefolder"])
 @pytest.mark.parametrize("splits", [("train", "val"), ("val",)])
-def test_prepared_files_are_checked_before_anything_else(photos, tmp_path, backend, splits):
+def test_prepared_files_are_checked_before_anything_else(photos, tmp_path, splits):
     root = prepare(photos, tmp_path / "betons", mode="raw", max_resolution=None)
+    fields, metadata = layout()
     content = bytearray((root / "val.beton").read_bytes())
-    content[Layout().metadata_start + Layout().metadata.fields["label"][1]] ^= (
-        1  # of the first image
-    )
+    content[HEADER.itemsize + fields.nbytes + metadata.fields["f1"][1]] ^= 1  # the first label
     (root / "val.beton").write_bytes(content)
     with pytest.raises(BetonError, match="betons/val.beton: damaged, or not the file of its side"):
-        build.module(Folder, root, **OPTIONS, backend=backend, splits=splits)
+        build.module(Folder, root, **OPTIONS, splits=splits)
 
 
 def test_betons_are_opened_in_one_place_which_checks_them():
@@ -58,14 +44,6 @@ def test_betons_are_opened_in_one_place_which_checks_them():
     assert from_ffcv == ["_ffcv.py"]
     loaders = [path.name for path, text in found.items() if re.search(r"(?<!\w)Loader\(", text)]
     assert loaders == ["stream.py"]
-
-
-def test_files_are_written_once(photos, tmp_path):
-    first = folder(photos, tmp_path)
-    written = {path: path.stat().st_mtime_ns for path in first.beton_dir.iterdir()}
-    assert len(written) == 4
-    assert folder(photos, tmp_path).beton_dir == first.beton_dir
-    assert {path: path.stat().st_mtime_ns for path in first.beton_dir.iterdir()} == written
 
 
 def test_a_changed_folder_or_another_way_of_writing_gets_files_of_its_own(photos, tmp_path):
@@ -83,16 +61,6 @@ def test_labels_are_those_of_train_where_val_lacks_a_class(photos):
     assert set(ClassFolders(photos / "val", tree_classes(photos)).targets) == {1}
 
 
-def test_number_of_classes_can_be_demanded(photos):
-    with pytest.raises(ValueError, match="has 2 classes, not 1000.*data=folder"):
-        build.module(Folder, photos, num_classes=1000, **OPTIONS)
-
-
-def test_a_folder_is_needed():
-    with pytest.raises(ValueError, match="data.root=DIR, or IMAGENET_DIR=DIR"):
-        build.module(Folder, None, **OPTIONS)
-
-
 def test_auto_takes_the_folder_or_says_that_it_has_none(photos, capsys):
     assert build.module(auto, photos, **OPTIONS).name == "photos"
     assert capsys.readouterr().out == ""
@@ -101,17 +69,15 @@ def test_auto_takes_the_folder_or_says_that_it_has_none(photos, capsys):
 
 
 def test_missing_ffcv_is_named_with_the_way_out(photos, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "evit.data.ffcv._ffcv", None)
-    monkeypatch.delattr("evit.data.ffcv._ffcv", raising=False)
+    monkeypatch.setitem(__import__("sys").modules, "evit.data.ffcv.decode", None)
+    monkeypatch.delattr("evit.data.ffcv.decode", raising=False)
     with pytest.raises(ValueError, match="data.backend=imagefolder"):
         build.module(Folder, photos, **OPTIONS)
     build.module(Folder, photos, backend="imagefolder", **OPTIONS)
 
 
 def loader(photos, train=True, rank=0, world_size=1, seed=0, **options):
-    def dataset(transform):
-        return ClassFolders(photos / ("train" if train else "val"), ["cat", "dog"], transform)
-
+    dataset = ClassFolders(photos / ("train" if train else "val"), ["cat", "dog"])
     knobs, rest = build.apart(dict(crop_scale=[0.5, 1.0], crop_pct=1.0) | options)
     size = knobs.pop("batch_size", 4)
     recipe = build.recipe_of(**knobs, batch_size=size * world_size)
@@ -132,10 +98,9 @@ def test_imagefolder_batches_do_not_depend_on_the_number_of_workers(photos):
 AUGMENTED = dict(rand_augment="rand-m9-mstd0.5-p1-inc1", fill=(124, 116, 104))
 
 
-@pytest.mark.parametrize("options", [AUGMENTED, dict(color_jitter=0.4)])
-def test_imagefolder_augments_crops_that_stay_the_same(photos, options):
-    plain, augmented = epoch(loader(photos)), epoch(loader(photos, **options))
-    assert torch.equal(augmented, epoch(loader(photos, **options, num_workers=2)))
+def test_imagefolder_augments_crops_that_stay_the_same(photos):
+    plain, augmented = epoch(loader(photos)), epoch(loader(photos, **AUGMENTED))
+    assert torch.equal(augmented, epoch(loader(photos, **AUGMENTED, num_workers=2)))
     assert (plain != augmented).flatten(1).any(1).float().mean() > 0.8
     nothing = dict(rand_augment="rand-p0-inc1")
     assert torch.equal(plain, epoch(loader(photos, **nothing)))
@@ -156,13 +121,6 @@ def test_imagefolder_repeats_deits_views_and_each_differs(photos):
         len({image.numpy().tobytes() for image in epoch(loader(photos, repeated_augmentations=3))})
         == 12
     )
-
-
-def test_imagefolder_batches_depend_on_seed_and_epoch(photos):
-    first = epoch(loader(photos))
-    assert torch.equal(first, epoch(loader(photos)))
-    assert not torch.equal(first, epoch(loader(photos), 1))
-    assert not torch.equal(first, epoch(loader(photos, seed=1)))
 
 
 @pytest.mark.parametrize("max_samples", [None, 1, 3, 5])
@@ -193,30 +151,9 @@ def test_a_batch_tells_which_images_it_has(backend, repeats, photos, tmp_path):
     assert ("train.beton" in data.describe_batch(2, 0)) == (backend == "ffcv")
 
 
-def test_of_a_large_batch_eight_images_are_told(photos, tmp_path):
-    told = folder(photos, tmp_path, batch_size=12, backend="imagefolder").describe_batch(0, 0)
-    assert len(told.split(", ")) == 9 and told.endswith(", ...")
-
-
-def test_imagefolder_training_smaller_than_a_batch_is_refused(photos):
-    with pytest.raises(ValueError, match="12 training images do not fill one batch of 13"):
-        loader(photos, batch_size=13)
-
-
-def test_a_limit_takes_the_same_images_every_time():
-    assert choose_samples(100, 10).tolist() == choose_samples(100, 10).tolist()
-    assert len(set(choose_samples(100, 10))) == 10
-    assert choose_samples(5, 10).tolist() == choose_samples(5, None).tolist() == [0, 1, 2, 3, 4]
-
-
 def test_denormalize_undoes_normalize():
     images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     assert torch.equal(denormalize(normalize(images)), images)
-
-
-def test_normalize_is_imagenets():
-    pixel = torch.tensor([124, 116, 104], dtype=torch.uint8).view(1, 3, 1, 1)
-    assert normalize(pixel).abs().max() < 0.02
 
 
 def test_images_are_normalised_as_timm_says_that_the_model_wants_them(shared_photos):
@@ -247,42 +184,12 @@ def test_what_rand_augment_uncovers_has_the_mean_of_the_normalisation(photos, tm
     data.normalize_for(timm.create_model("vit_tiny_patch16_224.augreg_in21k"))
     data.prepare_data()
     data.setup()
-    assert data.train_dataloader().decoder.augmentation.fill.tolist() == [128, 128, 128]
-
-
-def test_a_color_jitter_that_is_not_used_is_said(photos, capsys):
-    build.module(Folder, photos, **OPTIONS, rand_augment="rand-inc1")
-    assert "jitter" not in capsys.readouterr().out
-    build.module(Folder, photos, **OPTIONS, rand_augment="rand-inc1", color_jitter=0.4)
-    assert "no color jitter, as in timm" in capsys.readouterr().out
+    assert data.train_dataloader().decoder.fill.tolist() == [128, 128, 128]
 
 
 def test_a_rand_augment_that_is_not_served_is_refused_at_once(photos):
-    with pytest.raises(ValueError, match="recipe.rand_augment .*'rand-m9'"):
+    with pytest.raises(ValueError, match="recipe.rand_augment='rand-m9'"):
         build.module(Folder, photos, **OPTIONS, rand_augment="rand-m9")
-
-
-def test_erasing_is_distributed_as_timm_s_recipe_has_it():
-    """Shares of the images and of their areas, beside what timm makes for re_prob=0.25."""
-    options = dict(is_training=True, re_prob=0.25, re_mode="pixel", scale=(1, 1), hflip=0.0)
-    *_, theirs = timm.data.create_transform(32, **options, color_jitter=None).transforms
-    found = []
-    for function in (
-        (lambda images: augment_batch(images, None, random_erasing=0.25)[0]),
-        (lambda images: theirs(images)),
-    ):
-        random.seed(0)
-        images = function(torch.full((6000, 3, 32, 32), 9.0))
-        changed = (images != 9).all(1)
-        areas = changed.float().mean((1, 2))
-        assert ((changed.any(2).sum(1) * changed.any(1).sum(1)) == changed.sum((1, 2))).all()
-        noise = images[(images != 9)]
-        assert noise.mean().abs() < 0.01 and abs(noise.std() - 1) < 0.01
-        erased = areas[areas > 0]
-        found.append([len(erased) / 6000, *erased.quantile(torch.linspace(0, 1, 6)).tolist()])
-    assert found[0] == pytest.approx(found[1], abs=0.02)
-    assert found[0][0] == pytest.approx(0.25, abs=0.02)
-    assert found[0][1] == pytest.approx(0.02, abs=0.01) and found[0][-1] < 0.36
 
 
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
@@ -301,13 +208,6 @@ def test_mixup_off_is_none_and_odd_batches_are_refused_only_where_they_mix():
         make_mixup(5, 0.8, 0.0, 0.5, 0.1, batch_size=7)
 
 
-def test_imagefolder_names_a_damaged_image(photos):
-    path = photos / "train/dog/3.jpg"
-    path.write_bytes(path.read_bytes()[:300])
-    with pytest.raises(ValueError, match="train/dog/3.jpg is not a readable image"):
-        epoch(loader(photos))
-
-
 @pytest.mark.parametrize("backend", ["ffcv", "imagefolder"])
 @pytest.mark.parametrize(("accumulated", "used"), [(1, 6), (2, 6), (4, 4)])
 def test_an_epoch_is_of_whole_steps(accumulated, used, backend, photos, tmp_path):
@@ -318,16 +218,6 @@ def test_an_epoch_is_of_whole_steps(accumulated, used, backend, photos, tmp_path
     data.setup()
     loader = data.train_dataloader()
     assert len(loader) == len(list(loader)) == used
-
-
-@pytest.mark.parametrize("backend", ["ffcv", "imagefolder"])
-def test_images_that_do_not_fill_a_step_are_refused(backend, photos, tmp_path):
-    options = OPTIONS | dict(batch_size=14)
-    data = build.module(Folder, photos, cache_dir=tmp_path, backend=backend, **options)
-    data.prepare_data()
-    data.trainer = one_process(accumulated=7)
-    with pytest.raises(ValueError, match="do not fill one batch of 2 x 7"):
-        data.setup()
 
 
 def one_process(accumulated: int) -> SimpleNamespace:

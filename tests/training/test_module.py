@@ -51,7 +51,6 @@ def test_no_decay_on_one_dimensional_parameters_position_and_class_token():
         (dict(crop_scale=[1.0, 0.5]), r"recipe.crop_scale must be .* got \[1.0, 0.5\]"),
         (dict(random_erasing=1.5), "recipe.random_erasing must be from 0 to 1, got 1.5"),
         (dict(repeated_augmentations=0), "recipe.repeated_augmentations must be from 1 to inf"),
-        (dict(color_jitter=-0.1), "recipe.color_jitter must be from 0 to inf, got -0.1"),
         (dict(mixup_mode="half"), "recipe.mixup_mode must be batch, pair, elem, got 'half'"),
         (dict(ema_decay=3), "recipe.ema_decay must be from 0 to 1, got 3"),
         (dict(max_train_images=0), "recipe.max_train_images must be from 1 to inf, got 0"),

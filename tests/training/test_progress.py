@@ -7,7 +7,7 @@ import lightning as L
 import pytest
 import torch
 
-from evit.data import resumable
+from evit.data import order
 from evit.training import progress
 from evit.training.progress import Bar, Lines, Throughput
 
@@ -24,12 +24,12 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
-    for module in (resumable, progress):
+    for module in (order, progress):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=clock, monotonic=clock))
     return clock
 
 
-class Loader(resumable.Resumable):
+class Loader(order.Resumable):
     def __init__(self, clock: Clock):
         self.clock = clock
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evit.data.resumable import Resumable
+from evit.data.order import Resumable
 from evit.report import results
 from evit.training import checkpoints
 from tests.conftest import FORKS, ROOT, run_script

@@ -13,12 +13,14 @@ import torch
 from rich.progress import track
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Subset
+from torchvision.transforms import Compose
 
 from evit import load_checkpoint
-from evit.data.folders import ClassFolders, class_names, cut_long, load_image
+from evit.data.folders import ClassFolders, class_names, cut_long
 from evit.data.label_maps import MAX_ID, TOP, label_map_paths, read_label_map
 from evit.data.module import available_cores
+from evit.files import whole_file
 from evit.models import create_model
 
 
@@ -42,15 +44,14 @@ def make_label_maps(
     source, target = (Path(path).expanduser().resolve() for path in (source, target))
     if crop_mode not in ("center", "squash") or not 0 < crop_pct <= 1:
         raise ValueError(f"crop_mode={crop_mode}, crop_pct={crop_pct}: center or squash, in (0, 1]")
-    if not (source / "train").is_dir():
-        raise ValueError(f"{source} has no train/: expected {source}/train/CLASS/*.jpg")
     classes = class_names(source / "train")
     if not TOP <= len(classes) <= MAX_ID + 1:
         raise ValueError(
             f"{source}/train has {len(classes)} classes: a label map holds the {TOP} best of at "
-            f"least {TOP} and at most {MAX_ID + 1}"
+            f"least {TOP} and at most {MAX_ID + 1}, of {source}/train/CLASS/*.jpg"
         )
-    images = [path for path, _ in ClassFolders(source / "train", classes).samples]
+    folder = ClassFolders(source / "train", classes)
+    images = [path for path, _ in folder.samples]
     paths = label_map_paths(images, source / "train", target, needed=False)
 
     model = annotator(model_name, len(classes), pretrained, checkpoint, img_size)
@@ -61,8 +62,7 @@ def make_label_maps(
     model.to(device).eval()
     size = config["input_size"]
     with torch.inference_mode():
-        found = dense_logits(model, torch.zeros(1, *size, device=device))
-    shape = found.shape[2], found.shape[3]
+        shape = tuple(dense_logits(model, torch.zeros(1, *size, device=device)).shape[2:])
     description = dict(
         model_name=model_name,
         weights=str(Path(checkpoint).expanduser().resolve()) if checkpoint else "timm's",
@@ -72,7 +72,14 @@ def make_label_maps(
         classes=len(classes),
         cells=list(shape),
     )
-    _describe(target / "label_maps.json", description)
+    said = target / "label_maps.json"
+    if said.is_file() and (before := json.loads(said.read_text())) != description:
+        raise ValueError(
+            f"{target} holds label maps of {before}, not of {description}: choose another target, "
+            f"or delete it"
+        )
+    target.mkdir(parents=True, exist_ok=True)
+    said.write_text(json.dumps(description, indent=1))
 
     def is_good(image: str, path: str) -> bool:
         try:
@@ -81,54 +88,34 @@ def make_label_maps(
         except (ValueError, OSError):
             return False
 
-    missing = [pair for pair in zip(images, paths, strict=True) if not is_good(*pair)]
+    missing = [i for i, path in enumerate(paths) if not is_good(images[i], path)]
     print(
         f"{len(paths)} images in {len(classes)} classes, {len(paths) - len(missing)} have their "
         f"label maps already: {model_name} at {size[1]} x {size[2]} px gives maps of {shape[0]} x "
         f"{shape[1]} cells",
         flush=True,
     )
-    transform = create_transform(**config)
-    loader = DataLoader(
-        Pictures(missing, transform, crop_mode == "center"),
-        batch_size,
-        num_workers=available_cores() if num_workers is None else num_workers,
-    )
-    for batch, names in track(loader, f"Writing {len(missing)} label maps"):
+    transform, center = create_transform(**config), crop_mode == "center"
+    folder.transform = Compose([cut_long, transform]) if center else transform
+    workers = available_cores() if num_workers is None else num_workers
+    loader: Any = DataLoader(Subset(folder, missing), batch_size, num_workers=workers)
+    names = iter(missing)
+    for batch, _ in track(loader, f"Writing {len(missing)} label maps"):
         with torch.inference_mode():
             logits, ids = dense_logits(model, batch.to(device)).topk(TOP, dim=1)
         maps = torch.stack([logits, ids], 1).half().cpu()
         if not maps.isfinite().all():
             raise ValueError("the model's logits are not finite, or too large for float16")
-        for label_map, name in zip(maps, names, strict=True):
-            path = Path(name)
+        for label_map, i in zip(maps, names, strict=False):
+            path = Path(paths[i])
             path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_name(f".{path.name}.tmp")
-            torch.save(label_map.clone(), partial)
-            os.replace(partial, path)
+            with whole_file(path) as file:
+                torch.save(label_map.clone(), file)
     return target
 
 
-class Pictures(Dataset):
-    """Images, transformed, with the paths of their maps; `cut`: of very long ones the middle."""
-
-    def __init__(self, pairs: list[tuple[str, str]], transform: Any, cut: bool):
-        self.pairs, self.transform, self.cut = pairs, transform, cut
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, i: int) -> tuple[Tensor, str]:
-        image = load_image(self.pairs[i][0])
-        return self.transform(cut_long(image) if self.cut else image), self.pairs[i][1]
-
-
 def annotator(
-    name: str,
-    num_classes: int,
-    pretrained: bool,
-    checkpoint: str | Path | None,
-    img_size: int | None,
+    name: str, num_classes: int, pretrained: bool, checkpoint: Any, img_size: int | None
 ) -> nn.Module:
     """The classifier, with its weights, and with all of its tokens if it could do with fewer."""
     if checkpoint is None and not pretrained:
@@ -161,48 +148,29 @@ def dense_logits(model: Any, images: Tensor) -> Tensor:
     LV-ViT has a classifier for its positions, which is taken. For any other model the head is given
     the features of one position as if they were all: pooling then changes nothing.
     """
-    features = model.forward_features(images)
-    channels, B, K = model.num_features, len(images), model.num_classes
-    name, rows, columns = type(model).__name__, 1, 1
+    features, channels = model.forward_features(images), model.num_features
+    prefix, rows, columns = 0, 1, 1
     if features.ndim == 3 and features.shape[2] == channels:
         prefix = getattr(model, "num_prefix_tokens", 0)
-        tokens_BNC = features[:, prefix:]
-        count = tokens_BNC.shape[1]
+        features = features[:, prefix:]
+        count = features.shape[1]
         grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
         rows, columns = grid if grid and grid[0] * grid[1] == count else [round(count**0.5)] * 2
-        if hasattr(model, "aux_head"):
-            logits = model.aux_head(tokens_BNC.flatten(0, 1))
-        else:
-            one = tokens_BNC.reshape(-1, 1, channels)
-            logits = model.forward_head(one.expand(-1, prefix + 1, -1))
+        one = features.reshape(-1, 1, channels).expand(-1, prefix + 1, -1)
     elif features.ndim == 4 and features.shape[1] == channels:
         rows, columns = features.shape[2:]
-        logits = model.forward_head(features.permute(0, 2, 3, 1).reshape(-1, channels, 1, 1))
+        one = features.permute(0, 2, 3, 1).reshape(-1, channels, 1, 1)
     elif features.ndim == 4 and features.shape[3] == channels:
         rows, columns = features.shape[1:3]
-        logits = model.forward_head(features.reshape(-1, 1, 1, channels))
+        one = features.reshape(-1, 1, 1, channels)
     if rows * columns == 1:
-        raise ValueError(
-            f"{name} has no spatial features: label maps need a classifier that keeps a grid of "
-            f"them"
-        )
-    if tuple(logits.shape) != (B * rows * columns, K):
+        raise ValueError(f"{type(model).__name__} keeps no grid of features: take another")
+    heads = hasattr(model, "aux_head")
+    logits = model.aux_head(features.flatten(0, 1)) if heads else model.forward_head(one)
+    if tuple(logits.shape) != (len(images) * rows * columns, model.num_classes):
+        name = type(model).__name__
         raise ValueError(f"{name}'s classifier cannot be applied to one position of its features")
-    return logits.reshape(B, rows, columns, K).permute(0, 3, 1, 2)
-
-
-def _describe(path: Path, description: dict[str, Any]) -> None:
-    """Write down how the maps of a folder are made; raise ValueError for maps of another way."""
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(description, indent=1))
-    before = json.loads(path.read_text())
-    for key, value in description.items():
-        if before.get(key) != value:
-            raise ValueError(
-                f"{path.parent} holds label maps with {key} {before.get(key)}, not {value}: "
-                f"choose another target, or delete it"
-            )
+    return logits.reshape(len(images), rows, columns, -1).permute(0, 3, 1, 2)
 
 
 def run(cfg: Any) -> None:

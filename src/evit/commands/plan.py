@@ -21,7 +21,7 @@ PROCESSES = (1, 4, 8, 16)
 GPUS = 8  # of the estimate of hours
 # What is done to training images, in this order.
 AUGMENTATION = (
-    "repeated_augmentations crop_scale flip rand_augment color_jitter random_erasing mix_token "
+    "repeated_augmentations crop_scale flip rand_augment random_erasing mix_token "
     "mixup cutmix mixup_switch_prob mixup_mode label_smoothing"
 ).split()
 

@@ -55,21 +55,19 @@ def prepare(
         for split, expected in NUM_IMAGES.items():
             if (count := len(samples[split])) != expected:
                 print(f"warning: {split} has {count} images, ImageNet-1k has {expected}")
-    maps: dict[str, list[str] | None] = dict(train=None, val=None)
-    if label_maps:
-        train = (root / KAGGLE if (root / KAGGLE).is_dir() else root) / "train"
-        images = [path for path, _ in samples["train"]]
-        maps["train"] = label_map_paths(images, train, Path(label_maps).expanduser().resolve())
     for split in "val", "train":  # the small one first, as a trial
-        files = [] if own else [*samples[split], *((path, 0) for path in maps[split] or ())]
+        maps = None
+        if label_maps and split == "train":
+            images, labels = [path for path, _ in samples[split]], Path(label_maps).expanduser()
+            maps = label_map_paths(images, tree_of(root) / split, labels.resolve())
+        files = [] if own else [*samples[split], *((path, 0) for path in maps or ())]
         info = write_beton(
             folder / f"{split}.beton",
             samples[split],
             classes=classes,
             source=f"{root.name}/{split}",
             num_workers=num_workers or available_cores(),
-            progress=True,
-            label_maps=maps[split],
+            label_maps=maps,
             identity=fingerprint(files, root) if files else None,
             **options,
         )
@@ -86,10 +84,7 @@ def train_command(folder: Path, imagenet: bool) -> str:
     """What trains on the files in a folder, to be copied into a shell."""
     if imagenet:
         return f"IMAGENET_DIR={shlex.quote(str(folder))} python src/train.py"
-    root = str(folder)
-    if not re.fullmatch(r"[\w/.+-]+", root):  # Hydra's quotes, and the shell's around them
-        root = "'{}'".format(root.replace("'", "\\'"))
-    return f"python src/train.py {shlex.quote(f'data.root={root}')}"
+    return f"python src/train.py {shlex.quote(f'data.root={folder}')}"
 
 
 def python_dataset(module: str, function: str) -> tuple[list[str], dict[str, Any]]:
@@ -110,6 +105,11 @@ def python_dataset(module: str, function: str) -> tuple[list[str], dict[str, Any
         ) from error
 
 
+def tree_of(root: Path) -> Path:
+    """The folder of train/ and val/, which Kaggle has three folders down."""
+    return root / KAGGLE if (root / KAGGLE).is_dir() else root
+
+
 def find_images(root: Path) -> tuple[list[str], dict[str, Labelled]]:
     """The classes of a tree, and the (path, label) pairs of its splits by class, then by name.
 
@@ -120,10 +120,18 @@ def find_images(root: Path) -> tuple[list[str], dict[str, Labelled]]:
     Raises:
         ValueError: something is missing or damaged; it says what, and what would be accepted.
     """
-    base = root / KAGGLE if (root / KAGGLE).is_dir() else root
+    base = tree_of(root)
     for split in SPLITS:
         if (root / ARCHIVES[split]).is_file() and not (base / split).is_dir():
-            _unpack(root, split)
+            print(f"Unpacking {root / ARCHIVES[split]} into {root / split}, once", flush=True)
+            try:
+                if split == "train":
+                    torchvision_imagenet.parse_train_archive(root)
+                else:
+                    sorted_wnids = [wnid for _, wnid in sorted(_val_wnids(root).items())]
+                    torchvision_imagenet.parse_val_archive(root, wnids=sorted_wnids)
+            except (OSError, RuntimeError) as error:
+                raise ValueError(f"{root / ARCHIVES[split]}: {error}") from error
     if unfinished := [*base.glob("train/*.tar")]:
         raise ValueError(
             f"{unfinished[0]} has not been unpacked: delete {base}/train and try again"
@@ -136,28 +144,14 @@ def find_images(root: Path) -> tuple[list[str], dict[str, Labelled]]:
             f"{error}. ImageNet may be as downloaded ({', '.join(ARCHIVES.values())}), or as "
             f"Kaggle has it ({KAGGLE}/ and {SOLUTION})"
         ) from None
-    found = {"train": ClassFolders(base / "train", classes).samples}
+    train = ClassFolders(base / "train", classes).samples
     if not flat:
-        return classes, found | {"val": ClassFolders(base / "val", classes).samples}
+        return classes, dict(train=train, val=ClassFolders(base / "val", classes).samples)
     wnids, labels = _val_wnids(root), {wnid: label for label, wnid in enumerate(classes)}
-    for image in flat:
-        if (wnid := wnids.get(Path(image).stem)) not in labels:
-            raise ValueError(f"{image} is of class {wnid or 'unknown'}, which train/ lacks")
+    if unknown := [image for image in flat if wnids.get(Path(image).stem) not in labels]:
+        raise ValueError(f"{unknown[0]} is of no class that train/ has")
     val = [(image, labels[wnids[Path(image).stem]]) for image in flat]
-    return classes, found | {"val": sorted(val, key=lambda sample: (sample[1], sample[0]))}
-
-
-def _unpack(root: Path, split: str) -> None:
-    """Unpack one of ImageNet's archives, and check it, by torchvision."""
-    print(f"Unpacking {root / ARCHIVES[split]} into {root / split}, once", flush=True)
-    try:
-        if split == "train":
-            torchvision_imagenet.parse_train_archive(root)
-        else:
-            wnids = [wnid for _, wnid in sorted(_val_wnids(root).items())]
-            torchvision_imagenet.parse_val_archive(root, wnids=wnids)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{root / ARCHIVES[split]}: {error}") from error
+    return classes, dict(train=train, val=sorted(val, key=lambda sample: (sample[1], sample[0])))
 
 
 def _val_wnids(root: Path) -> dict[str, str]:

@@ -32,17 +32,12 @@ def denormalize(images: Tensor, mean: Colour = MEAN, std: Colour = STD) -> Tenso
     return (255 * (images * scale + shift)).round().clamp(0, 255).to(torch.uint8)
 
 
-def augment_batch(
-    images: Tensor, labels: Tensor, *more: Any, random_erasing: float = 0.0
-) -> tuple[Any, ...]:
-    """Erase of normalised images (B, 3, H, W), in place; the rest of the batch is handed on.
-
-    DeiT's random erasing: of each image, with this probability, noise for a rectangle of 2 to 33 %
-    of it. Draws from the global generators.
-    """
+def augment_batch(images: Tensor, *more: Any, random_erasing: float = 0.0) -> tuple[Any, ...]:
+    """DeiT's random erasing of normalised images (B, 3, H, W), in place: of each, with this
+    probability, noise for a rectangle of 2 to 33 %. The rest of the batch is handed on."""
     if random_erasing:
         images = RandomErasing(random_erasing, mode="pixel", device=images.device)(images)
-    return images, labels, *more
+    return images, *more
 
 
 def make_mixup(
@@ -66,14 +61,7 @@ def make_mixup(
             f"mixup and cutmix pair the images of a batch, and {batch_size} images per process is "
             f"odd: choose another recipe.batch_size, or recipe.mixup=0 recipe.cutmix=0"
         )
-    return Mixup(
-        mixup_alpha=mixup,
-        cutmix_alpha=cutmix,
-        switch_prob=switch_prob,
-        mode=mode,
-        label_smoothing=label_smoothing,
-        num_classes=num_classes,
-    )
+    return Mixup(mixup, cutmix, None, 1.0, switch_prob, mode, True, label_smoothing, num_classes)
 
 
 def mix_token_box(grid: tuple[int, int]) -> Tensor:
@@ -83,10 +71,10 @@ def mix_token_box(grid: tuple[int, int]) -> Tensor:
     global generator, one for a batch.
     """
     side = (1 - np.random.beta(1.0, 1.0)) ** 0.5
-    inside = torch.ones(grid, dtype=torch.bool)
-    for axis, size in enumerate(grid):
+    inside = torch.zeros(grid, dtype=torch.bool)
+    box = []
+    for size in grid:
         centre, half = np.random.randint(size), int(size * side) // 2
-        position = torch.arange(size)
-        within = (position >= centre - half) & (position < centre + half)
-        inside &= within[:, None] if axis == 0 else within
+        box.append(slice(max(centre - half, 0), centre + half))
+    inside[tuple(box)] = True
     return inside

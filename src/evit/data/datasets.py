@@ -1,6 +1,5 @@
 """The data sets: class folders, and those that torchvision downloads."""
 
-import copy
 import functools
 import gzip
 import tempfile
@@ -8,12 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torchvision
 from lightning.pytorch.utilities import rank_zero_only
 
 from evit.data import folders
-from evit.data.folders import ClassFolders, fingerprint, require_imagenet
+from evit.data.folders import ClassFolders
 from evit.data.label_maps import label_map_paths
 from evit.data.module import Images
 
@@ -39,52 +37,39 @@ class Folder(Images):
         if not root:
             raise ValueError("no images are configured: data.root=DIR, or IMAGENET_DIR=DIR")
         self.root = Path(root).expanduser().resolve()
-        self._listed: dict[str, ClassFolders] = {}
         self.name = "".join(c if c.isprintable() else "?" for c in self.root.name)
-        with folders.readable():
-            self.prepared = all((self.root / f"{split}.beton").is_file() for split in self.splits)
-        if self.prepared:
-            first, *others = [self._sidecar(split) for split in self.splits]
-            self.classes = first["classes"]
+        files = {split: self.root / f"{split}.beton" for split in self.splits}
+        self._listed: dict[str, ClassFolders] = {}
+        self._prepared: dict[str, Any] = {}
+        if self.backend == "ffcv" and all(path.is_file() for path in files.values()):
+            from evit.data.ffcv.format import check_beton
+
+            self._prepared = {split: check_beton(path) for split, path in files.items()}
+            first, *others = self._prepared.values()
+            self.classes, self.has_label_maps = first["classes"], "label_map_shape" in first
             if any(other["classes"] != self.classes for other in others):
-                raise ValueError(
-                    f"train.beton and val.beton in {self.root} have different classes: prepare "
-                    f"them again from one folder"
-                )
-            if self.backend == "ffcv":
-                self.has_label_maps = "label_map_shape" in first
+                raise ValueError(f"{self.root}: train.beton and val.beton have different classes")
             if self.label_maps and not self.has_label_maps:
                 raise ValueError(
                     f"{self.root}/train.beton has no label maps in it: write it again with "
                     f"python src/prepare.py source=DIR label_maps={self.label_maps}"
                 )
+            self.beton_dir = self.root
         else:
             self.classes = folders.tree_classes(self.root, self.splits)
-        if num_classes not in (None, len(self.classes)):
-            raise ValueError(
-                f"{self.root} has {len(self.classes)} classes, not {num_classes}: for a data set "
-                f"of your own use data=folder data.root={self.root}"
-            )
         if num_classes == 1000:
-            require_imagenet(self.classes, self.root)
+            folders.require_imagenet(self.classes, self.root)
+        elif num_classes not in (None, len(self.classes)):
+            raise ValueError(f"{self.root} has {len(self.classes)} classes, not {num_classes}")
 
-    def _sidecar(self, split: str) -> dict[str, Any]:
-        from evit.data.ffcv.format import check_beton
-
-        return check_beton(self.root / f"{split}.beton")
-
-    def dataset(self, split: str, transform: Any) -> ClassFolders:
+    def dataset(self, split: str) -> ClassFolders:
         if split not in self._listed:
             self._listed[split] = ClassFolders(self.root / split, self.classes)
-        found = copy.copy(self._listed[split])
-        found.transform = transform
-        return found
-
-    def samples(self, split: str) -> list[tuple[str, int]]:
-        return self.dataset(split, None).samples
+        return self._listed[split]
 
     def num_images(self, split: str) -> int:
-        return self._sidecar(split)["num_samples"] if self.prepared else super().num_images(split)
+        found = self._prepared.get(split)
+        return found["num_samples"] if found else super().num_images(split)
 
     def map_paths(self) -> list[str] | None:
         if not self.label_maps:
@@ -95,14 +80,10 @@ class Folder(Images):
     def identity(self) -> dict[str, Any]:
         splits = folders.splits_there(self.root, self.splits)
         images = [sample for split in splits for sample in self.samples(split)]
-        found = dict(root=str(self.root), tree=fingerprint(images, self.root))
+        found = dict(root=str(self.root), tree=folders.fingerprint(images, self.root))
         if paths := self.map_paths():
-            found |= dict(label_maps=fingerprint([(path, 0) for path in paths], self.root))
+            found["label_maps"] = folders.fingerprint([(path, 0) for path in paths], self.root)
         return found
-
-    @functools.cached_property
-    def beton_dir(self) -> Path:
-        return self.root if self.prepared else super().beton_dir
 
 
 class Downloaded(Images):
@@ -125,24 +106,19 @@ class Downloaded(Images):
 
     @functools.cached_property
     def classes(self) -> list[str]:  # type: ignore[override]
-        return list(self.dataset("val", None).classes)
+        return list(self.dataset("val").classes)
 
-    def dataset(self, split: str, transform: Any) -> Any:
+    def dataset(self, split: str) -> Any:
         if self.name == "fashion-mnist":
             unpack_fashion_mnist(self.cache_dir / "FashionMNIST" / "raw")
         try:
-            return self.source(str(self.cache_dir), split == "train", transform, download=True)
+            return self.source(str(self.cache_dir), split == "train", download=True)
         except (OSError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
                 f"{self.name} cannot be downloaded ({reason}): put {self.files} into "
                 f"{self.cache_dir}, or give class folders with data.root=DIR"
             ) from error
-
-    def samples(self, split: str) -> list[tuple[np.ndarray, int]]:
-        found = self.dataset(split, None)
-        labels = np.asarray(found.targets).tolist()
-        return list(zip(np.asarray(found.data), labels, strict=True))
 
     def num_images(self, split: str) -> int:
         return self.num_train if split == "train" else 10_000

@@ -15,10 +15,9 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
 
 from evit.data.folders import cut_long
-from evit.data.label_maps import Shape, read_label_map
-from evit.data.order import Shard, choose_samples, repeated_order
+from evit.data.label_maps import read_label_map
+from evit.data.order import Resumable, Shard, choose_samples, empty_batch, repeated_order
 from evit.data.randaugment import PILRandAugment
-from evit.data.resumable import Resumable, empty_batch
 from evit.recipe import Recipe
 
 
@@ -46,32 +45,29 @@ class EpochSampler(DistributedSampler):
 
 
 class RandomResizedCropFlip:
-    """torchvision's RandomResizedCrop, bicubic, RandomHorizontalFlip, and then timm's RandAugment
-    or torchvision's ColorJitter: an image gives uint8 (3, size, size), and what was done, as in
-    evit.data.ffcv.stream, its crop (5,) and with RandAugment a map (2, 3)."""
+    """torchvision's RandomResizedCrop, bicubic, RandomHorizontalFlip, and then timm's RandAugment:
+    an image gives uint8 (3, size, size), and what was done, as in evit.data.ffcv.stream, its crop
+    (5,) and with RandAugment a map (2, 3)."""
 
     def __init__(self, size: int, recipe: Recipe, fill: tuple[int, ...] = (0, 0, 0)):
-        scale, jitter = tuple(recipe.crop_scale), recipe.color_jitter
+        scale, name = tuple(recipe.crop_scale), recipe.rand_augment
         self.crop = T.RandomResizedCrop(size, scale, interpolation=InterpolationMode.BICUBIC)
-        self.flip, name = recipe.flip, recipe.rand_augment
-        self.rand_augment = PILRandAugment(name, fill) if name else None
-        self.jitter = T.ColorJitter(*[jitter] * 3) if jitter else None
+        self.flip, self.rand_augment = recipe.flip, PILRandAugment(name, fill) if name else None
 
     def __call__(self, image: Image.Image) -> tuple[Tensor, ...]:
+        width, height = image.size
+        image = image.convert("RGB")
         box = self.crop.make_params([image])
         left, top = box["left"], box["top"]
         right, bottom = left + box["width"], top + box["height"]
-        width, height = image.size
         flipped = bool(torch.rand(1) < self.flip)
         shares = left / width, top / height, right / width, bottom / height, float(flipped)
+        said = [torch.tensor(shares)]
         image = self.crop.transform(image, box)
         image = T.functional.horizontal_flip(image) if flipped else image
-        said = [torch.tensor(shares)]
         if self.rand_augment:
             image, warp = self.rand_augment(image)
-            said += [torch.from_numpy(warp)]
-        elif self.jitter:
-            image = self.jitter(image)
+            said.append(torch.from_numpy(warp))
         return T.functional.pil_to_tensor(image), *said
 
 
@@ -87,8 +83,7 @@ class SeededAugmentation(Dataset):
     def __init__(self, dataset: Any, seed: int, label_maps: Sequence[str], num_classes: int):
         self.dataset, self.seed = dataset, seed
         self.label_maps, self.num_classes = label_maps, num_classes
-        first = read_label_map(label_maps[0], num_classes) if label_maps else None
-        self.map_shape = None if first is None else (first.shape[2], first.shape[3])
+        self.map_shape = read_label_map(label_maps[0], num_classes).shape[2:] if label_maps else ()
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -108,19 +103,17 @@ class SeededAugmentation(Dataset):
 class FolderLoader(Resumable, DataLoader):  # type: ignore[misc]
     """Batches as of evit.data.ffcv.stream."""
 
-    label_map_shape: Shape | None = None
-    empty: tuple[Tensor, Tensor] | None = None  # the batch of a process without any image
+    img_size = 0
 
     def __len__(self) -> int:
-        return 1 if self.empty else super().__len__()
+        return max(super().__len__(), 1)
 
     def batches(self, start: int) -> Generator[Any]:
-        if self.empty:
-            yield self.empty
+        if not len(self.sampler):  # type: ignore[arg-type]
+            yield empty_batch(self.img_size, torch.device("cpu"))
             return
         if isinstance(self.sampler, EpochSampler):
-            assert self.batch_size
-            self.sampler.start = start * self.batch_size
+            self.sampler.start = start * (self.batch_size or 1)
         try:
             yield from DataLoader.__iter__(self)
         except ValueError as error:  # PyTorch puts a worker's traceback before the message
@@ -136,7 +129,7 @@ class FolderLoader(Resumable, DataLoader):  # type: ignore[misc]
 
 
 def folder_loader(
-    make_dataset: Callable[[Any], Any],
+    dataset: Any,
     recipe: Recipe,
     shard: Shard,
     *,
@@ -147,10 +140,11 @@ def folder_loader(
     label_maps: Sequence[str] | None = None,
     num_classes: int = 0,
 ) -> FolderLoader:
-    """Batches of one split, bicubic as DeiT's; make_dataset(transform) gives its images, whose
+    """Batches of one of torchvision's data sets, bicubic as DeiT's. It is given its transform; its
     label maps are the files `label_maps`."""
-    crop = T.Compose([T.RGB(), RandomResizedCropFlip(img_size, recipe, fill)])
-    dataset = make_dataset(crop if train else evaluation_transform(img_size, recipe.crop_pct))
+    cropped, evaluated = RandomResizedCropFlip, evaluation_transform
+    dataset, crop_pct = copy.copy(dataset), recipe.crop_pct
+    dataset.transform = cropped(img_size, recipe, fill) if train else evaluated(img_size, crop_pct)
     limit = recipe.max_train_images if train else recipe.max_val_images
     chosen = choose_samples(len(dataset), limit).tolist()
     dataset = torch.utils.data.Subset(dataset, chosen)
@@ -168,7 +162,5 @@ def folder_loader(
         pin_memory=torch.cuda.is_available(),
         persistent_workers=num_workers > 0,
     )
-    loader.label_map_shape = dataset.map_shape if train else None
-    if not len(sampler):
-        loader.empty = empty_batch(img_size, torch.device("cpu"))
+    loader.img_size = img_size
     return loader

@@ -5,11 +5,10 @@ LABELS/CLASS/STEM.pt, a float16 tensor (2, 5, H, W) with the five highest logits
 image, and the ids of their classes.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from torch import Tensor
 
 TOP = 5
 MAX_ID = 2048  # up to here float16 holds every integer
+WAY_OUT = "python src/label_maps.py source=DIR target=LABELS"
 
 Shape = tuple[int, int]
 
@@ -40,19 +40,19 @@ def label_map_paths(
     if missing := [path for path in found if needed and not os.path.isfile(path)]:
         raise ValueError(
             f"{len(missing)} of {len(found)} training images have no label map, {missing[0]} is "
-            f"the first: make the maps with python src/label_maps.py source=DIR target=LABELS"
+            f"the first: make the maps with {WAY_OUT}"
         )
     return list(found)
 
 
-def read_label_map(path: str | Path, num_classes: int, shape: Shape | None = None) -> Tensor:
+def read_label_map(path: str | Path, num_classes: int, shape: Any = None) -> Tensor:
     """A label map (2, 5, H, W), float16; ValueError where it is damaged or of another shape."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
         if found.dtype != torch.float16 or found.ndim != 4 or found.shape[:2] != (2, TOP):
             raise ValueError(f"{found.dtype} {tuple(found.shape)}, not float16 (2, {TOP}, H, W)")
         if shape and found.shape[2:] != shape:
-            raise ValueError(f"cells {tuple(found.shape[2:])}, the first map has {shape}")
+            raise ValueError(f"cells {tuple(found.shape[2:])}, the first map has {tuple(shape)}")
         logits, ids = found.float()
         if not logits.isfinite().all():
             raise ValueError("logits that are not finite")
@@ -61,8 +61,7 @@ def read_label_map(path: str | Path, num_classes: int, shape: Shape | None = Non
     except Exception as error:  # pickle and zip raise nearly anything on a bad file
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(
-            f"label map {path} cannot be read ({reason}): make it again, delete the file and run "
-            f"python src/label_maps.py source=DIR target=LABELS"
+            f"label map {path} cannot be read ({reason}): delete it and make it again, {WAY_OUT}"
         ) from None
     return found.contiguous()
 
@@ -95,13 +94,12 @@ def token_targets(
         (B, K) targets of the class token, and (B, N, K) of the patches, row-major; float32.
     """
     B, _, _, H, W = maps.shape
-    rows, columns = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
+    grid = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
     logits_BKHW = torch.zeros(B, num_classes, H, W, device=maps.device)
     logits_BKHW.scatter_(1, maps[:, 1].long(), maps[:, 0].float())
     crops = crops.to(maps.device).float()
     mirrored_B = crops[:, 4].bool()
-    if warps is None:
-        warps = torch.eye(2, 3).expand(B, 2, 3)
+    warps = torch.eye(2, 3).expand(B, 2, 3) if warps is None else warps
     warps = warps.to(maps.device).float()
     # The same for the crop before it was mirrored: its targets are mirrored last.
     turned = warps * torch.tensor([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0]], device=maps.device)
@@ -116,7 +114,7 @@ def token_targets(
         targets = mirrored.flatten(2).transpose(1, 2).softmax(2)
         return targets * (1 - label_smoothing) + label_smoothing / num_classes
 
-    return labels((1, 1))[:, 0], labels((rows, columns))
+    return labels((1, 1))[:, 0], labels(grid)
 
 
 def patch_logits(logits_BKHW: Tensor, boxes: Tensor, warps: Tensor, grid: Shape) -> Tensor:
@@ -135,10 +133,9 @@ def patch_logits(logits_BKHW: Tensor, boxes: Tensor, warps: Tensor, grid: Shape)
         points = (length / patches).ceil().clamp(1).view(B, 1, 1)
         point = torch.arange(int(points.max()), device=boxes.device)
         patch = torch.arange(patches, device=boxes.device).view(1, -1, 1)
+        share = torch.where(point < points, 1 / points, 0.0).expand(B, patches, -1)
         places.append(((patch + (point + 0.5) / points) / patches).flatten(1))
-        shares.append(
-            torch.where(point < points, 1 / points, 0.0).expand(B, patches, -1).flatten(1)
-        )
+        shares.append(share.flatten(1))
     x, y = places[0][:, None, :], places[1][:, :, None]  # (B, points down, points across)
     shown = torch.stack(torch.broadcast_tensors(x, y, torch.ones_like(x)), -1)
     inner = torch.einsum("bdah,bxh->bdax", shown, warps)  # in the crop's unit square

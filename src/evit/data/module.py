@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.utilities import rank_zero_only
+import numpy as np
 from torch import Tensor
 
 from evit.data.batch import MEAN, STD, normalize
@@ -38,30 +38,26 @@ class Images(L.LightningDataModule):
         seed: int = 0,
         cache_dir: str | Path = "data",
         backend: str = "ffcv",
-        mode: str = "jpg",
-        max_resolution: int | None = 640,
-        jpeg_quality: int = 95,
         num_workers: int | None = None,
         batches_ahead: int = 2,
         splits: Sequence[str] = SPLITS,
         label_maps: str | Path | None = None,
+        **write_options: Any,
     ):
         super().__init__()
-        if backend not in ("ffcv", "imagefolder"):
-            raise ValueError(f"data.backend must be ffcv or imagefolder, got {backend!r}")
+        if backend not in ("ffcv", "imagefolder") or batches_ahead < 1:
+            raise ValueError(
+                f"data.backend={backend} data.batches_ahead={batches_ahead}: ffcv or imagefolder, "
+                f"and at least 1"
+            )
         if backend == "ffcv":
             require_ffcv()
-        if batches_ahead < 1:
-            raise ValueError(f"data.batches_ahead must be at least 1, got {batches_ahead}")
         if recipe.rand_augment:
             RandAugment.parse(recipe.rand_augment)  # what is wrong with it is said here
-            if recipe.color_jitter:
-                rank_zero_only(print)("With RandAugment there is no color jitter, as in timm")
         self.img_size, self.recipe, self.seed = img_size, recipe, seed
         self.cache_dir, self.backend = Path(cache_dir), backend
-        self.write_options: dict[str, Any] = dict(
-            mode=mode, max_resolution=max_resolution, jpeg_quality=jpeg_quality
-        )
+        self.write_options: dict[str, Any] = dict(mode="jpg", max_resolution=640, jpeg_quality=95)
+        self.write_options |= write_options
         self.num_workers, self.batches_ahead = num_workers, batches_ahead
         self.splits = tuple(splits)
         used = label_maps if "train" in self.splits else None
@@ -78,13 +74,16 @@ class Images(L.LightningDataModule):
     def num_classes(self) -> int:
         return len(self.classes)
 
-    def samples(self, split: str) -> Any:
-        """(image path or pixels, label) pairs, for the writer."""
+    def dataset(self, split: str) -> Any:
+        """One of torchvision's data sets, of a split."""
         raise NotImplementedError
 
-    def dataset(self, split: str, transform: Any) -> Any:
-        """torchvision's data set, for the imagefolder backend."""
-        raise NotImplementedError
+    def samples(self, split: str) -> Any:
+        """(image path or pixels, label) pairs of a split."""
+        found = self.dataset(split)
+        if hasattr(found, "samples"):
+            return found.samples
+        return list(zip(np.asarray(found.data), np.asarray(found.targets).tolist(), strict=True))
 
     def num_images(self, split: str) -> int:
         """How many images a split has, whatever the recipe's limits."""
@@ -111,7 +110,7 @@ class Images(L.LightningDataModule):
         """Write the .beton files that are not there yet; in one process of each node."""
         if self.backend == "imagefolder":
             for split in self.splits:
-                self.dataset(split, None)
+                self.dataset(split)
             self.map_paths()
             return
         from evit.data.ffcv.format import check_beton
@@ -129,7 +128,6 @@ class Images(L.LightningDataModule):
                 classes=self.classes,
                 source=f"{self.name}/{split}",
                 num_workers=self.num_workers or available_cores(),
-                progress=True,
                 label_maps=self.map_paths() if split == "train" else None,
                 identity=self.beton_dir.name,
                 **self.write_options,
@@ -148,8 +146,7 @@ class Images(L.LightningDataModule):
         return batch_size // shares
 
     def setup(self, stage: str | None = None) -> None:
-        if not self._loaders:
-            self._loaders = {split: self._loader(split) for split in self.splits}
+        self._loaders = self._loaders or {split: self._loader(split) for split in self.splits}
 
     def describe_batch(self, epoch: int, batch: int) -> str:
         """Numbers of the images of a training batch of this process: at most 8 of them."""
@@ -186,20 +183,15 @@ class Images(L.LightningDataModule):
         if self.backend == "imagefolder":
             from evit.data.imagefolder import folder_loader
 
-            dataset = functools.partial(self.dataset, split)
             maps = self.map_paths() if train else None
             common |= dict(label_maps=maps, num_classes=self.num_classes)
-            return folder_loader(dataset, self.recipe, shard, **common)
+            return folder_loader(self.dataset(split), self.recipe, shard, **common)
         from evit.data.ffcv.stream import FFCVStream
 
-        return FFCVStream(
-            self.beton_dir / f"{split}.beton",
-            self.recipe,
-            shard,
-            batches_ahead=self.batches_ahead,
-            device=trainer.strategy.root_device if trainer else "cpu",
-            **common,
-        )
+        common |= dict(batches_ahead=self.batches_ahead)
+        common |= dict(device=trainer.strategy.root_device if trainer else "cpu")
+        path = self.beton_dir / f"{split}.beton"
+        return FFCVStream(path, self.recipe, shard, **common)
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, ...], _: int) -> Any:
         return normalize(batch[0], self.mean, self.std), *batch[1:]
@@ -208,8 +200,7 @@ class Images(L.LightningDataModule):
 def require_ffcv() -> None:
     """Raise ValueError if FFCV, or a system library that it needs, is not installed."""
     try:
-        import evit.data.ffcv._ffcv
-        import evit.data.ffcv.jpeg  # noqa: F401
+        import evit.data.ffcv.decode  # noqa: F401
     except ImportError as error:
         raise ValueError(f"{error}; or take data.backend=imagefolder") from error
 

@@ -12,13 +12,10 @@ import numpy as np
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 
-# Of timm's "inc1", whose severity increases with the magnitude; in timm's order.
-OPERATIONS = (
-    *("AutoContrast", "Equalize", "Invert", "Rotate", "PosterizeIncreasing", "SolarizeIncreasing"),
-    *("SolarizeAdd", "ColorIncreasing", "ContrastIncreasing", "BrightnessIncreasing"),
-    *("SharpnessIncreasing", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"),
-)
-ROTATE, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y = 3, 11, 12, 13, 14
+# The operations of timm's "inc1", whose severity increases with the magnitude, in timm's order.
+NUM_OPERATIONS = 15
+AUTO_CONTRAST, EQUALIZE, INVERT, ROTATE, POSTERIZE, SOLARIZE, SOLARIZE_ADD = range(7)
+COLOR, CONTRAST, BRIGHTNESS, SHARPNESS, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y = range(7, 15)
 SYNTAX = re.compile(r"rand(-(m\d+|n\d+|p\d*\.?\d+|mstd\d*\.?\d+|mmax\d+|inc1))*")
 
 
@@ -37,9 +34,8 @@ class RandAugment(NamedTuple):
         """What timm makes of its own syntax, such as rand-m9-mstd0.5-inc1."""
         if not SYNTAX.fullmatch(config) or "inc1" not in config.split("-"):
             raise ValueError(
-                f"recipe.rand_augment must be as timm writes it, rand-m9-mstd0.5-inc1, with m, n, "
-                f"p, mstd and mmax as you like and with inc1, the operations whose severity "
-                f"increases with the magnitude; got {config!r}"
+                f"recipe.rand_augment={config!r}: write it as timm does, rand-m9-mstd0.5-inc1, "
+                f"with m, n, p, mstd and mmax as you like, and with inc1"
             )
         found: Any = rand_augment_transform(config, {})
         op = found.ops[0]
@@ -60,15 +56,14 @@ def source_of(operation: int, argument: float, width: float, height: float) -> A
         cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
         x, y = width / 2, height / 2
         return cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y
-    if operation == SHEAR_X:
-        return 1.0, argument, 0.0, 0.0, 1.0, 0.0
-    if operation == SHEAR_Y:
-        return 1.0, 0.0, 0.0, argument, 1.0, 0.0
-    if operation == TRANSLATE_X:
-        return 1.0, 0.0, argument * width, 0.0, 1.0, 0.0
-    if operation == TRANSLATE_Y:
-        return 1.0, 0.0, 0.0, 0.0, 1.0, argument * height
-    return 1.0, 0.0, 0.0, 0.0, 1.0, 0.0
+    values = {
+        SHEAR_X: (argument, 0.0, 0.0, 0.0),
+        TRANSLATE_X: (0.0, argument * width, 0.0, 0.0),
+        SHEAR_Y: (0.0, 0.0, argument, 0.0),
+        TRANSLATE_Y: (0.0, 0.0, 0.0, argument * height),
+    }
+    b, c, d, f = values.get(operation, (0.0,) * 4)
+    return 1.0, b, c, d, 1.0, f
 
 
 def warp_of(operations: Sequence[int], arguments: Sequence[float]) -> np.ndarray:
@@ -82,10 +77,9 @@ def warp_of(operations: Sequence[int], arguments: Sequence[float]) -> np.ndarray
 
 
 class PILRandAugment:
-    """timm's RandAugment of PIL images, which also says what it did.
+    """timm's RandAugment of PIL images: an image gives an image, and the map of warp_of.
 
-    An image gives an image, and the map of warp_of. Draws from the global generators of `random`
-    and numpy. Bicubic, as in DeiT's training (transforms_factory.py hands train_interpolation on).
+    Draws from the global generators of `random` and numpy. Bicubic, as in DeiT's training.
     """
 
     def __init__(self, config: str, fill: tuple[int, ...]):
@@ -97,11 +91,11 @@ class PILRandAugment:
 
     def _apply(self, operation: int, function: Any, image: Any, *arguments: Any, **more: Any):
         self.applied.append((operation, arguments[0] if arguments else 0.0))
-        if OPERATIONS[operation] == "PosterizeIncreasing" and arguments[0] < 1:
+        if operation == POSTERIZE and arguments[0] < 1:
             return Image.new(image.mode, image.size)  # Pillow 13 refuses 0 bits, earlier: black
         return function(image, *arguments, **more)
 
     def __call__(self, image: Image.Image) -> tuple[Image.Image, np.ndarray]:
         self.applied = []
         image = self.transform(image)
-        return image, warp_of(*zip(*self.applied, strict=True)) if self.applied else warp_of([], [])
+        return image, warp_of([op for op, _ in self.applied], [value for _, value in self.applied])

@@ -17,8 +17,9 @@ _torch_threads = torch.get_num_threads()
 # FFCV keeps two numbers in numba's dictionary, which takes seconds to compile in every process.
 _numba_dict, numba.typed.Dict = numba.typed.Dict, dict
 try:
+    from ffcv import types
     from ffcv.fields.rgb_image import get_random_crop
-    from ffcv.loader import Loader, OrderOption
+    from ffcv.loader import Loader
     from ffcv.loader.epoch_iterator import EpochIterator
     from ffcv.pipeline.allocation_query import AllocationQuery
     from ffcv.pipeline.compiler import Compiler
@@ -29,8 +30,7 @@ try:
 except (ImportError, OSError, ValueError) as error:
     raise ImportError(
         f"FFCV cannot be used here ({error}): run `make setup`, or install libopencv-dev, "
-        "libturbojpeg0-dev, libjpeg-dev, pkg-config, g++ and libtbb12 (or libgomp1), then "
-        "`pip install ffcv`"
+        "libturbojpeg0-dev, libjpeg-dev, pkg-config, g++ and libtbb12, then `pip install ffcv`"
     ) from error
 finally:
     torch.set_num_threads(_torch_threads)

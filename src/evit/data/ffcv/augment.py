@@ -1,7 +1,6 @@
-"""The operations of RandAugment and colour jitter, in functions that numba keeps on disk.
+"""RandAugment in functions that numba keeps on disk: to the bit the pixels that Pillow gives timm.
 
-Each gives the pixels that Pillow gives when timm asks it, to the bit. They are all in this file, as
-numba looks at no other to tell whether what it has kept is still valid.
+They are all in this file, as numba looks at no other to tell whether what it has kept is valid.
 """
 
 from __future__ import annotations
@@ -11,67 +10,68 @@ import math
 import numba
 import numpy as np
 
-from evit.data.randaugment import ROTATE, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y
+from evit.data import randaugment as ra
 
-AUTO_CONTRAST, EQUALIZE, INVERT, POSTERIZE, SOLARIZE, SOLARIZE_ADD = 0, 1, 2, 4, 5, 6
-COLOR, CONTRAST, BRIGHTNESS, SHARPNESS = 7, 8, 9, 10
 NOTHING = -1
 CHUNK = 32
+RANGES = np.zeros(ra.NUM_OPERATIONS)  # degrees, or shares of the side
+RANGES[[ra.ROTATE, *range(ra.SHEAR_X, ra.TRANSLATE_Y + 1)]] = 30, 0.3, 0.3, 0.45, 0.45
+
+jit = numba.njit(cache=True, nogil=True)
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
+def _cut(value):
+    value = value if value > 0.0 else 0.0
+    return np.uint8(value if value < 255.0 else 255.0)
+
+
+@jit
 def _blend(low, high, factor):
-    """low + factor * (high - low), cut off as PIL does; all float32."""
+    """Both and the factor are float32."""
     value = low + factor * (high - low)
     value = value if value > np.float32(0) else np.float32(0)
     return np.uint8(value if value < np.float32(255) else np.float32(255))
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _gray(pixel):
     return (pixel[0] * 19595 + pixel[1] * 38470 + pixel[2] * 7471 + 0x8000) >> 16
 
 
-@numba.njit(cache=True, nogil=True)
-def _auto_contrast(counts, table):
+@jit
+def _stretch(counts, equalize, table):
+    """Auto-contrast, or equalization, of one colour's histogram."""
     present = np.flatnonzero(counts)
     low, high = present[0], present[-1]
-    if high > low:
+    step = (counts.sum() - counts[high]) // 255
+    if equalize and step > 0:
+        n = step // 2
+        for i in range(256):
+            table[i] = min(255, n // step)
+            n += counts[i]
+    elif not equalize and high > low:
         scale = 255.0 / (high - low)
         offset = -low * scale
         for i in range(256):
             table[i] = max(0, min(255, int(i * scale + offset)))
 
 
-@numba.njit(cache=True, nogil=True)
-def _equalize(counts, table):
-    present = np.flatnonzero(counts)
-    step = (counts.sum() - counts[present[-1]]) // 255
-    if step > 0:
-        n = step // 2
-        for i in range(256):
-            table[i] = min(255, n // step)
-            n += counts[i]
-
-
-@numba.njit(cache=True, nogil=True)
+@jit
 def _tables(pixels, operation, argument):
     """The value (3, 256) that takes the place of each, by the operations that look at no place."""
     tables = np.empty((3, 256), np.uint8)
     tables[:] = np.arange(256)
-    if operation == AUTO_CONTRAST or operation == EQUALIZE:
+    if operation == ra.AUTO_CONTRAST or operation == ra.EQUALIZE:
         counts = np.zeros((3, 256), np.int64)
         for i in range(len(pixels)):
             for c in range(3):
                 counts[c, pixels[i, c]] += 1
         for c in range(3):
-            if operation == AUTO_CONTRAST:
-                _auto_contrast(counts[c], tables[c])
-            else:
-                _equalize(counts[c], tables[c])
+            _stretch(counts[c], operation == ra.EQUALIZE, tables[c])
         return tables
     gray = np.float32(0)
-    if operation == CONTRAST:
+    if operation == ra.CONTRAST:
         total = 0
         for i in range(len(pixels)):
             total += _gray(pixels[i])
@@ -79,19 +79,19 @@ def _tables(pixels, operation, argument):
     number = int(argument)
     for i in range(256):
         value = i
-        if operation == INVERT or operation == SOLARIZE and i >= number:
+        if operation == ra.INVERT or operation == ra.SOLARIZE and i >= number:
             value = 255 - i
-        elif operation == SOLARIZE_ADD and i < 128:
+        elif operation == ra.SOLARIZE_ADD and i < 128:
             value = min(255, i + number)
-        elif operation == POSTERIZE:  # of no bits: black, as Pillow gave it before version 13
+        elif operation == ra.POSTERIZE:  # of no bits: black, as Pillow gave it before version 13
             value = i & -(1 << (8 - number)) if number > 0 else 0
-        elif operation == CONTRAST or operation == BRIGHTNESS:
+        elif operation == ra.CONTRAST or operation == ra.BRIGHTNESS:
             value = _blend(gray, np.float32(i), np.float32(argument))
         tables[:, i] = value
     return tables
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _color(image, factor):
     """Away from gray."""
     height, width, _ = image.shape
@@ -103,7 +103,7 @@ def _color(image, factor):
             values[y, i] = _blend(gray[i], np.float32(values[y, i]), factor)
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _sharpness(image, factor):
     """Away from PIL's SMOOTH, whose border stays as it is."""
     height, length = image.shape[0], 3 * image.shape[1]
@@ -123,76 +123,41 @@ def _sharpness(image, factor):
             inner[i] = _blend(np.float32(np.uint8(smooth)), value, factor)
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _cubic(v1, v2, v3, v4, d):
     """PIL's, in its order of rounding."""
     return v2 + d * ((-v1 + v3) + d * ((2 * (v1 - v2) + v3 - v4) + d * (-v1 + v2 - v3 + v4)))
 
 
-@numba.njit(cache=True, nogil=True)
-def _cut(value):
-    value = value if value > 0.0 else 0.0
-    return np.uint8(value if value < 255.0 else 255.0)
-
-
-@numba.njit(cache=True, nogil=True)
-def _between(source, y, xs, c, d):
-    v1, v2 = float(source[y, xs[0], c]), float(source[y, xs[1], c])
-    return _cubic(v1, v2, float(source[y, xs[2], c]), float(source[y, xs[3], c]), d)
-
-
-@numba.njit(cache=True, nogil=True)
-def _interpolate(source, x, y, image, row, column):
-    """The bicubic pixel at a place inside the source (H, W, 3) to one of the image."""
-    height, width, _ = source.shape
-    x, y = x - 0.5, y - 0.5
-    left, top = int(math.floor(x)), int(math.floor(y))
-    dx, dy = x - left, y - top
-    xs = max(left - 1, 0), max(left, 0), min(left + 1, width - 1), min(left + 2, width - 1)
-    for c in range(3):
-        v1 = _between(source, max(top - 1, 0), xs, c, dx)
-        v2 = _between(source, max(top, 0), xs, c, dx)
-        v3 = _between(source, min(top + 1, height - 1), xs, c, dx)
-        v4 = _between(source, min(top + 2, height - 1), xs, c, dx)
-        image[row, column, c] = _cut(_cubic(v1, v2, v3, v4, dy))
-
-
-@numba.njit(cache=True, nogil=True)
+@jit
 def _shift_rows(source, image, slope, offset, fill):
     """Fill image with what lies slope * y + offset to the right in the source, both (H, W, 3)."""
     height, width, _ = source.shape
     rows, output = source.reshape(height, 3 * width), image.reshape(height, 3 * width)
-    line, distances = np.empty(3 * width), np.empty(3 * width)
+    line, distances = np.empty(3 * width + 12), np.empty((width, 3))
     for y in range(height):
         for i in range(3 * width):
-            line[i] = rows[y, i]
-        shift = slope * (y + 0.5)
+            line[i + 6] = rows[y, i]
+        for i in range(6):  # beyond the edge there is more of its last pixel
+            line[i], line[3 * width + 6 + i] = rows[y, i % 3], rows[y, 3 * width - 3 + i % 3]
+        shift, begin, end = slope * (y + 0.5), 0, width
         whole = int(math.floor(shift + offset))
-        # Columns whose four neighbours are all in the row.
-        begin = min(max(2 - whole, 0), width)
-        end = max(min(width - 3 - whole, width), begin)
+        while begin < width and begin + 0.5 + shift + offset < 0:
+            begin += 1
+        while end > begin and end - 0.5 + shift + offset >= width:
+            end -= 1
+        image[y, :begin], image[y, end:] = fill, fill
+        # As PIL rounds it, which depends on x; without a slope every row has the same.
         for x in range(begin, end if slope != 0 or y == 0 else begin):
-            # As PIL rounds it, which depends on x.
-            distance = (x + 0.5 + shift + offset) - 0.5 - (x + whole)
-            for c in range(3):
-                distances[3 * (x - begin) + c] = distance
-        first, last = 3 * (begin + whole), 3 * (end + whole)
-        inner = output[y, 3 * begin : 3 * end]
-        v1, v2 = line[first - 3 : last - 3], line[first:last]
-        v3, v4 = line[first + 3 : last + 3], line[first + 6 : last + 6]
+            distances[x - begin] = (x + 0.5 + shift + offset) - 0.5 - (x + whole)
+        d, inner = distances.reshape(-1), output[y, 3 * begin : 3 * end]
+        v1 = line[3 * (begin + whole + 1) :]
+        v2, v3, v4 = v1[3:], v1[6:], v1[9:]
         for i in range(len(inner)):
-            inner[i] = _cut(_cubic(v1[i], v2[i], v3[i], v4[i], distances[i]))
-        for k in range(width - (end - begin)):
-            x = k if k < begin else k + end - begin
-            from_x = x + 0.5 + shift + offset
-            if 0 <= from_x < width:
-                _interpolate(source, from_x, y + 0.5, image, y, x)
-            else:
-                for c in range(3):
-                    output[y, 3 * x + c] = fill[c]
+            inner[i] = _cut(_cubic(v1[i], v2[i], v3[i], v4[i], d[i]))
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _row(neighbours, first, shift, d):
     """Between four packed pixels, CHUNK apart; of the colour at this shift."""
     v1 = (neighbours[first] >> shift) & np.uint32(255)
@@ -202,17 +167,16 @@ def _row(neighbours, first, shift, d):
     return _cubic(float(v1), float(v2), float(v3), float(v4), d)
 
 
-@numba.njit(cache=True, nogil=True)
-def _move(source, image, affine, fill):
-    """Fill image with the source's pixels at an affine map of each place, both (H, W, 3).
+@jit
+def _rotate(image, affine, fill):
+    """Let every pixel of an image (H, W, 3) come from an affine map of its place.
 
     The 16 neighbours of CHUNK pixels are collected first: the compiler can then take several pixels
     at once.
     """
-    height, width, _ = source.shape
+    height, width, _ = image.shape
     a, b, c, d, e, f = affine
-    packed = np.empty(height * width, np.uint32)
-    pixels = source.reshape(-1, 3)
+    packed, pixels = np.empty(height * width, np.uint32), image.reshape(-1, 3)
     for i in range(len(packed)):
         red, green, blue = pixels[i, 0], pixels[i, 1], pixels[i, 2]
         packed[i] = red | green << 8 | blue << 16
@@ -225,19 +189,19 @@ def _move(source, image, affine, fill):
             for x in range(start, min(start + CHUNK, width)):
                 from_x = a * (x + 0.5) + b * (y + 0.5) + c
                 from_y = d * (x + 0.5) + e * (y + 0.5) + f
-                left, top = math.floor(from_x - 0.5), math.floor(from_y - 0.5)
-                if 1 <= left < width - 2 and 1 <= top < height - 2:
-                    first = np.uintp((top - 1) * width + left - 1)
-                    for k in range(16):
-                        place = first + np.uintp(k // 4 * width + k % 4)
-                        neighbours[k * CHUNK + n] = packed[place]
-                    across[n], down[n], columns[n] = from_x - 0.5 - left, from_y - 0.5 - top, x
-                    n += 1
-                elif 0 <= from_x < width and 0 <= from_y < height:
-                    _interpolate(source, from_x, from_y, image, y, x)
-                else:
-                    for channel in range(3):
-                        image[y, x, channel] = fill[channel]
+                if not (0 <= from_x < width and 0 <= from_y < height):
+                    image[y, x] = fill
+                    continue
+                left, top = int(math.floor(from_x - 0.5)), int(math.floor(from_y - 0.5))
+                across[n], down[n], columns[n] = from_x - 0.5 - left, from_y - 0.5 - top, x
+                inside = 1 <= left < width - 2 and 1 <= top < height - 2
+                for k in range(16):
+                    row, column = top - 1 + k // 4, left - 1 + k % 4
+                    if not inside:  # beyond the edge there is more of its last pixels
+                        row = max(0, min(row, height - 1))
+                        column = max(0, min(column, width - 1))
+                    neighbours[k * CHUNK + n] = packed[np.uintp(row * width + column)]
+                n += 1
             for channel in range(3):
                 shift = np.uint32(8 * channel)
                 for i in range(CHUNK):
@@ -250,7 +214,7 @@ def _move(source, image, affine, fill):
                     image[y, columns[i], channel] = found[i]
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _transpose(source, output):
     for y in range(source.shape[0]):
         for x in range(source.shape[1]):
@@ -258,27 +222,27 @@ def _transpose(source, output):
                 output[x, y, c] = source[y, x, c]
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def apply_operation(image, operation, argument, affine, fill):
     """Change image (H, W, 3), uint8; affine is what source_of says of the operation."""
-    pixels = image.reshape(-1, 3)
     if operation == NOTHING:
         return
-    if operation == ROTATE:
-        _move(image.copy(), image, affine, fill)
-    elif operation == SHEAR_X or operation == TRANSLATE_X:
+    if operation == ra.ROTATE:
+        _rotate(image, affine, fill)
+    elif operation == ra.SHEAR_X or operation == ra.TRANSLATE_X:
         _shift_rows(image.copy(), image, affine[1], affine[2], fill)
-    elif operation == SHEAR_Y or operation == TRANSLATE_Y:  # rows are faster than columns
+    elif operation == ra.SHEAR_Y or operation == ra.TRANSLATE_Y:  # rows are faster than columns
         turned = np.empty((image.shape[1], image.shape[0], 3), np.uint8)
         output = np.empty_like(turned)
         _transpose(image, turned)
         _shift_rows(turned, output, affine[3], affine[5], fill)
         _transpose(output, image)
-    elif operation == COLOR:
+    elif operation == ra.COLOR:
         _color(image, np.float32(argument))
-    elif operation == SHARPNESS:
+    elif operation == ra.SHARPNESS:
         _sharpness(image, np.float32(argument))
     else:
+        pixels = image.reshape(-1, 3)
         tables = _tables(pixels, operation, argument)
         for i in range(len(pixels)):
             for c in range(3):
@@ -293,3 +257,39 @@ def augment_batch(images, operations, arguments, affines, fill):
             a = affines[k, i]
             affine = a[0], a[1], a[2], a[3], a[4], a[5]
             apply_operation(images[k], operations[k, i], arguments[k, i], affine, fill)
+
+
+@jit
+def argument_of(operation, level, sign):
+    """timm's argument of an operation at a level, 0 to 10; sign is 1 or -1."""
+    share = level / 10
+    if operation == ra.POSTERIZE:
+        return 4.0 - int(share * 4)  # bits
+    if operation == ra.SOLARIZE:
+        return 256.0 - min(256, int(share * 256))  # the value from which on it inverts
+    if operation == ra.SOLARIZE_ADD:
+        return float(min(128, int(share * 110)))
+    if ra.COLOR <= operation <= ra.SHARPNESS:
+        return max(0.1, 1 + sign * (share * 0.9))
+    return sign * (share * RANGES[operation])
+
+
+@jit
+def draw(seeds, layers, magnitude, mstd, probability, maximum):
+    """Operations (B, layers), NOTHING where none is applied, and their arguments (B, layers)."""
+    operations = np.full((len(seeds), layers), NOTHING)
+    arguments = np.zeros((len(seeds), layers))
+    for k in range(len(seeds)):
+        np.random.seed(seeds[k])
+        for layer in range(layers):
+            operation = np.random.randint(0, ra.NUM_OPERATIONS)
+            if np.random.random() > probability:
+                continue
+            if mstd == np.inf:
+                level = np.random.uniform(0.0, magnitude)
+            else:
+                level = np.random.normal(magnitude, mstd)
+            sign = -1.0 if np.random.random() > 0.5 else 1.0
+            operations[k, layer] = operation
+            arguments[k, layer] = argument_of(operation, max(0.0, min(level, maximum)), sign)
+    return operations, arguments

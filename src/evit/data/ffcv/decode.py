@@ -1,16 +1,9 @@
 """FFCV decoders that read, crop, resize and flip a batch in one compiled, parallel loop.
 
-An FFCV decoder is given nothing but sample numbers, and numba's random numbers depend on the
-number of threads. So the order of an epoch carries the randomness: every entry is `seed << 32 |
-sample`, and a crop is a pure function of its entry.
-
-Of a JPEG no more is decoded than the crop shows, and in training at 1/2, 1/4 or 1/8 of the size
-where that leaves at least twice the pixels that are wanted on either side: with fewer, the result
-would differ more than two good resampling filters do. The rest of the way is a mean over areas, as
-OpenCV's INTER_AREA takes it.
-
-The compiled functions live at module level, where numba can keep them on disk: only the first run
-on a machine waits for the compiler.
+FFCV gives a decoder nothing but sample numbers, so the order of an epoch carries the randomness:
+every entry is `seed << 32 | sample`, and a crop is a pure function of its entry. Of a JPEG no more
+is decoded than the crop shows, and in training at 1/2, 1/4 or 1/8 of the size where that leaves
+twice the pixels that are wanted on either side. The rest is a mean over areas.
 """
 
 from __future__ import annotations
@@ -22,20 +15,26 @@ from typing import Any
 import numba
 import numpy as np
 
-from evit.data.ffcv._ffcv import AllocationQuery, Operation, State
-from evit.data.ffcv.draw import Augmentation, center_crops, random_crops
+from evit.data.ffcv import augment
+from evit.data.ffcv._ffcv import AllocationQuery, Operation, State, get_random_crop
 from evit.data.ffcv.format import JPEG, DamagedSample, Shape
 from evit.data.ffcv.jpeg import jpeg_crop
+from evit.data.randaugment import RandAugment, source_of, warp_of
 from evit.recipe import Recipe
 
 SAMPLE_BITS = np.uint64(32)
 SAMPLE_MASK = np.uint64(2**32 - 1)
+SALT = np.uint32(0x9E3779B9)
 RATIO = np.array([3 / 4, 4 / 3])  # width / height of random crops
 _BESIDE = 8 + 2 + 32  # columns that jpeg_crop may add to a crop: margins and the widest MCU
 _ONE, _TWO, _THREE = np.uintp(1), np.uintp(2), np.uintp(3)  # numba checks signed indices for < 0
 
+_get_random_crop = numba.njit(get_random_crop)  # torchvision's RandomResizedCrop.get_params
 
-@numba.njit(cache=True, nogil=True)
+jit = numba.njit(cache=True, nogil=True)
+
+
+@jit
 def _decode_jpeg(data, height, width, shrink, top, bottom, left, right):
     """Rows top to bottom and columns left to right of the shrunk image, the column in which they
     begin, and a status that is not 0 where libjpeg-turbo failed or had to guess."""
@@ -48,7 +47,7 @@ def _decode_jpeg(data, height, width, shrink, top, bottom, left, right):
     return pixels, np.int64(found[0]), status
 
 
-@numba.njit(cache=True, nogil=True)
+@jit
 def _areas(start, length, scale, size):
     """What `size` equal parts of start to start + length cover, in pixels `scale` wide: the first
     pixel of each part, and the shares (size, n) that it and the next ones have in the part."""
@@ -97,26 +96,19 @@ def _resize(pixels, rows, row_shares, columns, column_shares, mirror, output):
             pixel[0], pixel[1], pixel[2] = np.uint8(red), np.uint8(green), np.uint8(blue)
 
 
-@numba.njit(cache=True, nogil=True)
-def choose_shrink(height, width, output_height, output_width):
-    """1, 2, 4 or 8: the largest that leaves twice the output's pixels of a crop, or more."""
-    shrink = 8
-    while shrink > 1 and (height < 2 * shrink * output_height or width < 2 * shrink * output_width):
-        shrink //= 2
-    return shrink
-
-
-@numba.njit(cache=True, nogil=True)
+@jit
 def crop_image(data, is_jpeg, size, box, flip, shrinks, output):
     """Fill output (H, W, 3) with the box (top, left, height, width) of an image whose size is
     (height, width), and return a status that is not 0 for a damaged JPEG.
 
-    `shrinks`: whether a JPEG may be decoded at a fraction of its size.
+    `shrinks`: whether a JPEG may be decoded at a fraction of its size, the least that leaves twice
+    the output's pixels.
     """
     top, left, height, width = box
+    enough = min(height // (2 * output.shape[0]), width // (2 * output.shape[1]))
     shrink = 1
-    if is_jpeg and shrinks:
-        shrink = choose_shrink(height, width, output.shape[0], output.shape[1])
+    while is_jpeg and shrinks and shrink < 8 and 2 * shrink <= enough:
+        shrink *= 2
     rows, row_shares = _areas(top, height, shrink, output.shape[0])
     columns, column_shares = _areas(left, width, shrink, output.shape[1])
     status = 0
@@ -156,110 +148,126 @@ def decode_jpeg(data: bytes, height: int, width: int) -> np.ndarray | None:
     return None if status else pixels[:, :width]
 
 
-@numba.njit(cache=True, nogil=True)
-def _read_pieces(file, starts, output):
-    """Fill output (B, bytes) with what begins at starts (B,)."""
-    for k in range(len(starts)):
-        output[k] = file[starts[k] : starts[k] + np.uint64(output.shape[1])]
+@jit
+def random_crops(heights, widths, seeds, scale, ratio, flip):
+    """Boxes (B, 4) of top, left, height, width, and flips (B,), each from its own seed."""
+    boxes = np.empty((len(seeds), 4), np.int64)
+    flips = np.empty(len(seeds), np.bool_)
+    for k in range(len(seeds)):
+        np.random.seed(seeds[k])
+        boxes[k] = _get_random_crop(heights[k], widths[k], scale, ratio)
+        flips[k] = np.random.random() < flip
+    return boxes, flips
+
+
+def center_crops(
+    heights: np.ndarray, widths: np.ndarray, img_size: int, crop_pct: float
+) -> np.ndarray:
+    """Boxes (B, 4) of top, left, height, width that torchvision's Resize(int(img_size / crop_pct))
+    and CenterCrop(img_size) leave of each image, to the nearest pixel."""
+    sizes = np.stack([heights, widths]).astype(np.int64)
+    short = sizes.min(0)
+    resized_short = int(img_size / crop_pct)
+    resized = resized_short * sizes // short
+    side = np.clip(np.rint(img_size * short / resized_short), 1, short)
+    offset = np.rint(np.rint((resized - img_size) / 2) * sizes / resized)
+    offset = np.clip(offset, 0, sizes - side)
+    return np.stack([*offset, side, side], axis=1).astype(np.int64)
 
 
 class Decoder(Operation):
-    """Makes arrays (B, *shape), which fill(output, entries, metadata, storage) fills."""
+    """Arrays (B, *shape) that fill(entries, output, metadata, storage) fills and returns."""
 
-    def __init__(self, shape: Sequence[int], dtype: str, fill: Callable[..., None]) -> None:
+    def __init__(self, fill: Callable[..., np.ndarray], shape: Sequence[int], dtype: str) -> None:
         super().__init__()
-        self.shape, self.dtype, self.fill = tuple(shape), np.dtype(dtype), fill
+        self.fill, self.shape, self.dtype = fill, tuple(shape), np.dtype(dtype)
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
         state = replace(previous_state, jit_mode=True, shape=self.shape, dtype=self.dtype)
         return state, AllocationQuery(self.shape, self.dtype)
 
     def generate_code(self) -> Callable:
-        def decode(entries: np.ndarray, output: np.ndarray, metadata: Any, storage: Any) -> Any:
-            self.fill(output, entries, metadata, storage)
-            return output
-
-        return decode
+        return self.fill
 
 
 class Crops:
-    """Crops of images, and what is said of them.
+    """Crops of images, and what is said of them, each a decoder's `fill`.
 
     Evaluation resizes the short side to img_size / crop_pct and cuts out the centre, cutting first.
     Training takes torchvision's RandomResizedCrop of crop_scale times the area, a horizontal flip
-    with probability flip, and then the augmentation of the pixels.
+    with probability flip, and then RandAugment.
     """
 
     def __init__(self, img_size: int, recipe: Recipe, train: bool, fill: tuple[int, ...]) -> None:
         self.img_size, self.recipe, self.train = img_size, recipe, train
-        self.augmentation = Augmentation(recipe.rand_augment, recipe.color_jitter, fill)
+        # Not uint8: FFCV changes numba's own type of such arrays.
+        self.fill, name = np.array(fill, np.int64), recipe.rand_augment
+        self.rand_augment: Any = RandAugment.parse(name) if train and name else None
 
-    def crops(self, heights: np.ndarray, widths: np.ndarray, seeds: np.ndarray) -> Any:
-        """Boxes (B, 4) of top, left, height, width, and flips (B,)."""
-        if not self.train:
-            boxes = center_crops(heights, widths, self.img_size, self.recipe.crop_pct)
-            return boxes, np.zeros(len(boxes), np.bool_)
-        scale, flip = np.array(self.recipe.crop_scale, float), float(self.recipe.flip)
-        return random_crops(heights, widths, seeds.astype(np.uint32), scale, RATIO, flip)
-
-    def _crops_of(self, entries: np.ndarray, metadata: np.ndarray) -> Any:
-        """Sizes (B, 2) of height and width, boxes (B, 4) and flips (B,) of an order's entries."""
+    def crops(self, entries: np.ndarray, metadata: np.ndarray) -> Any:
+        """Sizes (B, 2) of height and width, boxes (B, 4) of top, left, height, width, and flips
+        (B,) of an order's entries."""
         fields = metadata[entries & SAMPLE_MASK]
-        heights, widths = (fields[side].astype(np.int64) for side in ("height", "width"))
-        return np.stack([heights, widths], 1), *self.crops(heights, widths, entries >> SAMPLE_BITS)
+        sizes = heights, widths = [fields[side].astype(np.int64) for side in ("height", "width")]
+        if self.train:
+            seeds, scale = (entries >> SAMPLE_BITS).astype(np.uint32), self.recipe.crop_scale
+            parameters = np.array(scale, float), RATIO, float(self.recipe.flip)
+            return np.stack(sizes, 1), *random_crops(heights, widths, seeds, *parameters)
+        boxes = center_crops(heights, widths, self.img_size, self.recipe.crop_pct)
+        return np.stack(sizes, 1), boxes, np.zeros(len(boxes), np.bool_)
 
-    def images(self) -> Decoder:
+    def drawn(self, entries: np.ndarray) -> Any:
+        """RandAugment's operations and arguments (B, layers)."""
+        seeds = (entries >> SAMPLE_BITS).astype(
+            np.uint32
+        ) ^ SALT  # crops: from the seeds themselves
+        return augment.draw(seeds, *self.rand_augment)
+
+    def images(self, entries: Any, output: np.ndarray, metadata: Any, storage: Any) -> np.ndarray:
         """uint8 (B, H, W, 3)."""
+        samples, (_, boxes, flips) = entries & SAMPLE_MASK, self.crops(entries, metadata)
+        status = crop_batch(samples, boxes, flips, self.train, output, metadata, *storage)
+        if status.any():
+            raise DamagedSample(f"the JPEG of sample {samples[status.argmin()]} is damaged")
+        if self.rand_augment:
+            operations, arguments = self.drawn(entries)
+            steps = zip(operations.ravel().tolist(), arguments.ravel().tolist(), strict=True)
+            affines = np.array([source_of(*step, self.img_size, self.img_size) for step in steps])
+            affines = affines.reshape(*operations.shape, 6)
+            augment.augment_batch(output, operations, arguments, affines, self.fill)
+        return output
 
-        def fill(output: np.ndarray, entries: np.ndarray, metadata: Any, storage: Any) -> None:
-            samples = entries & SAMPLE_MASK
-            _, boxes, flips = self._crops_of(entries, metadata)
-            status = crop_batch(samples, boxes, flips, self.train, output, metadata, *storage)
-            if status.any():
-                raise DamagedSample(f"the JPEG of sample {samples[status.argmin()]} is damaged")
-            if self.train:
-                self.augmentation(output, entries >> SAMPLE_BITS)
-
-        return Decoder((self.img_size, self.img_size, 3), "u1", fill)
-
-    def records(self) -> Decoder:
+    def records(self, entries: Any, output: np.ndarray, metadata: Any, storage: Any) -> np.ndarray:
         """The crops (B, 5): x0, y0, x1, y1 as shares of the image's width and height, and 1 where
         it is mirrored."""
+        sizes, boxes, flips = self.crops(entries, metadata)
+        starts, ends = boxes[:, :2] / sizes, (boxes[:, :2] + boxes[:, 2:]) / sizes
+        output[:] = np.column_stack([starts[:, ::-1], ends[:, ::-1], flips])
+        return output
 
-        def fill(output: np.ndarray, entries: np.ndarray, metadata: Any, storage: Any) -> None:
-            sizes, boxes, flips = self._crops_of(entries, metadata)
-            starts, ends = boxes[:, :2] / sizes, (boxes[:, :2] + boxes[:, 2:]) / sizes
-            output[:] = np.column_stack([starts[:, ::-1], ends[:, ::-1], flips])
-
-        return Decoder((5,), "f4", fill)
-
-    def warps(self) -> Decoder:
+    def warps(self, entries: Any, output: np.ndarray, metadata: Any, storage: Any) -> np.ndarray:
         """The affine maps (B, 2, 3) of RandAugment, from the unit square shown to the crop's."""
-
-        def fill(output: np.ndarray, entries: np.ndarray, metadata: Any, storage: Any) -> None:
-            output[:] = self.augmentation.warps(entries >> SAMPLE_BITS)
-
-        return Decoder((2, 3), "f4", fill)
+        output[:] = [warp_of(*steps) for steps in zip(*self.drawn(entries), strict=True)]
+        return output
 
 
 def label_maps(shape: Shape, num_classes: int) -> Decoder:
     """Label maps (B, 2, 5, H, W), float16; a damaged one is an error."""
 
-    def fill(output: np.ndarray, entries: np.ndarray, metadata: Any, storage: Any) -> None:
+    def fill(entries: Any, output: np.ndarray, metadata: Any, storage: Any) -> np.ndarray:
         samples = entries & SAMPLE_MASK
-        _read_pieces(storage[0], metadata[samples], output.view(np.uint8).reshape(len(output), -1))
+        for start, rest in zip(metadata[samples], output, strict=True):
+            rest[:] = storage[0][start:][: rest.nbytes].view("<f2").reshape(rest.shape)
         logits, ids = output[:, 0], output[:, 1]
         good = np.isfinite(logits) & (ids >= 0) & (ids < num_classes)
         if not (good := good.all((1, 2, 3))).all():
             raise DamagedSample(f"the label map of sample {samples[good.argmin()]} is damaged")
+        return output
 
-    return Decoder((2, 5, *shape), "f2", fill)
+    return Decoder(fill, (2, 5, *shape), "f2")
 
 
-def labels() -> Decoder:
+def labels(entries: Any, output: np.ndarray, metadata: Any, storage: Any) -> np.ndarray:
     """Labels (B,), int64."""
-
-    def fill(output: np.ndarray, entries: np.ndarray, metadata: Any, storage: Any) -> None:
-        output[:] = metadata[entries & SAMPLE_MASK]
-
-    return Decoder((), "i8", fill)
+    output[:] = metadata[entries & SAMPLE_MASK]
+    return output

@@ -11,57 +11,31 @@ from __future__ import annotations
 import json
 import zlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-BETON_VERSION = 2
+from evit.data.ffcv._ffcv import types
+
 SIDECAR_FORMAT = "evit-beton-3"
 JPEG, RAW = 0, 1
 Shape = tuple[int, int]
-
-HEADER = np.dtype(
-    [("version", "<u2"), ("num_fields", "<u2"), ("page_size", "<u4")]
-    + [("num_samples", "<u8"), ("alloc_table_ptr", "<u8")],
-)
-FIELD = np.dtype([("type_id", "u1"), ("name", "S16"), ("arguments", "u1", 1024)], align=True)
-IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("data_ptr", "<u8")])
-ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
-MAP_ARGUMENTS = np.dtype([("shape", "<u8", 32), ("length", "<u8"), ("dtype", "S15")])
-MAP_DTYPE = b'[["", "<f2"]]'
+HEADER, FIELD, ALLOCATION = types.HeaderType, types.FieldDescType, types.ALLOC_TABLE_TYPE
 
 
-class Layout(NamedTuple):
-    """What a file stores of each sample; label maps are float16 (2, 5, H, W), or there are none."""
-
-    label_map_shape: Shape | None = None
-
-    @property
-    def pieces(self) -> int:
-        """Entries of the allocation table for each sample."""
-        return 2 if self.label_map_shape else 1
-
-    @property
-    def metadata(self) -> np.dtype:
-        label_map = [("label_map", "<u8")] if self.label_map_shape else []
-        return np.dtype([("image", IMAGE), ("label", "<i8"), *label_map], align=True)
-
-    @property
-    def fields(self) -> np.ndarray:
-        """FFCV's descriptions of an RGBImageField, an IntField and an NDArrayField."""
-        fields = np.zeros(1 + self.pieces, FIELD)
-        fields["type_id"] = (2, 1, 4)[: len(fields)]
-        fields["name"] = (b"image", b"label", b"label_map")[: len(fields)]
-        if self.label_map_shape:
-            arguments = np.zeros(1, MAP_ARGUMENTS)
-            arguments["shape"][0, :4] = 2, 5, *self.label_map_shape
-            arguments["length"], arguments["dtype"] = len(MAP_DTYPE), MAP_DTYPE
-            fields["arguments"][2, : MAP_ARGUMENTS.itemsize] = arguments.view(np.uint8)
-        return fields
-
-    @property
-    def metadata_start(self) -> int:
-        return HEADER.itemsize + self.fields.nbytes
+def layout(label_map_shape: Shape | None = None) -> tuple[np.ndarray, np.dtype]:
+    """FFCV's descriptions of the fields image, label and, float16 (2, 5, H, W), label_map; and what
+    the metadata hold of each sample."""
+    handlers: dict[str, Any] = dict(image=types.RGBImageField(), label=types.IntField())
+    if label_map_shape:
+        handlers["label_map"] = types.NDArrayField(np.dtype("<f2"), (2, 5, *label_map_shape))
+    type_ids = {kind: number for number, kind in types.TYPE_ID_HANDLER.items()}
+    fields = np.zeros(len(handlers), FIELD)
+    for field, (name, handler) in zip(fields, handlers.items(), strict=True):
+        field["type_id"] = type_ids[type(handler)]
+        field["name"][: len(name)] = list(name.encode())
+        field["arguments"] = handler.to_binary()[0]
+    return fields, types.get_metadata_type(list(handlers.values()))
 
 
 class BetonError(ValueError):
@@ -97,31 +71,24 @@ def check_beton(path: str | Path) -> dict[str, Any]:
     Raises:
         BetonError: says what is wrong and what to do.
     """
-    path = Path(path)
-    if not path.exists():
-        raise BetonError(path, "no such file", "prepare the data first")
-    try:
-        sidecar = json.loads(sidecar_path(path).read_bytes())
-        if sidecar["format"] != SIDECAR_FORMAT or sidecar["crc32"] != sidecar_crc32(sidecar):
-            raise ValueError(f"damaged, or not in format {SIDECAR_FORMAT}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"its description {sidecar_path(path)} cannot be used ({error})"
-        raise BetonError(path, reason) from error
-    if path.stat().st_size != sidecar["bytes"]:
-        found = f"{path.stat().st_size} bytes, not {sidecar['bytes']}"
-        raise BetonError(path, f"truncated, or not the file of its sidecar ({found})")
-    shape, count = sidecar.get("label_map_shape"), sidecar["num_samples"]
-    layout = Layout(shape and tuple(shape))
-    start = layout.metadata_start + count * layout.metadata.itemsize
-    end = sidecar["bytes"] - count * layout.pieces * ALLOCATION.itemsize
     try:
         content = np.memmap(path, np.uint8, "r")
-    except OSError as error:
-        raise BetonError(path, f"cannot be read ({error.strerror})", "make it readable") from error
-    fields = content[HEADER.itemsize : layout.metadata_start].tobytes()
-    if fields != layout.fields.tobytes():  # of a field of another type FFCV unpickles the rest
+        sidecar = json.loads(sidecar_path(path).read_bytes())
+        if sidecar["format"] != SIDECAR_FORMAT or sidecar["crc32"] != sidecar_crc32(sidecar):
+            raise ValueError(f"{sidecar_path(path)} is damaged, or not in format {SIDECAR_FORMAT}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"it or its description, {sidecar_path(path)}, cannot be used ({error})"
+        raise BetonError(path, reason) from error
+    if len(content) != sidecar["bytes"]:
+        found = f"{len(content)} bytes, not {sidecar['bytes']}"
+        raise BetonError(path, f"truncated, or not the file of its sidecar ({found})")
+    fields, metadata = layout(sidecar.get("label_map_shape"))
+    begin = HEADER.itemsize + fields.nbytes
+    if content[HEADER.itemsize : begin].tobytes() != fields.tobytes():  # FFCV unpickles others
         raise BetonError(path, "its fields are not exactly image and label, or these and label_map")
-    start_crc32 = zlib.crc32(content[:start].tobytes())
-    if zlib.crc32(content[end:].tobytes(), start_crc32) != sidecar["index_crc32"]:
+    pieces = sidecar["num_samples"] * (len(fields) - 1)
+    start = content[: begin + sidecar["num_samples"] * metadata.itemsize]
+    end = content[sidecar["bytes"] - pieces * ALLOCATION.itemsize :]
+    if zlib.crc32(end.tobytes(), zlib.crc32(start.tobytes())) != sidecar["index_crc32"]:
         raise BetonError(path, "damaged, or not the file of its sidecar (the CRC32s differ)")
     return sidecar

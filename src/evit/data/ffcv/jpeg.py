@@ -1,7 +1,5 @@
 """jpeg_crop.c as a function that numba can call, compiled where that has not been done yet."""
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import os
@@ -19,34 +17,25 @@ SOURCE = Path(__file__).with_name("jpeg_crop.c")
 
 def _load() -> ctypes.CDLL:
     key = f"{platform.machine()}-{zlib.crc32(SOURCE.read_bytes()):08x}"
-    home = Path("~/.cache/evit-lab").expanduser()
-    for folder in SOURCE.parent / "__pycache__", home:
-        library = folder / f"jpeg_crop-{key}.so"
-        try:
-            return ctypes.CDLL(str(library))
-        except OSError:  # not there yet, or made on a machine with another libjpeg
-            pass
-        try:
-            _compile(library)
-            return ctypes.CDLL(str(library))
-        except (OSError, subprocess.CalledProcessError) as error:
-            reason = getattr(error, "stderr", None) or str(error)
-    raise ImportError(
-        f"jpeg_crop.c could not be compiled ({reason.strip()}): run `make setup`, or install "
-        "g++, pkg-config and libjpeg-dev (libjpeg-turbo's)"
-    )
-
-
-def _compile(library: Path) -> None:
-    """Write the library at once, because other processes may be about to do the same."""
-    library.parent.mkdir(parents=True, exist_ok=True)
+    library = Path(f"~/.cache/evit-lab/jpeg_crop-{key}.so").expanduser()
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError:  # not there yet, or made on a machine with another libjpeg
+        library.parent.mkdir(parents=True, exist_ok=True)
     run = functools.partial(subprocess.run, check=True, capture_output=True, text=True)
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-        made = Path(folder) / library.name
+    try:
         flags = run(["pkg-config", "--cflags", "--libs", "libjpeg"]).stdout.split()
-        compiler = os.environ.get("CC", "cc").split()
-        run([*compiler, "-O2", "-shared", "-fPIC", str(SOURCE), "-o", str(made), *flags])
-        os.replace(made, library)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            made = f"{folder}/{library.name}"
+            compiler = os.environ.get("CC", "cc").split()
+            run([*compiler, "-O2", "-shared", "-fPIC", str(SOURCE), "-o", made, *flags])
+            os.replace(made, library)  # at once: other processes may be about to do the same
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ImportError(
+            f"jpeg_crop.c could not be compiled ({getattr(error, 'stderr', None) or error}): run "
+            f"`make setup`, or install g++, pkg-config and libjpeg-dev (libjpeg-turbo's)"
+        ) from error
+    return ctypes.CDLL(str(library))
 
 
 # By name and not by ctypes, because numba does not keep functions that hold an address on disk.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import faulthandler
 import queue
-import sys
 from collections.abc import Generator
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -14,22 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from evit.data.ffcv._ffcv import (
-    Compiler,
-    EpochIterator,
-    Loader,
-    Operation,
-    OrderOption,
-    PipelineSpec,
-    ToDevice,
-    ToTensor,
-    ToTorchImage,
-    config,
-)
-from evit.data.ffcv.decode import SAMPLE_BITS, SAMPLE_MASK, Crops, label_maps, labels
+from evit.data.ffcv import _ffcv, decode
+from evit.data.ffcv.decode import SAMPLE_BITS, SAMPLE_MASK, Crops, Decoder
 from evit.data.ffcv.format import BetonError, DamagedSample, check_beton
-from evit.data.order import Shard, choose_samples, repeated_order
-from evit.data.resumable import Resumable, empty_batch
+from evit.data.order import Resumable, Shard, choose_samples, empty_batch, repeated_order
 from evit.recipe import Recipe
 
 Batch = tuple[torch.Tensor, ...]
@@ -49,6 +35,10 @@ class FFCVStream(Resumable):
     Evaluation: sample rank, rank + world_size, ... of the file, each exactly once over all
     processes; a process without any has one empty batch.
 
+    Args:
+        num_workers: threads; -1: one per core.
+        fill: the colour where a geometric operation leaves nothing.
+
     Raises:
         BetonError: of check_beton; or, at the next batch, a sample is damaged.
     """
@@ -61,16 +51,16 @@ class FFCVStream(Resumable):
         *,
         img_size: int,
         train: bool,
-        num_workers: int = -1,  # threads; -1: one per core
-        batches_ahead: int = 2,  # decoded in advance
-        fill: tuple[int, ...] = (0, 0, 0),  # the colour where a geometric operation leaves nothing
+        num_workers: int = -1,
+        batches_ahead: int = 2,
+        fill: tuple[int, ...] = (0, 0, 0),
         device: torch.device | str = "cpu",
     ) -> None:
         self.info = check_beton(path)
         self.path, self.recipe, self.shard, self.train = Path(path), recipe, shard, train
         self.img_size, self.batch_size = img_size, shard.batch_size
         self.batches_ahead, self.device = batches_ahead, torch.device(device)
-        cores = config.NUMBA_NUM_THREADS
+        cores = _ffcv.config.NUMBA_NUM_THREADS
         self.num_workers = cores if num_workers < 0 else min(max(num_workers, 1), cores)
         self.decoder = Crops(img_size, recipe, train, fill)
         limit = recipe.max_train_images if train else recipe.max_val_images
@@ -79,13 +69,13 @@ class FFCVStream(Resumable):
         self.label_map_shape = shape and tuple(shape)
         self.epoch = 0
         self._loader: Any = None
-        self._length = shard.train_batches(len(self.indices), recipe) if train else None
+        own = len(range(shard.rank, len(self.indices), shard.world_size))
+        self._length = max(-(-own // self.batch_size), 1)
+        if train:
+            self._length = shard.train_batches(len(self.indices), recipe)
 
     def __len__(self) -> int:
-        if self._length is not None:
-            return self._length
-        own = len(range(self.shard.rank, len(self.indices), self.shard.world_size))
-        return max(-(-own // self.batch_size), 1)
+        return self._length
 
     @property
     def batch_sampler(self) -> SimpleNamespace:
@@ -117,8 +107,7 @@ class FFCVStream(Resumable):
         if not self.train and self.shard.rank >= len(self.indices):
             yield empty_batch(self.img_size, self.device)
             return
-        if self._loader is None:
-            self._loader = self._open()
+        self._loader = self._loader or self._open()
         on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
         with on_device:
             epoch = _Epoch(self._loader, self._order(self.epoch)[start * self.batch_size :])
@@ -127,45 +116,42 @@ class FFCVStream(Resumable):
         finally:
             epoch.close()
 
-    def _open(self) -> Loader:
+    def _open(self) -> Any:
         if check_beton(self.path) != self.info:
             raise BetonError(self.path, "written anew since this run began", "start it again")
-        if not faulthandler.is_enabled() and sys.__stderr__:
-            # Cutting a file short while it is read ends the process: it then says where.
-            faulthandler.enable(sys.__stderr__)
-        to_device = [ToDevice(self.device)] if self.device.type == "cuda" else []
+        to_device = [_ffcv.ToDevice(self.device)] if self.device.type == "cuda" else []
 
-        def pipeline(field: str, decoder: Operation, *more: Operation) -> PipelineSpec:
-            return PipelineSpec(field, decoder, [ToTensor(), *to_device, *more])
+        def pipeline(field: str, decoder: Decoder, *more: Any) -> Any:
+            return _ffcv.PipelineSpec(field, decoder, [_ffcv.ToTensor(), *to_device, *more])
 
-        pipelines: dict[str, Any] = {
-            "image": pipeline("image", self.decoder.images(), ToTorchImage()),
-            "label": pipeline("label", labels()),
-            "label_map": None,
-        }
+        images = Decoder(self.decoder.images, (self.img_size, self.img_size, 3), "u1")
+        pipelines: dict[str, Any] = dict(
+            image=pipeline("image", images, _ffcv.ToTorchImage()),
+            label=pipeline("label", Decoder(decode.labels, (), "i8")),
+            label_map=None,
+        )
         if self.label_map_shape:
-            maps = label_maps(self.label_map_shape, self.info["num_classes"])
+            maps = decode.label_maps(self.label_map_shape, self.info["num_classes"])
             pipelines["label_map"] = pipeline("label_map", maps)
-            pipelines["crop"] = pipeline("image", self.decoder.records())
+            pipelines["crop"] = pipeline("image", Decoder(self.decoder.records, (5,), "f4"))
             if self.recipe.rand_augment:
-                pipelines["warp"] = pipeline("image", self.decoder.warps())
+                pipelines["warp"] = pipeline("image", Decoder(self.decoder.warps, (2, 3), "f4"))
         # The decoders are compiled already. FFCV would compile their callers anew in every process.
-        Compiler.set_enabled(False)
+        _ffcv.Compiler.set_enabled(False)
         try:
-            return Loader(
+            return _ffcv.Loader(
                 str(self.path),
                 self.batch_size,
                 num_workers=self.num_workers,
                 os_cache=True,
-                order=OrderOption.SEQUENTIAL,
                 pipelines=pipelines,
                 batches_ahead=self.batches_ahead,
             )
         finally:
-            Compiler.set_enabled(True)
+            _ffcv.Compiler.set_enabled(True)
 
 
-class _Epoch(EpochIterator):
+class _Epoch(_ffcv.EpochIterator):
     """FFCV's thread of one epoch, which on its own neither reports an error nor ends when told to,
     and reuses the memory of the batches it has yielded."""
 
@@ -187,14 +173,13 @@ class _Epoch(EpochIterator):
 
     def __next__(self) -> Batch:
         item = self.output_queue.get()
-        if item is None:
-            if isinstance(self.error, DamagedSample):
-                raise BetonError(self.loader.fname, str(self.error)) from self.error
-            if self.error is not None:
-                message = f"reading {self.loader.fname} failed: {self.error}"
-                raise RuntimeError(message) from self.error
-            raise StopIteration
-        return tuple(_copy(tensor) for tensor in item[1])
+        if item is not None:
+            return tuple(_copy(tensor) for tensor in item[1])
+        if isinstance(self.error, DamagedSample):
+            raise BetonError(self.loader.fname, str(self.error)) from self.error
+        if self.error is not None:
+            raise RuntimeError(f"reading {self.loader.fname} failed: {self.error}") from self.error
+        raise StopIteration
 
     def close(self) -> None:
         self.iter_ixes = iter(())

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import io
 import itertools
 import json
 import os
+import signal
 import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -29,22 +31,15 @@ Picture = str | Path | bytes | Image.Image | np.ndarray
 
 PAGE = 2**26  # bytes; no piece of data crosses from one to the next
 MAX_SIDE = 2**16 - 1
-
-
-class Encoded(NamedTuple):
-    mode: int
-    width: int
-    height: int
-    data: bytes
-    original: bool = False  # data are the bytes of the source
+VERSION = 2  # of FFCV's format
 
 
 def encode(
     picture: Picture, mode: str = "jpg", max_resolution: int | None = 500, jpeg_quality: int = 95
-) -> Encoded:
-    """Turn an image into the bytes to be stored. It is decoded whole, so that a bad one is found.
+) -> tuple[int, int, int, bytes, bool]:
+    """The mode, width, height and bytes to be stored of an image, and whether they are its own.
 
-    EXIF orientation is left aside, as torchvision's ImageFolder and timm do.
+    It is decoded whole, so that a bad one is found. EXIF orientation is left aside, as in timm.
     """
     source = None
     if isinstance(picture, str | Path):
@@ -54,63 +49,64 @@ def encode(
         source, picture = picture, Image.open(io.BytesIO(picture))
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     image.load()
-    if 0 in image.size:
-        raise ValueError("{} x {} px".format(*image.size))
     scale = min(1.0, (max_resolution or max(image.size)) / max(image.size))
     width, height = size = tuple(max(1, round(side * scale)) for side in image.size)
     if max(size) > MAX_SIDE:
         raise ValueError(f"a side of {max(size)} px, more than {MAX_SIDE}: set max_resolution")
     if mode == "jpg" and source and size == image.size and _is_sound_jpeg(image, source):
-        return Encoded(beton.JPEG, width, height, source, True)
+        return beton.JPEG, width, height, source, True
     image = to_rgb(image)
     if size != image.size:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
     if mode == "raw":
-        return Encoded(beton.RAW, width, height, image.tobytes())
+        return beton.RAW, width, height, image.tobytes(), False
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=jpeg_quality, subsampling=0)
-    return Encoded(beton.JPEG, width, height, buffer.getvalue())
+    return beton.JPEG, width, height, buffer.getvalue(), False
 
 
 def _is_sound_jpeg(image: Image.Image, data: bytes) -> bool:
     """Whether training would see these bytes as Pillow does, and without a warning."""
-    if image.format != "JPEG" or image.mode not in ("RGB", "L"):
-        return False
-    pixels = decode_jpeg(data, image.height, image.width)
+    kept = image.format == "JPEG" and image.mode in ("RGB", "L")
+    pixels = decode_jpeg(data, image.height, image.width) if kept else None
     if pixels is None:
         return False
-    # Two libjpegs may round differently.
     difference = pixels.astype(np.int16) - np.asarray(image.convert("RGB"))
-    return bool(np.abs(difference).mean() < 1)
+    return bool(np.abs(difference).mean() < 1)  # two libjpegs may round differently
 
 
 class _Encoded(Dataset):
     """What is to be written of each sample."""
 
-    def __init__(self, samples: Any, options: Any, classes: int, maps: Any, shape: Any) -> None:
-        self.samples, self.options, self.num_classes = samples, options, classes
-        self.label_maps, self.map_shape = maps, shape
+    def __init__(self, samples: Any, options: Any, classes: int, maps: Any) -> None:
+        self.samples, self.options, self.num_classes, self.maps = samples, options, classes, maps
+        self.map_shape = read_label_map(maps[0], classes).shape[2:] if maps else None
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         """Image, label and label map; or an error, and the image's name if it is the image's."""
-        name = f"sample {index}"
+        name: Any = f"sample {index}"
         try:
             picture, label = self.samples[index]
             name = str(picture) if isinstance(picture, str | Path) else name
             encoded = encode(picture, **self.options)
-            if len(encoded.data) >= PAGE:
-                raise ValueError(f"takes {len(encoded.data)} bytes, too many: set max_resolution")
+            if len(encoded[3]) >= PAGE:
+                raise ValueError(f"takes {len(encoded[3])} bytes, too many: set max_resolution")
         except Exception as error:  # Pillow raises nearly anything on a bad file
             return f"{type(error).__name__}: {error}", name
         if label not in range(self.num_classes):
             return f"{name}: label {label!r} is outside 0 to {self.num_classes - 1}", None
-        if self.label_maps is None:
+        if not self.maps:
             return encoded, int(label), b""
         try:
-            found = read_label_map(self.label_maps[index], self.num_classes, self.map_shape)
+            found = read_label_map(self.maps[index], self.num_classes, self.map_shape)
         except ValueError as error:
             return str(error), None
         return encoded, int(label), found.numpy().tobytes()
+
+
+def _end_with_parent(_: int) -> None:
+    """A process that is killed cannot end its workers: the system does (PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
 def write_beton(
@@ -123,7 +119,6 @@ def write_beton(
     jpeg_quality: int = 95,
     mode: str = "jpg",
     num_workers: int = -1,
-    progress: bool = False,
     skip_bad: bool = False,
     label_maps: Sequence[str] | None = None,
     identity: str | None = None,
@@ -143,37 +138,29 @@ def write_beton(
         ValueError, OSError, RuntimeError: of an image, a label or an argument; of a full disk; of a
             process that died. `path` is as it was before.
     """
-    path = Path(path)
-    if mode not in ("jpg", "raw"):
-        raise ValueError(f"mode={mode!r}: choose jpg or raw")
+    path, count = Path(path), len(samples)
+    if mode not in ("jpg", "raw") or not 1 <= jpeg_quality <= 100:
+        raise ValueError(f"mode={mode}, jpeg_quality={jpeg_quality}: jpg or raw, 1 to 100")
     if max_resolution is not None and not 1 <= max_resolution <= MAX_SIDE:
         raise ValueError(f"max_resolution={max_resolution}: give pixels, or null for no limit")
-    if not 1 <= jpeg_quality <= 100:
-        raise ValueError(f"jpeg_quality={jpeg_quality}: choose 1 to 100")
-    if not len(samples):
+    if not count:
         raise ValueError(f"{path}: nothing to write, {source} has no images")
-    shape = None
-    if label_maps is not None:
-        first = read_label_map(label_maps[0], len(classes))
-        shape = first.shape[2], first.shape[3]
     options = dict(mode=mode, max_resolution=max_resolution, jpeg_quality=jpeg_quality)
     head: dict[str, Any] = dict(format=beton.SIDECAR_FORMAT, source=source, classes=list(classes))
     head |= dict(num_classes=len(classes), identity=identity, **options)
-    dataset = _Encoded(samples, options, len(classes), label_maps, shape)
-    chunks: Any = DataLoader(
+    dataset = _Encoded(samples, options, len(classes), label_maps)
+    loader: Any = DataLoader(
         dataset,
         batch_size=32,
-        sampler=range(len(samples)),
+        sampler=range(count),
         num_workers=num_workers if num_workers > 0 else len(os.sched_getaffinity(0)),
         collate_fn=list,
         multiprocessing_context="fork",  # the samples need not be pickled
         generator=torch.Generator(),  # or it would draw from the global one
+        worker_init_fn=_end_with_parent,
     )
-    encoded: Iterable[Any] = itertools.chain.from_iterable(chunks)
-    if progress:
-        encoded = track(encoded, f"Writing {path.name}", total=len(samples))
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder, partial = os.open(path.parent, os.O_RDONLY), path.with_name(f".{path.name}.tmp")
+    folder = os.open(path.parent, os.O_RDONLY)
     try:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(folder, fcntl.LOCK_EX)  # one writer at a time
@@ -183,60 +170,57 @@ def write_beton(
             if same and (skip_bad or not there["skipped"]):
                 print(f"{path} is there already, of the same images", flush=True)
                 return there
-        sidecar = head | _write(partial, encoded, len(samples), shape, skip_bad)
-        sidecar["crc32"] = beton.sidecar_crc32(sidecar)
-        # Between the two renames the pair does not match, which check_beton refuses.
-        with whole_file(beton.sidecar_path(path)) as file:
-            file.write(json.dumps(sidecar, indent=1).encode())
-        os.replace(partial, path)
+        with whole_file(path) as file:
+            chunks = iter(loader)  # forks, before there is a thread of rich's
+            shown = track(chunks, f"Writing {path.name}", total=len(loader))
+            encoded = itertools.chain.from_iterable(shown)
+            sidecar = head | _write(file, encoded, count, dataset.map_shape, skip_bad)
+            sidecar["crc32"] = beton.sidecar_crc32(sidecar)
+            # It is there before its file: until then the pair does not match, and is refused.
+            with whole_file(beton.sidecar_path(path)) as description:
+                description.write(json.dumps(sidecar, indent=1).encode())
     finally:
-        partial.unlink(missing_ok=True)
         os.close(folder)
     return sidecar
 
 
 def _write(
-    path: Path, encoded: Iterable[Any], count: int, shape: beton.Shape | None, skip_bad: bool
+    file: BinaryIO, encoded: Iterable[Any], count: int, shape: Any, skip_bad: bool
 ) -> dict[str, Any]:
     """Write the file, and say what the sidecar tells of its content."""
-    layout, skipped, kept = beton.Layout(shape), list[dict[str, str]](), 0
+    fields, metadata = beton.layout(shape)
+    at = beton.HEADER.itemsize + fields.nbytes + count * metadata.itemsize
+    skipped, kept = list[dict[str, str]](), 0
     records, table = list[tuple[Any, ...]](), list[tuple[int, int, int]]()
-    at = layout.metadata_start + count * layout.metadata.itemsize
-    with open(path, "wb") as file:
-        for image, *rest in encoded:
-            if isinstance(image, str):
-                if rest[0] is None:
-                    raise ValueError(image)
-                if not skip_bad:
-                    raise ValueError(f"{rest[0]} is not a readable image ({image}): {WAY_OUT}")
-                skipped.append(dict(name=rest[0], reason=image))
-                continue
-            label, label_map = rest
-            kept += image.original
-            starts = []
-            for data in (image.data, label_map)[: layout.pieces]:
-                if at // PAGE != (at + len(data) - 1) // PAGE:
-                    at = -(-at // PAGE) * PAGE
-                starts.append(at)
-                table.append((len(records), at, len(data)))
-                file.seek(at)
-                file.write(data)
-                at += len(data)
-            records.append(((*image[:3], starts[0]), label, *starts[1:]))
-        if not records:
-            raise ValueError("nothing to write, it has no readable image")
-        # Where images were left out, unused bytes lie between the metadata and the data.
-        numbers = beton.BETON_VERSION, len(layout.fields), PAGE, len(records), at
-        head = np.array([numbers], beton.HEADER).tobytes() + layout.fields.tobytes()
-        head += np.array(records, layout.metadata).tobytes()
-        end = np.array(table, beton.ALLOCATION).tobytes()
-        file.write(end)
-        file.seek(0)
-        file.write(head)
-        file.flush()
-        os.fsync(file.fileno())
-    found = dict(label_map_shape=list(shape)) if shape else {}
-    return found | dict(
+    for image, *rest in encoded:
+        if isinstance(image, str):
+            if rest[0] is None:
+                raise ValueError(image)
+            if not skip_bad:
+                raise ValueError(f"{rest[0]} is not a readable image ({image}): {WAY_OUT}")
+            skipped.append(dict(name=rest[0], reason=image))
+            continue
+        (*size, pixels, original), (label, label_map), starts = image, rest, []
+        kept += original
+        for data in (pixels, label_map)[: len(fields) - 1]:
+            if at // PAGE != (at + len(data) - 1) // PAGE:
+                at = -(-at // PAGE) * PAGE
+            starts.append(at)
+            table.append((len(records), at, len(data)))
+            file.seek(at)
+            file.write(data)
+            at += len(data)
+        records.append(((*size, starts[0]), label, *starts[1:]))
+    if not records:
+        raise ValueError("nothing to write, it has no readable image")
+    # Where images were left out, unused bytes lie between the metadata and the data.
+    head = np.array([(VERSION, len(fields), PAGE, len(records), at)], beton.HEADER).tobytes()
+    head += fields.tobytes() + np.array(records, metadata).tobytes()
+    end = np.array(table, beton.ALLOCATION).tobytes()
+    file.write(end)
+    file.seek(0)
+    file.write(head)
+    return (dict(label_map_shape=list(shape)) if shape else {}) | dict(
         num_samples=len(records),
         bytes=at + len(end),
         index_crc32=zlib.crc32(end, zlib.crc32(head)),
