@@ -1,14 +1,23 @@
-"""docs/python.md: its lines run, one after the other."""
+"""docs/: the Python in it runs, one line after the other."""
 
 import re
 
 from tests.conftest import ROOT
 
 
-def test_the_lines_run():
-    page = (ROOT / "docs/python.md").read_text()
+def run(page):
     names: dict = {}
-    for block in re.findall(r"```python\n(.*?)```", page, re.S):
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.S):
         exec(block, names)
+    return names
+
+
+def test_the_lines_about_searches_run():
+    names = run("search.md")
+    assert names["logits"].shape == (8, 1000) and names["cascade"].images[0] == 8
+
+
+def test_the_lines_about_python_run():
+    names = run("python.md")
     assert names["features"].shape == (2, 192, 14, 14) and names["logits"].shape == (2, 1000)
     assert len(names["heat"]) == names["kept"][1].shape[1]
