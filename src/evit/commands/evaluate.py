@@ -14,13 +14,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from evit import measure
 from evit.commands import checkpoint
-from evit.commands.build import allow_graphs
 from evit.commands.checkpoint import Source
 from evit.config import listed
+from evit.measure.speed import keep_compiled
 from evit.reducers import Reducer
 from evit.report import evaluations, results
+from evit.training.callbacks import progress
 from evit.training.evaluator import Evaluator, setting_of
-from evit.training.progress import progress
 from evit.training.trainer import Signals, build_trainer, quiet, say
 
 
@@ -62,7 +62,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         cfg.max_val_images
     )
     if compiled := gpu if cfg.compile is None else cfg.compile:
-        allow_graphs()
+        keep_compiled()
         evaluator.compile_parts(cfg.batch_size)
         text += "; compiled, which takes a while at first (compile=false)"
     say(text)

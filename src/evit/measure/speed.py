@@ -26,6 +26,14 @@ Ready = tuple[Step, int, dict[str, Any]]
 DTYPES = dict(fp32=torch.float32, tf32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
 
+def keep_compiled() -> None:
+    """Let torch.compile make a graph for each combination of token counts, and keep it on disk."""
+    # By default the cache is a folder of /tmp whose name others can guess.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{Path.home()}/.cache/evit-lab/inductor")
+    limits: Any = torch.compiler.config
+    limits.recompile_limit = limits.accumulated_recompile_limit = 4096
+
+
 def timed(step: Step, calls: int, device: torch.device) -> float:
     """Seconds that this many calls take."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -155,10 +163,9 @@ def contest(
     What does not fit into memory, does not compile, or is not begun `until` a time.perf_counter()
     goes to result["left_out"], with the reason, and so does what is compared with it.
     """
-    if group.compile:  # a form of each model is kept, in a cache that outlives the process
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{Path.home()}/.cache/evit-lab/inductor")
+    if group.compile:
         torch.compiler.reset()
-        torch.compiler.config.recompile_limit = 4096
+        keep_compiled()
     set_precision(group.precision)
     n = 8192 if device.type == "cuda" else 1024  # large enough to show the peak
     a, b = torch.randn(2, n, n, device=device).to(DTYPES[group.precision])
