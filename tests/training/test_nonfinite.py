@@ -18,7 +18,7 @@ from evit.recipe import Recipe
 from evit.tracking import Tracker
 from evit.training.losses import Classification, make_objective
 from evit.training.module import Classifier
-from evit.training.nonfinite import NonFinite
+from evit.training.callbacks import NonFinite
 from tests.training.conftest import only, training_state
 
 RARELY = "trainer.log_every_n_steps=50"

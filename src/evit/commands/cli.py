@@ -132,14 +132,14 @@ def composed(config: str, overrides: list[str]) -> DictConfig:
 
 def knobs(config: str) -> dict[str, Any]:
     """The knobs of conf/CONFIG.yaml, its groups, and the knobs in these, with their defaults."""
-    content: Any = OmegaConf.load(CONF_DIR / f"{config}.yaml")
-    chosen = (entry for entry in content.pop("defaults") if not isinstance(entry, str))
+    content: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / f"{config}.yaml"))
+    chosen = (entry for entry in content.pop("defaults", []) if not isinstance(entry, str))
     groups = {str(group) for entry in chosen for group in entry if " " not in str(group)}
     inside = {f"recipe.{field.name}" for field in fields(Recipe)} if "recipe" in groups else set()
     for file in CONF_DIR.glob("*/*.yaml"):
         if (group := file.parent.name) in groups - {"experiment", "scale"}:
             inside |= {f"{group}.{n}" for n in re.findall(r"(?m)^([a-z]\w+):", file.read_text())}
-    return dict.fromkeys(inside | groups) | dict(content)
+    return dict.fromkeys(inside | groups) | content
 
 
 def check_spelling(overrides: list[str], config: str) -> None:
