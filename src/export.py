@@ -1,8 +1,6 @@
 """Models as files: python src/export.py checkpoint=PATH keep_rate=0.7 format=onnx"""
 
-from evit.commands.cli import entry_point
-
-main = entry_point("evit.commands.export:run", config="export")
+from evit.commands.cli import main
 
 if __name__ == "__main__":
     main()

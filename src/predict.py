@@ -1,8 +1,6 @@
 """Predict the classes of images: python src/predict.py checkpoint=PATH images=DIR"""
 
-from evit.commands.cli import entry_point
-
-main = entry_point("evit.commands.images:predict", config="predict")
+from evit.commands.cli import main
 
 if __name__ == "__main__":
     main()

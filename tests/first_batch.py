@@ -11,4 +11,5 @@ import train  # noqa: E402
 from torch.nn.modules.module import register_module_forward_pre_hook  # noqa: E402
 
 register_module_forward_pre_hook(lambda *_: os._exit(0))
+sys.argv[0] = "train.py"
 train.main()

@@ -25,9 +25,8 @@ def start(monkeypatch, tmp_path, capfd):
 
     def start(name: str, *arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
-        main = cli.entry_point("tests.test_cli:reached", config=CONFIGS[name])
         with pytest.raises(SystemExit) as ended:
-            main()
+            cli.start("tests.test_cli", CONFIGS[name])
         assert ended.value.code == 2 and not list(tmp_path.glob("outputs*"))
         said = capfd.readouterr().err
         assert said.startswith("error: ") and said.count("\n") == 1, said
@@ -36,7 +35,7 @@ def start(monkeypatch, tmp_path, capfd):
     return start
 
 
-def reached(cfg):
+def run(cfg):
     raise ValueError("nothing was wrong")
 
 
@@ -134,7 +133,7 @@ def test_what_hydra_understands_is_left_alone(value):
 @pytest.mark.parametrize("arguments", [["--help"], ["keeprate=0.5"]])
 def test_an_answer_without_pytorch_does_not_import_it(arguments):
     code = "import sys, train, atexit; atexit.register(lambda: print('torch' in sys.modules)); "
-    code += f"sys.argv[1:] = {arguments}; train.main()"
+    code += f"sys.argv = {['train.py', *arguments]}; train.main()"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT / "src", capture_output=True)
     assert done.stdout.split()[-1] == b"False", done
 

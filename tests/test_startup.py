@@ -13,6 +13,7 @@ from tests.conftest import QUICK, ROOT, command
 BEGIN = """
 import gc, json, sys
 import train
+sys.argv[0] = "train.py"
 def facts(*_):
     print(json.dumps([gc.isenabled(), list(sys.modules)]))
     sys.exit()

@@ -41,8 +41,10 @@ def test_dynamicvit_on_lv_vit_without_a_teacher_says_so(tmp_path, shared_photos)
 
 def test_lv_vit_is_dense_and_says_what_it_leaves_out(tmp_path, shared_photos):
     root = f"data.root={shared_photos}"
-    printed, _, result = trained(tmp_path, *TINY, *SMALL, root, "model=lvvit", "recipe=lvvit")
-    assert "lvvit keeps every token: keep_rate and fusion are not used" in printed
+    printed, _, result = trained(
+        tmp_path, *TINY, *SMALL, root, "model=lvvit", "recipe=lvvit", "keep_rate=0.5"
+    )
+    assert "Without effect here (model=lvvit): keep_rate." in printed
     assert "Without label maps LV-ViT is a plain classifier" in printed
     assert result["model"]["keep_rate"] == [1.0] * 3
 

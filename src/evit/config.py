@@ -3,44 +3,16 @@
 import hashlib
 import os
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, OmegaConf
-
-from evit.recipe import Recipe
+from omegaconf import DictConfig, OmegaConf
 
 CONF_DIR = Path(__file__).parents[2] / "conf"
 HOW = (  # say how a run is run, not what is trained: they are not in its config.json
     *("overwrite", "resume", "checkpoint_every_n_steps", "keep_checkpoint_every_n_epochs"),
     "dry_run",
 )
-
-
-@dataclass
-class RunConfig:
-    """The knobs of src/train.py."""
-
-    name: str = MISSING
-    keep_rate: Any = MISSING  # a number, or one for each reorganization
-    fusion: bool = MISSING
-    img_size: int = MISSING
-    seed: int = MISSING
-    checkpoint: str | None = None
-    pretrained: bool = False
-    compile: Any = False  # or reduce-overhead
-    overwrite: bool = False
-    resume: str = "auto"
-    checkpoint_every_n_steps: int | None = None
-    keep_checkpoint_every_n_epochs: int | None = None
-    dry_run: bool = False
-    reducer: Any = None
-    model: Any = MISSING
-    data: Any = MISSING
-    recipe: Recipe = MISSING
-    trainer: Any = MISSING
-    logger: Any = MISSING
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
@@ -57,13 +29,12 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 def scale_for(cfg: DictConfig) -> str:
     """The choice of conf/scale that fits a run's data: published for ImageNet, own, or demo."""
+    root, imagenet = cfg.data.get("root"), os.environ.get("IMAGENET_DIR")
     if cfg.data.get("num_classes") == 1000:
         return "published"
-    if not cfg.data.get("root"):
-        return "demo"
-    imagenet = os.environ.get("IMAGENET_DIR")
-    same = imagenet and os.path.abspath(imagenet) == os.path.abspath(cfg.data.root)
-    return "published" if same else "own"
+    if root and imagenet and os.path.abspath(imagenet) == os.path.abspath(root):
+        return "published"
+    return "own" if root else "demo"
 
 
 def of(share: float, whole: int, *, _parent_: Any) -> float:

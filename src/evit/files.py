@@ -4,7 +4,7 @@ import errno
 import os
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -35,13 +35,9 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 def sync_folder(folder: Path) -> None:
     """Put the names of a folder on the disk: a rename before this outlives a power failure."""
     number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
+    with suppress(OSError):  # a network's file system may have no such thing
         os.fsync(number)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # a network's file system that has no such thing
-            raise
-    finally:
-        os.close(number)
+    os.close(number)
 
 
 def refused(error: BaseException, folder: Path) -> str | None:

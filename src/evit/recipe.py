@@ -1,25 +1,15 @@
 """What a training recipe is made of."""
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
-MISSING = "???"  # OmegaConf's: a value that a recipe has to give
-
-INFINITY = float("inf")
-POSITIVE = (
+MISSING: Any = "???"  # OmegaConf's: a value that a recipe has to give
+FROM_1 = (  # numbers that begin at 1, the others at 0
     "epochs batch_size lr_batch_size eval_every repeated_augmentations token_multiple "
     "max_train_images max_val_images max_batch_per_process"
-)
-NOT_NEGATIVE = (
-    "lr min_lr warmup_lr warmup_epochs cooldown_epochs backbone_lr backbone_frozen_epochs "
-    "weight_decay clip_grad mixup cutmix shrink_start_epoch shrink_epochs "
-    "token_label_weight ratio_weight distill_weight"
-)
-RANGES = (
-    dict.fromkeys(POSITIVE.split(), (1, INFINITY))
-    | dict.fromkeys(NOT_NEGATIVE.split(), (0, INFINITY))
-    | dict.fromkeys(("ema_decay", "mixup_switch_prob", "random_erasing", "flip"), (0, 1))
-    | dict(drop_path=(0, 0.99), label_smoothing=(0, 0.99), crop_pct=(0.01, 1))
-)
+).split()
+TO_1 = "ema_decay mixup_switch_prob random_erasing flip drop_path label_smoothing crop_pct".split()
 NAMES = dict(
     lr_schedule=("plain", "timm", "deit"),  # evit.training.optimizer.lr_at says what they are
     mixup_mode=("batch", "pair", "elem"),
@@ -30,14 +20,14 @@ NAMES = dict(
 class Recipe:
     """How a model is trained. Defaults are what is off; the numbers are in conf/recipe/."""
 
-    epochs: int = MISSING  # type: ignore[assignment]
+    epochs: int = MISSING
     # Images per optimizer step, over all processes and accumulated batches.
-    batch_size: int = MISSING  # type: ignore[assignment]
+    batch_size: int = MISSING
     # Of these, at most so many at once in one process, the rest one after the other; null: all.
     max_batch_per_process: int | None = None
     finetune: bool = False  # starts from trained weights, never from random ones
     train_in_eval_mode: bool = False  # as EViT's finetune.sh: no drop path
-    lr: float = MISSING  # type: ignore[assignment]
+    lr: float = MISSING
     lr_batch_size: int | None = None  # lr is per this many images of batch; null: lr as it stands
     lr_schedule: str = "plain"  # at every step; or epoch by epoch, as timm or deit step it
     min_lr: float = 1e-5
@@ -76,23 +66,19 @@ class Recipe:
     max_val_images: int | None = None
 
     def __post_init__(self) -> None:
-        for knob, (low, high) in RANGES.items():
-            value = getattr(self, knob)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"recipe.{knob} must be from {low} to {high:g}, got {value}")
-        for knob, names in NAMES.items():
-            if (value := getattr(self, knob)) not in names:
-                raise ValueError(f"recipe.{knob} must be {', '.join(names)}, got {value!r}")
+        for knob, value in vars(self).items():
+            low = 0.01 if knob == "crop_pct" else int(knob in FROM_1)
+            high = 1 if knob in TO_1 else math.inf
+            if isinstance(value, int | float) and not low <= value <= high:
+                raise ValueError(f"recipe.{knob} must be from {low} to {high}, got {value}")
+            if knob in NAMES and value not in NAMES[knob]:
+                raise ValueError(f"recipe.{knob} must be {', '.join(NAMES[knob])}, got {value!r}")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"recipe.crop_scale must be two shares, got {list(self.crop_scale)}")
-        for first, second in dict(
-            warmup_epochs="cooldown_epochs", shrink_start_epoch="shrink_epochs"
-        ).items():
-            if getattr(self, first) + getattr(self, second) >= self.epochs:
-                raise ValueError(
-                    f"recipe.{first} {getattr(self, first)} and recipe.{second} "
-                    f"{getattr(self, second)} leave nothing of recipe.epochs {self.epochs}"
-                )
+        for names in ("warmup_epochs cooldown_epochs", "shrink_start_epoch shrink_epochs"):
+            parts = {f"recipe.{name}": getattr(self, name) for name in names.split()}
+            if sum(parts.values()) >= self.epochs:
+                raise ValueError(f"{parts} leave nothing of recipe.epochs={self.epochs}")
 
     @property
     def full_rate_epoch(self) -> int:

@@ -25,21 +25,24 @@ WAITS = dict(init_timeout=30, finish_timeout=30)  # seconds; WANDB_FINISH_TIMEOU
 class JsonlLogger(Logger):
     """Appends each logged row to a file as one line of JSON, flushed at once.
 
-    Whatever kills the run, what was logged before is there. `seconds` is since the logger was made.
-    A run that goes on after a number of steps loses the rows that were logged later.
+    Whatever kills the run, what was logged before is there. A run that goes on after a number of
+    steps loses the rows that were logged later. `seconds` are of all parts of the run.
     """
 
     name, version = "metrics", ""  # type: ignore[assignment]
 
     def __init__(self, path: Path, steps: int | None = None):
         super().__init__()
-        self.path, self.start = path, time.monotonic()
+        self.path, self.start, self.earlier = path, time.monotonic(), 0.0
         if steps is not None and path.is_file():
-            rank_zero_only(self._cut)(steps)
+            self.cut(steps)
 
-    def _cut(self, steps: int) -> None:
-        lines = self.path.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < steps]
+    @rank_zero_only
+    def cut(self, steps: int) -> None:
+        lines = [line for line in self.path.read_text().splitlines(True) if line.endswith("\n")]
+        rows = [json.loads(line) for line in lines]
+        self.earlier = rows[-1]["seconds"] if rows else 0.0
+        kept = [line for line, row in zip(lines, rows, strict=True) if row["step"] < steps]
         with whole_file(self.path) as file:
             file.write("".join(kept).encode())
 
@@ -49,9 +52,9 @@ class JsonlLogger(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         known = {k: v if math.isfinite(v) else None for k, v in metrics.items()}  # JSON has no NaN
-        row = {"step": step, **known, "seconds": round(time.monotonic() - self.start, 3)}
+        seconds = self.earlier + time.monotonic() - self.start
         with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(dict(step=step, **known, seconds=round(seconds, 3))) + "\n")
 
 
 def wandb_mode(mode: str) -> str:
@@ -81,36 +84,34 @@ class Tracker(Logger):
         super().__init__()
         self.version = run_id  # type: ignore[misc]
         self.run: wandb.Run | None = None
-        self.attempt(lambda: setattr(self, "run", start()))
+        self.attempt(lambda _: setattr(self, "run", start()))
 
-    def attempt(self, step: Callable[[], Any]) -> None:
+    def attempt(self, step: Callable[[Any], Any], last: bool = False) -> None:
+        """step(run); where it fails, or is the last, W&B's run and its process have ended."""
         run = self.run
         try:
-            step()
+            step(run)
         except Exception as error:  # of many types, in W&B
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            reason, last = f"{type(error).__name__}: {error}".partition("\n")[0], True
             where = "the run goes on untracked; metrics.jsonl and result.json have all of it"
             if run:
                 where += f", and `wandb sync {run.settings.sync_dir}` uploads what W&B has"
-            print(f"W&B has failed ({reason}): {where}", flush=True)
-            self.run = None
-            with suppress(Exception):
-                if run:
+                with suppress(Exception):
                     run.finish(1)
+            print(f"W&B has failed ({reason}): {where}", flush=True)
+        if last:
+            self.run = None
             with suppress(Exception, SystemExit):
                 wandb.teardown()
 
     def end(self, exit_code: int = 0) -> None:
         """End W&B's run, and its process."""
-        if run := self.run:
-            self.attempt(lambda: run.finish(exit_code))
-            self.run = None
-            with suppress(Exception, SystemExit):
-                wandb.teardown()
+        if self.run:
+            self.attempt(lambda run: run.finish(exit_code), last=True)
 
     def log(self, content: Callable[[], dict[str, Any]]) -> None:
-        if run := self.run:
-            self.attempt(lambda: run.log(content()))
+        if self.run:
+            self.attempt(lambda run: run.log(content()))
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """The configuration is given at the start."""
@@ -126,8 +127,8 @@ class Tracker(Logger):
         """The numbers that runs are compared by, as the run's summary and as a table of one row."""
         row = [str(value) if isinstance(value, list) else value for value in summary.values()]
         self.log(lambda: {"result": wandb.Table(columns=list(summary), data=[row])})
-        if run := self.run:
-            self.attempt(lambda: run.summary.update(summary))
+        if self.run:
+            self.attempt(lambda run: run.summary.update(summary))
 
 
 @rank_zero_only

@@ -46,37 +46,3 @@ def test_the_images_drawn_are_spread_evenly_and_wandb_gets_every_picture(monkeyp
     assert len(drawn) == len(evaluated) and (tmp_path / "kept.png").is_file()
     assert all(images[:, 0, 0, 0].tolist() == [0, 2, 4] for _, images, _ in drawn)
     assert recorder.steps == evaluated
-
-
-def speed_of_inference(monkeypatch, broken: bool = False, **options):
-    """An InferenceSpeed that has measured a tiny model, and the types of what was compiled."""
-    seen = []
-
-    def compiled(function, **_):
-        seen.append(next(function.__self__.parameters()).dtype)
-        return None if broken else function
-
-    monkeypatch.setattr(torch, "compile", compiled)
-    model = evit.EViT(img_size=28, patch_size=7, embed_dim=12, depth=4, num_heads=3)
-    trainer = SimpleNamespace(is_global_zero=True, precision="32-true")
-    trainer.datamodule = SimpleNamespace(img_size=28)
-    trainer.precision_plugin = SimpleNamespace(forward_context=torch.no_grad)
-    callback = callbacks.InferenceSpeed()
-    vars(callback).update(options)
-    callback.on_train_end(trainer, SimpleNamespace(device=torch.device("cpu"), model=model))
-    assert next(model.parameters()).dtype == torch.float32
-    return callback, seen
-
-
-def test_the_speed_of_inference_is_measured_as_is_best_on_the_device(monkeypatch):
-    callback, seen = speed_of_inference(monkeypatch)
-    assert callback.images_per_s > 0 and (callback.mode, seen) == ("32-true", [])
-    callback, seen = speed_of_inference(monkeypatch, fast=True)  # as on a GPU
-    assert callback.images_per_s > 0
-    assert (callback.mode, seen) == ("bf16-true, compiled", [torch.bfloat16])
-
-
-def test_a_speed_that_cannot_be_measured_does_not_end_a_run(monkeypatch, capsys):
-    callback, _ = speed_of_inference(monkeypatch, broken=True, fast=True)
-    assert callback.images_per_s is None
-    assert "The speed of inference is not measured" in capsys.readouterr().out

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from evit.training.ema import EMA
+from evit.training.callbacks import EMA
 
 
 class Slope(L.LightningModule):

@@ -44,9 +44,9 @@ def test_no_decay_on_one_dimensional_parameters_position_and_class_token():
         (dict(batch_size=0), "recipe.batch_size must be from 1 to inf, got 0"),
         (dict(lr=-1.0), "recipe.lr must be from 0 to inf, got -1.0"),
         (dict(lr=float("nan")), "recipe.lr must be from 0 to inf, got nan"),
-        (dict(warmup_epochs=10), "recipe.warmup_epochs 10 and .* leave nothing"),
-        (dict(warmup_epochs=5, cooldown_epochs=5), "recipe.cooldown_epochs 5 leave nothing"),
-        (dict(drop_path=-1), "recipe.drop_path must be from 0 to 0.99, got -1"),
+        (dict(warmup_epochs=10), "recipe.warmup_epochs': 10, .* leave nothing"),
+        (dict(warmup_epochs=5, cooldown_epochs=5), "recipe.cooldown_epochs': 5} leave nothing"),
+        (dict(drop_path=-1), "recipe.drop_path must be from 0 to 1, got -1"),
         (dict(crop_pct=0), "recipe.crop_pct must be from 0.01 to 1, got 0"),
         (dict(crop_scale=[1.0, 0.5]), r"recipe.crop_scale must be .* got \[1.0, 0.5\]"),
         (dict(random_erasing=1.5), "recipe.random_erasing must be from 0 to 1, got 1.5"),
@@ -56,7 +56,7 @@ def test_no_decay_on_one_dimensional_parameters_position_and_class_token():
         (dict(max_train_images=0), "recipe.max_train_images must be from 1 to inf, got 0"),
         (
             dict(shrink_start_epoch=5, shrink_epochs=5),
-            "shrink_epochs 5 leave nothing of recipe.epochs 10",
+            "shrink_epochs': 5} leave nothing of recipe.epochs=10",
         ),
     ],
 )

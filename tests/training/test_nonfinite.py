@@ -16,9 +16,9 @@ import evit
 from evit.commands import train as training
 from evit.recipe import Recipe
 from evit.tracking import Tracker
+from evit.training.callbacks import NonFinite
 from evit.training.losses import Classification, make_objective
 from evit.training.module import Classifier
-from evit.training.nonfinite import NonFinite
 from tests.training.conftest import only, training_state
 
 RARELY = "trainer.log_every_n_steps=50"

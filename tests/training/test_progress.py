@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from evit.data import order
-from evit.training import progress
-from evit.training.progress import Bar, Lines, Throughput
+from evit.training import callbacks
+from evit.training.callbacks import Progress
 
 
 class Clock:
@@ -24,7 +24,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch) -> Clock:
     clock = Clock()
-    for module in (order, progress):
+    for module in (order, callbacks):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=clock, monotonic=clock))
     return clock
 
@@ -60,33 +60,27 @@ class Model(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(clock: Clock, *shown: L.Callback) -> Throughput:
-    """Train for two epochs of 4 batches, of 8 images each."""
-    throughput = Throughput(batch_size=8)
-    for callback in shown:
-        callback.throughput = throughput
+def fit(clock: Clock, bar: bool = False) -> Progress:
+    """Two epochs of four batches of 8 images."""
+    progress = Progress(batch_size=8, bar=bar)
     trainer = L.Trainer(
         max_epochs=2,
         accelerator="cpu",
         logger=False,
-        callbacks=[throughput, *shown],
-        enable_progress_bar=any(isinstance(callback, Bar) for callback in shown),
+        callbacks=[progress],
+        enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
         num_sanity_val_steps=0,
     )
     trainer.fit(Model(clock), Loader(clock), Loader(clock))
-    return throughput
+    return progress
 
 
-def test_the_wait_for_data_and_the_speed_are_measured(clock):
-    throughput = fit(clock, Lines())
-    assert throughput.images_per_s == pytest.approx(8 / 4)
-    assert throughput.data_wait == pytest.approx(3 / 4)
-
-
-def test_lines_are_plain_and_say_how_far_training_is(clock, capsys):
-    fit(clock, Lines())
+def test_lines_are_plain_and_say_how_far_and_how_fast_training_is(clock, capsys):
+    progress = fit(clock)
+    assert progress.images_per_s == pytest.approx(8 / 4)
+    assert progress.data_wait == pytest.approx(3 / 4)
     shown = capsys.readouterr().out
     assert "\x1b" not in shown and "\r" not in shown
     assert "epoch 2/2  train/loss" in shown and "val/top1 79.500" in shown
@@ -94,32 +88,24 @@ def test_lines_are_plain_and_say_how_far_training_is(clock, capsys):
     steps = [line for line in shown.splitlines() if " step " in line]
     assert len(steps) == 2
     assert re.fullmatch(
-        r"epoch 1/2  step 2/4  loss [\d.]+  keep rate 0.70  120 tokens/image  2 images/s  "
-        r"data wait 75 %  0:00:24 left",
+        r"epoch 1/2  step 2/4  train/loss [\d.]+  keep_rate 0.700  tokens_per_image 120.000  "
+        r"2 images/s  data wait 75%  0:00:24 left",
         steps[0],
     )
-    assert steps[1].startswith("epoch 2/2  step 3/4  loss")
+    assert steps[1].startswith("epoch 2/2  step 3/4  train/loss")
 
 
 def test_a_long_evaluation_says_how_far_it_is(clock, capsys):
-    lines = Lines()
+    progress = Progress()
     trainer = SimpleNamespace(is_global_zero=True, num_val_batches=[50])
     for batch in range(50):
         clock.now += 5
-        lines.on_validation_batch_end(trainer, None, None, None, batch)
+        progress.on_validation_batch_end(trainer, None, None, None, batch)
     shown = capsys.readouterr().out.splitlines()
     assert shown[:2] == ["evaluating 2/50", "evaluating 8/50"] and len(shown) == 9
 
 
-def test_the_bar_shows_the_state_and_evaluations_stay_as_lines(clock, capsys):
-    seen = []
-
-    class Seen(Bar):
-        def get_metrics(self, trainer, module):
-            seen.append(dict(super().get_metrics(trainer, module)))
-            return seen[-1]
-
-    fit(clock, Seen(), Lines(steps=False))
-    assert seen[-1]["speed"] == "2 images/s" and seen[-1]["train/loss"].startswith("loss")
+def test_beside_a_bar_evaluations_stay_as_lines(clock, capsys):
+    fit(clock, bar=True)
     shown = capsys.readouterr().out
     assert shown.count("val/top1 79.500") == 2 and " step " not in shown

@@ -8,11 +8,11 @@ from omegaconf import DictConfig
 
 from evit import load_checkpoint
 from evit.data import Images
-from evit.measure.speed import allow_graphs
+from evit.measure.speed import keep_compiled
 from evit.models.weights import read_state_dict
 from evit.recipe import Recipe
-from evit.training.losses import Classification, dense_teacher
-from evit.training.module import mix_seed
+from evit.training.losses import dense_teacher, make_objective
+from evit.training.module import Classifier, mix_seed
 
 
 def build_data(cfg: DictConfig, recipe: Recipe) -> Images:
@@ -47,13 +47,33 @@ def build_teacher(cfg: DictConfig, model: Any) -> Any:
     return teacher
 
 
-def compile_all(model: torch.nn.Module, objective: Classification, how: Any = True) -> None:
+def build_module(
+    cfg: DictConfig, recipe: Recipe, data: Images, config: dict[str, Any]
+) -> Classifier:
+    """The model with its weights, its objective, and what its checkpoints say of it."""
+    model = build_model(cfg, recipe, data.num_classes)
+    data.normalize_for(model)
+    if cfg.checkpoint:
+        load_checkpoint(model, cfg.checkpoint, new_head=True, new_parts=True)
+    teacher, sizes = build_teacher(cfg, model), (data.num_classes, data.local_batch_size)
+    objective = make_objective(model, recipe, *sizes, data.has_label_maps, teacher)
+    names = ("model", "keep_rate", "fusion", "img_size", "crop_pct")
+    knobs: dict[str, Any] = {name: config[name] for name in names} | dict(
+        data=data.name, classes=list(data.classes), mean=list(data.mean), std=list(data.std)
+    )
+    module = Classifier(model, recipe, data.num_classes, objective, cfg.seed, knobs)
+    if cfg.compile:
+        compile_all(model, objective, cfg.compile)
+    return module
+
+
+def compile_all(model: Any, objective: Any, how: Any = True) -> None:
     """torch.compile, in place: one graph for each combination of token counts.
 
     Args:
         how: True, or the name of one of torch.compile's modes.
     """
-    allow_graphs()
+    keep_compiled()
     mode = None if how is True else how
     model.compile(fullgraph=True, dynamic=False, mode=mode)
-    objective.compile(mode=mode)
+    objective.losses = torch.compile(objective.losses, fullgraph=True, dynamic=False, mode=mode)

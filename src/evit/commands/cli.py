@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,7 +19,6 @@ import hydra
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
@@ -26,49 +26,54 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from evit import files
-from evit.config import CONF_DIR, RunConfig, folder_name, of, overridden, scale_for
+from evit.config import CONF_DIR, folder_name, of, overridden, scale_for
+from evit.recipe import Recipe
 
-LOOSE = ("keep_rate", "fusion", "compile")  # numbers or true by default, and more
+LOOSE = ("keep_rate", "compile")  # numbers or true by default, and more
 NOT_COMPOSED = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
-def entry_point(task: str, config: str) -> Callable[[], None]:
-    """The main function of a script, for conf/CONFIG.yaml.
+def main() -> None:
+    """Run the command whose script was started: src/NAME.py is evit.commands.NAME."""
+    name = Path(sys.argv[0]).stem
+    if name == "sweep":  # it composes the configurations of many runs
+        with ended_in_a_line():
+            sys.exit(importlib.import_module("evit.commands.sweep").run(sys.argv[1:]))
+    start(name, "config" if name == "train" else name)
 
-    The task, "module:function", is imported once the knobs are known to be right.
-    """
+
+def start(command: str, config: str) -> None:
+    """Compose conf/CONFIG.yaml with the command line; then import the command and run it."""
+    of_images = command in ("predict", "visualize")
+    module, function = ("images", command) if of_images else (command, "run")
 
     def run(cfg: DictConfig) -> Any:
         if missing := [str(knob) for knob in cfg if OmegaConf.is_missing(cfg, knob)]:
             fail(f"{missing[0]}=... is needed: conf/{config}.yaml says what it is for")
-        module, function = task.split(":")
-        module = "evit.commands.plan" if cfg.get("dry_run") else module
-        work = getattr(importlib.import_module(module), function)
+        name = "plan" if cfg.get("dry_run") else module
+        work = importlib.import_module(f"evit.commands.{name}")
         gc.enable()
         with ended_in_a_line():  # or Hydra adds a line of its own
-            return work(cfg)
+            return getattr(work, function)(cfg)
 
-    def main() -> None:
-        gc.disable()  # what imports leave is no garbage: a quarter less time until the work begins
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints errors itself
-        with ended_in_a_line():
-            register()
-            given = sys.argv[1:]
-            sys.argv[1:] = arguments(given, config)
-            try:
-                hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config)(run)()
-            except NOT_COMPOSED as error:
-                raise explained(error, config, given) from error
-            finally:
-                sys.argv[1:] = given
-                gc.enable()
-
-    return main
+    gc.disable()  # what imports leave is no garbage: a quarter less time until the work begins
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints errors itself
+    given = sys.argv[1:]
+    with ended_in_a_line():
+        register()
+        sys.argv[1:] = arguments(given, config)
+        try:
+            hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config)(run)()
+        except NOT_COMPOSED as error:
+            raise explained(error, config) from error
+        finally:
+            sys.argv[1:] = given
+            gc.enable()
 
 
 def register() -> None:
-    """Tell Hydra the schema of a run, and OmegaConf the resolvers of conf/."""
-    ConfigStore.instance().store(name="schema", node=RunConfig)
+    """Tell Hydra the schema of a recipe, and OmegaConf the resolvers of conf/."""
+    ConfigStore.instance().store(name="schema", node=dict(recipe=Recipe))
     for resolver in (folder_name, of):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
@@ -121,33 +126,36 @@ def with_scale(words: list[str]) -> list[str]:
 def composed(config: str, overrides: list[str]) -> DictConfig:
     """A configuration of conf/, with `hydra` in it; a ValueError of one line if none."""
     register()
-    begun = GlobalHydra.instance().is_initialized()
-    with nullcontext() if begun else initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         try:
             return compose(config, overrides, return_hydra_config=True)
         except NOT_COMPOSED as error:
-            raise explained(error, config, overrides) from error
+            raise explained(error, config) from error
+
+
+def knobs(config: str) -> dict[str, Any]:
+    """The knobs of conf/CONFIG.yaml, its groups, and the knobs in these, with their defaults."""
+    content: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / f"{config}.yaml"))
+    chosen = (entry for entry in content.pop("defaults", []) if not isinstance(entry, str))
+    groups = {str(group) for entry in chosen for group in entry if " " not in str(group)}
+    inside = {f"recipe.{field.name}" for field in fields(Recipe)} if "recipe" in groups else set()
+    for file in CONF_DIR.glob("*/*.yaml"):
+        if (group := file.parent.name) in groups - {"experiment", "scale"}:
+            inside |= {f"{group}.{n}" for n in re.findall(r"(?m)^([a-z]\w+):", file.read_text())}
+    return dict.fromkeys(inside | groups) | content
 
 
 def check_spelling(overrides: list[str], config: str) -> None:
     """Refuse what no configuration has (added with +, it would do nothing); name the nearest."""
-    content: Any = OmegaConf.load(CONF_DIR / f"{config}.yaml")
-    groups = {k for entry in content.pop("defaults") if not isinstance(entry, str) for k in entry}
-    known = {str(name) for name in content} | {g for g in groups if " " not in str(g)}
+    known = knobs(config)
     for override in overrides:
         found = re.match(r"[+~]*(([\w-]+)[\w./@-]*)=", override)
         if not found:
             continue
         path, root = found.groups()
-        if re.split(r"[/@.]", path)[0] not in known and path.split("/")[0] not in known:
-            for file in sorted(CONF_DIR.glob("*/*.yaml")):
-                if file.parent.name in known and re.search(rf"(?m)^{root}:", file.read_text()):
-                    hint = f"did you mean {file.parent.name}.{root}?"
-                    break
-            else:
-                hint = nearest(root, known)
-            raise ValueError(f"unknown knob {root!r} in {override!r}: {hint}")
-        default = content.get(path)
+        if root not in known:
+            raise ValueError(f"unknown knob {root!r} in {override!r}: {nearest(root, known)}")
+        default = known.get(path)
         if not isinstance(default, int | float) or path in LOOSE:
             continue
         parsed = OverridesParser.create().parse_override(override)
@@ -157,25 +165,25 @@ def check_spelling(overrides: list[str], config: str) -> None:
 
 
 def nearest(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, known, 1)
-    return f"did you mean {near[0]}?" if near else f"there are {', '.join(sorted(known))}"
+    """The name that is meant, in a group or by its letters; else all that are beside it."""
+    inside = [other for other in known if other.endswith(f".{name}")]
+    if near := inside or difflib.get_close_matches(name, known, 1):
+        return f"did you mean {near[0]}?"
+    group = name.rpartition(".")[0]
+    beside = sorted(other for other in known if other.rpartition(".")[0] == group)
+    return f"there are {', '.join(beside)}"
 
 
-def explained(error: BaseException, config: str, overrides: list[str]) -> ValueError:
+def explained(error: BaseException, config: str) -> ValueError:
     """An error of composing in one line, with the way out."""
     if isinstance(error, MissingConfigException) and error.options:
         wanted = str(error.missing_cfg_file).replace("/", "=")
         options = [name for name in error.options if not name.startswith("_")]
         return ValueError(f"there is no {wanted}: {nearest(wanted.split('=')[-1], options)}")
-    for override in overrides:
-        found = re.match(r"([\w.]+)\.([\w-]+)=", override)
-        if found and f"override '{found[1]}.{found[2]}'" in str(error):
-            choices = [o for o in overrides if re.match(r"[\w/@]+=", o) and o != override]
-            with suppress(ValueError):
-                names = OmegaConf.select(composed(config, choices), found[1]) or {}
-                hint = nearest(found[2], [str(name) for name in names])
-                hint = hint.replace("mean ", f"mean {found[1]}.")
-                return ValueError(f"unknown knob {found[2]!r} in {override!r}: {hint}")
+    if found := re.search(r"override '([\w.]+)'", str(error)):
+        known = knobs(config)
+        hint = f"+{found[1]}=... adds it" if found[1] in known else nearest(found[1], known)
+        return ValueError(f"unknown knob {found[1]!r}: {hint}")
     texts = dict.fromkeys(str(e) for e in (error, error.__cause__) if e)
     return ValueError(" ".join(" ".join(texts).split()))
 

@@ -14,10 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 from evit import measure
 from evit.commands import checkpoint
 from evit.config import listed
-from evit.measure.speed import allow_graphs, telling
+from evit.measure.speed import keep_compiled, telling
 from evit.report import evaluations, results
+from evit.training.callbacks import progress
 from evit.training.evaluator import Evaluator, setting_of
-from evit.training.progress import progress
 from evit.training.trainer import Signals, build_trainer, quiet, say
 
 
@@ -53,7 +53,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if cfg.max_val_images:
         text += f"; at most {cfg.max_val_images} images (max_val_images=null: all)"
     if compiled := gpu if cfg.compile is None else cfg.compile:
-        allow_graphs()
+        keep_compiled()
         evaluator.compile_parts(cfg.batch_size)
         text += "; compiled, which takes a while at first (compile=false)"
     say(text)

@@ -17,7 +17,6 @@ from evit.training.module import Classifier
 from evit.training.optimizer import make_optimizer
 
 IMAGENET = dict(name="ImageNet", num_classes=1000, train_images=1_281_167, val_images=50_000)
-PROCESSES = (1, 4, 8, 16)
 GPUS = 8  # of the estimate of hours
 # What is done to training images, in this order.
 AUGMENTATION = (
@@ -70,10 +69,9 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
     parts = (model, recipe, data["num_classes"])
     objective = make_objective(*parts, recipe.batch_size, data["label_maps"])
     Classifier(*parts, objective)  # freezes what the recipe says
-    keep_rate = list(getattr(model, "keep_rate", ()))
     shrink = (0, 0) if own else (recipe.shrink_start_epoch, recipe.shrink_epochs)
-    epochs = range(recipe.epochs)
-    keep_rates = [list(keep_rate_at(epoch, 1, keep_rate, *shrink)) for epoch in epochs]
+    epochs, final = range(recipe.epochs), list(getattr(model, "keep_rate", ()))
+    keep_rates = [list(keep_rate_at(epoch, 1, final, *shrink)) for epoch in epochs]
 
     optimizer, scheduler = make_optimizer(model, recipe, total_steps=recipe.epochs)
     rates = [[rate(epoch) for epoch in epochs] for rate in scheduler.lr_lambdas]
@@ -89,13 +87,13 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
     if mix_token := isinstance(objective, TokenLabels):
         loss["token_label_weight"] = recipe.token_label_weight
     if own:
-        loss["ratio_weight"] = recipe.ratio_weight
-        loss["distill_weight"] = recipe.distill_weight if distilled else 0.0
+        weight = recipe.distill_weight if distilled else 0.0
+        loss |= dict(ratio_weight=recipe.ratio_weight, distill_weight=weight)
     augmentation = {name: getattr(recipe, name, mix_token) for name in AUGMENTATION}
     if not recipe.mixup and not recipe.cutmix:
         augmentation |= dict(mixup_switch_prob=None, mixup_mode=None)
     batches = []
-    for processes in PROCESSES:
+    for processes in (1, 4, 8, 16):
         count = cfg.trainer.accumulate_grad_batches or recipe.accumulation(processes)
         share, left = divmod(recipe.batch_size, processes * count)
         if not left:
@@ -106,13 +104,9 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
         start="missing" if recipe.finetune and start == "random" else start,
         epochs=recipe.epochs,
         steps_per_epoch=steps,
-        optimizer=dict(
-            name=type(optimizer).__name__,
-            betas=list(optimizer.defaults["betas"]),
-            eps=optimizer.defaults["eps"],
-            clip_grad=recipe.clip_grad,
-            groups=groups,
-        ),
+        optimizer=dict(name=type(optimizer).__name__)
+        | {name: optimizer.defaults[name] for name in ("betas", "eps")}
+        | dict(clip_grad=recipe.clip_grad, groups=groups),
         schedule=schedule | dict(keep_rate=keep_rates),
         loss=loss,
         augmentation={name: value for name, value in augmentation.items() if value},

@@ -2,32 +2,33 @@
 
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from evit import load_checkpoint, measure
-from evit.commands.build import build_data, build_model, build_teacher, compile_all
-from evit.config import plain
+from evit import measure
+from evit.commands.build import build_data, build_module
+from evit.config import overridden, plain
 from evit.data import Images
+from evit.measure import speed
 from evit.recipe import Recipe
 from evit.report import results
 from evit.tracking import JsonlLogger, Tracker, wandb_logger, wandb_mode
-from evit.training import checkpoints
-from evit.training.callbacks import InferenceSpeed, KeepRateSchedule, KeptPatches
-from evit.training.ema import EMA
-from evit.training.losses import make_objective
+from evit.training import callbacks, checkpoints
 from evit.training.module import Classifier
-from evit.training.nonfinite import NonFinite
-from evit.training.progress import Throughput, progress
 from evit.training.trainer import Signals, build_trainer, quiet, say
 
 GROUPS = ("reducer", "model", "data", "recipe", "experiment")
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -38,39 +39,35 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """
     quiet()
     folder, started = Path(HydraConfig.get().runtime.output_dir), time.monotonic()
-    config = plain(cfg)
+    choices, config = HydraConfig.get().runtime.choices, plain(cfg)
     if not cfg.overwrite:
         results.check_config(folder, config)
         if before := results.finished(folder):
             say("This run has finished before: overwrite=true repeats it.")
             rank_zero_only(results.show)(before, folder)
             return before
+    recipe: Any = OmegaConf.to_object(cfg.recipe)
+    check(cfg, recipe)
     first = checkpoints.given(cfg.resume, folder)
     last = None if cfg.overwrite else checkpoints.unfinished(folder)
     tempfile.TemporaryFile(dir=folder).close()  # is an OSError now, not after hours
     mode = wandb_mode(config["logger"]["mode"])
-    recipe: Any = OmegaConf.to_object(cfg.recipe)
-    if recipe.finetune and not cfg.checkpoint and not cfg.pretrained:
-        raise ValueError(
-            "this recipe fine-tunes a trained model: give its weights by checkpoint=PATH, or "
-            "pretrained=true for timm's; recipe.finetune=false starts from random ones"
-        )
-    throughput, inference = Throughput(recipe.batch_size), InferenceSpeed()
+
+    beside = make_callbacks(cfg, recipe, folder)
     trainer = build_trainer(
         cfg.trainer,
         folder,
-        [*callbacks(cfg, recipe, folder, throughput), inference],
+        beside,
         max_epochs=recipe.epochs,
         gradient_clip_val=recipe.clip_grad,
         check_val_every_n_epoch=recipe.eval_every,
     )
-    if str(trainer.precision).endswith("-true") and trainer.precision != "32-true":
-        raise ValueError("trainer.precision must be auto, 32-true, bf16-mixed or 16-mixed")
     if cfg.trainer.accumulate_grad_batches is None:
         trainer.accumulate_grad_batches = recipe.accumulation(trainer.world_size)
     data = build_data(cfg, recipe)
     data.trainer = trainer
     module = build_module(cfg, recipe, data, config)
+    announce(cfg, recipe, data, module)
     for step in data.prepare_data, data.setup:  # what can be wrong with the data is said here
         rank_zero_only(step)()
     if last:
@@ -80,26 +77,25 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             rank_zero_only(checkpoints.require_unfinished)(first, data, recipe.epochs)
         rank_zero_only(results.start)(folder, config)
     steps = checkpoints.optimizer_steps(last) if last else None
-    trainer.loggers = [JsonlLogger(folder / "metrics.jsonl", steps)]
-    tracker = mirror(trainer, folder, config, mode)
-    try:
-        metrics = fit(trainer, module, data, last or first)
+    metrics = JsonlLogger(folder / "metrics.jsonl", steps)
+    trainer.loggers = [metrics]
+    with mirrored(trainer, folder, config, mode) as tracker:
+        found = fit(trainer, module, data, last or first)
         result: dict[str, Any] = dict(
-            top1=metrics["val/top1"],
-            top5=metrics["val/top5"],
-            loss=metrics["val/loss"],
-            train_images_per_s=throughput.images_per_s,
-            throughput=inference.images_per_s,
-            throughput_mode=inference.mode,
+            top1=found["val/top1"],
+            top5=found["val/top5"],
+            loss=found["val/loss"],
+            train_images_per_s=beside[0].images_per_s,
+            **throughput(trainer, module.model, data.img_size),
             model=facts(module.model, data.img_size),
             data=dict(name=data.name, num_classes=data.num_classes),
-            choices={group: HydraConfig.get().runtime.choices[group] for group in GROUPS},
+            choices={group: choices[group] for group in GROUPS},
             config=config,
             started_from=results.started_from(config["checkpoint"] or first),
             processes=trainer.world_size,
             precision=str(trainer.precision),
             device=results.device_name(trainer.strategy.root_device),
-            seconds=round(time.monotonic() - started, 1),
+            seconds=round(metrics.earlier + time.monotonic() - started, 1),
             wandb_id=tracker.version if tracker else None,
         )
         if trainer.is_global_zero:
@@ -107,29 +103,104 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             if tracker:
                 tracker.log_summary(results.summary(result))
             results.show(result, folder)
-    except BaseException as error:
-        if tracker:
-            tracker.end(1)
-        if isinstance(error, SystemExit) and error.code == 1:  # what Lightning makes of it
-            raise KeyboardInterrupt from None
-        raise
-    if tracker:
-        tracker.end()
     return result
 
 
-def mirror(trainer: L.Trainer, folder: Path, config: dict[str, Any], mode: str) -> Tracker | None:
-    """Let the chosen logger mirror metrics.jsonl; return it if it is W&B."""
-    options = config["logger"]
+def check(cfg: DictConfig, recipe: Recipe) -> None:
+    """Refuse knobs with a value that is none, or that need another."""
+    for knob in "checkpoint_every_n_steps", "keep_checkpoint_every_n_epochs":
+        count = cfg[knob]
+        if count is not None and not (isinstance(count, int) and count >= 1):
+            raise ValueError(f"{knob} must be at least 1, got {count}")
+    if cfg.compile not in (True, False, "reduce-overhead"):
+        raise ValueError(f"compile must be true, false or reduce-overhead, got {cfg.compile!r}")
+    if cfg.trainer.precision not in PRECISIONS:
+        *most, last = PRECISIONS
+        raise ValueError(
+            f"trainer.precision must be {', '.join(most)} or {last}, got {cfg.trainer.precision!r}"
+        )
+    if recipe.finetune and not cfg.checkpoint and not cfg.pretrained:
+        raise ValueError(
+            "this recipe fine-tunes a trained model: give its weights by checkpoint=PATH, or "
+            "pretrained=true for timm's; recipe.finetune=false starts from random ones"
+        )
+
+
+def make_callbacks(cfg: DictConfig, recipe: Recipe, folder: Path) -> list[Any]:
+    """What happens beside training, in this order; the Progress is first."""
+    inside, every = folder / "checkpoints", cfg.checkpoint_every_n_steps
+    found: list[Any] = [
+        *callbacks.progress(recipe.batch_size),
+        callbacks.NonFinite(),
+        Signals(),
+        checkpoints.LastCheckpoint(inside, every, cfg.keep_checkpoint_every_n_epochs),
+        checkpoints.BestCheckpoint(inside, recipe.full_rate_epoch),
+    ]
+    if recipe.ema_decay is not None:
+        found.append(callbacks.EMA(recipe.ema_decay, recipe.ema_evaluated))
+    if "reducer" in cfg.model:
+        multiple = recipe.token_multiple or (8 if cfg.compile else 1)
+        shrink = (recipe.shrink_start_epoch, recipe.shrink_epochs)
+        found.append(callbacks.KeepRateSchedule(*shrink, multiple))
+        found.append(callbacks.KeptPatches(folder / "kept_patches.png"))
+    return found
+
+
+def announce(cfg: DictConfig, recipe: Recipe, data: Images, module: Classifier) -> None:
+    """Say what will be trained on, and which knobs that were given are without effect."""
+    model, choices = module.model, HydraConfig.get().runtime.choices
+    reducer: Any = getattr(model, "reducer", None)
+    masked = reducer is not None and reducer.masked  # DynamicViT
+    dense = set(getattr(model, "keep_rate", [1])) == {1}
+    without_effect = {
+        "keep_rate": dense and cfg.keep_rate != 1,
+        "fusion": dense or not hasattr(reducer, "fusion"),
+        "recipe.shrink_epochs recipe.shrink_start_epoch recipe.token_multiple": dense
+        or (masked or reducer.own or reducer.given),
+        "recipe.ratio_weight recipe.distill_weight": not masked,
+        "recipe.token_label_weight": not data.has_label_maps,
+        "data.label_maps": not hasattr(model, "heads"),
+        "recipe.mixup_mode recipe.mixup_switch_prob": not recipe.mixup and not recipe.cutmix,
+        "recipe.ema_evaluated": recipe.ema_decay is None,
+        "pretrained": cfg.checkpoint,
+    }
+    given = overridden(HydraConfig.get().overrides.task)
+    names = [name for group, idle in without_effect.items() if idle for name in group.split()]
+    if idle := [name for name in names if name in given and OmegaConf.select(cfg, name)]:
+        say(f"Without effect here (model={choices['model']}): {', '.join(idle)}.")
+    if masked and module.objective.teacher is None:
+        say("Without a teacher of these classes there is no distillation: checkpoint=PATH.")
+    elif hasattr(model, "heads") and not data.has_label_maps:
+        say("Without label maps LV-ViT is a plain classifier, no MixToken: data.label_maps=DIR.")
+    if cfg.compile:
+        say("Compiling in the first steps: minutes at first, then from the cache.")
+    text = f"Training on {data.name} ({data.num_classes} classes, scale={choices['scale']}): "
+    text += f"{recipe.epochs} epoch{'s' * (recipe.epochs > 1)}, batch size {recipe.batch_size}"
+    for knob in ("max_train_images", "max_val_images"):
+        text += f", recipe.{knob}={cfg.recipe[knob]}" if cfg.recipe[knob] else ""
+    say(text)
+
+
+@contextmanager
+def mirrored(
+    trainer: L.Trainer, folder: Path, config: dict[str, Any], mode: str
+) -> Iterator[Tracker | None]:
+    """Let the chosen logger mirror metrics.jsonl for a while; a Tracker if it is W&B."""
+    options, tracker, status = config["logger"], None, 1
     if target := options.get("_target_"):  # one of Lightning's own
         choice = HydraConfig.get().runtime.choices["logger"]
         kind = dict(_target_=target, save_dir=folder, name="", version=choice)
         trainer.loggers.append(instantiate(kind))
-        return None
-    options = options | dict(name=folder.name, mode=mode)
-    if tracker := wandb_logger(folder, config=config, **options):
-        trainer.loggers.append(tracker)
-    return tracker
+    else:
+        options = options | dict(name=folder.name, mode=mode)
+        tracker = wandb_logger(folder, config=config, **options)
+        trainer.loggers += [tracker] if tracker else []
+    try:
+        yield tracker
+        status = 0
+    finally:
+        if tracker:
+            tracker.end(status)
 
 
 def fit(
@@ -140,10 +211,12 @@ def fit(
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     except (RuntimeError, KeyError) as error:
         if checkpoint and trainer.global_step == 0 and "load" in str(error):
-            text = (
-                f"{checkpoint} is of another model or recipe: {str(error).splitlines()[-1].strip()}"
-            )
-            raise ValueError(text) from error
+            reason = str(error).splitlines()[-1].strip()
+            raise ValueError(f"{checkpoint} is of another model or recipe: {reason}") from error
+        raise
+    except SystemExit as error:
+        if error.code == 1:  # what Lightning makes of it
+            raise KeyboardInterrupt from None
         raise
     if "val/top1" not in trainer.callback_metrics:  # it was interrupted before that
         trainer.loggers = []  # which have it already
@@ -151,88 +224,41 @@ def fit(
     return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
-def callbacks(
-    cfg: DictConfig, recipe: Recipe, folder: Path, throughput: Throughput
-) -> list[L.Callback]:
-    """What happens beside training, in this order."""
-    inside, every = folder / "checkpoints", cfg.checkpoint_every_n_steps
-    found: list[L.Callback] = [
-        NonFinite(),
-        throughput,
-        *progress(throughput),
-        Signals(),
-        checkpoints.LastCheckpoint(inside, every, cfg.keep_checkpoint_every_n_epochs),
-        checkpoints.BestCheckpoint(inside, recipe.full_rate_epoch),
-    ]
-    if recipe.ema_decay is not None:
-        found.append(EMA(recipe.ema_decay, recipe.ema_evaluated))
-    if "reducer" in cfg.model:
-        multiple = recipe.token_multiple or (8 if cfg.compile else 1)
-        shrink = (recipe.shrink_start_epoch, recipe.shrink_epochs)
-        found += [KeepRateSchedule(*shrink, multiple), KeptPatches(folder / "kept_patches.png")]
-    return found
+@torch.no_grad()
+def throughput(
+    trainer: L.Trainer, model: Any, img_size: int, fast: bool | None = None
+) -> dict[str, Any]:
+    """Images per second of inference in one process, and the mode that they were measured in.
 
-
-def build_module(
-    cfg: DictConfig, recipe: Recipe, data: Images, config: dict[str, Any]
-) -> Classifier:
-    """The model with its weights, its objective, and what its checkpoints say of it."""
-    if cfg.compile not in (True, False, "reduce-overhead"):
-        raise ValueError(f"compile must be true, false or reduce-overhead, got {cfg.compile!r}")
-    model = build_model(cfg, recipe, data.num_classes)
-    data.normalize_for(model)
-    if cfg.checkpoint:
-        load_checkpoint(model, cfg.checkpoint, new_head=True, new_parts=True)
-    teacher = build_teacher(cfg, model)
-    announce(cfg, data, model, teacher is not None)
-    sizes = (data.num_classes, data.local_batch_size)
-    objective = make_objective(model, recipe, *sizes, data.has_label_maps, teacher)
-    names = ("model", "keep_rate", "fusion", "img_size", "crop_pct")
-    knobs: dict[str, Any] = {name: config[name] for name in names} | dict(
-        data=data.name, classes=list(data.classes), mean=list(data.mean), std=list(data.std)
-    )
-    module = Classifier(model, recipe, data.num_classes, objective, cfg.seed, knobs)
-    if cfg.compile:
-        say("Compiling in the first steps: minutes at first, then from the cache.")
-        compile_all(model, objective, cfg.compile)
-    return module
-
-
-def announce(cfg: DictConfig, data: Images, model: Any, teacher: bool) -> None:
-    """Say what will be trained on, and what is left out or not used."""
-    recipe, choices = cfg.recipe, HydraConfig.get().runtime.choices
-    name = choices["model"]
-    if set(getattr(model, "keep_rate", [1])) == {1} and cfg.keep_rate != 1:
-        say(f"{name} keeps every token: keep_rate and fusion are not used.")
-    own = hasattr(model, "reducer") and model.reducer.masked
-    if own:
-        say("DynamicViT drops, at a constant rate: fusion and recipe.shrink_epochs are not used.")
-        if not teacher:
-            say("Without a teacher of these classes there is no distillation: checkpoint=PATH.")
-    elif hasattr(model, "heads") and not data.has_label_maps:
-        say("Without label maps LV-ViT is a plain classifier, no MixToken: data.label_maps=DIR.")
-    if data.has_label_maps and (own or not hasattr(model, "heads")):
-        say(f"{name} has no token labelling: the label maps are not used.")
-    text = f"Training on {data.name} ({data.num_classes} classes, scale={choices['scale']}): "
-    text += f"{recipe.epochs} epoch{'s' * (recipe.epochs > 1)}, batch size {recipe.batch_size}"
-    for knob in ("max_train_images", "max_val_images"):
-        text += f", recipe.{knob}={recipe[knob]}" if recipe[knob] else ""
-    say(text)
+    No images are read; batches are those of src/benchmark.py: on a CPU 8 images, in the run's
+    precision; on a GPU 128, with `fast` (default: on a GPU) in bf16 weights and compiled.
+    """
+    device: Any = trainer.strategy.root_device
+    batch_size, mode = 8 if device.type == "cpu" else 128, str(trainer.precision)
+    images = torch.rand(batch_size, 3, img_size, img_size, device=device)
+    model, context = model.to(device).eval(), trainer.precision_plugin.forward_context()
+    forward = model.forward
+    if device.type == "cuda" if fast is None else fast:
+        say("Compiling the model, to measure its speed")
+        speed.keep_compiled()
+        model, images, context = deepcopy(model).bfloat16(), images.bfloat16(), nullcontext()
+        forward, mode = torch.compile(model.forward, dynamic=False), "bf16-true, compiled"
+    try:
+        with context:
+            calls = speed.warm_up(lambda: forward(images), 0.2, device)
+            seconds = speed.timed(lambda: forward(images), calls, device)
+    except Exception as error:  # of a compiler, say: training is done and must not fail
+        say(f"The speed of inference is not measured: {error}".splitlines()[0])
+        return dict(throughput=None, throughput_mode=None)
+    return dict(throughput=calls * batch_size / seconds, throughput_mode=mode)
 
 
 def facts(model: Any, img_size: int) -> dict[str, Any]:
     """What the model is and costs, for the tables."""
-    result: dict[str, Any] = dict(
-        img_size=img_size,
-        params=measure.count_params(model),
-        macs_executed=measure.count_macs(model, executed=True),
-    )
+    found = dict(img_size=img_size, params=measure.count_params(model))
+    found["macs_executed"] = measure.count_macs(model, executed=True)
     if hasattr(model, "reducer"):
-        result |= dict(
-            reducer=model.reducer.name,
-            keep_rate=list(model.keep_rate),
-            drop_loc=list(model.drop_loc),
-            fusion=model.fusion,
-            macs=measure.count_macs(model),
-        )
-    return result
+        own = dict(reducer=model.reducer.name, keep_rate=list(model.keep_rate))
+        own |= dict(drop_loc=list(model.drop_loc), fusion=model.fusion)
+        found |= own | dict(macs=measure.count_macs(model))
+    return found

@@ -27,11 +27,11 @@ Step = Callable[[], object]
 DTYPES = dict(fp32=torch.float32, tf32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
 
-def allow_graphs() -> None:
-    """Let torch.compile make a graph for each combination of token counts, and keep them all."""
+def keep_compiled() -> None:
+    """Let torch.compile make a graph for each combination of token counts, and keep it on disk."""
     # By default the cache is a folder of /tmp whose name others can guess.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache/evit-lab/inductor"))
-    limits: Any = torch._dynamo.config  # type: ignore[attr-defined]
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{Path.home()}/.cache/evit-lab/inductor")
+    limits: Any = torch.compiler.config
     limits.recompile_limit = limits.accumulated_recompile_limit = 4096
 
 
@@ -177,7 +177,7 @@ def contest(
 
     What PyTorch cannot run, or is not begun `until` a time.perf_counter(), is "left_out".
     """
-    allow_graphs()
+    keep_compiled()
     torch.compiler.reset()
     set_precision(group.precision)
     n = 8192 if device.type == "cuda" else 1024  # large enough to show the peak

@@ -1,25 +1,32 @@
 """What happens beside the training loop."""
 
-from contextlib import nullcontext
-from copy import deepcopy
-from functools import partial
+import math
+import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import RichProgressBar, WeightAveraging
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from evit.data.batch import denormalize
 from evit.files import whole_file
-from evit.measure import speed
 from evit.reducers.schedule import keep_rate_at
 from evit.report.pictures import draw_kept
 from evit.tracking import Tracker
 
+WAY_OUT = (
+    "with resume=RUN/checkpoints/last.ckpt go on from before it at a lower recipe.lr, or with "
+    "recipe.clip_grad=1"
+)
+
 
 class KeepRateSchedule(L.Callback):
-    """Moves the model's keep rate to its final value during training, at every step.
+    """Move the model's keep rate to its final value during training, at every step.
 
     Logs keep_rate (keep_rate/1, /2, ... where the reorganizations differ) and tokens_per_image:
     the image tokens that a block's MLP sees, averaged over the blocks. While the keep rate moves,
@@ -38,26 +45,26 @@ class KeepRateSchedule(L.Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, i: int) -> None:
         steps = trainer.num_training_batches
         i -= i % trainer.accumulate_grad_batches  # one rate for a whole step
-        step = trainer.current_epoch * steps + i
-        rates = keep_rate_at(step, steps, self.final, *self.schedule)
-        self.model.reducer.multiple = 1 if rates == self.final else self.multiple
-        if rates != self.model.keep_rate:
-            self.model.set_keep_rate(rates)
+        rates = keep_rate_at(trainer.current_epoch * steps + i, steps, self.final, *self.schedule)
+        self.set(rates, 1 if rates == self.final else self.multiple)
         tokens = self.model.tokens_per_block()
-        pl_module.log("tokens_per_image", sum(tokens) / len(tokens))
+        pl_module.log("tokens_per_image", sum(tokens) / len(tokens), prog_bar=True)
         if len(set(self.final)) == 1:
-            pl_module.log("keep_rate", rates[0])
+            pl_module.log("keep_rate", rates[0], prog_bar=True)
         else:
             pl_module.log_dict({f"keep_rate/{i}": rate for i, rate in enumerate(rates, 1)})
 
+    def set(self, rates: tuple[float, ...], multiple: int) -> None:
+        self.model.reducer.multiple = multiple
+        if rates != self.model.keep_rate:
+            self.model.set_keep_rate(rates)
+
     def on_train_end(self, *_: Any) -> None:
-        self.model.reducer.multiple = 1
-        if self.final != self.model.keep_rate:
-            self.model.set_keep_rate(self.final)
+        self.set(self.final, 1)
 
 
 class KeptPatches(L.Callback):
-    """Draws which patches of some validation images survive, at each evaluation, as evaluated.
+    """Draw which patches of some validation images survive, at each evaluation, as evaluated.
 
     The images are spread evenly over those of the first process. The file has the last picture.
     """
@@ -71,17 +78,14 @@ class KeptPatches(L.Callback):
     ) -> None:
         if not trainer.is_global_zero:
             return
-        self.images = self.images if i else []
-        batch_size, batches = trainer.datamodule.local_batch_size, trainer.num_val_batches[0]
-        step = max(1, batches * batch_size // self.num_images)
-        wanted = self.num_images - len(self.images)
-        self.images += batch[0][-i * batch_size % step :: step][:wanted].clone()
-        if i == batches - 1:  # before an EMA gives its place back
-            self.draw(trainer, pl_module.model)
-
-    def draw(self, trainer: Any, model: Any) -> None:
-        images, data = torch.stack(self.images), trainer.datamodule
-        picture = draw_kept(model, images, denormalize(images, data.mean, data.std))
+        data, batches = trainer.datamodule, trainer.num_val_batches[0]
+        step = max(1, batches * data.local_batch_size // self.num_images)
+        found = [] if i == 0 else self.images
+        self.images = [*found, *batch[0][-i * data.local_batch_size % step :: step].clone()]
+        if i < batches - 1:
+            return
+        images = torch.stack(self.images[: self.num_images])
+        picture = draw_kept(pl_module.model, images, denormalize(images, data.mean, data.std))
         with whole_file(self.path) as file:
             picture.save(file, "png")
         for logger in trainer.loggers:
@@ -89,36 +93,148 @@ class KeptPatches(L.Callback):
                 logger.log_image("kept_patches", picture, trainer.global_step)
 
 
-class InferenceSpeed(L.Callback):
-    """Images per second of inference, measured for a moment at the end of training.
+class Progress(L.Callback):
+    """Log how fast training is; print a line every 30 s (without a bar) and after evaluations.
 
-    Of one process, without reading images, in the batches of src/benchmark.py. `mode` says how: on
-    a CPU 8 images in the run's precision; on a GPU 128, in bf16 weights and compiled.
+    Images per second are of all processes, the share of time spent waiting for data is of this
+    one; both are of an epoch without its first step.
+
+    Args:
+        batch_size: images per optimizer step; None: nothing is trained.
     """
 
-    images_per_s: float | None = None  # and so it stays if it cannot be measured
-    mode: str | None = None
-    fast: bool | None = None  # null: on a GPU
+    def __init__(self, batch_size: int | None = None, bar: bool = False):
+        self.batch_size, self.bar, self.due = batch_size, bar, time.monotonic() + 8
+        self.images_per_s: float | None = None  # until two steps of an epoch were taken
+        self.epoch, self.numbers = -1, ""
 
-    @torch.no_grad()
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        if not trainer.is_global_zero:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        done, total = args[-1] + 1, trainer.num_training_batches
+        now = (done, time.perf_counter(), trainer.train_dataloader.waited)
+        if self.epoch != trainer.current_epoch:
+            self.epoch, self.start = trainer.current_epoch, now
+        else:
+            batches, seconds, waited = (b - a for a, b in zip(self.start, now, strict=True))
+            images = batches * self.batch_size / trainer.accumulate_grad_batches
+            self.images_per_s, self.data_wait = images / seconds, waited / seconds
+            left = (trainer.max_epochs - self.epoch) * total - done
+            self.numbers = f"{self.images_per_s:.0f} images/s  data wait {self.data_wait:.0%}  "
+            self.numbers += f"{timedelta(seconds=round(left * seconds / batches))} left"
+        names = ("train/loss", "keep_rate", "tokens_per_image")
+        self.tell_at_times(trainer, f"step {done}/{total}", names, self.numbers)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.images_per_s is not None:
+            pl_module.log("train/images_per_s", self.images_per_s, prog_bar=True)
+            pl_module.log("train/data_wait", self.data_wait)
+
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        self.tell_at_times(trainer, f"evaluating {args[2] + 1}/{sum(trainer.num_val_batches)}")
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if self.batch_size and trainer.is_global_zero:
+            self.tell(trainer, "", ("train/loss", "val/loss", "val/top1", "val/top5"))
+
+    def tell_at_times(self, trainer: Any, *words: Any) -> None:
+        if not self.bar and trainer.is_global_zero and time.monotonic() >= self.due:
+            self.due = time.monotonic() + 30
+            self.tell(trainer, *words)
+
+    def tell(self, trainer: Any, what: str, names: Any = (), more: str = "") -> None:
+        """Print a line with the values of metrics, so that a GPU is waited for."""
+        values, words = trainer.callback_metrics if names else {}, [what]
+        if self.batch_size:
+            epoch = min(trainer.current_epoch + 1, trainer.max_epochs)
+            words = [f"epoch {epoch}/{trainer.max_epochs}", what]
+        words += [f"{name} {float(values[name]):.3f}" for name in names if name in values]
+        print("  ".join(filter(None, [*words, more])), flush=True)
+
+
+def progress(batch_size: int | None = None) -> list[L.Callback]:
+    """A Progress, and Lightning's bar on a terminal."""
+    bar: list[L.Callback] = [RichProgressBar(10)] if sys.stdout.isatty() else []
+    return [Progress(batch_size, bool(bar)), *bar]
+
+
+class NonFinite(L.Callback):
+    """Stop a run in which the loss of a step is not finite.
+
+    Reading a loss makes the host wait for the GPU, so all stay on the device until metrics are
+    logged, an evaluation begins or a checkpoint is written: no checkpoint has seen such a step.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[str, int, Tensor]] = []  # since the last look
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        lr = trainer.optimizers[0].param_groups[0]["lr"]
+        self.text = f"(epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, step "
+        self.text += f"{trainer.global_step + 1}, learning rate {lr:.3g}"
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
+        rates = "/".join(f"{rate:.3g}" for rate in getattr(pl_module.model, "keep_rate", ()))
+        text = self.text + (f", keep rate {rates})" if rates else ")")
+        self.steps.append((text, args[-1], outputs["loss"]))
+        every = trainer.log_every_n_steps * trainer.accumulate_grad_batches
+        if every and (args[-1] + 1) % every == 0:
+            self.look(trainer)
+
+    def look(self, trainer: Any, *_: Any) -> None:
+        """Look at the losses since the last time; all processes do this at the same step."""
+        steps, self.steps = self.steps, []
+        if not steps:
             return
-        device, size = pl_module.device, trainer.datamodule.img_size
-        batch_size = 8 if device.type == "cpu" else 128
-        images = torch.rand(batch_size, 3, size, size, device=device)
-        model, context = pl_module.model.eval(), trainer.precision_plugin.forward_context()
-        forward, self.mode = model.forward, str(trainer.precision)
-        if device.type == "cuda" if self.fast is None else self.fast:
-            print("Compiling the model, to measure its speed", flush=True)
-            speed.allow_graphs()
-            model, images = deepcopy(model).bfloat16(), images.bfloat16()
-            forward, self.mode = torch.compile(model.forward, dynamic=False), "bf16-true, compiled"
-            context = nullcontext()
-        with context:
-            try:
-                calls = speed.warm_up(partial(forward, images), 0.2, device)
-                seconds = speed.timed(partial(forward, images), calls, device)
-                self.images_per_s = calls * batch_size / seconds
-            except Exception as error:  # of a compiler, say: training is done and must not fail
-                print(f"The speed of inference is not measured: {error}".splitlines()[0])
+        bad = ~torch.stack([loss for _, _, loss in steps]).isfinite()
+        bad = trainer.strategy.reduce(bad.int(), reduce_op="max")
+        if not bad.any():
+            return
+        text, batch, loss = steps[int(bad.nonzero()[0])]
+        images = trainer.datamodule.describe_batch(trainer.current_epoch, batch)
+        text = f"the loss is {loss} {text}, for images of process {trainer.global_rank}: {images}"
+        found = [(math.isfinite(loss), text)] * trainer.world_size
+        if trainer.world_size > 1:
+            torch.distributed.all_gather_object(found, found[0])
+        raise FloatingPointError(f"{min(found)[1]}. No checkpoint has seen this: {WAY_OUT}")
+
+    on_validation_start = on_train_epoch_end = look  # type: ignore[assignment]
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
+        self.look(trainer)
+        for name, value in pl_module.state_dict().items():
+            if value.is_floating_point() and not value.isfinite().all():
+                text = f"after {trainer.global_step} steps {name} is not finite"
+                raise FloatingPointError(f"{text}. No checkpoint has seen this: {WAY_OUT}")
+
+
+class EMA(WeightAveraging):
+    """Exponential moving average of the weights, updated at every optimizer step.
+
+    Args:
+        evaluated: evaluations, and "state_dict" in checkpoints, are of the average, as LV-ViT's and
+            DynamicViT's authors report it. Otherwise they are of the trained weights, as DeiT's and
+            EViT's do, and checkpoints have the average under "ema_state_dict".
+    """
+
+    def __init__(self, decay: float, evaluated: bool = True):
+        # All weights at once, which Lightning's own EMAWeightAveraging does one by one.
+        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
+        self.evaluated = evaluated
+        if not evaluated:
+            for name in ("validation_epoch_start", "validation_epoch_end", "train_end"):
+                setattr(self, f"on_{name}", lambda *_: None)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert self._average_model is not None  # made before the model moves to its device
+        self._average_model.to(pl_module.device)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: Any) -> None:
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        if not self.evaluated and "current_model_state" in checkpoint:
+            checkpoint["ema_state_dict"] = checkpoint["state_dict"]
+            checkpoint["state_dict"] = checkpoint.pop("current_model_state")
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: Any) -> None:
+        if average := checkpoint.get("ema_state_dict"):
+            trained = checkpoint["state_dict"]
+            checkpoint = checkpoint | dict(current_model_state=trained, state_dict=average)
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)

@@ -17,9 +17,8 @@ class WholeFiles(TorchCheckpointIO):
     """Gives a checkpoint its name only when all of it is on the disk."""
 
     def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(Path(path)) as file:
             try:
                 torch.save(checkpoint, file)
             except RuntimeError as error:  # of its zip writer, for want of what the disk refused
@@ -35,48 +34,34 @@ class LastCheckpoint(Checkpoint):
     """
 
     def __init__(self, folder: Path, every_n_steps: int | None, keep_every_n_epochs: int | None):
-        keep = keep_every_n_epochs
-        knobs = dict(checkpoint_every_n_steps=every_n_steps, keep_checkpoint_every_n_epochs=keep)
-        for knob, value in knobs.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{knob} must be at least 1, got {value}")
-        self.folder, self.every_n_steps, self.keep_every_n_epochs = folder, every_n_steps, keep
-        self.pending = False
+        self.folder, self.every_n_steps, self.keep = folder, every_n_steps, keep_every_n_epochs
+        self.next, self.last = folder / "next.ckpt", folder / "last.ckpt"
 
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
         self.saved_step = trainer.global_step
-        if trainer.is_global_zero:
-            for path in self.folder.glob("*.tmp"):  # of a process that was killed as it wrote
+        if trainer.is_global_zero:  # what a process leaves that is killed as it writes
+            for path in (*self.folder.glob("*.tmp"), *self.folder.glob("next.ckpt")):
                 path.unlink()
-
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        if self.pending:
-            self.publish(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         step = trainer.global_step
         due = self.every_n_steps and step % self.every_n_steps == 0 and step != self.saved_step
         if due and not trainer.is_last_batch:  # the epoch's end is about to be saved
-            self.save(trainer)
+            self.saved_step = step
+            trainer.save_checkpoint(self.next)
 
     def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        epochs = trainer.current_epoch + 1
-        if self.keep_every_n_epochs and epochs % self.keep_every_n_epochs == 0:
+        self.saved_step, epochs = trainer.global_step, trainer.current_epoch + 1
+        if self.keep and epochs % self.keep == 0:
             trainer.save_checkpoint(self.folder / f"epoch_{epochs:03d}.ckpt")
-        self.save(trainer)
-        self.publish(trainer)
+        trainer.save_checkpoint(self.next)
+        self.on_train_batch_start(trainer)
 
-    def save(self, trainer: L.Trainer) -> None:
-        trainer.save_checkpoint(self.folder / "next.ckpt")
-        self.saved_step, self.pending = trainer.global_step, True
-
-    def publish(self, trainer: L.Trainer) -> None:
-        self.pending = False
-        if trainer.is_global_zero:
-            last = self.folder / "last.ckpt"
-            if last.exists():
-                last.replace(self.folder / "previous.ckpt")
-            (self.folder / "next.ckpt").replace(last)
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.is_global_zero and self.next.is_file():
+            if self.last.exists():
+                self.last.replace(self.folder / "previous.ckpt")
+            self.next.replace(self.last)
             sync_folder(self.folder)
 
 
@@ -95,7 +80,7 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 def optimizer_steps(path: Path) -> int:
-    """The number of steps after which a checkpoint was written."""
+    """The number of steps after which a checkpoint was written; ValueError: it cannot be read."""
     try:
         check_zip(path)
         checkpoint = torch.load(path, weights_only=True, map_location="meta")
@@ -109,9 +94,8 @@ def optimizer_steps(path: Path) -> int:
 
 def unfinished(folder: Path) -> Path | None:
     """The last checkpoint of the run that was interrupted in this folder, if one was."""
-    inside = folder / "checkpoints"
-    kept = sorted(inside.glob("epoch_*.ckpt"), reverse=True)
-    found = [inside / "last.ckpt", inside / "previous.ckpt", *kept]
+    kept = sorted(folder.glob("checkpoints/epoch_*.ckpt"), reverse=True)
+    found = [folder / "checkpoints/last.ckpt", folder / "checkpoints/previous.ckpt", *kept]
     found = [path for path in found if path.is_file()]
     for path in found:
         try:

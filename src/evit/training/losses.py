@@ -18,24 +18,19 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class Classification:
-    """Cross-entropy of mixed images; draws come first, then losses(), which compiles."""
+    """Cross-entropy of mixed images; draws come first, then losses(), which compiles.
 
-    teacher: Any = None
+    Args:
+        teacher: the dense model that a reducer's own loss distils, if there is one.
+    """
 
-    def __init__(self, model: Any, recipe: Recipe, num_classes: int, batch_size: int):
+    def __init__(
+        self, model: Any, recipe: Recipe, num_classes: int, batch_size: int, teacher: Any = None
+    ):
         self.model, self.recipe, self.num_classes = model, recipe, num_classes
         draws = (recipe.mixup, recipe.cutmix, recipe.mixup_switch_prob, recipe.label_smoothing)
         self.mixup = make_mixup(num_classes, *draws, batch_size, recipe.mixup_mode)
-
-    def to(self, device: torch.device) -> None:
-        """Move the teacher; the model is moved by Lightning."""
-        if self.teacher is not None:
-            self.teacher.to(device)
-
-    def compile(self, **options: Any) -> None:
-        """torch.compile losses(): one graph for each combination of token counts."""
-        compiled: Any = torch.compile(self.losses, fullgraph=True, dynamic=False, **options)
-        self.losses = compiled  # type: ignore[method-assign]
+        self.teacher = teacher
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         smoothing = self.recipe.label_smoothing if targets.ndim == 1 else 0.0
@@ -107,11 +102,7 @@ def make_objective(
     label_maps: bool = False,
     teacher: Any = None,
 ) -> Classification:
-    """A model's loss: its reducer's own, token labels if it has a head for them, or plain.
-
-    Args:
-        teacher: the dense model that a reducer's own loss distils, if there is one.
-    """
+    """A model's loss: its reducer's own, token labels if it has a head for them, or plain."""
     kind = Classification
     if getattr(getattr(model, "reducer", None), "masked", False):
         kind = DynamicTokens
@@ -122,6 +113,4 @@ def make_objective(
                 "token labels go with MixToken, not with mixup and cutmix: take recipe=lvvit, or "
                 "recipe.mixup=0 recipe.cutmix=0; or data.label_maps=null trains without them"
             )
-    objective = kind(model, recipe, num_classes, batch_size)
-    objective.teacher = teacher
-    return objective
+    return kind(model, recipe, num_classes, batch_size, teacher)

@@ -12,8 +12,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from evit.data.batch import augment_batch
 from evit.recipe import Recipe
+from evit.training.callbacks import WAY_OUT
 from evit.training.losses import Classification
-from evit.training.nonfinite import WAY_OUT
 from evit.training.optimizer import make_optimizer
 
 
@@ -53,9 +53,13 @@ class Classifier(L.LightningModule):
                 kind = type(model).__name__
                 raise ValueError(f"recipe.frozen names {name!r}, which {kind} does not have")
             parameters[name].requires_grad_(False)
-        self.loss = MeanMetric(nan_strategy=math.nan)  # the default leaves NaN out of the mean
-        self.top1 = MulticlassAccuracy(num_classes, average="micro")
-        self.top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro")
+        self.metrics: Any = nn.ModuleDict(
+            dict(
+                loss=MeanMetric(nan_strategy=math.nan),  # the default leaves NaN out of the mean
+                top1=MulticlassAccuracy(num_classes, average="micro"),
+                top5=MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),
+            )
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(images)
@@ -72,7 +76,7 @@ class Classifier(L.LightningModule):
         for name, value in losses.items():
             if every and (self.global_step + 1) % every == 0:
                 value = trainer.strategy.reduce(value.detach().clone())  # the mean of all processes
-            self.log(f"train/{name}", value)
+            self.log(f"train/{name}", value, prog_bar=name == "loss")
         return losses["loss"]
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -80,22 +84,21 @@ class Classifier(L.LightningModule):
         if not len(labels):
             return
         logits = self.model(images).float()
-        self.loss.update(F.cross_entropy(logits, labels), len(labels))
-        self.top1.update(logits, labels)
-        self.top5.update(logits, labels)
+        self.metrics["loss"].update(F.cross_entropy(logits, labels), len(labels))
+        for name in ("top1", "top5"):
+            self.metrics[name].update(logits, labels)
 
     def on_validation_epoch_end(self) -> None:
-        loss = self.loss.compute()
-        if not loss.isfinite():
-            raise FloatingPointError(
-                f"val/loss is {loss} after epoch {self.current_epoch + 1}/{self.recipe.epochs}, "
-                f"{self.global_step} steps: the model has diverged: {WAY_OUT}"
-            )
-        self.log("val/loss", loss)
-        self.log("val/top1", 100 * self.top1.compute())
-        self.log("val/top5", 100 * self.top5.compute())
-        for metric in (self.loss, self.top1, self.top5):
+        for name, metric in self.metrics.items():
+            value = metric.compute() * (1 if name == "loss" else 100)
             metric.reset()
+            if not value.isfinite():
+                raise FloatingPointError(
+                    f"val/loss is {value} after epoch {self.current_epoch + 1}/"
+                    f"{self.recipe.epochs}, {self.global_step} steps: the model has diverged: "
+                    f"{WAY_OUT}"
+                )
+            self.log(f"val/{name}", value, prog_bar=name == "top1")
 
     def configure_optimizers(self) -> Any:
         steps = self.trainer.estimated_stepping_batches
@@ -103,7 +106,8 @@ class Classifier(L.LightningModule):
         return [optimizer], [dict(scheduler=scheduler, interval="step")]
 
     def on_fit_start(self) -> None:
-        self.objective.to(self.device)
+        if self.objective.teacher is not None:  # no part of this module, nor of its checkpoints
+            self.objective.teacher.to(self.device)
 
     def on_train_start(self) -> None:
         self.model.train(not self.recipe.train_in_eval_mode)

@@ -1,6 +1,7 @@
 """AdamW and its learning rate."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,20 +46,21 @@ def make_optimizer(
     decayed = param_groups_weight_decay(
         model, recipe.weight_decay, no_weight_decay_list=model.no_weight_decay()
     )
-    groups, steps_per_epoch = [], total_steps / recipe.epochs
+    steps_per_epoch = total_steps / recipe.epochs
+
+    def rate(backbone: int, scale: float, step: int) -> float:
+        epoch = step / steps_per_epoch
+        frozen = backbone and epoch < recipe.backbone_frozen_epochs
+        return 0.0 if frozen else scale * lr_at(epoch, recipe)
+
+    groups: list[Any] = []
     rates: list[Any] = []
     for backbone, scale in enumerate(scales):
-
-        def rate(step: int, backbone: int = backbone, scale: float = scale) -> float:
-            epoch = step / steps_per_epoch
-            frozen = backbone and epoch < recipe.backbone_frozen_epochs
-            return 0.0 if frozen else scale * lr_at(epoch, recipe)
-
         for group in decayed:
             chosen = [p for p in group["params"] if len(scales) == 1 or new[id(p)] != backbone]
             if chosen:
                 groups.append(group | dict(params=chosen, lr_scale=scale))
-                rates.append(rate)
+                rates.append(partial(rate, backbone, scale))
     cuda = torch.cuda.is_available() and groups[0]["params"][0].is_cuda
     optimizer = torch.optim.AdamW(groups, lr=1.0, fused=cuda or None)
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # or none is clipped

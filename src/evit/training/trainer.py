@@ -13,7 +13,6 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import ProgressBar
-from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
@@ -52,23 +51,18 @@ def build_trainer(
         bf16 = bf16 and torch.cuda.is_bf16_supported(including_emulation=False)
         options["precision"] = "bf16-mixed" if bf16 else "32-true"
     options["accumulate_grad_batches"] = options["accumulate_grad_batches"] or 1
-    options |= (started := processes(options["devices"], options["num_nodes"]))
-    count = started["devices"]
-    several = (len(count) if isinstance(count, list) else count) not in (1, "auto")
-    several = several or started["num_nodes"] > 1
-    if options["strategy"] == "ddp" or several and options["strategy"] == "auto":
-        options["strategy"] = DDPStrategy(gradient_as_bucket_view=True)
+    options |= processes(options["devices"], options["num_nodes"])
     try:
         trainer = L.Trainer(
             **options,
             **more,
-            enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-            default_root_dir=folder,
-            callbacks=callbacks,
             logger=False,
             enable_model_summary=False,
+            use_distributed_sampler=False,
+            enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
+            num_sanity_val_steps=0,
+            default_root_dir=folder,
+            callbacks=callbacks,
             plugins=[WholeFiles()],
         )
     except (TypeError, ValueError, MisconfigurationException) as error:
@@ -106,25 +100,22 @@ def start_processes(count: int, nodes: int) -> NoReturn:
 
 def processes(devices: Any, num_nodes: Any) -> dict[str, Any]:
     """The Trainer's devices and num_nodes: auto is as many as torchrun or srun has started."""
-    env = os.environ
+    env, wanted = os.environ, len(devices) if isinstance(devices, list) else devices
     if torch.distributed.is_torchelastic_launched():
         tasks, local = int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"])
     elif SLURMEnvironment.detect():
         tasks = int(env["SLURM_NTASKS"])
         local = tasks // int(env.get("SLURM_NNODES", 1))
         if tasks > 1 and "SLURM_STEP_ID" not in env:
-            raise ValueError(
-                f"SLURM has {tasks} tasks for this job and runs one: begin the command with srun"
-            )
+            raise ValueError(f"SLURM has {tasks} tasks for this job: begin the command with srun")
     else:
         return dict(devices=devices, num_nodes=1 if num_nodes == "auto" else num_nodes)
-    nodes, wanted = tasks // local, len(devices) if isinstance(devices, list) else devices
-    if wanted not in ("auto", -1, local) or num_nodes not in ("auto", nodes):
+    if wanted not in ("auto", -1, local) or num_nodes not in ("auto", tasks // local):
         raise ValueError(
             f"trainer.devices={devices} trainer.num_nodes={num_nodes}, but {local} processes on "
-            f"each of {nodes} nodes were started: leave both at auto"
+            f"each of {tasks // local} nodes were started: leave both at auto"
         )
-    return dict(devices=devices if isinstance(devices, list) else local, num_nodes=nodes)
+    return dict(devices=devices if isinstance(devices, list) else local, num_nodes=tasks // local)
 
 
 class Signals(L.Callback):
