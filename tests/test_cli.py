@@ -1,9 +1,11 @@
 """How commands begin and end: spelling, quotes, signals, one line for what a user can mend."""
 
+import importlib
 import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
@@ -23,10 +25,18 @@ def start(monkeypatch, tmp_path, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("IMAGENET_DIR", raising=False)
 
+    real, task = importlib.import_module, SimpleNamespace(run=run, predict=run, visualize=run)
+    ours = "evit.commands."
+
+    def find(name: str, *more: str):
+        return task if name.startswith(ours) else real(name, *more)
+
+    monkeypatch.setattr(importlib, "import_module", find)
+
     def start(name: str, *arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])
         with pytest.raises(SystemExit) as ended:
-            cli.start("tests.test_cli", CONFIGS[name])
+            cli.start(name, CONFIGS[name])
         assert ended.value.code == 2 and not list(tmp_path.glob("outputs*"))
         said = capfd.readouterr().err
         assert said.startswith("error: ") and said.count("\n") == 1, said
@@ -49,7 +59,7 @@ WRONG = {
     "train data.rot=x": "did you mean data.root?",
     "train model=evit_deits": "there is no model=evit_deits: did you mean evit_deit?",
     "train data=": "there are auto, cifar10, cifar100, fashion_mnist, folder, imagenet",
-    "train recipe=": "there are deit, deit_finetune, dynamicvit, fashion_mnist, lvvit",
+    "train recipe=": "there are cifar10, deit, deit_finetune, dynamicvit, fashion_mnist, lvvit",
     "train experiment=evit_deit": "did you mean evit_deit_s?",
     "train img_size=big": "img_size must be a number, got 'big'",
     "evaluate keep_ratess=[1]": "did you mean keep_rates?",

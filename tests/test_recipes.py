@@ -23,7 +23,8 @@ from tests.test_conf import CONF_DIR, EXPERIMENTS, composed
 
 register()
 TABLE = yaml.safe_load((ROOT / "tests/recipes.yaml").read_text())
-OF_THE_PAPER = [name for name in EXPERIMENTS if name != "fashion_mnist"]
+OWN = ("fashion_mnist", "cifar10", "cifar10_gpu", "evit_deit_s_any_rate")
+OF_THE_PAPER = [name for name in EXPERIMENTS if name not in OWN]
 COMMAND = re.compile(r"^#   IMAGENET_DIR=DIR python src/train.py (.*)$", re.MULTILINE)
 ROW = re.compile(r"^#   (.+?) +(\d\d\.\d) +(\d+)$", re.MULTILINE)
 # Of a plan, what is not a recipe's.

@@ -54,13 +54,15 @@ class Recipe:
     crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
     flip: float = 0.5
     crop_pct: float = 0.875  # evaluation: short side resized to img_size / crop_pct, then cropped
+    # Keep rates that one checkpoint learns, as in [1,0.9,0.8,0.7,0.6,0.5]: each step draws one.
+    any_rate: list[float] | None = None
     shrink_start_epoch: int = 0
     shrink_epochs: int = 0
     token_multiple: int | None = None  # while the keep rate moves; null: 1, with compile=true 8
     token_label_weight: float = 1.0  # of the dense loss of token labels, beside the class loss
     ratio_weight: float = 2.0  # DynamicViT: of the distance to the shares of tokens to keep
-    distill_weight: float = 0.5  # DynamicViT: of what the dense teacher says
-    teacher: str | None = None  # its weights; null: those that training starts from (checkpoint=)
+    distill_weight: float = 0.5  # of what the dense teacher says
+    teacher: str | None = None  # its weights, or self; null: none, DynamicViT: checkpoint=
     eval_every: int = 1  # epochs; the last is always evaluated
     max_train_images: int | None = None
     max_val_images: int | None = None
@@ -75,6 +77,9 @@ class Recipe:
                 raise ValueError(f"recipe.{knob} must be {', '.join(NAMES[knob])}, got {value!r}")
         if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
             raise ValueError(f"recipe.crop_scale must be two shares, got {list(self.crop_scale)}")
+        rates = self.any_rate
+        if rates is not None and (len({*rates}) < 2 or not all(0 < rate <= 1 for rate in rates)):
+            raise ValueError(f"recipe.any_rate must be two keep rates or more, got {list(rates)}")
         for names in ("warmup_epochs cooldown_epochs", "shrink_start_epoch shrink_epochs"):
             parts = {f"recipe.{name}": getattr(self, name) for name in names.split()}
             if sum(parts.values()) >= self.epochs:

@@ -6,6 +6,7 @@ import json
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from evit.commands import export, report
@@ -114,10 +115,16 @@ def test_the_name_of_a_model_is_no_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     about = dict(model="../../../owned", keep_rate=[0.7], fusion=True, img_size=32)
     about |= dict(mean=[], std=[], num_classes=2, reducer=None)
-    monkeypatch.setattr(export.checkpoint, "opened", lambda cfg: (None, about, cfg))
-    write = lambda model, about, path: path.write_text("it")  # noqa: E731
+    monkeypatch.setattr(export.checkpoint, "opened", lambda cfg: (logits, about, cfg, None))
+
+    def logits(images):
+        return torch.zeros(len(images), 2)
+
+    def write(model, about, path):
+        path.write_text("it")
+        return lambda images: logits(images).numpy()
+
     monkeypatch.setitem(export.FORMATS, "torch_export", (".pt2", write))
-    monkeypatch.setattr(export, "largest_difference", lambda *_: 0.0)
     knobs = dict(format="torch_export", random=True, pretrained=False, checkpoint=None, seed=0)
     path = export.run(OmegaConf.create(knobs | dict(model={"_target_": "x"}, target=None)))
     assert (tmp_path / path).parent == tmp_path / "outputs/export" and path.is_file()

@@ -20,6 +20,10 @@ TABLES = dict(
     offtheshelf=["off_the_shelf"],
     fusion=[],
     quick_keeprate=[],
+    cifar10_keeprate=[],
+    cifar10_resolution=[],
+    cifar10_finetune=[],
+    cifar10_reducers=[],
     reducers=[],
     quick_reducers=[],
 )
@@ -64,7 +68,7 @@ def test_what_is_given_for_all_runs_wins():
 def test_every_row_of_the_paper_is_in_the_sweep_of_its_table_and_each_of_its_runs_is_a_row(sweeps):
     assert set(TABLES) == set(names())
     for name, tables in TABLES.items():
-        if name in ("offtheshelf", "reducers", "quick_reducers"):
+        if name in ("offtheshelf", "reducers", "quick_reducers") or "cifar10" in name:
             continue
         rows = [row for row in paper.training_runs() if row["table"] in tables]
         found = [[row for row in published(job) if row["table"] in tables] for job in sweeps[name]]

@@ -28,12 +28,13 @@ def build_model(cfg: DictConfig, recipe: Recipe, num_classes: int, **options: An
 
 
 def build_teacher(cfg: DictConfig, model: Any) -> Any:
-    """The dense model that DynamicViT is distilled from, where there are weights of one."""
-    source = cfg.recipe.teacher or cfg.checkpoint
-    if not (hasattr(model, "reducer") and model.reducer.masked):
-        if cfg.recipe.teacher:
-            raise ValueError(f"recipe.teacher={cfg.recipe.teacher} is for DynamicViT alone")
-        return None
+    """The dense model that is distilled, if there is one: DynamicViT's is what it starts from."""
+    source, reducer = cfg.recipe.teacher, getattr(model, "reducer", None)
+    if source and (reducer is None or (source == "self" and reducer.masked)):
+        raise ValueError(f"recipe.teacher={source} has nothing to teach {type(model).__name__}")
+    if source == "self" or reducer is None or not (source or reducer.masked):
+        return source
+    source = source or cfg.checkpoint
     if not source and not cfg.pretrained:
         return None
     weights = read_state_dict(source) if source else {}

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,6 +19,7 @@ import hydra
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
@@ -44,8 +45,8 @@ def main() -> None:
 
 def start(command: str, config: str) -> None:
     """Compose conf/CONFIG.yaml with the command line; then import the command and run it."""
-    of_images = command in ("predict", "visualize")
-    module, function = ("images", command) if of_images else (command, "run")
+    together = command in ("predict", "visualize")
+    module, function = ("images", command) if together else (command, "run")
 
     def run(cfg: DictConfig) -> Any:
         if missing := [str(knob) for knob in cfg if OmegaConf.is_missing(cfg, knob)]:
@@ -126,7 +127,8 @@ def with_scale(words: list[str]) -> list[str]:
 def composed(config: str, overrides: list[str]) -> DictConfig:
     """A configuration of conf/, with `hydra` in it; a ValueError of one line if none."""
     register()
-    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+    begun = GlobalHydra.instance().is_initialized()
+    with nullcontext() if begun else initialize_config_dir(str(CONF_DIR), version_base="1.3"):
         try:
             return compose(config, overrides, return_hydra_config=True)
         except NOT_COMPOSED as error:

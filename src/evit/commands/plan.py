@@ -105,7 +105,7 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
         epochs=recipe.epochs,
         steps_per_epoch=steps,
         optimizer=dict(name=type(optimizer).__name__)
-        | {name: optimizer.defaults[name] for name in ("betas", "eps")}
+        | dict(betas=list(optimizer.defaults["betas"]), eps=optimizer.defaults["eps"])
         | dict(clip_grad=recipe.clip_grad, groups=groups),
         schedule=schedule | dict(keep_rate=keep_rates),
         loss=loss,

@@ -47,8 +47,8 @@ class Images(L.LightningDataModule):
         super().__init__()
         if backend not in ("ffcv", "imagefolder") or batches_ahead < 1:
             raise ValueError(
-                f"data.backend={backend} data.batches_ahead={batches_ahead}: ffcv or imagefolder, "
-                f"and at least 1"
+                f"data.backend must be ffcv or imagefolder and data.batches_ahead at least 1, got "
+                f"{backend} and {batches_ahead}"
             )
         if backend == "ffcv":
             require_ffcv()

@@ -1,6 +1,7 @@
 """What happens beside the training loop."""
 
 import math
+import random
 import sys
 import time
 from datetime import timedelta
@@ -41,18 +42,32 @@ class KeepRateSchedule(L.Callback):
         self.final: tuple[float, ...] = self.model.keep_rate
         if reducer.masked or reducer.own or reducer.given:
             self.schedule = (0, 0)  # as its authors train it
+        self.choices = sorted(pl_module.recipe.any_rate or ())
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, i: int) -> None:
         steps = trainer.num_training_batches
         i -= i % trainer.accumulate_grad_batches  # one rate for a whole step
         rates = keep_rate_at(trainer.current_epoch * steps + i, steps, self.final, *self.schedule)
-        self.set(rates, 1 if rates == self.final else self.multiple)
+        if self.choices:
+            rates = self.draw(trainer.global_step, pl_module)
+        self.set(rates, 1 if rates == self.final or self.choices else self.multiple)
         tokens = self.model.tokens_per_block()
         pl_module.log("tokens_per_image", sum(tokens) / len(tokens), prog_bar=True)
         if len(set(self.final)) == 1:
             pl_module.log("keep_rate", rates[0], prog_bar=True)
         else:
             pl_module.log_dict({f"keep_rate/{i}": rate for i, rate in enumerate(rates, 1)})
+
+    def draw(self, step: int, pl_module: Any) -> tuple[float, ...]:
+        """The rate that is trained beside the largest: the same on all processes, resumed too."""
+        some = random.Random(f"{pl_module.seed} {step}").choice(self.choices[:-1])
+        rate = some if step % 2 else self.choices[0]
+        pl_module.objective.rates = self.choices[-1], rate
+        return (rate,) * len(self.final)
+
+    def on_validation_start(self, *_: Any) -> None:
+        if self.choices:
+            self.set(self.final, 1)
 
     def set(self, rates: tuple[float, ...], multiple: int) -> None:
         self.model.reducer.multiple = multiple

@@ -10,6 +10,7 @@ from torch import Tensor
 from evit.data.batch import make_mixup, mix_token_box
 from evit.data.label_maps import token_targets
 from evit.recipe import Recipe
+from evit.reducers.dynamicvit import divergence
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -21,7 +22,7 @@ class Classification:
     """Cross-entropy of mixed images; draws come first, then losses(), which compiles.
 
     Args:
-        teacher: the dense model that a reducer's own loss distils, if there is one.
+        teacher: a dense model whose class logits are distilled; "self": this model at keep rate 1.
     """
 
     def __init__(
@@ -38,16 +39,58 @@ class Classification:
 
     def __call__(self, images: Tensor, labels: Tensor, *_: Tensor) -> dict[str, Tensor]:
         mixed = (images, labels) if self.mixup is None else self.mixup(images, labels)
-        return self.losses(*mixed)
+        return self.losses(*mixed, *self.taught(mixed[0]))
 
-    def losses(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        return dict(loss=self.cross_entropy(self.model(images), targets))
+    @torch.no_grad()
+    def taught(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The teacher's logits, if there is one."""
+        if self.teacher is None:
+            return ()
+        if self.teacher != "self":
+            return (self.teacher(images),)
+        rates = self.model.keep_rate
+        self.model.set_keep_rate(1.0)
+        logits = self.model(images)
+        self.model.set_keep_rate(rates)
+        return (logits,)
+
+    def losses(self, images: Tensor, targets: Tensor, *wanted: Tensor) -> dict[str, Tensor]:
+        logits = self.model(images)
+        loss = self.cross_entropy(logits, targets)
+        if not wanted:
+            return dict(loss=loss)
+        distillation = divergence(logits, wanted[0]).mean()
+        loss = loss + self.recipe.distill_weight * distillation
+        return dict(loss=loss, class_distillation=distillation)
+
+
+class AnyRate(Classification):
+    """One checkpoint for many keep rates: each step trains the largest, which teaches another.
+
+    rates are this step's two: KeepRateSchedule draws the second, every other time the smallest.
+    """
+
+    rates: tuple[float, float] = (1.0, 1.0)
+
+    def __call__(self, images: Tensor, labels: Tensor, *_: Tensor) -> dict[str, Tensor]:
+        mixed = (images, labels) if self.mixup is None else self.mixup(images, labels)
+        largest, drawn = (self.at(rate, mixed[0]) for rate in self.rates)
+        consistency = divergence(drawn, largest.detach()).mean()
+        loss = self.cross_entropy(largest, mixed[1]) + consistency
+        return dict(loss=loss, consistency=consistency)
+
+    def at(self, rate: float, images: Tensor) -> Tensor:
+        self.model.set_keep_rate(rate)
+        return self.model(images)
 
 
 class DynamicTokens(Classification):
     """The losses of a reducer that trains in a way of its own (Reducer.losses)."""
 
-    def losses(self, images: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def taught(self, images: Tensor) -> tuple[Tensor, ...]:
+        return ()  # the reducer asks the teacher for tokens too
+
+    def losses(self, images: Tensor, targets: Tensor, *_: Tensor) -> dict[str, Tensor]:
         model, common = self.model, (self.cross_entropy, self.teacher, self.recipe)
         return model.reducer.losses(model, images, targets, *common)
 
@@ -103,8 +146,16 @@ def make_objective(
     teacher: Any = None,
 ) -> Classification:
     """A model's loss: its reducer's own, token labels if it has a head for them, or plain."""
-    kind = Classification
-    if getattr(getattr(model, "reducer", None), "masked", False):
+    reducer: Any = getattr(model, "reducer", None)
+    kind: Any = AnyRate if recipe.any_rate else Classification
+    learns = reducer is not None and reducer.masked
+    if recipe.any_rate and (reducer is None or learns or reducer.own or reducer.given):
+        raise ValueError("recipe.any_rate is for a reducer of keep rates without predictors")
+    if recipe.any_rate and teacher is not None:
+        raise ValueError("recipe.any_rate has its own teacher, the largest rate: leave out teacher")
+    if label_maps and (recipe.any_rate or (teacher is not None and not learns)):
+        raise ValueError("recipe.any_rate and recipe.teacher need data.label_maps=null")
+    if learns:
         kind = DynamicTokens
     elif hasattr(model, "heads") and label_maps:
         kind = TokenLabels
