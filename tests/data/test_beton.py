@@ -1,10 +1,14 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
+from ffcv.fields import IntField, NDArrayField, RGBImageField
+from ffcv.writer import DatasetWriter
 
 from evit.data.ffcv import format as beton
 from evit.data.ffcv.format import BetonError, check_beton, sidecar_path
+from evit.data.ffcv.write import write_beton
 
 
 def change(path, dtype, offset, **values):
@@ -80,3 +84,40 @@ def test_a_damaged_file_is_refused_with_the_reason_and_the_way_out(copied, name)
     with pytest.raises(BetonError, match=reason) as refusal:
         check_beton(copied)
     assert str(copied) in str(refusal.value) and "prepare the data again" in str(refusal.value)
+
+
+def test_swapped_sidecars_are_noticed_also_of_files_of_one_length(written, samples, tmp_path):
+    one, other = paths = [tmp_path / name for name in ("one.beton", "other.beton")]
+    for shift, path in enumerate(paths):
+        shifted = [(image, (label + shift) % 3) for image, label in samples[:6]]
+        write_beton(path, shifted, classes=[*"abc"], source="test", num_workers=1)
+    assert one.stat().st_size == other.stat().st_size
+    sidecar_path(one).rename(tmp_path / "aside")
+    sidecar_path(other).rename(sidecar_path(one))  # where a writer was killed between its renames
+    (tmp_path / "aside").rename(sidecar_path(other))
+    for path in paths:
+        with pytest.raises(BetonError, match=f"not the file of its sidecar .{CRC}"):
+            check_beton(path)
+        shutil.copy(sidecar_path(written), sidecar_path(path))
+        with pytest.raises(BetonError, match=SIZE):
+            check_beton(path)
+
+
+MAP = NDArrayField(np.dtype("f2"), (2, 5, 1, 1))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(image=RGBImageField(), label=IntField()),
+        dict(image=RGBImageField("raw"), label=IntField(), label_map=MAP),
+    ],
+)
+def test_a_file_of_ffcv_s_own_writer_is_refused(fields, written, picture, tmp_path):
+    path, label_map = tmp_path / "x.beton", np.zeros((2, 5, 1, 1), np.float16)
+    rows = [(np.asarray(picture(k, 20, 20)), k, label_map)[: len(fields)] for k in range(3)]
+    DatasetWriter(str(path), fields, num_workers=1).from_indexed_dataset(rows)
+    for reason in "x.beton.json, cannot be used .*No such file", SIZE:
+        with pytest.raises(BetonError, match=f"{reason}.*; delete it and prepare the data again$"):
+            check_beton(path)
+        shutil.copy(sidecar_path(written), sidecar_path(path))

@@ -3,7 +3,9 @@
 Files are read in another process, as one that crashes or hangs is the worst that can be found.
 """
 
+import os
 import shutil
+import signal
 import threading
 import zlib
 from multiprocessing.connection import Connection
@@ -250,8 +252,21 @@ def test_a_file_that_is_written_anew_later_is_not_seen(copied, samples):
 def test_a_damaged_image_ends_each_epoch_at_once_and_leaves_no_thread(whole, tmp_path, train):
     path, _ = damaged(whole, tmp_path / "x", image_size, 0)
     one = stream(path, train, img_size=16, batch_size=4, num_workers=2)
+    k = np.random.default_rng((0, KINDS.index(image_size))).integers(COUNT)  # as it has drawn it
     threads = threading.active_count()
     for _ in range(3):
-        with pytest.raises(BetonError, match=r"the JPEG of sample \d+ is damaged"):
+        with pytest.raises(BetonError, match=f"the JPEG of sample {k} is damaged"):
             list(one)
         assert threading.active_count() == threads
+
+
+def cut_while_reading(path: str) -> None:
+    for _ in stream(path, False, img_size=16, batch_size=4, num_workers=1):
+        os.truncate(path, 4096)
+
+
+def test_a_file_that_is_cut_while_it_is_read_ends_the_process(copied):
+    child = FORKS.Process(target=cut_while_reading, args=(copied,))
+    child.start()
+    child.join(TIMEOUT)
+    assert child.exitcode == -signal.SIGBUS

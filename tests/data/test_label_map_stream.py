@@ -14,6 +14,7 @@ from evit.data.ffcv import augment
 from evit.data.ffcv import format as beton
 from evit.data.ffcv.format import BetonError, sidecar_path
 from evit.data.ffcv.write import write_beton
+from evit.data.order import choose_samples
 from evit.recipe import Recipe
 from evit.training.losses import make_objective
 from tests.conftest import write_photos
@@ -82,6 +83,16 @@ def test_a_map_of_another_shape_is_named_and_nothing_is_left_behind(samples, map
     assert list((tmp_path / "new").iterdir()) == []
 
 
+def test_images_that_are_skipped_do_not_shift_the_maps(samples, maps, tmp_path):
+    some = [(tmp_path / "missing.jpg", 0) if k in (1, 4) else samples[k] for k in range(6)]
+    write(tmp_path / "x.beton", some, maps[:6], skip_bad=True)
+    one = stream(tmp_path / "x.beton", batch_size=4)
+    ((_, labels, found, _),) = one
+    kept = [[0, 2, 3, 5][k] for k in one.samples()]
+    assert torch.equal(found, torch.stack([map_of(k) for k in kept]))
+    assert labels.tolist() == [k % 3 for k in kept]
+
+
 def test_training_batches_hold_the_maps_of_their_images(mapped):
     one = stream(mapped)
     assert one.label_map_shape == SHAPE
@@ -90,6 +101,21 @@ def test_training_batches_hold_the_maps_of_their_images(mapped):
     assert images.dtype == torch.uint8 and labels.tolist() == [k % 3 for k in one.samples()]
     assert torch.equal(found, torch.stack([map_of(k) for k in one.samples()]))
     assert crops.shape == (64, 5) and crops.dtype == torch.float32
+
+
+def test_batches_with_maps_depend_on_seed_epoch_and_rank_alone(mapped):
+    def third(**options):
+        one = stream(mapped, world_size=2, batch_size=4, **options)
+        if options.get("rank"):
+            list(one)  # an epoch before
+        one.set_epoch(2)
+        return [torch.cat([batch[part] for batch in one]) for part in (2, 3)]
+
+    ranks = [third(rank=rank, num_workers=2) for rank in range(2)]
+    for rank in range(2):
+        assert all(map(torch.equal, ranks[rank], third(rank=rank, num_workers=1)))
+    seen = [{one.numpy().tobytes() for one in found} for found, _ in ranks]
+    assert [len(maps) for maps in seen] == [32, 32] and not seen[0] & seen[1]
 
 
 def test_images_are_the_same_with_and_without_maps(mapped, written):
@@ -206,12 +232,14 @@ def folder(tree, tmp_path, **options):
     return build.folder(tree, tmp_path / "cache", **OPTIONS | options)
 
 
-def test_both_backends_give_every_image_its_own_map(labelled, tmp_path):
+@pytest.mark.parametrize("limit", [None, 8])
+def test_both_backends_give_every_image_its_own_map(labelled, tmp_path, limit):
     tree, maps = labelled
-    paths = sorted((tree / "train").glob("*/*.jpg"))
-    expected = {map_of(k, 2).numpy().tobytes(): k // 6 for k in range(len(paths))}
+    chosen = choose_samples(12, limit).tolist()
+    expected = {map_of(k, 2).numpy().tobytes(): k // 6 for k in chosen}
+    options = dict(label_maps=maps, num_workers=0, max_train_images=limit)
     for backend in "ffcv", "imagefolder":
-        data = folder(tree, tmp_path, label_maps=maps, backend=backend, num_workers=0)
+        data = folder(tree, tmp_path, backend=backend, **options)
         seen = {
             one.numpy().tobytes(): int(label)
             for _, labels, found, _ in data.train_dataloader()

@@ -1,6 +1,7 @@
 """Making label maps: dense logits of many kinds of models, the files, what is refused."""
 
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -107,18 +108,20 @@ def test_lv_vit_has_a_classifier_for_its_patches():
     torch.testing.assert_close(dense_logits(model, images).flatten(2).transpose(1, 2), expected)
 
 
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
 @torch.inference_mode()
-def test_each_file_holds_the_top_5_of_the_central_square(tree, checkpoint, tmp_path):
+def test_each_file_holds_the_top_5_of_what_is_shown(tree, checkpoint, tmp_path, crop_mode):
     model = build("test_resnet")
     cfg = model.pretrained_cfg
-    make(tree, tmp_path / "maps", checkpoint, crop_mode="center")
+    make(tree, tmp_path / "maps", checkpoint, crop_mode=crop_mode)
     files = sorted(path.relative_to(tmp_path / "maps") for path in tmp_path.glob("maps/*/*"))
     assert [str(path) for path in files] == [f"{c}/{k}.pt" for c in CLASSES for k in range(2)]
     for path in files:
         with Image.open(tree / "train" / path.with_suffix(".jpg")) as image:
             # The short side, 70 px, becomes 64, the long one 73: 4 px go on the left.
-            resized = image.resize((73, 64), Image.Resampling[cfg["interpolation"].upper()])
-        pixels = np.asarray(resized.crop((4, 0, 68, 64)), np.float32) / 255
+            width, left = dict(center=(73, 4), squash=(64, 0))[crop_mode]
+            resized = image.resize((width, 64), Image.Resampling[cfg["interpolation"].upper()])
+        pixels = np.asarray(resized.crop((left, 0, left + 64, 64)), np.float32) / 255
         pixels = (pixels - np.float32(cfg["mean"])) / np.float32(cfg["std"])
         logits = dense_logits(model, torch.tensor(pixels).permute(2, 0, 1)[None])[0]
         found = read_label_map(tmp_path / "maps" / path, 6, (2, 2))
@@ -192,3 +195,30 @@ def test_a_model_without_spatial_features_is_named(tree, tmp_path):
     torch.save(build("pit_ti_224").state_dict(), tmp_path / "pit.pth")
     with pytest.raises(ValueError, match="PoolingVisionTransformer keeps no grid of features"):
         make(tree, tmp_path / "maps", tmp_path / "pit.pth", model_name="pit_ti_224", img_size=None)
+
+
+def test_the_command_makes_maps_that_training_reads(tree, checkpoint, tmp_path, monkeypatch, capfd):
+    import label_maps
+
+    def run(*more):
+        arguments = [f"source={tree}", f"target={tmp_path}/maps", f"checkpoint={checkpoint}"]
+        arguments += ["model_name=test_resnet", "img_size=96", "num_workers=0", *more]
+        monkeypatch.setattr(sys, "argv", ["label_maps.py", *arguments])
+        label_maps.main()
+        return capfd.readouterr().out
+
+    monkeypatch.chdir(tmp_path)
+    shown = run()
+    assert "12 images in 6 classes, 0 have their label maps already: test_resnet at 96" in shown
+    assert "Writing 12 label maps" in shown and "12 have their label maps already" in run()
+    data = folder(tree, tmp_path / "cache", label_maps=tmp_path / "maps", batch_size=12)
+    ((_, labels, found, _),) = data.train_dataloader()
+    made = {
+        read_label_map(path, 6, (3, 3)).numpy().tobytes(): CLASSES.index(path.parent.name)
+        for path in (tmp_path / "maps").glob("*/*.pt")
+    }
+    assert {one.numpy().tobytes(): int(k) for one, k in zip(found, labels, strict=True)} == made
+    with pytest.raises(SystemExit, match="2"):
+        run("img_size=64")
+    error = capfd.readouterr().err
+    assert "choose another target" in error and "Traceback" not in error

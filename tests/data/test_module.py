@@ -1,5 +1,6 @@
 """The data modules: what they refuse, and the two backends side by side."""
 
+import random
 import re
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 from evit.commands.prepare import prepare
 from evit.data import Folder, auto
-from evit.data.batch import denormalize, make_mixup, normalize
+from evit.data.batch import augment_batch, denormalize, make_mixup, normalize
 from evit.data.ffcv.format import HEADER, BetonError, layout
 from evit.data.folders import ClassFolders, tree_classes
 from evit.data.imagefolder import folder_loader
@@ -91,11 +92,17 @@ def epoch(loader, number=0):
     return torch.cat([images for images, _ in loader])
 
 
-def test_imagefolder_batches_do_not_depend_on_the_number_of_workers(photos):
-    assert torch.equal(epoch(loader(photos)), epoch(loader(photos, num_workers=2)))
-
-
 AUGMENTED = dict(rand_augment="rand-m9-mstd0.5-p1-inc1", fill=(124, 116, 104))
+
+
+def test_imagefolder_batches_depend_on_seed_and_epoch_alone(photos):
+    one = loader(photos, **AUGMENTED)
+    first, later = epoch(one), epoch(one, 1)  # whose draws have moved the global generators
+    for again in one, loader(photos, **AUGMENTED), loader(photos, num_workers=2, **AUGMENTED):
+        assert torch.equal(first, epoch(again)) and torch.equal(later, epoch(again, 1))
+    for other in later, epoch(loader(photos, seed=1, **AUGMENTED)):
+        pictures = [{image.numpy().tobytes() for image in images} for images in (first, other)]
+        assert not pictures[0] & pictures[1]
 
 
 def test_imagefolder_augments_crops_that_stay_the_same(photos):
@@ -192,6 +199,22 @@ def test_a_rand_augment_that_is_not_served_is_refused_at_once(photos):
         build.module(Folder, photos, **OPTIONS, rand_augment="rand-m9")
 
 
+def test_random_erasing_is_timm_s():
+    options = dict(is_training=True, re_prob=0.25, re_mode="pixel")
+    *_, theirs = timm.data.create_transform(32, **options).transforms
+    found = []
+    for erase in (lambda x: augment_batch(x, 7, random_erasing=0.25)[0]), theirs:
+        random.seed(0)
+        torch.manual_seed(0)
+        found.append(erase(torch.full((600, 3, 32, 32), 9.0)))
+    assert torch.equal(*found)
+    areas = (found[0] != 9).all(1).float().mean((1, 2))
+    erased = areas[areas > 0]
+    assert len(erased) / 600 == pytest.approx(0.25, abs=0.05)
+    assert 0.01 < erased.min() < 0.05 and 0.28 < erased.max() < 0.36
+    assert augment_batch(found[0], 7)[0] is found[0] and augment_batch(found[0], 7)[1] == 7
+
+
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
 def test_mixup_gives_soft_targets_that_sum_to_one(mode):
     mixup = make_mixup(5, 0.8, 1.0, 0.5, 0.1, batch_size=8, mode=mode)
@@ -218,6 +241,21 @@ def test_an_epoch_is_of_whole_steps(accumulated, used, backend, photos, tmp_path
     data.setup()
     loader = data.train_dataloader()
     assert len(loader) == len(list(loader)) == used
+
+
+@pytest.mark.parametrize("backend", ["ffcv", "imagefolder"])
+def test_images_that_do_not_fill_a_step_are_refused(backend, photos, tmp_path):
+    options = OPTIONS | dict(batch_size=14)
+    data = build.module(Folder, photos, cache_dir=tmp_path, backend=backend, **options)
+    data.prepare_data()
+    reasons = {
+        7: "12 training images do not fill one batch of 2 x 7 on 1 processes: lower recipe.batch_s",
+        4: "recipe.batch_size 14 cannot be shared by 4 .*: make it a multiple",
+    }
+    for accumulated, reason in reasons.items():
+        data.trainer = one_process(accumulated)
+        with pytest.raises(ValueError, match=reason):
+            data.setup()
 
 
 def one_process(accumulated: int) -> SimpleNamespace:

@@ -62,21 +62,22 @@ def test_broken_epochs_leave_no_thread(train):
         assert threading.active_count() == before
 
 
-def test_an_error_after_some_batches_is_raised_too(train, monkeypatch):
+@pytest.mark.parametrize("good", [0, 5])
+def test_an_error_while_a_batch_is_made_is_raised_after_those_before(train, monkeypatch, good):
     crops, calls = train.decoder.crops, []
 
     def fail_later(*arguments):
         calls.append(1)
-        if len(calls) > 5:
+        if len(calls) > good:
             raise OSError("disk on fire")
         return crops(*arguments)
 
     monkeypatch.setattr(train.decoder, "crops", fail_later)
     seen = 0
-    with pytest.raises(RuntimeError, match="disk on fire"):
+    with pytest.raises(RuntimeError, match="train.beton failed: disk on fire"):
         for _ in train:
             seen += 1
-    assert seen == 5
+    assert seen == good
 
 
 def test_a_batch_stays_valid_when_later_ones_are_read(train):
@@ -177,6 +178,12 @@ def test_a_rank_without_samples_evaluates_one_empty_batch(written):
     assert (labels.shape, labels.dtype) == ((0,), torch.int64)
 
 
+def test_training_and_evaluation_can_run_at_once(written, train):
+    expected = digests(train), digests(stream(written, train=False))
+    both = zip(train, stream(written, train=False), strict=False)
+    assert [(digest(a), digest(b)) for a, b in both] == list(zip(*expected, strict=False))
+
+
 def test_max_samples_keeps_the_same_subset_in_every_epoch(written):
     some = stream(written, max_train_images=24)
     assert len(some) == 3
@@ -218,6 +225,15 @@ def test_crops_are_distributed_as_torchvisions():
     assert 0.47 < flips.mean() < 0.53
     assert (boxes[:, :2] >= 0).all()
     assert (boxes[:, :2] + boxes[:, 2:] <= [height, width]).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 1000), (1000, 1), (2, 3)])
+def test_crops_of_extreme_images_lie_inside(shape):
+    sizes, seeds = [side * np.ones(200, np.int64) for side in shape], np.arange(200, dtype="u4")
+    boxes, _ = random_crops(*sizes, seeds, np.array([0.08, 1.0]), np.array([0.75, 4 / 3]), 0.5)
+    for found in boxes, center_crops(*sizes, 224, 0.875):
+        assert (found[:, :2] >= 0).all() and (found[:, 2:] >= 1).all()
+        assert (found[:, :2] + found[:, 2:] <= shape).all()
 
 
 def test_the_centre_crop_is_exact_where_nothing_is_resized():

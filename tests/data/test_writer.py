@@ -54,11 +54,30 @@ def test_the_bytes_of_a_small_jpeg_are_kept(samples, written):
 
 def test_a_large_image_shrinks_to_max_resolution_and_keeps_its_shape(picture, tmp_path):
     picture(0, 300, 150).save(tmp_path / "large.jpg")
-    sidecar = write(tmp_path / "x.beton", [(tmp_path / "large.jpg", 0)], max_resolution=100)
-    (found,) = pixels(tmp_path / "x.beton")
-    assert found.shape == (50, 100, 3)
+    large = [(tmp_path / "large.jpg", 0), (picture(0, 1, 2000), 0)]
+    sidecar = write(tmp_path / "x.beton", large, max_resolution=100)
+    found, strip = pixels(tmp_path / "x.beton")
+    assert found.shape == (50, 100, 3) and strip.shape == (100, 1, 3)
     assert difference(found, picture(0, 300, 150).resize((100, 50))) < 3
     assert sidecar["kept_original"] == 0
+
+
+def test_every_mode_of_pillow_becomes_its_rgb_and_arrays_are_images_too(picture, tmp_path):
+    shown, alpha = picture(1, 31, 17), picture(2, 31, 17).convert("L")
+    gray = np.asarray(shown)[..., 0]
+    flat = Image.fromarray(gray).convert("RGB")
+    deep = gray * np.uint16(257), gray.astype(np.int32) * 257, np.float32(gray / 255)
+    cases = {image.mode: (image, flat) for image in map(Image.fromarray, deep)}
+    assert list(cases) == ["I;16", "I", "F"]
+    for mode in "1 L LA P PA RGB RGBA RGBX RGBa CMYK YCbCr HSV LAB".split():
+        image = (shown.convert("RGBA") if mode == "RGBa" else shown).convert(mode)
+        if mode.endswith("A"):
+            image.putalpha(alpha)
+        cases[mode] = image, image.convert("RGB")
+    cases |= dict(colours=(np.asarray(shown), shown), grays=(gray, flat))
+    write(tmp_path / "x.beton", [(image, 0) for image, _ in cases.values()], mode="raw")
+    for mode, found in zip(cases, pixels(tmp_path / "x.beton"), strict=True):
+        assert np.array_equal(found, cases[mode][1]), mode
 
 
 @pytest.mark.parametrize(
@@ -127,6 +146,19 @@ def test_a_worker_that_dies_is_an_error_and_nothing_is_left_behind(samples, tmp_
         write(tmp_path / "x.beton", Deadly(samples))
     assert time.monotonic() - start < 5
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_writer_leaves_the_old_file_and_no_process(copied, samples, monkeypatch):
+    def interrupt(file, *_):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    before = {path: path.read_bytes() for path in copied.parent.iterdir()}
+    monkeypatch.setattr(write_module, "_write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        write(copied, samples[:5])
+    assert {path: path.read_bytes() for path in copied.parent.iterdir()} == before
+    assert multiprocessing.active_children() == []
 
 
 def killed_writer(path, samples):
@@ -200,6 +232,7 @@ def test_what_is_encoded_anew_keeps_its_colours(tmp_path, quality):
     ("options", "reason"),
     [
         ({"samples": []}, "nothing to write"),
+        ({"samples": [("none.jpg", 0)], "skip_bad": True}, "nothing to write, it has no readable"),
         ({"mode": "png"}, "mode=png, .*: jpg or raw"),
         ({"max_resolution": 0}, "max_resolution=0"),
         ({"jpeg_quality": 101}, "jpeg_quality=101"),
@@ -221,3 +254,5 @@ def test_no_piece_crosses_a_page(samples, tmp_path, monkeypatch):
         p.read_bytes() for p, _ in samples
     ]
     assert check_beton(tmp_path / "x.beton")
+    with pytest.raises(ValueError, match="takes 270000 bytes, too many: set max_resolution"):
+        write(tmp_path / "x.beton", [(np.zeros((300, 300, 3), np.uint8), 0)], mode="raw")
