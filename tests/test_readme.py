@@ -77,6 +77,12 @@ COMMANDS = {
     ".venv/bin/python src/benchmark.py paper=deit_s": (
         "batch_sizes=[1] device=cpu repeats=1 min_seconds=0.01"
     ),
+    ".venv/bin/python src/search.py checkpoint=CHECKPOINT images_per_s=1.3": (
+        "images=4 images_per_s=null gmacs=0.013"
+    ),
+    ".venv/bin/python src/train.py experiment=fashion_mnist recipe.any_rate=[1,0.9,0.7,0.5,0.3]": (
+        f"{SMALL} data=folder data.root=DIR name=any_rate logger=none recipe.shrink_epochs=0"
+    ),
     ".venv/bin/python src/export.py checkpoint=CHECKPOINT keep_rate=0.5": "",
     ".venv/bin/python src/visualize.py checkpoint=CHECKPOINT": "",
     ".venv/bin/python src/visualize.py model=evit_deit checkpoint=CHECKPOINT images=DIR "

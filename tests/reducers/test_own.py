@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 import evit
-from tests.conftest import QUICK
+from tests.conftest import QUICK, ROOT
 from tests.reducers.tiny import images, vit
 
 PAGE = (Path(__file__).parents[2] / "docs/reducers.md").read_text()
@@ -87,3 +89,16 @@ def test_every_command_takes_it(mine, tmp_path, monkeypatch, shared_photos):
     run("export", source, "format=torch_export", "target=model.pt2")
     run("predict", source, f"images={shared_photos}/val")
     assert (tmp_path / "kept.png").is_file() and (tmp_path / "model.pt2").is_file()
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "results/reducers/conf/reducer").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_each_exchanged_part_of_cover_reduces(path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "results/reducers"))
+    node = OmegaConf.load(path)
+    node.keep_rate = 0.6
+    model = evit.reduce(vit(), instantiate(node))
+    assert model.reducer.name == path.stem
+    logits, source = model(images(), return_source=True)
+    assert logits.isfinite().all() and source.min() >= 0
