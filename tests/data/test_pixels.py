@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from evit.data.ffcv import jpeg as _jpeg
-from evit.data.ffcv.decode import _decode_jpeg, crop_image
+from evit.data.ffcv.decode import _decode_jpeg, crop_image, decode_jpeg
 
 SUBSAMPLINGS = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2, "gray": 3, "4:4:0": 4, "4:1:1": 5}
 PROGRESSIVE = 16384
@@ -130,6 +130,18 @@ def test_at_a_lower_scale_crops_differ_less_than_by_a_filter_or_a_pixel(shrink, 
         assert min(to_there, key=to_there.get) == (0, 0)
         differences.append(to_there[0, 0])
     assert np.mean(differences) < np.mean(filters)
+
+
+def test_no_more_of_a_jpeg_is_decoded_than_a_crop_needs():
+    """Nothing below it, and less than the full scale where that leaves twice the pixels."""
+    size, top, whole = (200, 200), (0, 0, 80, 200), (0, 0, 200, 200)
+    data = jpeg(photo(3, *size))
+    cut = data[: len(data) * 3 // 4]
+    assert np.array_equal(crop(cut, size, top, (64, 64)), crop(data, size, top, (64, 64)))
+    assert crop(cut, size, whole, (64, 64)) is None and decode_jpeg(cut, *size) is None
+    for *output, shrunk in (50, 20, 1), (20, 50, 1), (51, 20, 0), (20, 51, 0):
+        found = [crop(data, size, whole, output, shrinks=may) for may in (True, False)]
+        assert np.array_equal(*found) != shrunk
 
 
 @pytest.mark.parametrize("size", [(1, 65500), (65500, 1), (3, 9000)])

@@ -231,7 +231,7 @@ def test_crops_are_distributed_as_torchvisions():
 def test_crops_of_extreme_images_lie_inside(shape):
     sizes, seeds = [side * np.ones(200, np.int64) for side in shape], np.arange(200, dtype="u4")
     boxes, _ = random_crops(*sizes, seeds, np.array([0.08, 1.0]), np.array([0.75, 4 / 3]), 0.5)
-    for found in boxes, center_crops(*sizes, 224, 0.875):
+    for found in boxes, *(center_crops(*sizes, 224, share) for share in (0.4, 0.875)):
         assert (found[:, :2] >= 0).all() and (found[:, 2:] >= 1).all()
         assert (found[:, :2] + found[:, 2:] <= shape).all()
 
