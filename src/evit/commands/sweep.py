@@ -176,9 +176,10 @@ def start(job: Job, slot: dict[str, str]) -> Process | None:
         except BlockingIOError:
             return None
         (job.folder / FAILED).unlink(missing_ok=True)
+        before = log.tell()  # which the job moves on as soon as it writes
         where: Any = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
         where |= dict(env=environment(slot), start_new_session=True)
-        return Process(job, slot, subprocess.Popen(job.command, **where), log.tell())
+        return Process(job, slot, subprocess.Popen(job.command, **where), before)
 
 
 def why(process: Process) -> str:
