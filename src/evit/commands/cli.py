@@ -51,6 +51,9 @@ def start(command: str, config: str) -> None:
     def run(cfg: DictConfig) -> Any:
         if missing := [str(knob) for knob in cfg if OmegaConf.is_missing(cfg, knob)]:
             fail(f"{missing[0]}=... is needed: conf/{config}.yaml says what it is for")
+        if str(cfg.get("name")).startswith(("/", "~")):
+            way = f"a folder of your own is hydra.run.dir={cfg.name}"
+            fail(f"name={cfg.name} would be a folder in outputs/: {way}")
         name = "plan" if cfg.get("dry_run") else module
         work = importlib.import_module(f"evit.commands.{name}")
         gc.enable()

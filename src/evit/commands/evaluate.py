@@ -34,7 +34,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         cfg.trainer.precision = "bf16-true"
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     options = dict(max_epochs=1, enable_checkpointing=False)
-    bar = progress()[:-1]  # on a terminal
+    bar = progress()[1:]  # on a terminal
     trainer = build_trainer(cfg.trainer, folder, [Signals(), *bar], **options)
     batch_size = cfg.batch_size * trainer.world_size * trainer.accumulate_grad_batches
     data = checkpoint.validation(cfg, batch_size, cfg.max_val_images)
@@ -99,6 +99,8 @@ def choose(config: dict[str, Any], nodes: list[Any], model: Any, source: Any) ->
     Returns: reducers attached to the model; [None] for a model that takes none.
     """
     rates, budgets = config["keep_rates"], listed(config["gmacs"] or [])
+    if {"keep_rate", "keep_rates"} <= checkpoint.given():
+        raise ValueError("keep_rate stands beside keep_rates, where it does nothing: give one")
     rates = listed(rates or ([] if budgets else [config["keep_rate"]]))
     if not hasattr(model, "reducer"):
         if budgets or not all(listed(rate) == [1] for rate in rates):

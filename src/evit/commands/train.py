@@ -130,7 +130,7 @@ def make_callbacks(cfg: DictConfig, recipe: Recipe, folder: Path) -> list[Any]:
     """What happens beside training, in this order; the Progress is first."""
     inside, every = folder / "checkpoints", cfg.checkpoint_every_n_steps
     found: list[Any] = [
-        *callbacks.progress(recipe.batch_size),
+        *callbacks.progress(recipe.batch_size, bool(cfg.compile)),
         callbacks.NonFinite(),
         Signals(),
         checkpoints.LastCheckpoint(inside, every, cfg.keep_checkpoint_every_n_epochs),

@@ -116,15 +116,23 @@ class Progress(L.Callback):
 
     Args:
         batch_size: images per optimizer step; None: nothing is trained.
+        compiled: say how long the first step took, which compiles.
     """
 
-    def __init__(self, batch_size: int | None = None, bar: bool = False):
+    def __init__(self, batch_size: int | None = None, bar: bool = False, compiled: bool = False):
+        self.compiled, self.begun = compiled, 0.0
         self.batch_size, self.bar, self.due = batch_size, bar, time.monotonic() + 8
         self.images_per_s: float | None = None  # until two steps of an epoch were taken
         self.epoch, self.numbers = -1, ""
 
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.begun = time.perf_counter()
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         done, total = args[-1] + 1, trainer.num_training_batches
+        if self.compiled and trainer.is_global_zero:
+            self.compiled = False
+            print(f"The first step took {time.perf_counter() - self.begun:.0f} s", flush=True)
         now = (done, time.perf_counter(), trainer.train_dataloader.waited)
         if self.epoch != trainer.current_epoch:
             self.epoch, self.start = trainer.current_epoch, now
@@ -165,10 +173,10 @@ class Progress(L.Callback):
         print("  ".join(filter(None, [*words, more])), flush=True)
 
 
-def progress(batch_size: int | None = None) -> list[L.Callback]:
+def progress(batch_size: int | None = None, compiled: bool = False) -> list[L.Callback]:
     """A Progress, and Lightning's bar on a terminal."""
     bar: list[L.Callback] = [RichProgressBar(10)] if sys.stdout.isatty() else []
-    return [Progress(batch_size, bool(bar)), *bar]
+    return [Progress(batch_size, bool(bar), compiled), *bar]
 
 
 class NonFinite(L.Callback):
