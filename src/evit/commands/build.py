@@ -31,7 +31,8 @@ def build_teacher(cfg: DictConfig, model: Any) -> Any:
     """The dense model that is distilled, if there is one: DynamicViT's is what it starts from."""
     source, reducer = cfg.recipe.teacher, getattr(model, "reducer", None)
     if source and (reducer is None or (source == "self" and reducer.masked)):
-        raise ValueError(f"recipe.teacher={source} has nothing to teach {type(model).__name__}")
+        kind = "models with a reducer" if reducer is None else "reducers without predictors"
+        raise ValueError(f"recipe.teacher={source} is for {kind}: leave it out, or give a PATH")
     if source == "self" or reducer is None or not (source or reducer.masked):
         return source
     source = source or cfg.checkpoint
