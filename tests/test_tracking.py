@@ -169,3 +169,14 @@ def test_a_run_that_goes_on_is_the_same_run_in_wandb_and_another_is_not(tmp_path
 def test_disabled_leaves_nothing(tmp_path):
     assert wandb_logger(tmp_path, mode="disabled", **RUN) is None
     assert not list(tmp_path.iterdir())
+
+
+def test_the_seconds_of_a_resumed_run_count_all_of_its_parts(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [dict(step=step, loss=1.0, seconds=100.0 * (step + 1)) for step in range(3)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    logger = JsonlLogger(path, steps=2)  # goes on after two of three steps
+    logger.log_metrics(dict(loss=0.5), step=2)
+    *_, last = map(json.loads, path.read_text().splitlines())
+    assert (last["step"], last["loss"]) == (2, 0.5) and 300 <= last["seconds"] < 310
+    assert logger.earlier == 300

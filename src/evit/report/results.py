@@ -196,7 +196,7 @@ def show(result: dict[str, Any], folder: Path) -> None:
     }
     print(f"{row['model']} on {result['data']['name']}, {row['img_size']} px")
     for name, value in lines.items():
-        print(f"│ {name:<10} │ {value}")
+        print(f"  {name:<12}{value}")
     print(f"{os.path.relpath(folder)}/\n  {'  '.join(sorted(p.name for p in folder.iterdir()))}")
 
 
