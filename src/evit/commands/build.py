@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from evit import load_checkpoint
 from evit.data import Images
 from evit.measure.speed import keep_compiled
+from evit.models.patches import check_images
 from evit.models.weights import read_state_dict
 from evit.recipe import Recipe
 from evit.training.losses import dense_teacher, make_objective
@@ -54,6 +55,7 @@ def build_module(
 ) -> Classifier:
     """The model with its weights, its objective, and what its checkpoints say of it."""
     model = build_model(cfg, recipe, data.num_classes)
+    check_images(model, cfg.img_size)
     data.normalize_for(model)
     if cfg.checkpoint:
         load_checkpoint(model, cfg.checkpoint, new_head=True, new_parts=True)

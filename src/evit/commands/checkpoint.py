@@ -16,6 +16,7 @@ from torch import Tensor
 from evit import load_checkpoint, reduce
 from evit.config import folder_name, listed, overridden
 from evit.data.batch import MEAN, STD
+from evit.models.patches import check_images
 from evit.models.weights import fit_state_dict, read_file, read_state_dict
 from evit.recipe import Recipe
 from evit.reducers import REDUCERS
@@ -159,6 +160,7 @@ def opened(cfg: DictConfig) -> tuple[Any, dict[str, Any], DictConfig, Source]:
         config["num_classes"] = len(head)
     torch.manual_seed(cfg.seed)
     model = instantiate(config, _convert_="all")
+    check_images(model, cfg.img_size)
     if source.weights:
         load(model, source)
     reducer: Any = getattr(model, "reducer", None)

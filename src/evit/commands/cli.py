@@ -164,7 +164,7 @@ def check_spelling(overrides: list[str], config: str) -> None:
         if not isinstance(default, int | float) or path in LOOSE:
             continue
         parsed = OverridesParser.create().parse_override(override)
-        if not parsed.is_sweep_override() and isinstance(value := parsed.value(), str):
+        if not parsed.is_sweep_override() and isinstance(value := parsed.value(), str | list):
             kind = "true or false" if isinstance(default, bool) else "a number"
             raise ValueError(f"{path} must be {kind}, got {value!r}")
 

@@ -1,5 +1,7 @@
 """Images to patches."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from timm.layers import to_2tuple
 from torch import Tensor, nn
@@ -14,6 +16,17 @@ def check_img_size(img_size: int | tuple[int, int], patch_size: int | tuple[int,
                 f"img_size {size} is not a multiple of the patch size {patch}: "
                 f"take {lower} or {lower + patch}"
             )
+
+
+def check_images(model: Any, img_size: int) -> None:
+    """Refuse a model of other images than the commands read: squares of img_size, in RGB."""
+    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d))
+    channels = next((conv.in_channels for conv in convolutions), 3)
+    if channels != 3:
+        raise ValueError(f"model.in_chans={channels}: images are read as RGB, gray ones too: 3")
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size not in (None, (img_size, img_size)):
+        raise ValueError(f"model.img_size={list(size)}: images are squares, of img_size={img_size}")
 
 
 class PatchConv2d(nn.Conv2d):
