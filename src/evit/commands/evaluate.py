@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from evit import measure
-from evit.commands import checkpoint
+from evit.commands import cascade, checkpoint
 from evit.config import listed
 from evit.measure.speed import keep_compiled, telling
 from evit.report import evaluations, results
@@ -24,6 +24,8 @@ from evit.training.trainer import Signals, build_trainer, quiet, say
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Evaluate by a composed configuration; leave evaluation.json in Hydra's run folder."""
     quiet()
+    if cfg.cascade:
+        return cascade.run(cfg)
     folder = Path(HydraConfig.get().runtime.output_dir)
     nodes = list(checkpoint.reducer_nodes(cfg).values())
     if nodes:  # of several, the model is built with the first
