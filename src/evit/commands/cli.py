@@ -152,7 +152,7 @@ def knobs(config: str) -> dict[str, Any]:
 
 def check_spelling(overrides: list[str], config: str) -> None:
     """Refuse what no configuration has (added with +, it would do nothing); name the nearest."""
-    known = knobs(config)
+    known, wrong = knobs(config), str | list if config == "config" else str
     for override in overrides:
         found = re.match(r"[+~]*(([\w-]+)[\w./@-]*)=", override)
         if not found:
@@ -164,7 +164,7 @@ def check_spelling(overrides: list[str], config: str) -> None:
         if not isinstance(default, int | float) or path in LOOSE:
             continue
         parsed = OverridesParser.create().parse_override(override)
-        if not parsed.is_sweep_override() and isinstance(value := parsed.value(), str | list):
+        if not parsed.is_sweep_override() and isinstance(value := parsed.value(), wrong):
             kind = "true or false" if isinstance(default, bool) else "a number"
             raise ValueError(f"{path} must be {kind}, got {value!r}")
 

@@ -20,11 +20,11 @@ def check_img_size(img_size: int | tuple[int, int], patch_size: int | tuple[int,
 
 def check_images(model: Any, img_size: int) -> None:
     """Refuse a model of other images than the commands read: squares of img_size, in RGB."""
-    convolutions = (m for m in model.modules() if isinstance(m, nn.Conv2d))
-    channels = next((conv.in_channels for conv in convolutions), 3)
-    if channels != 3:
+    embed = getattr(model, "patch_embed", None)
+    first = getattr(embed, "conv1", getattr(embed, "proj", None))  # LV-ViT's stem, or the patches
+    if (channels := getattr(first, "in_channels", 3)) != 3:
         raise ValueError(f"model.in_chans={channels}: images are read as RGB, gray ones too: 3")
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    size = getattr(embed, "img_size", None)
     if size not in (None, (img_size, img_size)):
         raise ValueError(f"model.img_size={list(size)}: images are squares, of img_size={img_size}")
 
