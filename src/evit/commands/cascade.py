@@ -14,7 +14,7 @@ from evit.data.batch import normalize
 from evit.models.cascade import Cascade
 from evit.report import results
 
-EVERY = 10  # of so many batches one is calibrated on, and not reported
+EVERY = 10  # one batch in ten calibrates the threshold; it is not reported
 
 
 @torch.no_grad()

@@ -39,7 +39,8 @@ class Search:
     """Schedules of a model's reducer, measured on some images.
 
     Args:
-        model: a reduced model in eval mode, whose reducer needs no training.
+        model: a reduced model in eval mode, whose reducer needs no training; its reducer is
+            replaced while schedules are measured, and is not put back.
         images, labels: (B, 3, H, W), normalised, and (B,); the labels serve top1 alone.
         places: blocks that may reduce.
         cost: of the model with the reducer that it has.

@@ -240,7 +240,7 @@ class Reducer(nn.Module):
         return 0
 
     def config(self) -> dict[str, Any]:
-        """The arguments of evit.reduce that make this reducer again, but its name."""
+        """Return the arguments of evit.reduce, except the name, that rebuild this reducer."""
         names = sorted(options(type(self)) - {"keep_rate", "at", "counts"})
         own = {k: getattr(self, k) for k in names if self.own or k not in self.schedules}
         if self.given is not None:

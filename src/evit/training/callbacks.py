@@ -59,7 +59,7 @@ class KeepRateSchedule(L.Callback):
             pl_module.log_dict({f"keep_rate/{i}": rate for i, rate in enumerate(rates, 1)})
 
     def draw(self, step: int, pl_module: Any) -> tuple[float, ...]:
-        """The rate that is trained beside the largest: the same on all processes, resumed too."""
+        """Draw the rate trained beside the largest one; it depends on seed and step alone."""
         some = random.Random(f"{pl_module.seed} {step}").choice(self.choices[:-1])
         rate = some if step % 2 else self.choices[0]
         pl_module.objective.rates = self.choices[-1], rate
