@@ -79,8 +79,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         path.mkdir(parents=True, exist_ok=True)
         results.write_json(result, path / "benchmark.json")
         (path / "table.md").write_text(text)
-        if config["paper"] == "gpu":
-            benchmark.draw(result, path / "speed.svg")
         print(os.path.relpath(path / "table.md"))
     return result
 

@@ -247,8 +247,7 @@ def terminate(number: int, _: Any = None) -> NoReturn:
 
 def fail(text: str) -> NoReturn:
     """End the program with a user's mistake."""
-    shown = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
-    print(f"error: {shown}", file=sys.stderr)
+    print("error:", "\n".join(map(files.printable, text.split("\n"))), file=sys.stderr)
     sys.exit(2)
 
 

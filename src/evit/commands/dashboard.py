@@ -6,7 +6,7 @@ from typing import Any
 import wandb
 from omegaconf import DictConfig
 
-from evit.report import paper, results
+from evit.report import paper
 from evit.tracking import wandb_mode
 
 KEYS = ("model", "reducer", "keep_rate", "fusion", "img_size", "macs", "throughput", "top1", "top5")
@@ -46,7 +46,7 @@ def paper_runs() -> list[dict[str, Any]]:
         dense, fusion = row["keep_rate"] == 1, row["fusion"]
         own = dict(
             model=paper.MODEL_LIST[row["model"]]["conf"][0 if dense else -1],
-            reducer="none" if dense else results.reducer_name(None, row["model"]),
+            reducer="none" if dense else row["reducer"],
             fusion=bool(fusion),
             macs=row["macs"] * 1e9,
         )

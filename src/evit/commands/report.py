@@ -30,9 +30,9 @@ def write(source: Path, target: Path | None, page: bool = True) -> None:
     print(written["table.md"])
     if not target:
         return
-    written["runs.json"] = json.dumps(content.rows, indent=1) + "\n"
+    written["runs.json"] = json.dumps([*content.runs.values()], indent=1) + "\n"
     if page:
-        from evit.report import figures  # plotly and matplotlib, which only the page needs
+        from evit.report.charts import save  # matplotlib, plotly, which only the page needs
         from evit.report.page import build, html
 
         report = build(content)
@@ -42,7 +42,7 @@ def write(source: Path, target: Path | None, page: bool = True) -> None:
         written["index.html"] = html(content, report)
         written["runs.csv"] = as_csv(content)
         for chart in report.charts:
-            figures.save(chart, target / "figures")
+            save(chart, target / "figures")
     target.mkdir(parents=True, exist_ok=True)
     for name, text in written.items():
         (target / name).write_text(text)
@@ -51,7 +51,7 @@ def write(source: Path, target: Path | None, page: bool = True) -> None:
 
 def as_csv(content: Found) -> str:
     """A line for each run; no text in it is a spreadsheet's formula."""
-    frame = pd.json_normalize([dict(run=run.name) | run.row for run in content.runs])
+    frame = pd.json_normalize([dict(run=name) | row for name, row in content.runs.items()])
     for name in frame.select_dtypes(exclude="number"):
         risky = frame[name].astype(str).str.startswith(("=", "+", "-", "@"))
         frame[name] = frame[name].mask(risky, "'" + frame[name].astype(str))

@@ -14,6 +14,7 @@ from evit.data import folders
 from evit.data.folders import ClassFolders
 from evit.data.label_maps import label_map_paths
 from evit.data.module import Images
+from evit.files import printable
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
 FILES = "FashionMNIST/raw/*-ubyte.gz (or install Debian's dataset-fashion-mnist)"
@@ -37,7 +38,7 @@ class Folder(Images):
         if not root:
             raise ValueError("no images are configured: data.root=DIR, or IMAGENET_DIR=DIR")
         self.root = Path(root).expanduser().resolve()
-        self.name = "".join(c if c.isprintable() else "?" for c in self.root.name)
+        self.name = printable(self.root.name)
         files = {split: self.root / f"{split}.beton" for split in self.splits}
         self._listed: dict[str, ClassFolders] = {}
         self._prepared: dict[str, Any] = {}

@@ -1,6 +1,5 @@
-"""The tables and the figure of a benchmark."""
+"""The tables of a benchmark."""
 
-from pathlib import Path
 from typing import Any
 
 from evit.report import results
@@ -66,21 +65,3 @@ def cells(row: Row) -> dict[str, str]:
         **numbers,
         "paper: to dense": f"{theirs['ratio']:.2f}" if theirs else "",
     }
-
-
-def draw(result: Row, path: Path) -> None:
-    """Draw a bar for each row of the largest batch: its speed beside the dense model's."""
-    from matplotlib.figure import Figure
-
-    largest = max(row["batch_size"] for row in result["rows"])
-    rows = [row for row in result["rows"] if row["batch_size"] == largest][::-1]
-    shown = ("model", "keep rate", "px", "mode")
-    names = [" ".join([row["what"], *(cells(row)[name] for name in shown)]) for row in rows]
-    figure = Figure(figsize=(7, 1 + 0.22 * len(rows)))
-    axes = figure.add_subplot(
-        title=f"Speed beside the dense model's: {result['device']}, batch {largest}"
-    )
-    axes.tick_params(labelsize=6)
-    bars = axes.barh(range(len(rows)), [row["ratio"] for row in rows], tick_label=names)
-    axes.bar_label(bars, [f"{row['images_per_s']:,.0f} images/s" for row in rows], fontsize=6)
-    figure.savefig(path, bbox_inches="tight")

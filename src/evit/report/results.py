@@ -38,10 +38,14 @@ def start(folder: Path, config: dict[str, Any]) -> None:
         write_json(source, folder / START)
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; None if it is not there."""
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
 def finished(folder: Path) -> dict[str, Any] | None:
     """The result of the run that has finished in this folder, or None."""
-    path = folder / "result.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_json(folder / "result.json")
 
 
 def outcome(folder: Path) -> dict[str, Any] | None:
@@ -52,8 +56,7 @@ def outcome(folder: Path) -> dict[str, Any] | None:
 
 def check_config(folder: Path, config: dict[str, Any]) -> None:
     """Refuse, with a ValueError, a folder that holds a run of another configuration."""
-    path = folder / "config.json"
-    if path.is_file() and json.loads(path.read_text()) != config:
+    if read_json(folder / "config.json") not in (None, config):
         raise ValueError(
             f"{folder} holds a run of another configuration (config.json): overwrite=true replaces "
             f"it, name=NAME puts this run elsewhere"
@@ -131,10 +134,9 @@ def started_from(checkpoint: str | Path | None) -> str | None:
     if not checkpoint:
         return None
     folder = run_folder(checkpoint)
-    if folder and (folder / "config.json").is_file():
-        config = json.loads((folder / "config.json").read_text())
-        if "recipe" in config:  # or it is of another program
-            return setting(config)
+    config = folder and read_json(folder / "config.json")
+    if config and "recipe" in config:  # or it is of another program
+        return setting(config)
     return sha256(Path(checkpoint))
 
 
@@ -172,7 +174,7 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
         params=model["params"],
         macs=model.get("macs", model["macs_executed"]),
         model=name,
-        reducer="none" if rate == 1 else reducer_name(model.get("reducer"), name),
+        reducer="none" if rate == 1 else model["reducer"],
         keep_rate=rate,
         fusion=model.get("fusion", False) and rate != 1,
         img_size=config["img_size"],
@@ -223,16 +225,9 @@ def one_rate(rates: Any) -> Any:
     return rates[0] if isinstance(rates, list) and len(set(rates)) == 1 else rates
 
 
-def reducer_name(name: str | None, model: str) -> str:
-    """The reducer's name; results from before reducers had names are EViT's or DynamicViT's."""
-    return name or ("dynamicvit" if "dynamicvit" in model else "evit")
-
-
 def trained_keep_rate(run: dict[str, Any]) -> Any:
-    """The keep rate, or rates, that a run was trained at; None: not known."""
-    if "reducer" in run.get("model", {}):
-        return (run["model"]["reducer"] or dict(keep_rate=1.0)).get("keep_rate")
-    return run["model"].get("keep_rate", run.get("keep_rate")) if "model" in run else None
+    """The keep rate, or rates, that a run was trained at; None: not a run's."""
+    return (run["model"]["reducer"] or dict(keep_rate=1.0)).get("keep_rate") if run else None
 
 
 def device_name(device: torch.device) -> str:
