@@ -24,7 +24,7 @@ def points(folder: Path, **runs: dict) -> pd.DataFrame:
 
 def baseline(found: pd.DataFrame) -> pd.Series | None:
     """The dense setting of the only sparse one."""
-    ((_, sparse),) = found[found.rate != 1].iterrows()
+    ((_, sparse),) = found[found.rate != "dense"].iterrows()
     return None if sparse.dense == -1 else found.loc[sparse.dense]
 
 

@@ -76,7 +76,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     text = benchmark.markdown(result)
     print(f"\n{text}")
     for path in map(Path, filter(None, (HydraConfig.get().runtime.output_dir, config["target"]))):
-        path.mkdir(parents=True, exist_ok=True)
         results.write_json(result, path / "benchmark.json")
         (path / "table.md").write_text(text)
         print(os.path.relpath(path / "table.md"))

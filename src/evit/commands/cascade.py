@@ -25,9 +25,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """
     rates, budget = [float(rate) for rate in cfg.cascade], cfg.gmacs
     model, about, cfg, source = checkpoint.opened(cfg)
-    data = checkpoint.validation(cfg, cfg.batch_size, cfg.max_val_images)
-    data.prepare_data()
-    data.setup()
+    data = checkpoint.validation(cfg, cfg.batch_size, cfg.max_val_images, ready=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     costs = []
     for rate in rates:
@@ -74,6 +72,5 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     ]
     print(results.markdown(lines) + f"\nUnsure: below {cascade.thresholds[0]:.3f}.")
     folder = Path(HydraConfig.get().runtime.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     results.write_json(result | dict(checkpoint=str(source.path)), folder / "cascade.json")
     return result

@@ -107,10 +107,13 @@ def complete(cfg: DictConfig, source: Source) -> DictConfig:
     return cfg
 
 
-def validation(cfg: DictConfig, batch_size: int, most: int | None) -> Any:
-    """The data module of `most` validation images; nothing is read yet."""
+def validation(cfg: DictConfig, batch_size: int, most: int | None, ready: bool = False) -> Any:
+    """The data module of `most` validation images; `ready`: set up, else nothing is read yet."""
     recipe = Recipe(1, batch_size, lr=1, max_val_images=most, crop_pct=cfg.crop_pct)
-    return instantiate(cfg.data, recipe=recipe, splits=["val"], _convert_="object")
+    data = instantiate(cfg.data, recipe=recipe, splits=["val"], _convert_="object")
+    for step in (data.prepare_data, data.setup) if ready else ():
+        step()
+    return data
 
 
 def attach(model: Any, reducer: dict[str, Any], source: Source) -> Any:

@@ -89,7 +89,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     )
     if trainer.is_global_zero:
         result |= results.provenance()
-        folder.mkdir(parents=True, exist_ok=True)
         results.write_json(result, folder / "evaluation.json")
         evaluations.show(result, folder / "evaluation.json")
     return result

@@ -34,9 +34,7 @@ def visualize(cfg: DictConfig) -> Path:
     if cfg.images is not None:
         pixels = read_pixels(image_paths(cfg.images, cfg.num_images), cfg)
     else:
-        data = checkpoint.validation(cfg, cfg.num_images, cfg.num_images)
-        data.prepare_data()
-        data.setup()
+        data = checkpoint.validation(cfg, cfg.num_images, cfg.num_images, ready=True)
         pixels = next(iter(data.val_dataloader()))[0]
     print(f"Drawing {len(pixels)} images at keep rate {rate(about)}", flush=True)
     picture = draw(model, normalize(pixels, about["mean"], about["std"]), pixels)

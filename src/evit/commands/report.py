@@ -11,6 +11,7 @@ from evit.report.collect import Found
 
 
 def run(cfg: DictConfig) -> None:
+    """What src/report.py does."""
     write(Path(cfg.runs), cfg.target and Path(cfg.target), cfg.page)
 
 
@@ -52,7 +53,6 @@ def write(source: Path, target: Path | None, page: bool = True) -> None:
 def as_csv(content: Found) -> str:
     """A line for each run; no text in it is a spreadsheet's formula."""
     frame = pd.json_normalize([dict(run=name) | row for name, row in content.runs.items()])
-    for name in frame.select_dtypes(exclude="number"):
-        risky = frame[name].astype(str).str.startswith(("=", "+", "-", "@"))
-        frame[name] = frame[name].mask(risky, "'" + frame[name].astype(str))
+    formula = set("=+-@")
+    frame = frame.map(lambda c: f"'{c}" if isinstance(c, str) and c[:1] in formula else c)
     return frame.to_csv(index=False, lineterminator="\r\n")

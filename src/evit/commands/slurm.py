@@ -75,7 +75,7 @@ def submit(name: str, jobs: list[Job], options: dict[str, Any]) -> None:
     first = [job for job in todo if job not in later]
     logs, source = Path("outputs", "slurm", name, "%j"), shlex.quote(str(CONF_DIR.parent / "src"))
     executor = submitit.AutoExecutor(logs, cluster="slurm", slurm_max_num_timeout=1000)
-    own = dict(name=name, slurm_setup=[f'export PYTHONPATH={source}:"$PYTHONPATH"'])
+    own: dict[str, Any] = dict(name=name, slurm_setup=[f'export PYTHONPATH={source}:"$PYTHONPATH"'])
     own |= {key: value for key, value in options.items() if value is not None}
     more = dict(requeue=True) | own.pop("slurm_additional_parameters", {})
 

@@ -28,7 +28,10 @@ from evit.training.module import Classifier
 from evit.training.trainer import Signals, build_trainer, quiet, say
 
 GROUPS = ("reducer", "model", "data", "recipe", "experiment")
-PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "compile": (True, False, "reduce-overhead"),
+    "trainer.precision": ("auto", "32-true", "bf16-mixed", "16-mixed"),
+}
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -54,14 +57,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     mode = wandb_mode(config["logger"]["mode"])
 
     beside = make_callbacks(cfg, recipe, folder)
-    trainer = build_trainer(
-        cfg.trainer,
-        folder,
-        beside,
-        max_epochs=recipe.epochs,
-        gradient_clip_val=recipe.clip_grad,
-        check_val_every_n_epoch=recipe.eval_every,
-    )
+    options = dict(max_epochs=recipe.epochs, gradient_clip_val=recipe.clip_grad)
+    options |= dict(check_val_every_n_epoch=recipe.eval_every)
+    trainer = build_trainer(cfg.trainer, folder, beside, **options)
     if cfg.trainer.accumulate_grad_batches is None:
         trainer.accumulate_grad_batches = recipe.accumulation(trainer.world_size)
     data = build_data(cfg, recipe)
@@ -109,16 +107,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 def check(cfg: DictConfig, recipe: Recipe) -> None:
     """Refuse knobs with a value that is none, or that need another."""
     for knob in "checkpoint_every_n_steps", "keep_checkpoint_every_n_epochs":
-        count = cfg[knob]
-        if count is not None and not (isinstance(count, int) and count >= 1):
-            raise ValueError(f"{knob} must be at least 1, got {count}")
-    if cfg.compile not in (True, False, "reduce-overhead"):
-        raise ValueError(f"compile must be true, false or reduce-overhead, got {cfg.compile!r}")
-    if cfg.trainer.precision not in PRECISIONS:
-        *most, last = PRECISIONS
-        raise ValueError(
-            f"trainer.precision must be {', '.join(most)} or {last}, got {cfg.trainer.precision!r}"
-        )
+        if cfg[knob] is not None and not (isinstance(cfg[knob], int) and cfg[knob] >= 1):
+            raise ValueError(f"{knob} must be at least 1, got {cfg[knob]}")
+    for knob, allowed in CHOICES.items():
+        if (value := OmegaConf.select(cfg, knob)) not in allowed:
+            *most, last = (str(name).lower() for name in allowed)
+            raise ValueError(f"{knob} must be {', '.join(most)} or {last}, got {value!r}")
     if recipe.finetune and not cfg.checkpoint and not cfg.pretrained:
         raise ValueError(
             "this recipe fine-tunes a trained model: give its weights by checkpoint=PATH, or "
@@ -129,20 +123,17 @@ def check(cfg: DictConfig, recipe: Recipe) -> None:
 def make_callbacks(cfg: DictConfig, recipe: Recipe, folder: Path) -> list[Any]:
     """What happens beside training, in this order; the Progress is first."""
     inside, every = folder / "checkpoints", cfg.checkpoint_every_n_steps
-    found: list[Any] = [
-        *callbacks.progress(recipe.batch_size, bool(cfg.compile)),
-        callbacks.NonFinite(),
-        Signals(),
-        checkpoints.LastCheckpoint(inside, every, cfg.keep_checkpoint_every_n_epochs),
-        checkpoints.BestCheckpoint(inside, recipe.full_rate_epoch),
-    ]
+    found: list[Any] = callbacks.progress(recipe.batch_size, bool(cfg.compile))
+    found += [callbacks.NonFinite(), Signals()]
+    found += [checkpoints.LastCheckpoint(inside, every, cfg.keep_checkpoint_every_n_epochs)]
+    found += [checkpoints.BestCheckpoint(inside, recipe.full_rate_epoch)]
     if recipe.ema_decay is not None:
-        found.append(callbacks.EMA(recipe.ema_decay, recipe.ema_evaluated))
+        found += [callbacks.EMA(recipe.ema_decay, recipe.ema_evaluated)]
     if "reducer" in cfg.model:
         multiple = recipe.token_multiple or (8 if cfg.compile else 1)
         shrink = (recipe.shrink_start_epoch, recipe.shrink_epochs)
-        found.append(callbacks.KeepRateSchedule(*shrink, multiple))
-        found.append(callbacks.KeptPatches(folder / "kept_patches.png"))
+        found += [callbacks.KeepRateSchedule(*shrink, multiple)]
+        found += [callbacks.KeptPatches(folder / "kept_patches.png")]
     return found
 
 
@@ -257,7 +248,7 @@ def throughput(
 def facts(model: Any, img_size: int) -> dict[str, Any]:
     """What the model is and costs, for the tables."""
     found = dict(img_size=img_size, params=measure.count_params(model))
-    found["macs_executed"] = measure.count_macs(model, executed=True)
+    found |= dict(macs_executed=measure.count_macs(model, executed=True))
     if hasattr(model, "reducer"):
         own = dict(reducer=model.reducer.name, keep_rate=list(model.keep_rate))
         own |= dict(drop_loc=list(model.drop_loc), fusion=model.fusion)

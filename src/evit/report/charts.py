@@ -9,8 +9,7 @@ from matplotlib.figure import Figure
 
 from evit.report import paper, settings
 from evit.report.collect import Found
-from evit.report.settings import SCRATCH
-from evit.report.tables import rate_text
+from evit.report.settings import DENSE, SCRATCH
 
 Views = dict[str, tuple[str, str, str, str]]  # by buttons: columns and titles of x and y
 TOP1 = "top-1 accuracy (%)"
@@ -55,7 +54,7 @@ def line_names(points: pd.DataFrame) -> pd.Series:
     parts = pd.DataFrame(
         dict(
             model=model,
-            reducer=points.reducer.mask(said, "").mask(points.rate == 1, "dense"),
+            reducer=points.reducer.mask(said, "").mask(points.rate == DENSE, DENSE),
             rest=points.rest,
             selection=points.selection,
             start=points.start.replace(SCRATCH, ""),
@@ -71,7 +70,7 @@ def line_names(points: pd.DataFrame) -> pd.Series:
 def names(points: pd.DataFrame) -> pd.Series:
     """Name each setting."""
     sizes = points.img_size.map(", {} px".format) if points.img_size.nunique() > 1 else ""
-    rates = points.rate.map(lambda r: "" if r == 1 else f", keep rate {settings.label(r)}")
+    rates = points.rate.map(", keep rate {}".format).mask(points.rate == DENSE, "")
     return line_names(points) + rates + sizes
 
 
@@ -88,17 +87,18 @@ def accuracy(key: str, title: str, points: pd.DataFrame) -> dict[str, Any]:
     larger = (found.img_size != paper.BASE_SIZE) & whole
     found["line"] += larger.map({True: ", higher resolution", False: ""})
     found["style"] = larger.map({True: "markers", False: "lines+markers"})
-    texts = found.rate.map(rate_text) + found.img_size.map(", {} px, ".format)
+    texts = found.rate + found.img_size.map(", {} px, ".format)
     found["hover"] = texts + found.runs.map("{} run(s)".format)
     return chart(key, f"Accuracy against cost, {title}", note, found, COSTS)
 
 
 def comparable(points: pd.DataFrame) -> pd.DataFrame:
     """The settings of one training, or of one evaluated checkpoint, that has several reducers."""
-    kind = [points.model.map(settings.base), "start", "origin", "recipe", "images", "img_size"]
-    return points.groupby(kind, sort=False).filter(
-        lambda group: group.reducer[group.rate != 1].nunique() > 1
+    kind = points.assign(
+        model=settings.base(points.model), reducer=points.reducer.replace("", None)
     )
+    alike = kind.groupby(["model", "start", "origin", "recipe", "images", "img_size"])
+    return points[alike.reducer.transform("nunique") > 1]
 
 
 def curves(key: str, content: Found, points: pd.DataFrame) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def build(content: Found) -> Report:
 
 def pictures(content: Found, points: Any) -> list[tuple[str, str]]:
     """The picture of the first run of each setting that reduces, as a data URI, and its name."""
-    sparse = points[points.rate != 1]
+    sparse = points[points.rate != settings.DENSE]
     names, found = dict(zip(points.setting, charts.names(points), strict=True)), {}
     for name, run in reversed(content.runs.items()):
         if run["setting"] in set(sparse.setting) and name in content.pictures:

@@ -31,10 +31,8 @@ def start(folder: Path, config: dict[str, Any]) -> None:
     for path in folder.glob("hpc_ckpt_*"):  # Lightning's under SLURM, which it would go on from
         path.unlink()
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(config, folder / "config.json")
-    first = config.get("checkpoint")
-    if first and (run := run_folder(first)) and (source := outcome(run)):
+    if source := outcome(run_folder(config.get("checkpoint") or "")):
         write_json(source, folder / START)
 
 
@@ -48,19 +46,17 @@ def finished(folder: Path) -> dict[str, Any] | None:
     return read_json(folder / "result.json")
 
 
-def outcome(folder: Path) -> dict[str, Any] | None:
+def outcome(folder: Path | None) -> dict[str, Any] | None:
     """The metrics that identify a run's outcome, or None if no run has finished there."""
-    result = finished(folder)
-    return result and {name: result.get(name) for name in ("top1", "top5", "loss")}
+    result = folder and finished(folder)
+    return {name: result.get(name) for name in ("top1", "top5", "loss")} if result else None
 
 
 def check_config(folder: Path, config: dict[str, Any]) -> None:
     """Refuse, with a ValueError, a folder that holds a run of another configuration."""
     if read_json(folder / "config.json") not in (None, config):
-        raise ValueError(
-            f"{folder} holds a run of another configuration (config.json): overwrite=true replaces "
-            f"it, name=NAME puts this run elsewhere"
-        )
+        ways = "overwrite=true replaces it, name=NAME puts this run elsewhere"
+        raise ValueError(f"{folder} holds a run of another configuration (config.json): {ways}")
 
 
 def run_folder(checkpoint: str | Path) -> Path | None:
@@ -106,10 +102,8 @@ def harmless(text: str) -> Any:
     def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         for key, value in pairs:
             if key == "_target_" and value not in known:
-                raise ValueError(
-                    f"it asks to call {value}, which conf/ does not: for a reducer of your own "
-                    f"give the folder of its YAML, --config-dir DIR"
-                )
+                way = "for a reducer of your own give the folder of its YAML, --config-dir DIR"
+                raise ValueError(f"it asks to call {value}, which conf/ does not: {way}")
             if key == "checkpoint_path":
                 raise ValueError(f"it asks timm to load {value}")
             if "${" in f"{key}{value}":
@@ -158,6 +152,7 @@ def provenance() -> dict[str, Any]:
 
 def write_json(content: dict[str, Any], path: Path) -> None:
     """Write a JSON file whole or not at all; a number that is not finite is a ValueError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
         file.write(json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
 
@@ -184,35 +179,32 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
 def show(result: dict[str, Any], folder: Path) -> None:
     """Print a result, and where its files are."""
     row = summary(result)
-    speeds = {"training": row["train_images_per_s"], "inference": row["throughput"]}
-    lines = {
-        "top-1": f"{row['top1']:.2f} %",
-        "top-5": f"{row['top5']:.2f} %",
-        "keep rate": row["keep_rate"],
-        "reducer": row["reducer"] + ", fused" * row["fusion"],
-        "epochs": result["config"]["recipe"]["epochs"],
-        "MACs": f"{row['macs'] / 1e9:.3f} G per image",
-        "parameters": f"{row['params'] / 1e6:.2f} M",
-        **{k: f"{v:.0f} images/s" if v else "not measured" for k, v in speeds.items()},
-        "time": f"{result['seconds'] / 60:.1f} min on {result['device']}",
-    }
-    print(f"{row['model']} on {result['data']['name']}, {row['img_size']} px")
-    for name, value in lines.items():
-        print(f"  {name:<12}{value}")
-    print(f"{os.path.relpath(folder)}/\n  {'  '.join(sorted(p.name for p in folder.iterdir()))}")
+    speeds = [row["train_images_per_s"], row["throughput"]]
+    train, infer = (f"{speed:.0f} images/s" if speed else "not measured" for speed in speeds)
+    print(f"""{row["model"]} on {result["data"]["name"]}, {row["img_size"]} px
+  top-1       {row["top1"]:.2f} %
+  top-5       {row["top5"]:.2f} %
+  keep rate   {row["keep_rate"]}
+  reducer     {row["reducer"]}{", fused" * row["fusion"]}
+  epochs      {result["config"]["recipe"]["epochs"]}
+  MACs        {row["macs"] / 1e9:.3f} G per image
+  parameters  {row["params"] / 1e6:.2f} M
+  training    {train}
+  inference   {infer}
+  time        {result["seconds"] / 60:.1f} min on {result["device"]}
+{os.path.relpath(folder)}/
+  {"  ".join(sorted(path.name for path in folder.iterdir()))}""")
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """A table of texts; a column without any is left out."""
     heads = [head for head in rows[0] if any(str(row[head]) for row in rows)]
-    lines = [
-        [plain(str(cell)) for cell in line]
-        for line in [heads, *([r[h] for h in heads] for r in rows)]
-    ]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    padded = ([c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+    columns = [[plain(str(cell)) for cell in (head, *(r[head] for r in rows))] for head in heads]
+    for column in columns:
+        width = max(map(len, column))
+        column[:] = [cell.ljust(width) for cell in column]
+        column.insert(1, "-" * width)
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns, strict=True))
 
 
 def plain(text: str) -> str:

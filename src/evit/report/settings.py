@@ -4,8 +4,8 @@ Its columns:
 
 - section: what can be compared, "fashion-mnist, 28 px"; table: the paper's (published rows).
 - model: of conf/model, timm's name, or a key of paper.yaml; name: timm's, the same for a dense
-  model and its reduced variants; reducer: "" if dense; rate: one number or a tuple; selection: ""
-  for the attentive tokens; rest: "fused" or "dropped".
+  model and its reduced variants; reducer: "" if dense; rate: "dense", "0.7" or "0.9,0.8,0.7";
+  selection: "" for the attentive tokens; rest: "fused" or "dropped".
 - start: from scratch, fine-tuned, off the shelf, or the keep rate that the evaluated checkpoint was
   trained at; epochs; images: their limits as text; val_images: 0 for all.
 - runs: how many seeds; top1, top5 (%) and kl, their means; spread: deviation of top1; macs (1e9 per
@@ -21,15 +21,15 @@ from typing import Any
 
 import pandas as pd
 
-from evit.report import collect, paper, results
+from evit.config import listed
+from evit.report import collect, paper
 from evit.report.collect import Found, Row
 
-SCRATCH, TUNED, SHELF = "from scratch", "fine-tuned", "off the shelf"
-NAN = float("nan")
+DENSE, SCRATCH, TUNED, SHELF = "dense", "from scratch", "fine-tuned", "off the shelf"
 METRICS = "top1 spread top5 kl macs images_per_s speed params change share faster".split()
 TEXTS = "section table name reducer rest selection images setting recipe origin way".split()
-DEFAULTS: Row = dict.fromkeys([*METRICS, "epochs"], NAN) | dict.fromkeys(TEXTS, "")
-DEFAULTS |= dict(rate=1.0, start=SCRATCH, val_images=0, runs=1, dense=-1)
+DEFAULTS: Row = dict.fromkeys([*METRICS, "epochs"], float("nan")) | dict.fromkeys(TEXTS, "")
+DEFAULTS |= dict(rate=DENSE, start=SCRATCH, val_images=0, runs=1, dense=-1)
 SPEEDS = ["images_per_s", "speed", "way"]
 TIMED = ["name", "reducer", "rate", "rest", "img_size"]  # what a measured speed belongs to
 
@@ -37,14 +37,15 @@ TIMED = ["name", "reducer", "rate", "rest", "img_size"]  # what a measured speed
 def frame(found: list[Row]) -> pd.DataFrame:
     """Make a frame of settings from rows that leave out what is as in DEFAULTS."""
     made = pd.DataFrame([DEFAULTS | row for row in found], columns=["model", "img_size", *DEFAULTS])
-    kinds: Row = dict.fromkeys([*METRICS, "epochs"], float)
-    return made.astype(kinds | dict(rate=object, img_size=int))
+    return made.astype(dict.fromkeys([*METRICS, "epochs"], float) | dict(img_size=int))
 
 
-def choices(reducer: str, rate: Any, fusion: bool | None) -> Row:
+def choices(reducer: str, rates: Any, fusion: bool | None) -> Row:
     """The columns that say how tokens are reduced."""
-    rate = tuple(one) if isinstance(one := results.one_rate(rate), list) else one
-    if rate in (1, ()):
+    rate = ",".join(f"{rate:g}" for rate in listed(rates))
+    if len(set(rate.split(","))) == 1:
+        rate = rate.split(",")[0]
+    if rate in ("1", ""):
         return {}
     rest = {True: "fused", False: "dropped", None: ""}[fusion] if reducer == "evit" else ""
     return dict(reducer=reducer, rate=rate, rest=rest)
@@ -94,8 +95,8 @@ def of_run(row: Row) -> Row:
     return (
         {key: row[key] for key in ("model", "img_size", "epochs", "setting", "recipe")}
         | choices(row["reducer"], row["keep_rate"], row["fusion"])
-        | dict(section=section(row), start=TUNED if row["from_checkpoint"] else SCRATCH)
-        | dict(images=images(row), val_images=row["max_val_images"] or 0)
+        | place(row)
+        | dict(start=TUNED if row["from_checkpoint"] else SCRATCH)
         | dict(top1=row["top1"], top5=row["top5"], images_per_s=row["throughput"])
         | dict(macs=row["macs"] / 1e9, params=row["params"] / 1e6)
         | dict(name=canonical(row["timm_name"] or ""), origin=row["started_from"] or "")
@@ -108,46 +109,36 @@ def of_evaluation(result: Row) -> list[Row]:
 
     Weights that no run of ours left are taken to be a dense model's, if it was evaluated too.
     """
-    model, trained = result["model"], result["trained_keep_rate"]
-    if trained is None:
-        if not any(results.one_rate(row["keep_rate"]) in (1, []) for row in result["settings"]):
-            return []
-        trained = 1
-    rate = choices("", trained, None).get("rate", 1)
-    limit = result["config"]["max_val_images"] or 0
+    model, trained = result["model"], choices("", result["trained_keep_rate"] or [], None)
+    rows = [choices(row["reducer"], row["keep_rate"], row["fusion"]) for row in result["settings"]]
+    if result["trained_keep_rate"] is None and {} not in rows:
+        return []
+    limit, sha256 = result["config"]["max_val_images"], result["checkpoint_sha256"]
     limits = dict(max_train_images=None, max_val_images=limit, whole=not limit)
-    limits |= dict(img_size=model["img_size"], data=result["data"]["name"])
-    given = dict(model=model["name"], img_size=model["img_size"], val_images=limit)
-    given |= dict(section=section(limits | result["data"]), images=images(limits))
-    given |= dict(start=SHELF if rate == 1 else f"trained at {label(rate)}")
-    given |= dict.fromkeys(("recipe", "origin"), result["checkpoint_sha256"])
+    given = dict(model=model["name"], img_size=model["img_size"], recipe=sha256, origin=sha256)
+    data = dict(data=result["data"]["name"], num_classes=result["data"]["num_classes"])
+    given |= place(limits | data | dict(img_size=model["img_size"]))
+    given |= dict(start=f"trained at {trained['rate']}" if trained else SHELF)
     given |= dict(name=canonical(collect.timm_name(result["config"]["model"]) or ""))
     return [
         given
-        | choices(row["reducer"], row["keep_rate"], row["fusion"])
+        | choice
         | dict(selection="" if row["selection"] in (None, "attentive") else row["selection"])
         | dict(params=model["params"] / 1e6, macs=row["macs"] / 1e9)
         | {key: row[key] for key in ("top1", "top5", "kl")}
-        for row in result["settings"]
+        for row, choice in zip(result["settings"], rows, strict=True)
         if row["macs"] is not None
     ]
 
 
-def images(row: Row) -> str:
-    """How the images of a run were limited."""
-    limits = dict(training=row["max_train_images"], validation=row["max_val_images"])
-    others = {True: "", False: "limited", None: "unknown"}[row["whole"]]
-    return ", ".join(f"{count} {name}" for name, count in limits.items() if count) or others
-
-
-def section(row: Row) -> str:
+def place(row: Row) -> Row:
     """What a run is compared within: the data set, and but for ImageNet the image size."""
     whole_imagenet = row["num_classes"] == 1000 and row["whole"]
-    return "ImageNet" if whole_imagenet else f"{row['data']}, {row['img_size']} px"
-
-
-def label(rate: Any) -> str:
-    return ",".join(f"{one:g}" for one in (rate if isinstance(rate, tuple) else (rate,)))
+    section = "ImageNet" if whole_imagenet else f"{row['data']}, {row['img_size']} px"
+    limits = dict(training=row["max_train_images"], validation=row["max_val_images"])
+    images = ", ".join(f"{count} {name}" for name, count in limits.items() if count)
+    images = images or {True: "", False: "limited", None: "unknown"}[row["whole"]]
+    return dict(section=section, images=images, val_images=row["max_val_images"] or 0)
 
 
 def canonical(timm_name: str) -> str:
@@ -155,14 +146,14 @@ def canonical(timm_name: str) -> str:
     return re.sub(r"^evit_|_224$", "", timm_name)
 
 
-def base(model: str) -> str:
+def base(models: pd.Series) -> pd.Series:
     """The same name for a dense model and its reduced variants, of conf/model or the paper."""
-    return re.sub("^(evit|dynamicvit)_", "", model)
+    return models.str.replace("^(evit|dynamicvit)_", "", regex=True)
 
 
 def recipe_names(points: pd.DataFrame) -> pd.Series:
     """The hash of the recipe of settings that nothing else tells apart, else ""."""
-    kind = points.model.map(base).where(points.start != TUNED, points.model)
+    kind = base(points.model).where(points.start != TUNED, points.model)
     recipe = points.recipe.replace("", None).str[:8]
     alike = recipe.groupby([kind, points.start, points.epochs, points.img_size], dropna=False)
     return recipe.where(alike.transform("nunique") > 1, "").fillna("")
@@ -174,8 +165,8 @@ def beside_dense(points: pd.DataFrame) -> pd.DataFrame:
     That was trained by the same recipe: as long, on as many images of the same size. A fine-tuned
     run may also be compared with what it began with, and an evaluation with that alone.
     """
-    points = points.assign(kind=points.model.map(base), dense=points.index)
-    dense = points[(points.rate == 1) & points.top1.notna()]
+    points = points.assign(kind=base(points.model), dense=points.index)
+    dense = points[(points.rate == DENSE) & points.top1.notna()]
     began = points.origin.where((points.start == TUNED) & (points.origin != ""))
 
     def find(wanted: pd.DataFrame, among: pd.DataFrame) -> pd.Series:
@@ -232,7 +223,7 @@ def beside_paper(content: Found, points: pd.DataFrame, table: str) -> tuple[str,
     theirs = published().query("table == @table")
     mine = points[(points.section == "ImageNet") & (points.selection == "")]
     mine = mine.assign(model=mine.model.map(paper.CONF))
-    keys, numbers = [*"model reducer rate rest img_size start".split()], [*METRICS, "runs"]
+    keys, numbers = "model reducer rate rest img_size start".split(), [*METRICS, "runs"]
     both = theirs[[*keys, "epochs"]].reset_index().merge(mine, on=keys, suffixes=("_paper", ""))
     # LV-ViT's 300 epochs are 310 with those at its last learning rate.
     fits = both.epochs.between(both.epochs_paper, 1.1 * both.epochs_paper)

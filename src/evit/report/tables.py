@@ -52,7 +52,7 @@ def beside_paper(content: Found, points: pd.DataFrame, name: str) -> Table:
         "model": theirs.model.map(paper.TITLES),
         "weights": theirs.start,
         "epochs": texts(theirs.epochs, ".0f"),
-        "keep rate": theirs.rate.map(rate_text),
+        "keep rate": theirs.rate,
         "the rest": theirs.rest,
         "px": theirs.img_size.map(str),
     }
@@ -71,10 +71,6 @@ def beside_paper(content: Found, points: pd.DataFrame, name: str) -> Table:
     if name == "off_the_shelf":
         note = "The paper does not say what becomes of the other tokens."
     return Table(paper.TABLES[name]["title"], note, pd.DataFrame(shown), labels)
-
-
-def rate_text(rate: object) -> str:
-    return "dense" if rate == 1 else settings.label(rate)
 
 
 def texts(values: pd.Series, form: str, missing: str = "") -> pd.Series:
@@ -97,7 +93,7 @@ def all_settings(title: str, points: pd.DataFrame, by: str = "start") -> Table:
         {
             "model": points.model,
             "reducer": points.reducer.replace("", None),
-            "keep rate": points.rate.map(rate_text),
+            "keep rate": points.rate,
             "the rest": points.rest,
             "kept": points.selection.mask(
                 points.selection + points.reducer == "evit", "attentive"
