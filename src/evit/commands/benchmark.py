@@ -120,9 +120,10 @@ def models(config: dict[str, Any], reducers: dict[Any, Any]) -> dict[str, Any]:
         if (own := run["model"].get("reducer")) and not reducers:
             found["reducers"] = {own["_target_"].rpartition(".")[2].lower(): own}
     for name in [] if nodes else config["models"]:
-        ours = (CONF_DIR / f"model/{name}.yaml").is_file()
-        node: Any = composed("config", [f"model={name}"]).model if ours else dict(model_name=name)
-        nodes.append(OmegaConf.to_container(node) if ours else node)
+        node: Any = OmegaConf.create(dict(model_name=name))
+        if (CONF_DIR / f"model/{name}.yaml").is_file():
+            node = composed("config", [f"model={name}"]).model
+        nodes.append(OmegaConf.to_container(node))
     known = "_target_", "model_name", "pretrained", "reducer", "img_size"
     rest = [{k: v for k, v in node.items() if k not in known} for node in nodes]
     found["models"] = list(zip((node["model_name"] for node in nodes), rest, strict=True))
@@ -190,11 +191,10 @@ def train_briefly(gpu: bool, batch: int) -> dict[str, Any]:
             raise ValueError(f"the training run: {(done.stderr or done.stdout).splitlines()[-1]}")
         lines = Path(folder, "run/metrics.jsonl").read_text().splitlines()
         run = json.loads(Path(folder, "run/result.json").read_text())
-    wait = [row["train/data_wait"] for row in map(json.loads, lines) if "train/data_wait" in row][
-        -1
-    ]
-    return dict(
-        title=f"Training run: {model}, keep rate 0.5, batch {batch}, {run['precision']}, FFCV",
-        rows=[dict(images_per_s=round(run["train_images_per_s"], 1), data_wait=round(wait, 4))],
-        verdict=f"Training waits for its images for {wait:.0%} of its time.",
+    *_, wait = (
+        row["train/data_wait"] for row in map(json.loads, lines) if "train/data_wait" in row
     )
+    title = f"Training run: {model}, keep rate 0.5, batch {batch}, {run['precision']}, FFCV"
+    rows = [dict(images_per_s=round(run["train_images_per_s"], 1), data_wait=round(wait, 4))]
+    verdict = f"Training waits for its images for {wait:.0%} of its time."
+    return dict(title=title, rows=rows, verdict=verdict)

@@ -45,28 +45,24 @@ def main() -> None:
 
 def start(command: str, config: str) -> None:
     """Compose conf/CONFIG.yaml with the command line; then import the command and run it."""
-    together = command in ("predict", "visualize")
-    module, function = ("images", command) if together else (command, "run")
+    images = command in ("predict", "visualize")
 
     def run(cfg: DictConfig) -> Any:
         if missing := [str(knob) for knob in cfg if OmegaConf.is_missing(cfg, knob)]:
             fail(f"{missing[0]}=... is needed: conf/{config}.yaml says what it is for")
-        if str(cfg.get("name")).startswith(("/", "~")):
-            way = f"a folder of your own is hydra.run.dir={cfg.name}"
-            fail(f"name={cfg.name} would be a folder in outputs/: {way}")
-        name = "plan" if cfg.get("dry_run") else module
+        name = "plan" if cfg.get("dry_run") else "images" if images else command
         work = importlib.import_module(f"evit.commands.{name}")
         gc.enable()
         with ended_in_a_line():  # or Hydra adds a line of its own
-            return getattr(work, function)(cfg)
+            return getattr(work, command if images else "run")(cfg)
 
     gc.disable()  # what imports leave is no garbage: a quarter less time until the work begins
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints errors itself
     given = sys.argv[1:]
     with ended_in_a_line():
         register()
-        sys.argv[1:] = arguments(given, config)
         try:
+            sys.argv[1:] = arguments(given, config)
             hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config)(run)()
         except NOT_COMPOSED as error:
             raise explained(error, config) from error
@@ -119,10 +115,11 @@ def with_scale(words: list[str]) -> list[str]:
     for option, folder in zip(words, words[1:], strict=False):
         if option in ("--config-dir", "-cd"):
             overrides.append(f"hydra.searchpath=['file://{Path(folder).absolute()}']")
-    first = []
-    for o in OverridesParser.create().parse_overrides(overrides):
-        value = o.is_sweep_override() and next(o.sweep_string_iterator())
-        first.append(f"{o.key_or_group}={value}" if value else o.input_line or "")
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    first = [
+        f"{o.key_or_group}={next(o.sweep_string_iterator())}" if o.is_sweep_override() else line
+        for o, line in zip(parsed, overrides, strict=True)
+    ]
     scale = scale_for(composed("config", first))
     return words if scale == "published" else [*words, f"scale={scale}"]
 
@@ -174,9 +171,8 @@ def nearest(name: str, known: Any) -> str:
     inside = [other for other in known if other.endswith(f".{name}")]
     if near := inside or difflib.get_close_matches(name, known, 1):
         return f"did you mean {near[0]}?"
-    group = name.rpartition(".")[0]
-    beside = sorted(other for other in known if other.rpartition(".")[0] == group)
-    return f"there are {', '.join(beside)}"
+    group, _, _ = name.rpartition(".")
+    return f"there are {', '.join(sorted(n for n in known if n.rpartition('.')[0] == group))}"
 
 
 def explained(error: BaseException, config: str) -> ValueError:

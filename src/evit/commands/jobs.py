@@ -28,6 +28,7 @@ from evit.report import results
 SWEEPS = CONF_DIR.parent / "sweeps"
 # The programs: their configuration, and the file that a run of them leaves.
 PROGRAMS = {"train": ("config", "result.json"), "evaluate": ("evaluate", "evaluation.json")}
+FAILED = "failed.json"  # in the folder of a job that failed: why, for the report
 GRACE = 60  # seconds for a run to end after SIGTERM
 NOT_COMPOSED = (HydraException, OmegaConfBaseException, ValueError, OSError)
 
@@ -57,18 +58,21 @@ class Job:
         return [sys.executable, str(script), *self.overrides, *["overwrite=true"] * anew]
 
     def state(self) -> str:
-        """Say whether it is missing, finished, or changed: of another configuration or source."""
+        """One of broken, missing, failed, finished, or changed: another configuration or source."""
+        if self.error:
+            return "broken"
         result = self.folder / PROGRAMS[self.program][1]
         path = self.folder / "config.json" if self.program == "train" else result
+        missing = "failed" if (self.folder / FAILED).is_file() else "missing"
         if not path.is_file():
-            return "missing"
+            return missing
         before = json.loads(path.read_text())
         given = {k: v for k, v in self.config.items() if v is not None}
         trained = self.program == "train"
         same = before == self.config if trained else given.items() <= before["config"].items()
         if self.source and (noted := results.read_json(self.folder / results.START)):
             same &= results.outcome(self.source) in (None, noted)
-        return ("finished" if result.is_file() else "missing") if same else "changed"
+        return ("finished" if result.is_file() else missing) if same else "changed"
 
 
 @dataclass

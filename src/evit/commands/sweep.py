@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from evit.commands.cli import check_spelling
-from evit.commands.jobs import PROGRAMS, Job, make_jobs, names, one_line, read, stop
+from evit.commands.jobs import FAILED, PROGRAMS, Job, make_jobs, names, one_line, read, stop
 from evit.config import CONF_DIR, listed, overridden
 from evit.report import results
 
@@ -28,7 +28,6 @@ LAUNCHERS = re.compile(
     "(LOCAL_|NODE_)?(RANK|WORLD_SIZE)$|MASTER_(ADDR|PORT)$|(SLURM|TORCHELASTIC|PMIX?|OMPI|GROUP|ROLE)_"
 )
 LOG = "run.log"
-FAILED = "failed.json"  # in the folder of a job that failed: why, for the report
 
 
 def run(arguments: list[str]) -> int:
@@ -59,7 +58,7 @@ def run(arguments: list[str]) -> int:
         if any(OmegaConf.select(job.cfg, knob) is None for job in jobs if not job.error):
             hint = ", or IMAGENET_DIR=DIR in the environment" if knob == "data.root" else ""
             raise ValueError(f"sweeps/{name}.yaml needs {knob}=PATH{hint}")
-    todo = [job for job in jobs if not job.error and job.state() != "finished"]
+    todo = [job for job in jobs if job.state() not in ("finished", "broken")]
     if cfg.launcher == "slurm":
         from evit.commands import slurm
 
@@ -84,14 +83,12 @@ def split(arguments: list[str]) -> tuple[SimpleNamespace, list[str]]:
         merged: Any = OmegaConf.to_container(OmegaConf.merge(knobs, OmegaConf.from_dotlist(own)))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ValueError(f"{' '.join(own)}: {str(error).splitlines()[0]}") from error
-    cfg = SimpleNamespace(**merged)
-    if cfg.launcher not in ("local", "slurm"):
-        raise ValueError(f"launcher must be local or slurm, got {cfg.launcher!r}")
-    return cfg, [a for a in arguments if a not in own]
+    if merged["launcher"] not in ("local", "slurm"):
+        raise ValueError(f"launcher must be local or slurm, got {merged['launcher']!r}")
+    return SimpleNamespace(**merged), [a for a in arguments if a not in own]
 
 
 def tell_failed(failed: list[tuple[Job, str]]) -> None:
-    """Name the jobs that failed, and why."""
     for job, reason in failed:
         print(f"failed: job {job.number}, {job.name}: {reason}", file=sys.stderr)
 
@@ -116,18 +113,14 @@ def hours(job: Job, needs: list[str]) -> tuple[float, Any]:
 def show(name: str, jobs: list[Job], costs: dict[int, Any] | None = None) -> None:
     """Print the jobs of a sweep, their states and results; and their hours, if given."""
     heads = ["job", f"python src/{jobs[0].program}.py", "state", "top-1"]
-    table = Table(*heads, *["paper", "GPU hours"] * bool(costs), box=None)
-    count = 0
+    table, states = Table(*heads, *["paper", "GPU hours"] * bool(costs), box=None), []
     for job in jobs:
-        state = "broken" if job.error else job.state()
-        if state == "missing" and (job.folder / FAILED).is_file():
-            state = "failed"
+        states.append(state := job.state())
         result = results.finished(job.folder) if state == "finished" else None
-        count += state == "finished"
-        amount, theirs = costs[job.number] if costs else (0, "")
-        cells = state, f"{result['top1']:.2f}" if result else "", str(theirs), f"{amount:.0f}"
-        table.add_row(str(job.number), escape(job.name), *cells[: len(heads) - 2 + 2 * bool(costs)])
-    print(f"sweep {name}: {len(jobs)} runs, {count} finished")
+        top1 = f"{result['top1']:.2f}" if result else ""
+        more = [str(costs[job.number][1]), f"{costs[job.number][0]:.0f}"] if costs else []
+        table.add_row(str(job.number), escape(job.name), state, top1, *more)
+    print(f"sweep {name}: {len(jobs)} runs, {states.count('finished')} finished")
     Console().print(table, highlight=False)
     if costs and (total := sum(amount for amount, _ in costs.values())):
         print(f"{total:.0f} GPU hours in all, as estimated (docs/recipes.md, Hours)")
@@ -161,11 +154,6 @@ def make_slots(slots: Any) -> list[dict[str, str]]:
     return [{"CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
 
 
-def environment(slot: dict[str, str]) -> dict[str, str]:
-    own = {name: value for name, value in os.environ.items() if not LAUNCHERS.match(name)}
-    return own | {"PYTHONUNBUFFERED": "1"} | slot
-
-
 def start(job: Job, slot: dict[str, str]) -> Process:
     """Start a job; a BlockingIOError if it runs already.
 
@@ -177,16 +165,16 @@ def start(job: Job, slot: dict[str, str]) -> Process:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         (job.folder / FAILED).unlink(missing_ok=True)
         before = log.tell()  # which the job moves on as soon as it writes
+        own = {name: value for name, value in os.environ.items() if not LAUNCHERS.match(name)}
         where: Any = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-        where |= dict(env=environment(slot), start_new_session=True)
+        where |= dict(env=own | {"PYTHONUNBUFFERED": "1"} | slot, start_new_session=True)
         return Process(job, slot, subprocess.Popen(job.command, **where), before)
 
 
 def why(process: Process) -> str:
     """Say how a process has ended, with the last error or line in its log."""
     status = process.popen.returncode
-    number = -status if status < 0 else status - 128  # a shell's
-    ended = f"exit status {status}"
+    number, ended = -status if status < 0 else status - 128, f"exit status {status}"  # a shell's
     if number in set(signal.Signals):
         ended = f"killed by signal {number} ({signal.Signals(number).name})"
     if number == signal.SIGKILL:
