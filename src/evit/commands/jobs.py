@@ -140,11 +140,11 @@ def jobs_of(entry: dict[str, str], sweep: Sweep, more: list[str]) -> list[Job]:
             (overrides,) = expand(f"{sweep.overrides} {entry['starts_from']}", more)
             first = make_job("train", overrides)
             if first.error:
-                return [Job(sweep.program, [entry["run"]], Path(entry["run"]), error=first.error)]
+                raise ValueError(first.error)
             source = first.folder
             more = [f"checkpoint={source}/checkpoints/best.ckpt", *more]
         runs = expand(f"{sweep.overrides} {entry['run']}", more)
-    except HydraException as error:
+    except (HydraException, ValueError) as error:
         return [Job(sweep.program, [entry["run"]], Path(entry["run"]), error=one_line(error))]
     return [make_job(sweep.program, overrides, source) for overrides in runs]
 

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from evit import measure
 from evit.commands.build import build_data, build_model
+from evit.config import listed
 from evit.data.order import epoch_length
 from evit.recipe import Recipe
 from evit.reducers.schedule import keep_rate_at
@@ -33,15 +34,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 def sampled(values: list[Any]) -> Any:
     """A rate of every epoch as {epoch: rate}: every tenth epoch and the last, or one for all."""
-    values = [results.one_rate(value) for value in values]
+    values = [results.one_rate([float(f"{r:.4g}") for r in listed(value)]) for value in values]
     if all(value == values[0] for value in values):
         return values[0]
     chosen = sorted({*range(0, len(values), 10), len(values) - 1})
-    return {epoch: rounded(values[epoch]) for epoch in chosen}
-
-
-def rounded(value: Any) -> Any:
-    return [rounded(v) for v in value] if isinstance(value, list) else float(f"{value:.4g}")
+    return {epoch: values[epoch] for epoch in chosen}
 
 
 def plan(cfg: DictConfig) -> dict[str, Any]:

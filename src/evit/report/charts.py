@@ -165,33 +165,28 @@ def traces(points: pd.DataFrame, lines: list[str]) -> list[dict[str, Any]]:
     return made
 
 
+@matplotlib.rc_context(STYLE)
 def save(chart: dict[str, Any], folder: Path) -> None:
-    """Write CHART-VIEW.svg, one column of a paper wide."""
+    """Write CHART-VIEW.svg, one column of a paper wide: plotly's traces, drawn by matplotlib."""
     folder.mkdir(parents=True, exist_ok=True)
     for view in chart["views"]:
+        shown = [trace["name"] for trace in view["data"] if trace["showlegend"]]
+        columns = 2 if max(map(len, shown)) < 24 else 1
+        size = COLUMN, 0.7 * COLUMN + 0.13 * len(shown) / columns
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot(xlabel=view["x"], ylabel=view["y"].replace(" (", "\n("))
+        for trace in view["data"]:
+            symbol, hollow, _ = trace["marker"]["symbol"].partition("-open")
+            axes.errorbar(
+                trace["x"],
+                trace["y"],
+                trace["error_y"]["array"] or None,
+                label=trace["name"].replace("$", r"\$") if trace["showlegend"] else None,
+                linestyle=(":" if hollow else "-") if "lines" in trace["mode"] else "none",
+                marker=SYMBOLS[symbol] if "markers" in trace["mode"] else "",
+                color=trace["line"]["color"],
+                markerfacecolor="white" if hollow else None,
+            )
+        figure.legend(loc="outside lower left", ncols=columns)
         stem = f"{chart['id']}-{view['name']}".replace("/", "_per_").replace(" ", "_")
-        with matplotlib.rc_context(STYLE):
-            draw(view).savefig(folder / f"{stem}.svg", metadata=dict(Date=None))
-
-
-def draw(view: dict[str, Any]) -> Figure:
-    """Draw plotly's traces with matplotlib."""
-    shown = [trace["name"] for trace in view["data"] if trace["showlegend"]]
-    columns = 2 if max(map(len, shown)) < 24 else 1
-    size = COLUMN, 0.7 * COLUMN + 0.13 * len(shown) / columns
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.add_subplot(xlabel=view["x"], ylabel=view["y"].replace(" (", "\n("))
-    for trace in view["data"]:
-        symbol, hollow, _ = trace["marker"]["symbol"].partition("-open")
-        axes.errorbar(
-            trace["x"],
-            trace["y"],
-            trace["error_y"]["array"] or None,
-            label=trace["name"].replace("$", r"\$") if trace["showlegend"] else None,
-            linestyle=(":" if hollow else "-") if "lines" in trace["mode"] else "none",
-            marker=SYMBOLS[symbol] if "markers" in trace["mode"] else "",
-            color=trace["line"]["color"],
-            markerfacecolor="white" if hollow else None,
-        )
-    figure.legend(loc="outside lower left", ncols=columns)
-    return figure
+        figure.savefig(folder / f"{stem}.svg", metadata=dict(Date=None))
