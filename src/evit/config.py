@@ -63,5 +63,10 @@ def overridden(overrides: list[str]) -> set[str]:
     return {name[1] for text in overrides if (name := re.match(r"[+~]*([\w./-]+)", text))}
 
 
+def counted(count: int, noun: str) -> str:
+    """A number with its noun: 1 epoch, 2 epochs."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]

@@ -80,7 +80,7 @@ def test_the_spread_over_seeds_is_a_bar_and_in_the_hover_text(tmp_path):
     chart = beside_dense(read(tmp_path))
     (own,) = (t for t in view(chart, "GMACs") if not t["name"].endswith("(paper)"))
     assert own["error_y"]["array"] == [1.0, 1.0] and own["y"] == [-0.5, 0.0]
-    assert own["hovertext"][0] == "0.5, 28 px, 3 run(s)"
+    assert own["hovertext"][0] == "0.5, 28 px, 3 runs"
 
 
 def test_several_seeds_of_a_row_of_the_paper_have_mean_spread_and_number_in_its_table(tmp_path):

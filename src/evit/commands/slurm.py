@@ -11,7 +11,7 @@ from typing import Any
 import submitit
 
 from evit.commands.jobs import GRACE, Job, stop
-from evit.config import CONF_DIR
+from evit.config import CONF_DIR, counted
 
 JOB_ID = "slurm_job"  # in the folder of a run: its id in SLURM
 
@@ -94,7 +94,7 @@ def submit(name: str, jobs: list[Job], options: dict[str, Any]) -> None:
         raise ValueError(f"SLURM refuses: {error}") from error
     except (NameError, TypeError) as error:
         raise ValueError(f"slurm: {error}") from error
-    print(f"{len(todo)} runs submitted, {len(jobs) - len(todo)} in the queue before")
+    print(f"{counted(len(todo), 'run')} submitted, {len(jobs) - len(todo)} in the queue before")
 
 
 def note(job: Job, number: str) -> None:

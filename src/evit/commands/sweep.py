@@ -19,7 +19,7 @@ from rich.table import Table
 
 from evit.commands.cli import check_spelling
 from evit.commands.jobs import NOT_COMPOSED, PROGRAMS, Job, make_jobs, names, read, stop
-from evit.config import CONF_DIR, listed, overridden
+from evit.config import CONF_DIR, counted, listed, overridden
 from evit.report import results
 
 KNOBS = CONF_DIR / "sweep.yaml"
@@ -66,7 +66,7 @@ def run(arguments: list[str]) -> int:
     folders = {job.folder for job in todo}  # a job whose source runs may have to run after it
     todo = [job for job in jobs if job in todo or job.source in folders]
     before = len(jobs) - len(todo) - len(broken)
-    print(f"{len(jobs)} runs, of which {before} have finished before", flush=True)
+    print(f"{counted(len(jobs), 'run')}, of which {before} have finished before", flush=True)
     tell_failed(broken)
     failed = run_all(todo, cfg.slots)
     show(name, jobs)
@@ -124,7 +124,7 @@ def show(name: str, jobs: list[Job], costs: list[tuple[float, Any]] | None = Non
         top1 = f"{result['top1']:.2f}" if result else ""
         cost = [str(costs[i][1]), f"{costs[i][0]:.0f}"] if costs else []
         table.add_row(str(job.number), escape(job.name), state, top1, *cost)
-    print(f"sweep {name}: {len(jobs)} runs, {states.count('finished')} finished")
+    print(f"sweep {name}: {counted(len(jobs), 'run')}, {states.count('finished')} finished")
     Console().print(table, highlight=False)
     if costs and (total := sum(amount for amount, _ in costs)):
         print(f"{total:.0f} GPU hours in all, as estimated (docs/recipes.md, Hours)")

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from evit import measure
 from evit.commands.build import build_data, build_module
-from evit.config import overridden, plain
+from evit.config import counted, overridden, plain
 from evit.data import Images
 from evit.measure import speed
 from evit.recipe import Recipe
@@ -176,7 +176,7 @@ def announce(cfg: DictConfig, recipe: Recipe, data: Images, module: Classifier) 
     if cfg.compile:
         say("Compiling in the first steps: minutes at first, then from the cache.")
     text = f"Training on {data.name} ({data.num_classes} classes, scale={choices['scale']}): "
-    text += f"{recipe.epochs} epoch{'s' * (recipe.epochs > 1)}, batch size {recipe.batch_size}"
+    text += f"{counted(recipe.epochs, 'epoch')}, batch size {recipe.batch_size}"
     for knob in ("max_train_images", "max_val_images"):
         text += f", recipe.{knob}={cfg.recipe[knob]}" if cfg.recipe[knob] else ""
     say(text)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pandas as pd
 
+from evit.config import counted
 from evit.report import paper, settings
 from evit.report.collect import Found, Run
 from evit.report.figures import chart
@@ -39,7 +40,7 @@ def line_names(points: pd.DataFrame) -> pd.Series:
         parts = [paper.TITLES.get(point.model, point.model)]
         parts += [point.reducer] * (point.reducer not in ("evit", "dynamicvit"))
         parts += [point.rest, point.selection, point.start.replace(SCRATCH, "")]
-        parts += [f"{point.epochs:.0f} epochs"] * (point.epochs < 300)
+        parts += [counted(int(point.epochs), "epoch")] if point.epochs < 300 else []
         parts += [f"{point.images} images"] * (several_images and bool(point.images))
         return ", ".join(filter(None, [*parts, point.recipe_name]))
 
@@ -56,7 +57,8 @@ def names(points: pd.DataFrame) -> pd.Series:
 def lines(points: pd.DataFrame) -> pd.DataFrame:
     """Settings with line and hover, what is said of each beside its x and y."""
     texts = points.rate.map(rate_text) + points.img_size.map(", {} px, ".format)
-    return points.assign(line=line_names(points), hover=texts + points.runs.map("{} run(s)".format))
+    texts += points.runs.map(lambda runs: counted(runs, "run"))
+    return points.assign(line=line_names(points), hover=texts)
 
 
 def costs(key: str, title: str, content: Found, points: pd.DataFrame) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from evit.config import counted
 from evit.report.results import markdown
 
 HEADS = dict(reducer="reducer", selection="kept", fusion="others")
@@ -14,7 +15,7 @@ def show(result: dict[str, Any], path: Path) -> None:
     """Print an evaluation, a row for each setting, and where path, its evaluation.json, lies."""
     rows, model = result["settings"], result["model"]
     dense = next((row["top1"] for row in rows if rate(row) == "1"), None)
-    said, several = f"{result['images']} images", []
+    said, several = counted(result["images"], "image"), []
     for name in HEADS:
         values = {row[name] for row in rows} - {None}
         if len(values) > 1:

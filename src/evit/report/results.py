@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
+from datetime import timedelta
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 
-from evit.config import CONF_DIR
+from evit.config import CONF_DIR, counted
 from evit.files import whole_file
 
 PACKAGES = "torch torchvision timm lightning hydra-core torchmetrics wandb ffcv".split()
@@ -192,7 +193,7 @@ def show(result: dict[str, Any], folder: Path) -> None:
         "MACs": f"{row['macs'] / 1e9:.3f} G per image",
         "parameters": f"{row['params'] / 1e6:.2f} M",
         **{k: f"{v:.0f} images/s" if v else "not measured" for k, v in speeds.items()},
-        "time": f"{result['seconds'] / 60:.1f} min on {result['device']}",
+        "time": f"{timedelta(seconds=round(result['seconds']))} on {result['device']}",
     }
     print(f"{row['model']} on {result['data']['name']}, {row['img_size']} px")
     for name, value in lines.items():
@@ -239,7 +240,7 @@ def device_name(device: torch.device) -> str:
     """The accelerator's name, or the processor's number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return f"CPU ({platform.machine()}, {counted(torch.get_num_threads(), 'thread')})"
 
 
 def sha256(path: Path) -> str:
