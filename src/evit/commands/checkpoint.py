@@ -186,8 +186,8 @@ def opened(cfg: DictConfig) -> tuple[Any, dict[str, Any], DictConfig, Source]:
 
 
 def target_file(cfg: DictConfig, about: dict[str, Any], folder: str, suffix: str) -> Path:
-    """target=PATH, or FOLDER/MODEL-KEEPRATE-SIZE, with the reducer if the model does not say it."""
-    model, reducer = about["model"], about["reducer"] or "evit"
-    named = reducer == "evit" or model.startswith(reducer)
-    parts = (model, *([] if named else [reducer]), rate(about), about["img_size"])
+    """target=PATH, or FOLDER/MODEL-REDUCER-KEEPRATE-SIZE-HASH, of the weights and all knobs."""
+    reducer = [about["reducer"]] if about["reducer"] else []
+    key = results.digest(OmegaConf.to_yaml(cfg))
+    parts = (about["model"], *reducer, rate(about), about["img_size"], key)
     return Path(cfg.target or f"{folder}/{folder_name('-'.join(map(str, parts)))}{suffix}")

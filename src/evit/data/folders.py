@@ -27,6 +27,12 @@ def class_names(folder: Path) -> list[str]:
     return sorted(e.name for e in found if e.is_dir() and not e.name.startswith("."))
 
 
+def in_words(classes: list[str]) -> list[str]:
+    """The names of classes, in words if they are ImageNet's WordNet ids."""
+    info = ImageNetInfo()
+    return list(info.label_descriptions()) if classes == info.label_names() else classes
+
+
 def splits_there(root: Path, needed: Sequence[str]) -> list[str]:
     """The splits that are needed, and those that have class folders in ROOT beside them."""
     return [split for split in SPLITS if split in needed or class_names(root / split)]
