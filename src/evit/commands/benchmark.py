@@ -21,7 +21,8 @@ from evit.commands import checkpoint
 from evit.commands.cli import composed
 from evit.config import CONF_DIR, counted, listed
 from evit.measure.entries import Entry, choose, compared, facts
-from evit.measure.speed import DTYPES, Group, contest, set_precision, telling
+from evit.measure.speed import DTYPES, Group, contest, set_precision
+from evit.progress import telling
 from evit.report import benchmark, paper, results
 
 ROOT = Path(__file__).parents[3]

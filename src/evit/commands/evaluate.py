@@ -13,8 +13,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from evit import measure
 from evit.commands import cascade, checkpoint
-from evit.config import listed
-from evit.measure.speed import keep_compiled, telling
+from evit.config import counted, listed
+from evit.measure.speed import keep_compiled
+from evit.progress import telling
 from evit.report import evaluations, results
 from evit.training.callbacks import progress
 from evit.training.evaluator import Evaluator, setting_of
@@ -50,7 +51,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     chosen = choose(config, nodes or [config["reducer"]], model, source)
     costs = [cost(model, reducer) for reducer in chosen]
     evaluator = Evaluator(model, chosen, data.num_classes, cfg.seed)
-    text = f"Evaluating {len(chosen)} setting{'s' * (len(chosen) > 1)} on {data.name} "
+    text = f"Evaluating {counted(len(chosen), 'setting')} on {data.name} "
     text += f"({data.num_classes} classes), read by {data.backend}"
     if cfg.max_val_images:
         text += f"; at most {cfg.max_val_images} images (max_val_images=null: all)"

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from evit.commands import checkpoint
+from evit.progress import telling
 from evit.report.evaluations import rate
 
 BATCHES = (1, 2, 5)  # that the file is checked with; it was made with another
@@ -20,6 +21,7 @@ TOLERANCE = 1e-4
 Compute = Callable[[Tensor], np.ndarray]
 
 
+@telling(lambda: "exporting")
 def run(cfg: DictConfig) -> Path:
     """Export by a composed configuration; the file, which is there only if it computes the same."""
     if cfg.format not in FORMATS:

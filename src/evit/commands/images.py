@@ -16,10 +16,12 @@ from evit.config import counted, listed
 from evit.data.batch import normalize
 from evit.data.folders import image_files, in_words, load_image
 from evit.data.imagefolder import evaluation_transform
+from evit.progress import telling
 from evit.report.evaluations import rate
 from evit.report.pictures import draw_features, draw_kept
 
 
+@telling(lambda: "drawing")
 def visualize(cfg: DictConfig) -> Path:
     """Draw which patches of images survive, or the features that they end in; the file."""
     if cfg.show not in ("kept", "features"):
@@ -49,6 +51,7 @@ def visualize(cfg: DictConfig) -> Path:
     return target
 
 
+@telling(lambda: "predicting")
 @torch.no_grad()
 def predict(cfg: DictConfig) -> None:
     """Predict the classes of images: names and probabilities, printed and as a table."""

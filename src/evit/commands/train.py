@@ -20,6 +20,7 @@ from evit.commands.build import build_data, build_module
 from evit.config import counted, overridden, plain
 from evit.data import Images
 from evit.measure import speed
+from evit.progress import telling
 from evit.recipe import Recipe
 from evit.report import results
 from evit.tracking import JsonlLogger, Tracker, wandb_logger, wandb_mode
@@ -79,7 +80,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     steps = checkpoints.optimizer_steps(last) if last else None
     metrics = JsonlLogger(folder / "metrics.jsonl", steps)
     trainer.loggers = [metrics]
-    with mirrored(trainer, folder, config, mode) as tracker:
+    tracked = mirrored(trainer, folder, config, mode)
+    with tracked as tracker, telling(lambda: beside[0].waiting):
         found = fit(trainer, module, data, last or first)
         result: dict[str, Any] = dict(
             top1=found["val/top1"],

@@ -14,6 +14,8 @@ from timm.data import ImageNetInfo
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from evit.progress import telling
+
 SPLITS = ("train", "val")
 WAY_OUT = (
     "remove or replace it, or leave such images out: python src/prepare.py source=DIR skip_bad=true"
@@ -136,6 +138,7 @@ class ClassFolders(ImageFolder):
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         return self._given, {name: label for label, name in enumerate(self._given)}
 
+    @telling(lambda: "listing images")
     def make_dataset(  # type: ignore[override]
         self, directory: Any, class_to_idx: Any, *_: Any, **__: Any
     ) -> Any:
@@ -151,6 +154,7 @@ class ClassFolders(ImageFolder):
         return found
 
 
+@telling(lambda: "looking for changed images")
 def fingerprint(samples: Sequence[tuple[str, int]], root: Path) -> str:
     """A hash of the names, sizes, modification times and labels of files: it tells whether a tree
     has changed."""

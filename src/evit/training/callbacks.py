@@ -126,7 +126,10 @@ class Progress(L.Callback):
         self.compiled, self.begun = compiled, 0.0
         self.batch_size, self.bar, self.due = batch_size, bar, time.monotonic() + 8
         self.images_per_s: float | None = None  # until two steps of an epoch were taken
-        self.epoch, self.numbers = -1, ""
+        self.epoch, self.numbers, self.waiting = -1, "", ""
+
+    def on_train_start(self, trainer: Any, *_: Any) -> None:
+        self.waiting = "in the first step" if trainer.is_global_zero and not self.bar else ""
 
     def on_train_batch_start(self, *_: Any) -> None:
         self.begun = time.perf_counter()
@@ -162,6 +165,7 @@ class Progress(L.Callback):
             self.tell(trainer, "", ("train/loss", "val/loss", "val/top1", "val/top5"))
 
     def tell_at_times(self, trainer: Any, *words: Any) -> None:
+        self.waiting = ""
         if not self.bar and trainer.is_global_zero and time.monotonic() >= self.due:
             self.due = time.monotonic() + 30
             self.tell(trainer, *words)
