@@ -185,7 +185,7 @@ def explained(error: BaseException, config: str) -> ValueError:
         wanted = str(error.missing_cfg_file).replace("/", "=")
         options = [name for name in error.options if not name.startswith("_")]
         return ValueError(f"there is no {wanted}: {nearest(wanted.split('=')[-1], options)}")
-    if found := re.search(r"override '([\w.]+)'", str(error)):
+    if found := re.match(r"Could not override '([\w.]+)'", str(error)):
         known = knobs(config)
         hint = f"+{found[1]}=... adds it" if found[1] in known else nearest(found[1], known)
         return ValueError(f"unknown knob {found[1]!r}: {hint}")

@@ -25,6 +25,8 @@ from evit.training.trainer import Signals, build_trainer, quiet, say
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Evaluate by a composed configuration; leave evaluation.json in Hydra's run folder."""
     quiet()
+    if {"keep_rate", "keep_rates"} <= checkpoint.given():
+        raise ValueError("keep_rate stands beside keep_rates, where it does nothing: give one")
     if cfg.cascade:
         return cascade.run(cfg)
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -102,8 +104,6 @@ def choose(config: dict[str, Any], nodes: list[Any], model: Any, source: Any) ->
     Returns: reducers attached to the model; [None] for a model that takes none.
     """
     rates, budgets = config["keep_rates"], listed(config["gmacs"] or [])
-    if {"keep_rate", "keep_rates"} <= checkpoint.given():
-        raise ValueError("keep_rate stands beside keep_rates, where it does nothing: give one")
     rates = listed(rates or ([] if budgets else [config["keep_rate"]]))
     if not hasattr(model, "reducer"):
         if budgets or not all(listed(rate) == [1] for rate in rates):
