@@ -9,6 +9,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 CONF_DIR = Path(__file__).parents[2] / "conf"
+OUTPUTS = Path(os.environ.get("EVIT_OUTPUT", "outputs"))
 HOW = (  # say how a run is run, not what is trained: they are not in its config.json
     *("overwrite", "resume", "checkpoint_every_n_steps", "keep_checkpoint_every_n_epochs"),
     "dry_run",

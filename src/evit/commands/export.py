@@ -30,7 +30,7 @@ def run(cfg: DictConfig) -> Path:
     if cfg.target and Path(cfg.target).suffix != suffix:
         raise ValueError(f"target={cfg.target}: a {cfg.format} file ends in {suffix}")
     model, about, cfg, _ = checkpoint.opened(cfg)
-    target, size = checkpoint.target_file(cfg, about, "outputs/export", suffix), about["img_size"]
+    target, size = checkpoint.target_file(cfg, about, "export", suffix), about["img_size"]
     kind = "random weights" if cfg.random else about["reducer"] or "dense"
     print(f"Exporting {about['model']}, {kind}, keep rate {rate(about)}, {size} px", flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)

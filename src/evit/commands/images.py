@@ -32,7 +32,7 @@ def visualize(cfg: DictConfig) -> Path:
     if not hasattr(model, "reducer"):
         raise ValueError(f"{type(model).__name__} reduces no tokens: {checkpoint.REDUCED}")
     draw, suffix = dict(kept=(draw_kept, ""), features=(draw_features, "-features"))[cfg.show]
-    target = checkpoint.target_file(cfg, about, "outputs/pictures", f"{suffix}.png")
+    target = checkpoint.target_file(cfg, about, "pictures", f"{suffix}.png")
     if cfg.images is not None:
         pixels = read_pixels(image_paths(cfg.images, cfg.num_images), cfg)
         truths = []

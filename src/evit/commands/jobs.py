@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from evit.commands.cli import check_spelling, composed
-from evit.config import CONF_DIR, folder_name, listed, overridden, plain, scale_for
+from evit.config import CONF_DIR, OUTPUTS, folder_name, listed, overridden, plain, scale_for
 from evit.report import results
 
 SWEEPS = CONF_DIR.parent / "sweeps"
@@ -170,7 +170,7 @@ def make_job(program: str, overrides: list[str], source: Path | None = None) -> 
 
 
 def broken(program: str, overrides: list[str], error: Exception) -> Job:
-    folder = Path("outputs", folder_name("+".join(overrides)))  # to tell jobs apart
+    folder = Path(OUTPUTS, folder_name("+".join(overrides)))  # to tell jobs apart
     return Job(program, overrides, folder, error=" ".join(str(error).split()))
 
 

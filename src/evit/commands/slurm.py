@@ -11,7 +11,7 @@ from typing import Any
 import submitit
 
 from evit.commands.jobs import GRACE, Job, stop
-from evit.config import CONF_DIR, counted
+from evit.config import CONF_DIR, OUTPUTS, counted
 
 JOB_ID = "slurm_job"  # in the folder of a run: its id in SLURM
 
@@ -70,7 +70,7 @@ def submit(name: str, jobs: list[Job], options: dict[str, Any]) -> None:
     """
     there = queued()
     todo = [job for job in jobs if job_id(job.folder) not in there]
-    logs = Path("outputs", "slurm", name, "%j")
+    logs = OUTPUTS / "slurm" / name / "%j"
     executor = submitit.AutoExecutor(logs, cluster="slurm", slurm_max_num_timeout=1000)
     more = dict(requeue=True) | options.get("slurm_additional_parameters", {})
     source = shlex.quote(str(CONF_DIR.parent / "src"))
