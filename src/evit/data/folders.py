@@ -1,6 +1,7 @@
 """Images on disk: class folders, what is an image, and what ImageNet's classes are."""
 
 import hashlib
+import itertools
 import os
 import stat
 from collections.abc import Sequence
@@ -48,6 +49,9 @@ def tree_classes(root: Path, needed: Sequence[str] = SPLITS) -> list[str]:
     found = {split: class_names(root / split) for split in splits_there(root, needed)}
     if missing := [split for split, names in found.items() if not names]:
         layout = " and ".join(f"{root}/{split}/CLASS/*.jpg" for split in needed)
+        layout += "; data.val_fraction=0.1 holds out some of train/" * (
+            missing == ["val"] and root.is_dir()
+        )
         if any(root.glob("ILSVRC*")) or any(root.glob("val/ILSVRC2012_*")):
             layout += f". ImageNet as downloaded can be prepared: make imagenet ROOT={root}"
         what = f"has no class folders in {missing[0]}/" if root.is_dir() else "does not exist"
@@ -125,6 +129,22 @@ def cut_long(image: Image.Image) -> Image.Image:
     short = min(image.size)
     left, top = ((side - min(side, MAX_ASPECT * short)) // 2 for side in image.size)
     return image.crop((left, top, image.width - left, image.height - top)) if left + top else image
+
+
+def held_out(samples: Sequence[tuple[str, int]], share: float) -> set[tuple[str, int]]:
+    """A share of the images of each class, at least one: those whose names' hashes are lowest.
+
+    Raises: ValueError if the share is not between 0 and 1, or takes all images of a class.
+    """
+    chosen = set[tuple[str, int]]()
+    for _, group in itertools.groupby(samples, lambda sample: sample[1]):
+        images = sorted(group, key=lambda s: hashlib.sha256(os.fsencode(Path(s[0]).name)).digest())
+        count = max(1, round(share * len(images)))
+        if not 0 < share < 1 or count == len(images):
+            text = f"of {len(images)} images of a class, {images[0][0]} is one"
+            raise ValueError(f"data.val_fraction={share} leaves none, or all, {text}")
+        chosen.update(images[:count])
+    return chosen
 
 
 class ClassFolders(ImageFolder):
