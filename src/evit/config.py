@@ -8,7 +8,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-CONF_DIR = Path(__file__).parents[2] / "conf"
+# Of the checkout, or within an installed package.
+CONF_DIR = next(conf for up in Path(__file__).parents if (conf := up / "conf").is_dir())
 OUTPUTS = Path(os.environ.get("EVIT_OUTPUT", "outputs"))
 HOW = (  # say how a run is run, not what is trained: they are not in its config.json
     *("overwrite", "resume", "checkpoint_every_n_steps", "keep_checkpoint_every_n_epochs"),

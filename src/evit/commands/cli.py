@@ -35,8 +35,8 @@ NOT_COMPOSED = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
 def main() -> None:
-    """Run the command whose script was started: src/NAME.py is evit.commands.NAME."""
-    name = Path(sys.argv[0]).stem
+    """Run the command whose script was started: src/NAME.py or evit-NAME."""
+    name = Path(sys.argv[0]).stem.removeprefix("evit-").replace("-", "_")
     if name == "sweep":  # it composes the configurations of many runs
         with ended_in_a_line():
             sys.exit(importlib.import_module("evit.commands.sweep").run(sys.argv[1:]))
