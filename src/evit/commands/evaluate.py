@@ -1,7 +1,6 @@
 """Evaluate a checkpoint with many reducers and keep rates in one pass; write evaluation.json."""
 
 import time
-from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     started = time.perf_counter()
     silent = bar or not trainer.is_global_zero
-    with nullcontext() if silent else telling(lambda: evaluator.at):
+    with telling(lambda: "" if silent else evaluator.at):
         trainer.validate(evaluator, data, verbose=False)
     each = zip(evaluator.settings, evaluator.results, costs, strict=True)
     rows = [setting._asdict() | found | cost for setting, found, cost in each]
