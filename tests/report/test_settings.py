@@ -79,7 +79,7 @@ def test_the_spread_over_seeds_is_a_bar_and_in_the_hover_text(tmp_path):
     points(tmp_path, **runs)
     dense, own = view(accuracy(tmp_path), "GMACs")
     assert own["error_y"]["array"] == [1.0] and (own["y"], dense["y"]) == ([81.5], [82.0])
-    assert own["hovertext"] == ["0.5, 28 px, 3 run(s)"]
+    assert own["hovertext"] == ["0.5, 28 px, 3 runs"]
 
 
 def test_several_seeds_of_a_row_of_the_paper_have_mean_spread_and_number_in_its_table(tmp_path):

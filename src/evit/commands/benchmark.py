@@ -19,9 +19,10 @@ from PIL import Image
 
 from evit.commands import checkpoint
 from evit.commands.cli import composed
-from evit.config import CONF_DIR, listed
+from evit.config import CONF_DIR, counted, listed
 from evit.measure.entries import Entry, choose, compared, facts
-from evit.measure.speed import DTYPES, Group, contest, set_precision, telling
+from evit.measure.speed import DTYPES, Group, contest, set_precision
+from evit.progress import telling
 from evit.report import benchmark, paper, results
 
 ROOT = Path(__file__).parents[3]
@@ -68,7 +69,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             names = ("what", "batch_sizes", "precisions", "compile")
             for values in product(*(config[name] for name in names)):
                 group = Group(*values)
-                print(f"{group}: {len(entries)} models", flush=True)
+                print(f"{group}: {counted(len(entries), 'model')}", flush=True)
                 contest(result, entries, group, device, config)
     del result["at"]
     result |= dict(config=config, device=results.device_name(device))

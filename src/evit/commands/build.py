@@ -57,6 +57,8 @@ def build_module(
     model = build_model(cfg, recipe, data.num_classes)
     check_images(model, cfg.img_size)
     data.normalize_for(model)
+    if not hasattr(model, "heads"):
+        data.label_maps = None  # LV-ViT alone learns from them: announce() says so
     if cfg.checkpoint:
         load_checkpoint(model, cfg.checkpoint, new_head=True, new_parts=True)
     teacher, sizes = build_teacher(cfg, model), (data.num_classes, data.local_batch_size)

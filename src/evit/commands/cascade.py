@@ -12,11 +12,13 @@ from evit import measure
 from evit.commands import checkpoint
 from evit.data.batch import normalize
 from evit.models.cascade import Cascade
+from evit.progress import telling
 from evit.report import results
 
 EVERY = 10  # one batch in ten calibrates the threshold; it is not reported
 
 
+@telling(lambda: "evaluating")
 @torch.no_grad()
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Choose the threshold for a budget of gmacs on some batches; measure on the others.

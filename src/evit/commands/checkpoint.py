@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from evit import load_checkpoint, reduce
-from evit.config import folder_name, listed, overridden
+from evit.config import OUTPUTS, folder_name, listed, overridden
 from evit.data.batch import MEAN, STD
 from evit.models.patches import check_images
 from evit.models.weights import fit_state_dict, read_file, read_state_dict
@@ -189,8 +189,10 @@ def opened(cfg: DictConfig) -> tuple[Any, dict[str, Any], DictConfig, Source]:
 
 
 def target_file(cfg: DictConfig, about: dict[str, Any], folder: str, suffix: str) -> Path:
-    """target=PATH, or FOLDER/MODEL-KEEPRATE-SIZE, with the reducer if the model does not say it."""
-    model, reducer = about["model"], about["reducer"] or "evit"
-    named = reducer == "evit" or model.startswith(reducer)
-    parts = (model, *([] if named else [reducer]), rate(about), about["img_size"])
-    return Path(cfg.target or f"{folder}/{folder_name('-'.join(map(str, parts)))}{suffix}")
+    """target=PATH, or FOLDER/MODEL-REDUCER-KEEPRATE-SIZE-HASH, of the weights and all knobs."""
+    reducer = [about["reducer"]] if about["reducer"] else []
+    key = results.digest(OmegaConf.to_yaml(cfg))
+    parts = (about["model"], *reducer, rate(about), about["img_size"], key)
+    return Path(
+        cfg.target or OUTPUTS / folder / f"{folder_name('-'.join(map(str, parts)))}{suffix}"
+    )

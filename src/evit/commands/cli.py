@@ -35,8 +35,8 @@ NOT_COMPOSED = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
 def main() -> None:
-    """Run the command whose script was started: src/NAME.py is evit.commands.NAME."""
-    name = Path(sys.argv[0]).stem
+    """Run the command whose script was started: src/NAME.py or evit-NAME."""
+    name = Path(sys.argv[0]).stem.removeprefix("evit-").replace("-", "_")
     if name == "sweep":  # it composes the configurations of many runs
         with ended_in_a_line():
             sys.exit(importlib.import_module("evit.commands.sweep").run(sys.argv[1:]))
@@ -50,6 +50,9 @@ def start(command: str, config: str) -> None:
     def run(cfg: DictConfig) -> Any:
         if missing := [str(knob) for knob in cfg if OmegaConf.is_missing(cfg, knob)]:
             fail(f"{missing[0]}=... is needed: conf/{config}.yaml says what it is for")
+        if str(cfg.get("name")).startswith(("/", "~")):
+            way = f"a folder of your own is hydra.run.dir={cfg.name}"
+            fail(f"name={cfg.name} would be a folder in outputs/: {way}")
         name = "plan" if cfg.get("dry_run") else "images" if images else command
         work = importlib.import_module(f"evit.commands.{name}")
         gc.enable()
@@ -181,7 +184,7 @@ def explained(error: BaseException, config: str) -> ValueError:
         wanted = str(error.missing_cfg_file).replace("/", "=")
         options = [name for name in error.options if not name.startswith("_")]
         return ValueError(f"there is no {wanted}: {nearest(wanted.split('=')[-1], options)}")
-    if found := re.search(r"override '([\w.]+)'", str(error)):
+    if found := re.match(r"Could not override '([\w.]+)'", str(error)):
         known = knobs(config)
         hint = f"+{found[1]}=... adds it" if found[1] in known else nearest(found[1], known)
         return ValueError(f"unknown knob {found[1]!r}: {hint}")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -22,6 +21,7 @@ from evit.data.label_maps import MAX_ID, TOP, label_map_paths, read_label_map
 from evit.data.module import available_cores
 from evit.files import whole_file
 from evit.models import create_model
+from evit.progress import followed
 
 
 def make_label_maps(
@@ -96,7 +96,7 @@ def make_label_maps(
     workers = available_cores() if num_workers is None else num_workers
     loader: Any = DataLoader(Subset(folder, missing), batch_size, num_workers=workers)
     names = iter(missing)
-    for batch, _ in track(loader, f"Writing {len(missing)} label maps"):
+    for batch, _ in followed(loader, f"Writing {len(missing)} label maps", len(loader)):
         maps = torch.stack(dense_logits(model, batch.to(device)).topk(TOP, dim=1), 1).half().cpu()
         if not maps.isfinite().all():
             raise ValueError("the model's logits are not finite, or too large for float16")

@@ -14,9 +14,11 @@ from evit.commands import checkpoint
 from evit.data.batch import normalize
 from evit.measure.search import Found, Search, gmacs
 from evit.measure.speed import timed
+from evit.progress import telling
 from evit.report import results
 
 
+@telling(lambda: "searching")
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Search by a composed configuration; leave front.json and front.png in the run folder.
 

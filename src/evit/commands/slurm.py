@@ -11,7 +11,7 @@ from typing import Any
 import submitit
 
 from evit.commands.jobs import GRACE, Job, stop
-from evit.config import CONF_DIR
+from evit.config import CONF_DIR, OUTPUTS, counted
 
 JOB_ID = "slurm_job"  # in the folder of a run: its id in SLURM
 
@@ -73,7 +73,7 @@ def submit(name: str, jobs: list[Job], options: dict[str, Any]) -> None:
     folders = {job.folder for job in todo}
     later = [job for job in todo if job.source in folders or job_id(job.source) in there]
     first = [job for job in todo if job not in later]
-    logs, source = Path("outputs", "slurm", name, "%j"), shlex.quote(str(CONF_DIR.parent / "src"))
+    logs, source = OUTPUTS / "slurm" / name / "%j", shlex.quote(str(CONF_DIR.parent / "src"))
     executor = submitit.AutoExecutor(logs, cluster="slurm", slurm_max_num_timeout=1000)
     own: dict[str, Any] = dict(name=name, slurm_setup=[f'export PYTHONPATH={source}:"$PYTHONPATH"'])
     own |= {key: value for key, value in options.items() if value is not None}
@@ -98,4 +98,4 @@ def submit(name: str, jobs: list[Job], options: dict[str, Any]) -> None:
         raise ValueError(f"SLURM refuses: {error}") from error
     except (NameError, TypeError) as error:
         raise ValueError(f"slurm: {error}") from error
-    print(f"{len(todo)} runs submitted, {len(jobs) - len(todo)} in the queue before")
+    print(f"{counted(len(todo), 'run')} submitted, {len(jobs) - len(todo)} in the queue before")

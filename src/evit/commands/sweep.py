@@ -19,7 +19,7 @@ from rich.table import Table
 
 from evit.commands.cli import check_spelling
 from evit.commands.jobs import FAILED, PROGRAMS, Job, make_jobs, names, one_line, read, stop
-from evit.config import CONF_DIR, listed, overridden
+from evit.config import CONF_DIR, counted, listed, overridden
 from evit.report import results
 
 KNOBS = CONF_DIR / "sweep.yaml"
@@ -67,7 +67,7 @@ def run(arguments: list[str]) -> int:
     folders = {job.folder for job in todo}  # a job whose source runs may have to run after it
     todo = [job for job in jobs if job in todo or job.source in folders]
     before = len(jobs) - len(todo) - len(failed)
-    print(f"{len(jobs)} runs, of which {before} have finished before", flush=True)
+    print(f"{counted(len(jobs), 'run')}, of which {before} have finished before", flush=True)
     failed += run_all(todo, cfg.slots)
     show(name, jobs)
     tell_failed(failed)
@@ -120,7 +120,7 @@ def show(name: str, jobs: list[Job], costs: dict[int, Any] | None = None) -> Non
         top1 = f"{result['top1']:.2f}" if result else ""
         more = [str(costs[job.number][1]), f"{costs[job.number][0]:.0f}"] if costs else []
         table.add_row(str(job.number), escape(job.name), state, top1, *more)
-    print(f"sweep {name}: {len(jobs)} runs, {states.count('finished')} finished")
+    print(f"sweep {name}: {counted(len(jobs), 'run')}, {states.count('finished')} finished")
     Console().print(table, highlight=False)
     if costs and (total := sum(amount for amount, _ in costs.values())):
         print(f"{total:.0f} GPU hours in all, as estimated (docs/recipes.md, Hours)")

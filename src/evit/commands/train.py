@@ -17,9 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from evit import measure
 from evit.commands.build import build_data, build_module
-from evit.config import overridden, plain
+from evit.config import counted, overridden, plain
 from evit.data import Images
 from evit.measure import speed
+from evit.progress import telling
 from evit.recipe import Recipe
 from evit.report import results
 from evit.tracking import JsonlLogger, Tracker, wandb_logger, wandb_mode
@@ -77,7 +78,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     steps = checkpoints.optimizer_steps(last) if last else None
     metrics = JsonlLogger(folder / "metrics.jsonl", steps)
     trainer.loggers = [metrics]
-    with mirrored(trainer, folder, config, mode) as tracker:
+    tracked = mirrored(trainer, folder, config, mode)
+    with tracked as tracker, telling(lambda: beside[0].waiting):
         found = fit(trainer, module, data, last or first)
         result: dict[str, Any] = dict(
             top1=found["val/top1"],
@@ -167,7 +169,7 @@ def announce(cfg: DictConfig, recipe: Recipe, data: Images, module: Classifier) 
     if cfg.compile:
         say("Compiling in the first steps: minutes at first, then from the cache.")
     text = f"Training on {data.name} ({data.num_classes} classes, scale={choices['scale']}): "
-    text += f"{recipe.epochs} epoch{'s' * (recipe.epochs > 1)}, batch size {recipe.batch_size}"
+    text += f"{counted(recipe.epochs, 'epoch')}, batch size {recipe.batch_size}"
     for knob in ("max_train_images", "max_val_images"):
         text += f", recipe.{knob}={cfg.recipe[knob]}" if cfg.recipe[knob] else ""
     say(text)

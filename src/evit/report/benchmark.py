@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from evit.config import counted
 from evit.report import results
 
 Row = dict[str, Any]
@@ -15,7 +16,7 @@ NUMBERS = {  # title: name in a row, format, divisor
     "MB": ("memory_bytes", ".0f", 1e6),
     "M parameters": ("params", ".1f", 1e6),
 }
-NOTES = """Medians of {repeats} rounds, in which the models take turns; IQR: between the quartiles.
+NOTES = """Medians of {rounds}, in which the models take turns; IQR: between the quartiles.
 fuse, drop: the tokens that are not kept. to dense: speed beside the dense model's of the same form
 and dtype, {base}, within each round. dense, this code: with every token kept; what it gains is not
 the reduction's. GMACs of one image: as the published tables count, or where they do
@@ -36,7 +37,8 @@ def markdown(result: Row) -> str:
     for part in filter(None, map(result.get, ("correctness", "training_run"))):
         parts += [f"**{part['title']}**", results.markdown(part["rows"]), part["verdict"]]
     base = "at 224 px" if result["config"]["paper"] else "of the same image size"
-    notes = NOTES.format(repeats=result["config"]["repeats"], base=base).replace("\n", " ")
+    rounds = counted(result["config"]["repeats"], "round")
+    notes = NOTES.format(rounds=rounds, base=base).replace("\n", " ")
     versions = "torch {torch}, timm {timm}".format(**result["packages"])
     parts.append(f"{result['device']}; {versions}, commit {result['commit']}. {notes}")
     return "\n\n".join(parts) + "\n"

@@ -7,6 +7,7 @@ import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
 
+from evit.config import counted
 from evit.report import paper, settings
 from evit.report.collect import Found
 from evit.report.settings import DENSE, SCRATCH
@@ -88,7 +89,7 @@ def accuracy(key: str, title: str, points: pd.DataFrame) -> dict[str, Any]:
     found["line"] += larger.map({True: ", higher resolution", False: ""})
     found["style"] = larger.map({True: "markers", False: "lines+markers"})
     texts = found.rate + found.img_size.map(", {} px, ".format)
-    found["hover"] = texts + found.runs.map("{} run(s)".format)
+    found["hover"] = texts + found.runs.map(lambda runs: counted(runs, "run"))
     return chart(key, f"Accuracy against cost, {title}", note, found, COSTS)
 
 

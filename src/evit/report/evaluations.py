@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from evit.config import counted
 from evit.report.results import markdown
 
 HEADS = dict(reducer="reducer", selection="kept", fusion="others")
@@ -18,8 +19,8 @@ def show(result: dict[str, Any], path: Path) -> None:
     several = [name for name, found in values.items() if len(found) > 1]
     one = [(HEADS[name], found[0]) for name, found in values.items() if len(found) == 1]
     said = "".join(f"; {head}: {FUSION.get(value, value)}" for head, value in one)
-    where = f"{result['data']['name']}, {model['img_size']} px, {result['images']} images"
-    print(f"{model['name']} on {where}{said}")
+    said = counted(result["images"], "image") + said
+    print(f"{model['name']} on {result['data']['name']}, {model['img_size']} px, {said}")
     shown = [
         {"rate": rate(row)}
         | {HEADS[name]: FUSION.get(row[name], row[name]) for name in several}

@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
+from datetime import timedelta
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 
-from evit.config import CONF_DIR
+from evit.config import CONF_DIR, counted
 from evit.files import whole_file
 
 PACKAGES = "torch torchvision timm lightning hydra-core torchmetrics wandb ffcv".split()
@@ -191,7 +192,7 @@ def show(result: dict[str, Any], folder: Path) -> None:
   parameters  {row["params"] / 1e6:.2f} M
   training    {train}
   inference   {infer}
-  time        {result["seconds"] / 60:.1f} min on {result["device"]}
+  time        {timedelta(seconds=round(result["seconds"]))} on {result["device"]}
 {os.path.relpath(folder)}/
   {"  ".join(sorted(path.name for path in folder.iterdir()))}""")
 
@@ -226,7 +227,7 @@ def device_name(device: torch.device) -> str:
     """The accelerator's name, or the processor's number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return f"CPU ({platform.machine()}, {counted(torch.get_num_threads(), 'thread')})"
 
 
 def sha256(path: Path) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from evit.data.batch import denormalize
+from evit.data.folders import in_words
 from evit.files import whole_file
 from evit.reducers.schedule import keep_rate_at
 from evit.report.pictures import draw_kept
@@ -86,7 +87,7 @@ class KeptPatches(L.Callback):
 
     def __init__(self, path: Path, num_images: int = 8):
         self.path, self.num_images = path, num_images
-        self.images: list[Tensor] = []
+        self.images: list[Any] = []  # and their labels
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, i: int, *_: Any
@@ -96,11 +97,13 @@ class KeptPatches(L.Callback):
         data, batches = trainer.datamodule, trainer.num_val_batches[0]
         step = max(1, batches * data.local_batch_size // self.num_images)
         found = [] if i == 0 else self.images
-        self.images = [*found, *batch[0][-i * data.local_batch_size % step :: step].clone()]
+        some = (t[-i * data.local_batch_size % step :: step].clone() for t in batch)
+        self.images = [*found, *zip(*some, strict=True)]
         if i < batches - 1:
             return
-        images = torch.stack(self.images[: self.num_images])
-        picture = draw_kept(pl_module.model, images, denormalize(images, data.mean, data.std))
+        images, labels = map(torch.stack, zip(*self.images[: self.num_images], strict=True))
+        pixels, names = denormalize(images, data.mean, data.std), in_words(list(data.classes))
+        picture = draw_kept(pl_module.model, images, pixels, names, [names[y] for y in labels])
         with whole_file(self.path) as file:
             picture.save(file, "png")
         for logger in trainer.loggers:
@@ -123,7 +126,10 @@ class Progress(L.Callback):
         self.compiled, self.begun = compiled, 0.0
         self.batch_size, self.bar, self.due = batch_size, bar, time.monotonic() + 8
         self.images_per_s: float | None = None  # until two steps of an epoch were taken
-        self.epoch, self.numbers = -1, ""
+        self.epoch, self.numbers, self.waiting = -1, "", ""
+
+    def on_train_start(self, trainer: Any, *_: Any) -> None:
+        self.waiting = "in the first step" if trainer.is_global_zero and not self.bar else ""
 
     def on_train_batch_start(self, *_: Any) -> None:
         self.begun = time.perf_counter()
@@ -159,6 +165,7 @@ class Progress(L.Callback):
             self.tell(trainer, "", ("train/loss", "val/loss", "val/top1", "val/top5"))
 
     def tell_at_times(self, trainer: Any, *words: Any) -> None:
+        self.waiting = ""
         if not self.bar and trainer.is_global_zero and time.monotonic() >= self.due:
             self.due = time.monotonic() + 30
             self.tell(trainer, *words)

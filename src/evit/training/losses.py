@@ -18,11 +18,17 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return -(targets * logits.float().log_softmax(-1)).sum(-1)
 
 
+def mean_of(values: Tensor, chosen: Tensor) -> Tensor:
+    """The mean of values where chosen is not 0, both (B, N); 0 where that is nowhere."""
+    return (values * chosen).sum() / chosen.sum().clamp(1)
+
+
 class Classification:
     """Cross-entropy of mixed images; draws come first, then losses(), which compiles.
 
     Args:
-        teacher: a dense model whose class logits are distilled; "self": this model at keep rate 1.
+        teacher: a dense model whose class logits are distilled, and whose tokens those that survive
+            follow, each that of its own patch; "self": this model at keep rate 1.
     """
 
     def __init__(
@@ -43,25 +49,42 @@ class Classification:
 
     @torch.no_grad()
     def taught(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The teacher's logits, if there is one."""
+        """The teacher's class logits and token outputs, if there is a teacher."""
         if self.teacher is None:
             return ()
-        if self.teacher != "self":
-            return (self.teacher(images),)
-        rates = self.model.keep_rate
-        self.model.set_keep_rate(1.0)
-        logits = self.model(images)
-        self.model.set_keep_rate(rates)
-        return (logits,)
+        own, rates = self.teacher == "self", self.model.keep_rate
+        teacher = self.model if own else self.teacher
+        if own:
+            teacher.set_keep_rate(1.0)
+        x = teacher.forward_features(images)
+        if own:
+            teacher.set_keep_rate(rates)
+        return teacher.forward_head(x), teacher.token_outputs(x)[1]
 
     def losses(self, images: Tensor, targets: Tensor, *wanted: Tensor) -> dict[str, Tensor]:
-        logits = self.model(images)
-        loss = self.cross_entropy(logits, targets)
         if not wanted:
-            return dict(loss=loss)
-        distillation = divergence(logits, wanted[0]).mean()
-        loss = loss + self.recipe.distill_weight * distillation
-        return dict(loss=loss, class_distillation=distillation)
+            return dict(loss=self.cross_entropy(self.model(images), targets))
+        x, ids, reductions = self.encoded(images)
+        logits, tokens = self.model.logits(x, reductions), self.model.token_outputs(x)[1]
+        teacher_logits, teacher_tokens = wanted
+        index = ids.clamp(0).view(*ids.shape, *(1,) * (tokens.ndim - 2)).expand_as(tokens)
+        distance = self.model.token_distance(tokens, teacher_tokens.gather(1, index))
+        parts = dict(
+            class_distillation=divergence(logits, teacher_logits).mean(),
+            token_distillation=mean_of(distance, ids >= 0),
+        )
+        loss = self.cross_entropy(logits, targets)
+        return dict(loss=loss + self.recipe.distill_weight * sum(parts.values()), **parts)
+
+    def encoded(self, images: Tensor, *swapped: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """Normalised tokens (B, T, C), the ids of their patches (B, N), -1: none; reductions."""
+        model = self.model
+        x = model.embed(images, *swapped)
+        ids = model.patch_ids(x)
+        x, reductions = model.encode(x)
+        for reduction in reductions:
+            ids = reduction.ids(ids)
+        return model.norm(x), ids, reductions
 
 
 class AnyRate(Classification):
@@ -115,16 +138,12 @@ class TokenLabels(Classification):
         return self.losses(images, of_class, of_patches, swapped)
 
     def losses(self, images: Tensor, targets: Tensor, *more: Tensor) -> dict[str, Tensor]:
-        model, (of_patches, swapped) = self.model, more
-        x = model.embed(images, swapped)
-        ids = model.patch_ids(x)
-        x, reductions = model.encode(x)
-        for reduction in reductions:
-            ids = reduction.ids(ids)
-        class_logits, token_logits = model.heads(model.norm(x))
-        index, labelled = ids.clamp(0)[..., None].expand_as(token_logits), (ids >= 0).float()
+        of_patches, swapped = more
+        x, ids, _ = self.encoded(images, swapped)
+        class_logits, token_logits = self.model.heads(x)
+        index = ids.clamp(0)[..., None].expand_as(token_logits)
         each = soft_cross_entropy(token_logits, of_patches.gather(1, index))
-        token_loss = (each * labelled).sum() / labelled.sum().clamp(1)
+        token_loss = mean_of(each, ids >= 0)
         class_loss = soft_cross_entropy(class_logits, targets).mean()
         loss = class_loss + self.recipe.token_label_weight * token_loss
         return dict(loss=loss, class_loss=class_loss, token_loss=token_loss)
