@@ -1,4 +1,4 @@
-"""What a model costs: parameters and multiply-accumulates."""
+"""The cost of a model: parameters and multiply-accumulates."""
 
 import bisect
 from typing import Any
@@ -8,23 +8,22 @@ from timm.layers import to_2tuple
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-STEPS = 100_000  # of keep rates that match_macs tries
+STEPS = 100_000  # resolution of the keep rates that match_macs tries
 
 
 def count_params(model: nn.Module) -> int:
-    """Number of parameters, trained or frozen."""
+    """Number of parameters, frozen ones included."""
     return sum(p.numel() for p in model.parameters())
 
 
 def count_macs(
     model: Any, img_size: int | tuple[int, int] | None = None, executed: bool = False
 ) -> int:
-    """Multiply-accumulates of one image.
+    """Multiply-accumulates per image.
 
-    By default those of the published algorithm, counted as the published tables were (torchprofile
-    0.0.4: matrix products, convolutions, elementwise products and affine norms; not softmax, GELU,
-    sorting), whatever shortcuts the code takes. With executed=True the products that this code
-    really computes, counted by PyTorch.
+    The default counts the published algorithm as the published tables do (torchprofile 0.0.4:
+    matrix products, convolutions, elementwise products, affine norms; not softmax, GELU, sorting).
+    executed=True counts the products that this code computes, with its shortcuts, by PyTorch.
 
     Raises:
         ValueError: the published convention is not defined for this model.
@@ -33,9 +32,9 @@ def count_macs(
     if executed:
         was_training, weight = model.training, next(model.parameters())
         image = torch.zeros(1, 3, *size, dtype=weight.dtype, device=weight.device)
-        eager = torch.compiler.set_stance("force_eager")  # a compiled model hides its products
+        eager = torch.compiler.set_stance("force_eager")  # the counter does not see compiled code
         learning = [p for p in model.parameters() if p.requires_grad]
-        for p in learning:  # the counter stumbles over views of them in a module's inputs
+        for p in learning:  # the counter fails on views of trainable parameters
             p.requires_grad_(False)
         with torch.no_grad(), eager, FlopCounterMode(display=False) as counter:
             model.eval()(image)
@@ -50,16 +49,17 @@ def count_macs(
 
 
 def match_macs(model: Any, gmacs: float) -> float:
-    """Set the largest keep rate at which an image costs at most `gmacs` 1e9, and return it.
+    """Set and return the largest keep rate that costs at most `gmacs` (1e9 per image).
 
-    Raises: ValueError if no rate costs so much, or none so little.
+    Raises:
+        ValueError: the budget is above the dense model's cost or below the smallest possible one.
     """
 
     def macs(step: int) -> int:
         try:
             model.set_keep_rate(step / STEPS)
             return count_macs(model)
-        except ValueError:  # fewer tokens than the reducer can leave
+        except ValueError:  # the reducer cannot leave so few tokens
             return 0
 
     steps = bisect.bisect(range(1, STEPS + 1), gmacs * 1e9, key=macs)
@@ -73,7 +73,7 @@ def match_macs(model: Any, gmacs: float) -> float:
 
 
 def _published(model: Any, size: tuple[int, int]) -> int:
-    """torchprofile 0.0.4's count of the authors' code, which computes all of the attention."""
+    """Count as torchprofile 0.0.4 does on the authors' code, which computes the full attention."""
     dim, heads, prefix = model.embed_dim, model.blocks[0].attn.num_heads, model.num_prefix_tokens
     patch, reducer = model.patch_embed.patch_size, model.reducer
     n = size[0] // patch[0] * (size[1] // patch[1])
@@ -90,7 +90,7 @@ def _published(model: Any, size: tuple[int, int]) -> int:
         if reducer.stage == "input":
             n = left
         attn, t = block.attn, prefix + n
-        scaled = t * dim if lvvit else heads * t**2  # the queries, or the attention
+        scaled = t * dim if lvvit else heads * t**2  # LV-ViT scales queries, others the attention
         norms = heads * (_affine(attn.q_norm) + _affine(attn.k_norm)) + _affine(attn.norm)
         macs += t * _linear(attn) + 2 * t**2 * dim + scaled
         macs += t * (dim + norms + _scale(block, 1))
@@ -103,17 +103,17 @@ def _published(model: Any, size: tuple[int, int]) -> int:
 
 
 def _linear(module: nn.Module) -> int:
-    """Products per token of the linear layers in a module."""
+    """Multiply-accumulates per token of the linear layers in a module."""
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
 def _scale(block: Any, number: int) -> int:
-    """Products per token of a block's LayerScale: a module of timm's Block, a tensor of Eva's."""
+    """Products per token of a block's LayerScale: a module in timm's Block, a tensor in Eva's."""
     gamma = getattr(block, f"gamma_{number}", None)
     return _affine(getattr(block, f"ls{number}", None)) if gamma is None else gamma.numel()
 
 
 def _affine(module: nn.Module | None) -> int:
-    """Products per token of an affine norm or a LayerScale: one per channel; none of others."""
+    """Products per token of an affine norm or LayerScale: one per channel; otherwise 0."""
     weight = getattr(module, "weight", getattr(module, "gamma", None))
     return 0 if weight is None else weight.numel()

@@ -1,4 +1,4 @@
-"""The models that a benchmark times, each with the dense model that it is compared with."""
+"""The models of a benchmark, each with its dense baseline."""
 
 import functools
 import json
@@ -18,10 +18,11 @@ from evit.report import paper
 
 
 class Entry(NamedTuple):
-    """A registered model at one setting; fusion and reducer None are its defaults.
+    """One model at one setting; fusion=None and reducer=None are the model's defaults.
 
-    dense: timm's own, or the LV-ViT that keeps every token. options: further arguments of the
-    model, as JSON, of which `reducer` is as in conf/reducer.
+    Args:
+        dense: timm's own model, or the LV-ViT that keeps every token.
+        options: further arguments of the model as JSON; `reducer` as in conf/reducer.
     """
 
     model: str
@@ -39,9 +40,9 @@ class Entry(NamedTuple):
 
 
 def choose(config: dict[str, Any]) -> dict[Entry, Entry]:
-    """The models of a configuration, or of the paper, each with its dense model; see compared.
+    """Models of a configuration, or of the paper, each with its dense baseline (see compared).
 
-    In config, models are pairs of a name and options, reducers those of conf/reducer by name.
+    config["models"] are pairs (name, options); config["reducers"] maps names to conf/reducer.
     """
     chosen, table = list[Entry](), config["paper"]
     if isinstance(table, str):
@@ -60,11 +61,11 @@ def choose(config: dict[str, Any]) -> dict[Entry, Entry]:
 
 
 def compared(chosen: Iterable[Entry], at_base_size: bool) -> dict[Entry, Entry]:
-    """Entries with the dense models that they are compared with, which are entries too.
+    """Map each entry to its dense baseline; baselines are entries too.
 
-    A dense model has the entry's image size; with at_base_size 224 px, as in the paper. One of
-    timm's is followed by this code with every token kept, as its patch embedding and its shorter
-    last block are no gain of the reduction.
+    A baseline has the entry's image size, or 224 px with at_base_size (as in the paper). After a
+    baseline of timm's, add our model with every token kept: its faster patch embedding and shorter
+    last block are not gains of the reduction.
     """
     entries: dict[Entry, Entry] = {}
     for entry in chosen:
@@ -80,7 +81,7 @@ def compared(chosen: Iterable[Entry], at_base_size: bool) -> dict[Entry, Entry]:
 
 
 def dense(entry: Entry) -> Entry:
-    """The dense model of the same image size."""
+    """The dense baseline at the same image size."""
     name = re.sub(r"^(evit|dynamicvit)_", "", entry.model)
     name += "_224" * (name != entry.model and name.startswith("deit"))
     options = {k: v for k, v in json.loads(entry.options).items() if k != "reducer"}
@@ -88,7 +89,7 @@ def dense(entry: Entry) -> Entry:
 
 
 def build(entry: Entry) -> nn.Module:
-    """The entry's model, with random weights; a ValueError if it cannot be served."""
+    """Build the entry's model with random weights; a ValueError if it refuses the options."""
     knobs: dict[str, Any] = dict(keep_rate=entry.keep_rate, fusion=entry.fusion)
     knobs = {k: v for k, v in knobs.items() if v is not None and not entry.dense}
     options = json.loads(entry.options)
@@ -104,7 +105,7 @@ def build(entry: Entry) -> nn.Module:
 
 @functools.cache
 def facts(entry: Entry) -> dict[str, Any]:
-    """The entry, its parameters and published MACs; a dense one's are as with every token kept."""
+    """The entry with its parameters and published MACs; a baseline counts every token as kept."""
     with torch.device("meta"):
         model: Any = build(entry)
         counted: Any = build(entry._replace(dense=False)) if entry.dense else model

@@ -1,8 +1,8 @@
-"""Keep rates that lose least at a cost: a dynamic program over measured sensitivities.
+"""Search keep rates that lose least at a given cost: dynamic program over measured losses.
 
-The loss of a schedule is the divergence KL(dense || reduced) of the predictions, for which no
-labels are needed. It is measured for each place alone; a dynamic program adds these up, and the
-schedules that it finds are measured as they are, and improved by small moves.
+The loss of a schedule is KL(dense || reduced) of the predictions, which needs no labels. It is
+measured for each place alone; a dynamic program adds the losses up. The schedules that it proposes
+are measured as a whole and improved by small moves.
 """
 
 import copy
@@ -18,7 +18,7 @@ from torch import Tensor
 from evit.measure import count_macs
 from evit.reducers.dynamicvit import divergence
 
-BINS = 600  # of what a schedule saves
+BINS = 600  # resolution of the saved cost in the dynamic program
 
 
 class Found(NamedTuple):
@@ -31,23 +31,23 @@ class Found(NamedTuple):
 
 
 def gmacs(model: Any) -> float:
-    """1e9 multiply-accumulates of an image, by the published count."""
+    """Published count of multiply-accumulates per image, in 1e9."""
     return count_macs(model) / 1e9
 
 
 class Search:
-    """Schedules of a model's reducer, measured on some images.
+    """Measure and search token schedules of a model's reducer on some images.
 
     Args:
-        model: a reduced model in eval mode, whose reducer needs no training; its reducer is
-            replaced while schedules are measured, and is not put back.
-        images, labels: (B, 3, H, W), normalised, and (B,); the labels serve top1 alone.
+        model: a reduced model in eval mode, whose reducer needs no training. Its reducer is
+            replaced and not restored.
+        images, labels: (B, 3, H, W), normalised, and (B,); labels are used for top1 only.
         places: blocks that may reduce.
-        cost: of the model with the reducer that it has.
-        steps: how many numbers of tokens are tried at a place.
+        cost: function that returns the cost of the model with its current reducer.
+        steps: number of token counts tried at each place.
 
     Attributes:
-        known: every schedule measured so far.
+        known: all schedules measured so far.
     """
 
     @torch.no_grad()
@@ -76,10 +76,10 @@ class Search:
         self.dense: Found = dense
 
     def use(self, counts: Sequence[int]) -> None:
-        """Let the model reduce to these counts at the places.
+        """Set the token counts at the places.
 
         Raises:
-            ValueError: the reducer cannot.
+            ValueError: the reducer cannot leave these counts.
         """
         reducer, before = copy.deepcopy(self.reducer), [self.patches, *counts]
         changes = [i for i in range(len(counts)) if counts[i] != before[i]]
@@ -91,7 +91,7 @@ class Search:
 
     @torch.no_grad()
     def measure(self, counts: Sequence[int]) -> Found | None:
-        """Measure a schedule, once; None if the reducer cannot serve it."""
+        """Measure a schedule (cached); None if the reducer cannot leave these counts."""
         counts = tuple(counts)
         if counts not in self.known:
             try:
@@ -106,10 +106,10 @@ class Search:
         return self.known[counts]
 
     def uniform(self, budget: float, or_none: bool = False) -> Any:
-        """The largest keep rate that fits the budget, the same at the reducer's own places.
+        """Find the largest keep rate within the budget, equal at all of the reducer's places.
 
         Raises:
-            ValueError: none fits.
+            ValueError: no keep rate fits.
         """
         fitting, low, high = None, 0.0, 1.0
         for _ in range(9):
@@ -133,10 +133,10 @@ class Search:
         return fitting
 
     def sensitivities(self) -> None:
-        """Measure each place alone, at every number of tokens; then solve the program once.
+        """Measure each place alone at every token count, then solve the dynamic program once.
 
-        What comes after a place that leaves k tokens is as if this place had left k of all: a
-        schedule loses, and saves, at each place what that adds to what its tokens had lost before.
+        Assumption: after a place that leaves k tokens, loss and cost are as if it alone had reduced
+        all tokens to k. A place adds the difference to the loss and cost of the counts before it.
         """
         n, L, G = self.patches, len(self.places), len(self.grid)
         loss, saved = np.full((L, G), np.inf), np.zeros((L, G))
@@ -165,7 +165,7 @@ class Search:
             self.value = value
 
     def path(self, bins: int) -> tuple[int, ...]:
-        """The schedule of least predicted loss that saves at least so many bins; () if none."""
+        """Schedule of least predicted loss that saves at least this many bins; () if none."""
         g, b = np.unravel_index(self.value[:, bins:].argmin(), self.value[:, bins:].shape)
         b += bins
         if np.isinf(self.value[g, b]):
@@ -177,13 +177,13 @@ class Search:
         return tuple(reversed(counts))
 
     def front(self, count: int = 12) -> list[Found]:
-        """Measured schedules, from the cheapest to the dense one."""
+        """Measured schedules from the cheapest to the dense one."""
         paths = {self.path(int(bins)) for bins in np.linspace(BINS, 0, count)} - {()}
         found = {f for path in paths if (f := self.measure(path))}
         return sorted(found, key=lambda f: f.cost)
 
     def best(self, budget: float, moves: int = 60) -> Found:
-        """The schedule of least loss that fits the budget: uniform()'s, or a better one."""
+        """Find the schedule of least loss within the budget, at least as good as uniform()."""
         best, wanted = self.uniform(budget), (self.dense.cost - budget) / self.unit
         for bins in range(max(0, math.floor(wanted)), BINS + 1, 6):
             path = self.path(bins)
@@ -208,7 +208,7 @@ class Search:
         return best
 
     def keep_rates(self, found: Found) -> tuple[list[int], list[float]]:
-        """The places that reduce and their keep rates, in as few digits as give the counts."""
+        """Places that reduce, and their keep rates with the fewest digits that give the counts."""
         self.use(found.counts)
         reducer, n, rates = self.model.reducer, self.patches, []
         for kept, left in zip(reducer.kept(n), reducer.given, strict=True):

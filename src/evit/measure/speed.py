@@ -1,7 +1,7 @@
-"""Time and memory of models, beside the dense model.
+"""Time and memory of models relative to their dense baselines.
 
-Machines are noisy and their speed drifts, so models that are compared take turns, round after
-round, and are compared within each round.
+Machines are noisy and their speed drifts, so the compared models alternate: every model runs once
+per round, and ratios are taken within a round.
 """
 
 import math
@@ -26,15 +26,15 @@ DTYPES = dict(fp32=torch.float32, tf32=torch.float32, bf16=torch.bfloat16, fp16=
 
 
 def keep_compiled() -> None:
-    """Let torch.compile make a graph for each combination of token counts, and keep it on disk."""
-    # By default the cache is a folder of /tmp whose name others can guess.
+    """Let torch.compile keep a graph on disk for each combination of token counts."""
+    # The default cache is a folder in /tmp with a predictable name: other users could fill it.
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{Path.home()}/.cache/evit-lab/inductor")
     limits: Any = torch.compiler.config
     limits.recompile_limit = limits.accumulated_recompile_limit = 4096
 
 
 def timed(step: Step, calls: int, device: torch.device) -> float:
-    """Seconds that this many calls take."""
+    """Run a step `calls` times; return the seconds."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     started = time.perf_counter()
@@ -46,7 +46,7 @@ def timed(step: Step, calls: int, device: torch.device) -> float:
 
 
 def warm_up(step: Step, min_seconds: float, device: torch.device) -> int:
-    """Call a step until it is warm; return how many calls take min_seconds."""
+    """Warm a step up; return the number of calls that takes min_seconds."""
     timed(step, 2, device)
     few = math.ceil(min_seconds / 10 / timed(step, 1, device))
     return math.ceil(min_seconds * few / timed(step, few, device))
@@ -55,7 +55,7 @@ def warm_up(step: Step, min_seconds: float, device: torch.device) -> int:
 def take_turns(
     steps: Sequence[Step], calls: Sequence[int], repeats: int, device: torch.device
 ) -> np.ndarray:
-    """Seconds of one call, (steps, rounds); in each round another step is first."""
+    """Time all steps in each round, in rotating order: seconds per call, (steps, rounds)."""
     seconds, n = np.empty((len(steps), repeats)), len(steps)
     for turn in range(repeats):
         for i in np.roll(range(n), -turn):
@@ -64,13 +64,13 @@ def take_turns(
 
 
 def peak_memory(step: Step, device: torch.device) -> int:
-    """Bytes of the tensors that a step allocates, at their most, by PyTorch's allocator."""
+    """Peak bytes that a step allocates, as counted by PyTorch's allocator."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         timed(step, 1, device)
         return torch.cuda.max_memory_allocated(device) - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler complains of absent GPUs
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it warns if there is no GPU
     with torch.profiler.profile(profile_memory=True) as profile:
         step()
     profiler: Any = profile.profiler
@@ -82,9 +82,10 @@ def peak_memory(step: Step, device: torch.device) -> int:
 def make_step(
     model: nn.Module, forward: Callable[[Tensor], Any], images: Tensor, dtype: torch.dtype | None
 ) -> Step:
-    """A forward pass of a model, or of its compiled form `forward`, without gradients.
+    """Function that runs one inference, or in training mode one AdamW step.
 
-    In training mode a step of AdamW, in autocast to dtype (float32 or None: without).
+    `forward` is the model or its compiled form. A training step autocasts to dtype, unless that is
+    float32 or None.
     """
     if not model.training:
         return torch.no_grad()(lambda: forward(images))
@@ -102,7 +103,7 @@ def make_step(
 
 
 class Group(NamedTuple):
-    """What the entries of a comparison share."""
+    """Settings shared by all entries of one comparison."""
 
     what: str
     batch_size: int
@@ -114,7 +115,7 @@ class Group(NamedTuple):
 
 
 def set_precision(precision: str) -> None:
-    """Multiply float32 matrices in TF32 from now on, or exactly."""
+    """Use TF32 for float32 matrix products from now on, or full float32."""
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
@@ -122,7 +123,7 @@ def set_precision(precision: str) -> None:
 def prepare(
     entry: Entry, group: Group, device: torch.device, min_seconds: float
 ) -> tuple[Step, int, dict[str, Any]]:
-    """An entry's step, compiled and warm; how many calls a turn has; its facts, memory and MACs."""
+    """Build and warm up an entry: its step, its calls per round, and its row of the result."""
     dtype, training = DTYPES[group.precision], group.what == "training"
     own: Any = dict(device=device, dtype=torch.float32 if training else dtype)
     model: Any = build(entry).to(**own).train(training).requires_grad_(training)
@@ -135,7 +136,7 @@ def prepare(
         forward = torch.compile(model, mode=mode, dynamic=False, fullgraph=True)
     step, memory = make_step(model, forward, images, dtype), None
     first, calls = timed(step, 1, device), warm_up(step, min_seconds, device)
-    if group.compile != "reduce-overhead":  # the memory of a CUDA graph is not seen
+    if group.compile != "reduce-overhead":  # the allocator does not see a CUDA graph's memory
         model.zero_grad()
         copies = 3 if training else 1  # AdamW keeps two numbers for each weight
         held = [*[*model.parameters()] * copies, *model.buffers(), images]
@@ -153,9 +154,10 @@ def contest(
     config: dict[str, Any],
     until: float = math.inf,
 ) -> None:
-    """Let entries take turns, each beside its dense model, and add a row for each to result.
+    """Time the entries in alternation with their dense baselines; add a row for each to result.
 
-    What PyTorch cannot run, or is not begun `until` a time.perf_counter(), is "left_out".
+    Entries that PyTorch cannot run, or that have not started at time `until` (time.perf_counter()),
+    are listed under "left_out".
     """
     keep_compiled()
     torch.compiler.reset()

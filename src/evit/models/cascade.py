@@ -1,4 +1,4 @@
-"""More work for hard images: a low keep rate first, a higher one where that is unsure."""
+"""Spend more on hard images: a low keep rate first, a higher one for unsure predictions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,17 +7,17 @@ from torch import Tensor, nn
 
 
 class Cascade(nn.Module):
-    """Classify at the first keep rate; images below a confidence again at the next.
+    """Classify at the first keep rate, and again at the next if the confidence is too low.
 
     Confidence is the largest probability. Logits of an image do not depend on its batch.
 
     Args:
-        model: a reduced model; it is set to the rates in turn, and should be good at all of them.
-        rates: keep rates, from low to high; each one number, or one for each place.
-        thresholds: confidence below which an image goes on, one for each step to the next rate.
+        model: a reduced model, trained for all of these rates; its keep rate is changed.
+        rates: keep rates from low to high; each one number, or one per place.
+        thresholds: confidence below which an image goes to the next rate: one for each step.
 
     Attributes:
-        images: how many images each rate has seen since they were last set to zero.
+        images: number of images that each rate has classified so far.
     """
 
     def __init__(self, model: Any, rates: Sequence[Any], thresholds: float | Sequence[float]):
@@ -32,7 +32,7 @@ class Cascade(nn.Module):
         self.images = [0] * len(rates)
 
     def at(self, step: int, images: Tensor) -> Tensor:
-        """Logits at the rate of one step."""
+        """Logits at the keep rate of one step."""
         self.model.set_keep_rate(self.rates[step])
         self.images[step] += len(images)
         return self.model(images)
@@ -48,5 +48,5 @@ class Cascade(nn.Module):
         return logits
 
     def macs(self, costs: Sequence[float]) -> float:
-        """Mean cost of an image, from what each rate costs and the images seen so far."""
+        """Mean cost per image so far, from the cost of each rate."""
         return sum(c * n for c, n in zip(costs, self.images, strict=True)) / max(self.images[0], 1)

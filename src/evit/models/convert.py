@@ -1,4 +1,4 @@
-"""Any timm VisionTransformer into one that reduces its tokens."""
+"""Convert any timm VisionTransformer into one that reduces its tokens."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,20 +22,20 @@ def reduce(
     counts: Sequence[int] | None = None,
     **options: Any,
 ) -> ReducedViT:
-    """Let a timm VisionTransformer reduce its tokens: in place, weights untouched; and return it.
+    """Add a token reducer to a timm VisionTransformer or Eva, in place, and return the model.
 
-    Prefix tokens (class, distillation, registers) are never reduced and do not count.
+    Weights are untouched. Prefix tokens (class, distillation, registers) are never reduced.
 
     Args:
         name: a name in evit.reducers.REDUCERS, or a Reducer.
         keep_rate: share of the image tokens kept at each place; default 0.7.
-        at: blocks that reduce; default: a quarter, half and three quarters of the depth, or every
-            block where `options` have a schedule of the method's own (r, ratio, ...).
+        at: blocks (0-based) that reduce. Default: a quarter, half and three quarters of the depth,
+            or every block if `options` contain the method's own schedule (r, ratio, ...).
         counts: image tokens left after each place, instead of keep_rate.
-        **options: the reducer's.
+        **options: options of the reducer.
 
     Raises:
-        ValueError: the reducer or its options cannot be served, or the model.
+        ValueError: the reducer, its options or the model are not supported.
     """
     check_model(model)
     given = dict(keep_rate=keep_rate, at=at, counts=counts)
@@ -58,12 +58,12 @@ def reorganize(
     fusion: bool = True,
     drop_loc: Sequence[int] | None = None,
 ) -> ReducedViT:
-    """reduce(model, "evit"): turn a timm VisionTransformer into its EViT, in place."""
+    """Turn a timm VisionTransformer into an EViT, in place: reduce(model, "evit")."""
     return reduce(model, "evit", keep_rate, at=drop_loc, fusion=fusion)
 
 
 def check_model(model: Any) -> None:
-    """Refuse what is not a timm VisionTransformer of plain blocks; say what to hand over."""
+    """Raise a ValueError unless this is a timm VisionTransformer or Eva with plain blocks."""
     kind = type(model).__name__
     for wrapper, inner in (("module", "DataParallel"), ("_orig_mod", "OptimizedModule")):
         if inner in kind and hasattr(model, wrapper):

@@ -1,4 +1,4 @@
-"""Where patches went: ids of survivors, the final token of each, and maps with all of them back."""
+"""Follow patches through reductions: ids of kept ones, their final token, and dense maps."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,13 +10,13 @@ from evit.reducers import Reducer, Reduction
 
 
 def moved(reduction: Reduction, place_BN: Tensor, num_tokens: int) -> Tensor:
-    """The places of patches after a reduction of num_tokens image tokens; -1: dropped."""
+    """Update the token index of each patch by a reduction of num_tokens tokens; -1: dropped."""
     host_BN = reduction.hosts(num_tokens).gather(1, place_BN.clamp(0))
     return torch.where(place_BN >= 0, host_BN, place_BN)
 
 
 def source(found: list[Reduction], ids_BN: Tensor, num_prefix: int) -> Tensor:
-    """The final token of each patch, prefix tokens counted, (B, N); -1: dropped."""
+    """Index of the final token of each patch, prefix tokens included, (B, N); -1: dropped."""
     place_BN, n = ids_BN, ids_BN.shape[1]
     for reduction in found:
         place_BN, n = moved(reduction, place_BN, n), reduction.num_left
@@ -24,7 +24,7 @@ def source(found: list[Reduction], ids_BN: Tensor, num_prefix: int) -> Tensor:
 
 
 def survivors(found: list[Reduction], reducer: Reducer, ids_BN: Tensor) -> list[Tensor]:
-    """Ids of the patches kept at each place, also where all are; -1 is a fused token."""
+    """Ids of the patches kept at each place (also if all are kept); -1 is a fused token."""
     n, kept, left = ids_BN.shape[1], [], iter(found)
     for k in reducer.kept(n):
         if k < n:
@@ -35,12 +35,10 @@ def survivors(found: list[Reduction], reducer: Reducer, ids_BN: Tensor) -> list[
 
 
 def put_back(states: list[Any], num_prefix: int) -> Iterator[Tensor]:
-    """The tokens after each block, (B, P + N, C): each patch has the token that it went into.
+    """Yield dense tokens (B, P + N, C) after each block: each patch has the token it went into.
 
-    Args:
-        states: embedded tokens; then for each block its reduction, if it has one, and its tokens.
-
-    A patch that was dropped has the state in which it entered the block that dropped it.
+    A dropped patch has its state from before the block that dropped it. `states` are the embedded
+    tokens, then for each block its reduction (if any) and its tokens.
     """
     first, *later = states
     map_BNC = first[:, num_prefix:]
@@ -61,7 +59,7 @@ def put_back(states: list[Any], num_prefix: int) -> Iterator[Tensor]:
 
 
 def weigh(x: Tensor, sizes_BT: Tensor, num_prefix: int) -> Tensor:
-    """Weigh image tokens by the patches they stand for; their mean weight is 1."""
+    """Multiply image tokens by their sizes, normalised to a mean weight of 1."""
     sizes = sizes_BT[:, num_prefix:, None]
     share = (sizes * (sizes.shape[1] / sizes.sum(1, keepdim=True))).to(x.dtype)
     return torch.cat([x[:, :num_prefix], x[:, num_prefix:] * share], 1)

@@ -1,4 +1,4 @@
-"""LV-ViT, and EViT on it: a convolutional stem, halved residuals, an auxiliary head over tokens."""
+"""LV-ViT, dense or with a reducer: convolutional stem, halved residuals, auxiliary head."""
 
 from functools import partial
 from typing import Any
@@ -38,7 +38,7 @@ class ConvStem(PatchEmbed):
 
 
 class Scale(nn.Module):
-    """Multiplies by a constant. Stands where timm's Block has its LayerScale."""
+    """Multiply by a constant, in place of the LayerScale of timm's Block."""
 
     def __init__(self, factor: float):
         super().__init__()
@@ -52,14 +52,14 @@ class Scale(nn.Module):
 
 
 class LVViT(ReducedViT):
-    """LV-ViT (arXiv 2104.10858); below keep rate 1, with a token reducer in it.
+    """LV-ViT (arXiv 2104.10858) with a token reducer; dense at keep rate 1.
 
-    Logits are head(class token) + 0.5 * max over the surviving tokens of aux_head(token), in
+    Logits are head(class token) + 0.5 * (maximum over the remaining tokens of aux_head(token)), in
     training too. Parameter names are those of the published checkpoints.
 
     Args:
-        skip_lam: what both residual branches of a block are divided by.
-        **kwargs: ReducedViT's.
+        skip_lam: divisor of both residual branches of a block.
+        **kwargs: arguments of ReducedViT.
     """
 
     def __init__(self, *args: Any, skip_lam: float = 2.0, **kwargs: Any):
@@ -87,14 +87,14 @@ class LVViT(ReducedViT):
         self.aux_head = self._new_aux_head()
 
     def embed(self, images: Tensor, swapped: Tensor | None = None) -> Tensor:
-        """Embed images; with MixToken, patches where swapped (N,) is true come from x.flip(0)."""
+        """Embed images; for MixToken, patches with swapped (N,) true come from x.flip(0)."""
         x = self.patch_embed(images)
         if swapped is not None:
             x = torch.where(swapped[:, None], x.flip(0), x)
         return self.norm_pre(self.patch_drop(self._pos_embed(x)))
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the class token (B, K) and of the others (B, N, K), of normalised tokens."""
+        """Logits of the class token (B, K) and the image tokens (B, N, K)."""
         return super().forward_head(x), self.aux_head(x[:, 1:])
 
     def token_outputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,14 +104,14 @@ class LVViT(ReducedViT):
         return divergence(own, teacher)
 
     def stem_macs(self, size: tuple[int, int]) -> int:
-        """Products of the convolutions and norms before the patch projection."""
+        """Multiply-accumulates of the convolutions and norms before the patch projection."""
         stem = self.patch_embed
         convs, norms = (stem.conv1, stem.conv2, stem.conv3), (stem.bn1, stem.bn2, stem.bn3)
         weights = sum(c.weight.numel() for c in convs) + sum(b.num_features for b in norms)
         return size[0] // 2 * (size[1] // 2) * weights
 
     def head_macs(self, num_tokens: int) -> int:
-        """Products of the auxiliary head, over the image tokens that are left."""
+        """Multiply-accumulates of the auxiliary head over the remaining image tokens."""
         return (num_tokens * self.embed_dim + 1) * self.num_classes
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:

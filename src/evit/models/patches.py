@@ -1,4 +1,4 @@
-"""Images to patches."""
+"""The patch embedding, and checks of image sizes."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def check_img_size(img_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> None:
-    """Refuse an image size that whole patches do not tile."""
+    """Raise a ValueError unless the image size is a multiple of the patch size."""
     for size, patch in zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True):
         if size < patch or size % patch:
             lower = max(size // patch, 1) * patch
@@ -19,7 +19,7 @@ def check_img_size(img_size: int | tuple[int, int], patch_size: int | tuple[int,
 
 
 def check_images(model: Any, img_size: int) -> None:
-    """Refuse a model of other images than the commands read: squares of img_size, in RGB."""
+    """Raise a ValueError unless the model takes square RGB images of img_size."""
     embed = getattr(model, "patch_embed", None)
     first = getattr(embed, "conv1", getattr(embed, "proj", None))  # LV-ViT's stem, or the patches
     if (channels := getattr(first, "in_channels", 3)) != 3:
@@ -30,9 +30,9 @@ def check_images(model: Any, img_size: int) -> None:
 
 
 class PatchConv2d(nn.Conv2d):
-    """A convolution whose kernels do not overlap, as one matrix product on a GPU.
+    """Non-overlapping convolution, computed as one matrix product on a GPU.
 
-    The product is the same sum in another order; cuDNN takes ten times as long on an H200.
+    Same sum in another order; cuDNN's convolution takes ten times as long on an H200.
     """
 
     def forward(self, input: Tensor) -> Tensor:

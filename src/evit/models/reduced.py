@@ -1,4 +1,4 @@
-"""What a timm Vision Transformer becomes with a token reducer in it."""
+"""A timm Vision Transformer with a token reducer: forward passes, feature maps, pickling."""
 
 import bisect
 from typing import Any
@@ -15,7 +15,7 @@ from evit.reducers.blocks import ReducedBlock, Step
 
 
 def of_reducer(name: str, doc: str) -> Any:
-    """An attribute of a model's reducer as one of the model; False where it has none."""
+    """Property that reads and sets an attribute of the model's reducer; False if it has none."""
 
     def change(model: Any, value: Any) -> None:
         model.set_keep_rate(value) if name == "keep_rate" else setattr(model.reducer, name, value)
@@ -24,16 +24,16 @@ def of_reducer(name: str, doc: str) -> Any:
 
 
 class Reduced(nn.Module):
-    """What a timm Vision Transformer becomes with a token reducer in it.
+    """Mixin that adds a token reducer to a timm Vision Transformer.
 
     Attributes:
-        reducer: where and how tokens are reduced; it holds the keep rates.
+        reducer: the method, its places and keep rates.
     """
 
-    kind: Any = None  # timm's class that this one was made of
+    kind: Any = None  # the timm class that this one extends
     built_from: dict[str, Any] = {}  # the arguments of timm.create_model
     block_class: Any = ReducedBlock
-    blank: Any  # of a class of timm, the model to unpickle into
+    blank: Any  # makes an empty model of a timm class, to unpickle into
     reducer: Any
     blocks: Any
     patch_embed: Any
@@ -57,12 +57,12 @@ class Reduced(nn.Module):
 
     drop_loc = of_reducer("at", "The blocks that reduce.")
     keep_rate = of_reducer("keep_rate", "The keep rate of each reduction; setting it checks it.")
-    fusion = of_reducer("fusion", "EViT's: whether tokens that are not kept are fused into one.")
-    selection = of_reducer("selection", "EViT's: which tokens are kept.")
+    fusion = of_reducer("fusion", "EViT: whether the other tokens are fused into one.")
+    selection = of_reducer("selection", "EViT: the tokens to keep.")
 
     @property
     def _model_args(self) -> dict[str, Any]:
-        """What timm writes into config.json beside the weights, to make the model again."""
+        """Arguments that timm writes into config.json beside the weights, to rebuild the model."""
         config = self.reducer.config()
         own = dict(reducer=self.reducer.name, drop_loc=config.pop("at")) | config
         return {k: v for k, v in self.built_from.items() if k != "keep_rate"} | own
@@ -72,15 +72,15 @@ class Reduced(nn.Module):
         self.built_from = arguments
 
     def set_keep_rate(self, keep_rate: KeepRate) -> None:
-        """Use keep_rate, one number or one for each of drop_loc, from the next forward on."""
+        """Use keep_rate, one number or one per entry of drop_loc, from the next forward pass on."""
         self.reducer.set_keep_rate(keep_rate)
 
     def num_kept(self, num_patches: int) -> list[int]:
-        """How many of an image's tokens each reduction keeps."""
+        """Number of image tokens that each reduction keeps."""
         return self.reducer.kept(num_patches)
 
     def tokens_per_block(self) -> list[int]:
-        """Image tokens that enter the MLP of each block (a fused token counts as one)."""
+        """Number of image tokens in the MLP of each block (a fused token counts as one)."""
         n, at = self.patch_embed.num_patches, self.drop_loc
         left = [n, *self.reducer.counts(n)]
         return [left[bisect.bisect(at, i)] for i in range(len(self.blocks))]
@@ -95,12 +95,12 @@ class Reduced(nn.Module):
         raise NotImplementedError
 
     def rotary(self, num_patches: int) -> Tensor | None:
-        """Rotary positions (1, 1, N, 2 D) that the blocks are given, if they are."""
+        """Rotary positions (1, 1, N, 2 D) for the blocks, or None if the model has none."""
         return None
 
     @property
     def head_reads_prefix(self) -> bool:
-        """Whether the classifier reads prefix tokens alone: no other need leave the last block."""
+        """Whether the classifier reads prefix tokens only: the last block then skips the others."""
         raise NotImplementedError
 
     def encode(
@@ -111,12 +111,11 @@ class Reduced(nn.Module):
         prefix_only: bool = False,
         states: list[Any] | None = None,
     ) -> tuple[Tensor, list[Reduction]]:
-        """Embedded tokens, not reduced yet, through the blocks start to stop - 1.
+        """Run embedded tokens (not reduced yet) through the blocks start to stop - 1.
 
-        With prefix_only the last block returns the prefix tokens alone, if it reduces nothing. To
-        states are added, for each block, its reduction if there is one, and the tokens after it.
-
-        Returns: tokens (B, T', C), and the reductions on the way; not of places where all is kept.
+        prefix_only: the last block returns the prefix tokens only, unless it reduces.
+        states: a list to extend, for each block, by its reduction (if any) and its tokens.
+        Returns: tokens (B, T', C), and the reductions (none for places that keep all tokens).
         """
         n, P = x.shape[1] - self.num_prefix_tokens, self.num_prefix_tokens
         kept = dict(zip(self.drop_loc, enumerate(self.reducer.kept(n)), strict=True))
@@ -140,7 +139,7 @@ class Reduced(nn.Module):
         return x, found
 
     def run(self, block: Any, x: Tensor, **given: Any) -> Tensor:
-        """block(x) with what is given but None; with gradient checkpointing where that is on."""
+        """Call block(x) with the arguments that are not None, with gradient checkpointing if on."""
         given = {name: value for name, value in given.items() if value is not None}
         if self.grad_checkpointing and self.training:
             return checkpoint(block, x, use_reentrant=False, **given)
@@ -167,9 +166,9 @@ class Reduced(nn.Module):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Any:
-        """timm's, at any keep rate: each patch has the token that it went into.
+        """timm's forward_intermediates at any keep rate: each patch has the token it went into.
 
-        A patch that was dropped has the state in which it entered the block that dropped it.
+        A dropped patch has its state from before the block that dropped it.
         """
         if attn_mask is not None or is_causal:
             raise ValueError("attn_mask and is_causal are not served: tokens move")
@@ -194,7 +193,7 @@ class Reduced(nn.Module):
         return found if intermediates_only else (self.norm(placed[-1]), found)
 
     def as_grid(self, tokens: Tensor, size: Any) -> Tensor:
-        """Patches (B, N, C) of images of a size as a map (B, C, H, W)."""
+        """Reshape patches (B, N, C) of images of this size to a map (B, C, H, W)."""
         H, W = self.patch_embed.dynamic_feat_size(tuple(size))
         return tokens.reshape(tokens.shape[0], H, W, -1).permute(0, 3, 1, 2).contiguous()
 
@@ -205,13 +204,15 @@ class Reduced(nn.Module):
         return_source: bool = False,
         return_map: bool = False,
     ) -> Any:
-        """Logits (B, num_classes) of images (B, 3, H, W).
+        """Logits (B, num_classes) of images (B, 3, H, W), and what else is requested.
 
-        With return_kept also one int64 tensor (B, k) per reduction: the ids of the surviving
-        patches in the original grid, row by row from the top left; -1 is a surviving fused token.
-        With return_source also int64 (B, N): the token, class token included, that each patch is in
-        at the end, -1 where it was dropped. With return_map also (B, C, H, W): the final normalised
-        token that each patch is in; where it was dropped, its state when it was.
+        Args:
+            return_kept: add one int64 tensor (B, k) per reduction: ids of the kept patches in the
+                original grid, row by row from the top left; -1 is a fused token.
+            return_source: add int64 (B, N): the final token that contains each patch (0 is the
+                class token); -1 if it was dropped.
+            return_map: add (B, C, H, W): for each patch the final normalised token that contains
+                it; for a dropped patch its state from before it was dropped.
         """
         size, x = x.shape[-2:], self.embed(x)
         more = return_kept or return_source or return_map
@@ -232,7 +233,7 @@ class Reduced(nn.Module):
     def classify(
         self, x: Tensor, start: int = 0, states: list[Any] | None = None
     ) -> tuple[Tensor, list[Reduction]]:
-        """Logits of embedded tokens that have been through the blocks before `start`."""
+        """Logits, and reductions, of tokens that have passed the blocks before `start`."""
         prefix_only = self.head_reads_prefix and states is None
         x, found = self.encode(x, start, prefix_only=prefix_only, states=states)
         return self.logits(self.norm(x), found), found
@@ -245,14 +246,14 @@ class Reduced(nn.Module):
         return self.forward_head(x)
 
     def token_outputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Class logits, and what a teacher is compared by at each image token (B, N, ...)."""
+        """Class logits, and the output per image token (B, N, ...) that distillation compares."""
         return self.forward_head(x), x[:, self.num_prefix_tokens :]
 
     def token_distance(self, own: Tensor, teacher: Tensor) -> Tensor:
-        """Distance of the second values of token_outputs, (B, N)."""
+        """Distance between two models' token outputs, (B, N)."""
         return (own.float() - teacher.float()).square().mean(-1)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickle a class that was made for one of timm's by that one."""
+        """Pickle by timm's class, as the class made for it has no importable name."""
         how: Any = super().__reduce_ex__(protocol)
         return how if self.kind is None else (self.blank, (self.kind,), *how[2:])

@@ -1,4 +1,4 @@
-"""The models by name, in timm's registry; and timm's own with a reducer."""
+"""Model names registered with timm, and timm's own models with a reducer."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,7 +32,7 @@ LV_VIT: dict[str, dict[str, Any]] = {
     "s": dict(embed_dim=384, depth=16, num_heads=6, skip_lam=2.0),
     "m": dict(embed_dim=512, depth=20, num_heads=8, skip_lam=2.0),
 }
-# Models that differ in what they are by default: name, and ReducedViT's arguments.
+# Registered name -> default arguments of ReducedViT or LVViT.
 NAMES = {f"evit_deit_{size}_patch16": DEIT[size] for size in DEIT}
 NAMES |= {
     f"dynamicvit_deit_{size}_patch16": DEIT[size] | dict(reducer="dynamicvit")
@@ -46,7 +46,7 @@ NAMES |= {
 
 
 def _fit(weights: dict[str, Any], model: Any) -> dict[str, Any]:
-    """timm's weights of the dense model, with the model's own for the reducer."""
+    """Fit timm's dense weights to the model; the reducer's parameters stay as initialised."""
     own = {name: w for name, w in model.state_dict().items() if name.startswith("reducer.")}
     return own | fit_state_dict(weights, model)
 
@@ -71,7 +71,7 @@ def _entry(name: str, defaults: dict[str, Any]) -> Callable[..., ReducedViT]:
 
 
 def _deit_cfg(name: str) -> dict[str, Any]:
-    """timm's configuration of the DeiT weights, which are loaded unchanged."""
+    """timm's configuration of the matching DeiT weights."""
     cfg = get_pretrained_cfg(f"deit_{name.split('_')[2]}_patch16_224")
     assert cfg is not None
     return cfg.to_dict()
@@ -97,10 +97,10 @@ for _name, _defaults in NAMES.items():
 
 
 def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """timm.create_model, but what a user can mend is a ValueError.
+    """Call timm.create_model; its usage errors become ValueErrors.
 
     Raises:
-        ValueError: there is no such model, timm has no weights of it, or they cannot be downloaded.
+        ValueError: there is no such model, timm has no weights for it, or the download fails.
     """
     if kwargs.get("reducer", "") is None:  # timm leaves out what is None
         kwargs |= dict(reducer="evit", keep_rate=1.0)
@@ -128,11 +128,11 @@ def reduced(
     drop_loc: Sequence[int] | None = None,
     **kwargs: Any,
 ) -> ReducedViT:
-    """A timm model that reduces its tokens (evit.reduce); without a reducer at keep rate 1.
+    """Create a timm model with a token reducer (evit.reduce); reducer=None keeps all tokens.
 
     Raises:
-        ValueError: timm has no such model, it cannot be served, or its patches do not tile
-            img_size.
+        ValueError: timm has no such model, it is not supported, or img_size is not a multiple of
+            the patch size.
     """
     made = reducers.take(kwargs, reducer, keep_rate, drop_loc, kwargs.pop("fusion", None))
     model = reduce(create_model(model_name, **kwargs), made)
@@ -142,7 +142,7 @@ def reduced(
 
 @register_model
 def reduced_vit(pretrained: bool = False, *, base: str, **kwargs: Any) -> ReducedViT:
-    """timm's model `base` with a reducer: what evit.reduce made, read again by timm."""
+    """timm's model `base` with a reducer; timm reloads models made by evit.reduce through this."""
     model = reduced(base, **kwargs)
     if pretrained:
         shape = dict(num_classes=model.num_classes, in_chans=model.patch_embed.proj.in_channels)

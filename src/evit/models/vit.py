@@ -1,4 +1,4 @@
-"""timm's VisionTransformer and Eva with a token reducer in some of their blocks."""
+"""timm's VisionTransformer and Eva with a token reducer."""
 
 import math
 from collections.abc import Sequence
@@ -17,26 +17,25 @@ from evit.reducers.blocks import ReducedEvaBlock
 
 
 class ReducedViT(Reduced, VisionTransformer):  # type: ignore[misc]
-    """Vision Transformer whose tokens a reducer reduces: EViT by default (arXiv 2202.07800).
+    """Vision Transformer with a token reducer: EViT by default (arXiv 2202.07800).
 
-    Parameters, and their names, are those of timm's VisionTransformer; those of a reducer that has
-    some begin with "reducer.".
+    Parameter names are those of timm's VisionTransformer; a reducer's begin with "reducer.".
 
     Args:
         reducer: a name in evit.reducers.REDUCERS, or a Reducer; None: EViT at keep rate 1, the
             dense model.
-        keep_rate: share of the image tokens kept at a reduction, in (0, 1]; one number, or one for
-            each entry of drop_loc. 1 is the dense model.
+        keep_rate: share of the image tokens kept at each place, in (0, 1]; one number, or one per
+            entry of drop_loc. 1 is the dense model.
         drop_loc: blocks (0-based) that reduce; default: a quarter, half and three quarters of the
             depth, which is 3, 6, 9 for DeiT.
-        fusion: EViT's: fuse the tokens that are not kept into one; otherwise they are dropped.
-        **kwargs: other options of the reducer, and VisionTransformer's.
+        fusion: EViT only: fuse the other tokens into one; False drops them.
+        **kwargs: other options of the reducer, and arguments of VisionTransformer.
 
     Attributes:
-        reducer: where and how tokens are reduced; it holds the keep rates.
+        reducer: the method, its places and keep rates.
 
     Raises:
-        ValueError: the reducer, keep_rate, drop_loc or img_size cannot be served.
+        ValueError: the reducer, keep_rate, drop_loc or img_size is invalid.
     """
 
     def __init__(
@@ -61,13 +60,13 @@ class ReducedViT(Reduced, VisionTransformer):  # type: ignore[misc]
 
     @property
     def head_reads_prefix(self) -> bool:
-        """Whether the classifier reads prefix tokens alone: no other need leave the last block."""
+        """Whether the classifier reads prefix tokens only (see Reduced)."""
         heads = (VisionTransformer.forward_head, VisionTransformerDistilled.forward_head)
         return self.global_pool == "token" and type(self).forward_head in heads
 
 
 class ReducedEva(Reduced, Eva):  # type: ignore[misc]
-    """timm's Eva (EVA-02, DINOv3) with a token reducer; each token keeps its rotary position."""
+    """timm's Eva (EVA-02, DINOv3) with a token reducer; tokens keep their rotary positions."""
 
     block_class = ReducedEvaBlock
 
@@ -78,7 +77,7 @@ class ReducedEva(Reduced, Eva):  # type: ignore[misc]
         if self.rope is None:
             return None
         grid = self.patch_embed.grid_size
-        if grid[0] * grid[1] != num_patches:  # of images of another size, which are square
+        if grid[0] * grid[1] != num_patches:  # another image size; such images are square
             grid = (math.isqrt(num_patches),) * 2
             assert grid[0] ** 2 == num_patches, num_patches
         fixed = not self.dynamic_img_size and hasattr(self.rope, "feat_shape")
@@ -94,7 +93,7 @@ CLASSES: dict[Any, Any] = {VisionTransformer: ReducedViT, Eva: ReducedEva}
 
 
 def reduced_class(kind: Any) -> Any:
-    """ReducedViT or ReducedEva with the methods of one of timm's classes."""
+    """Class that combines ReducedViT or ReducedEva with one of timm's classes."""
     if kind not in CLASSES:
         base = ReducedEva if issubclass(kind, Eva) else ReducedViT
         CLASSES[kind] = type(f"Reduced{kind.__name__}", (base, kind), dict(kind=kind))
@@ -102,7 +101,7 @@ def reduced_class(kind: Any) -> Any:
 
 
 def blank(kind: Any) -> Reduced:
-    """A reduced model of a timm class, before its state is set."""
+    """Empty reduced model of a timm class, to unpickle into."""
     made = reduced_class(kind)
     return made.__new__(made)
 

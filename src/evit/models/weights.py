@@ -1,4 +1,4 @@
-"""Checkpoints in: ours, and those published by the authors of DeiT and EViT."""
+"""Load checkpoints: ours, and those published by the authors of DeiT, EViT and others."""
 
 import argparse
 import warnings
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from evit.files import check_zip
 
 CONTAINERS = ("model", "state_dict", "model_state_dict", "module")
-AVERAGES = ("model_ema", "state_dict_ema", "ema_state_dict")  # of the weights over training
+AVERAGES = ("model_ema", "state_dict_ema", "ema_state_dict")  # averaged weights
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
 HEADS = ("head", "aux_head", "head_dist")
 
 
 def read_file(path: str | Path) -> Any:
-    """The content of a checkpoint file; nothing in it is executed.
+    """Read a checkpoint file without executing anything in it.
 
     Raises:
-        ValueError: there is no such file, or it cannot be read.
+        ValueError: the file does not exist or cannot be read.
     """
     path = Path(path)
     if not path.is_file():
@@ -40,10 +40,10 @@ def read_file(path: str | Path) -> Any:
 
 
 def read_state_dict(source: str | Path | Mapping[str, Any], ema: bool = False) -> dict[str, Tensor]:
-    """The weights in a checkpoint file (or its loaded content), by plain parameter names.
+    """Weights of a checkpoint file (or its loaded content), by plain parameter names.
 
     Args:
-        ema: take the average of the weights that some checkpoints have beside them.
+        ema: take the averaged weights, which some checkpoints contain too.
     """
     content: Any = source if hasattr(source, "items") else read_file(source)
     content = content if hasattr(content, "items") else {}
@@ -67,7 +67,7 @@ def read_state_dict(source: str | Path | Mapping[str, Any], ema: bool = False) -
 
 
 def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], num_prefix: int) -> Tensor:
-    """pos_embed (1, P + N, C) of a square grid, bicubic to another one, as EViT's authors do."""
+    """Resize pos_embed (1, P + N, C) of a square grid (bicubic, as EViT's authors do)."""
     prefix, patches = pos_embed[:, :num_prefix], pos_embed[:, num_prefix:]
     side = round(patches.shape[1] ** 0.5)
     if side**2 != patches.shape[1]:
@@ -79,7 +79,7 @@ def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], num_prefix: int) 
 
 
 def fit_state_dict(weights: Mapping[str, Any], model: Any) -> dict[str, Tensor]:
-    """The weights of a checkpoint, by the model's names and resized to its grid."""
+    """Rename a checkpoint's weights to the model's names and resize them to its grid."""
     fitted = read_state_dict(weights)
     renames = getattr(getattr(model, "reducer", None), "published_names", {})
     for theirs, ours in renames.items():
@@ -104,16 +104,15 @@ def load_checkpoint(
     """Load the weights of a checkpoint into a model of the same architecture.
 
     Args:
-        source: a path or state dict: ours (Lightning's .ckpt; of the EMA where the run evaluated
-            it), a published one, or .safetensors; wrapped, compiled or bare. The position embedding
-            is resized to the model's image size.
-        new_head: start a new classifier where the checkpoint has none, or one of other classes.
-        new_parts: leave as they are the reducer's parameters, if the checkpoint has none of them
-            (DynamicViT's predictors, from a dense checkpoint).
-        ema: take the average of the weights that some checkpoints have beside them.
+        source: a path or state dict: ours (.ckpt), a published one, or .safetensors; wrapped,
+            compiled or bare. The position embedding is resized to the model's image size.
+        new_head: start a new classifier if the checkpoint has none or another number of classes.
+        new_parts: keep the reducer's initial parameters if the checkpoint has none (DynamicViT's
+            predictors, from a dense checkpoint).
+        ema: take the averaged weights, which some checkpoints contain too.
 
     Raises:
-        ValueError: a weight is missing, surplus or of another shape; it is named.
+        ValueError: names the weights that are missing, surplus or of another shape.
     """
     model = getattr(model, "_orig_mod", model)
     weights, own = fit_state_dict(read_state_dict(source, ema), model), model.state_dict()

@@ -22,10 +22,10 @@ REDUCERS: dict[str, type[Reducer]] = {kind.name: kind for kind in KINDS} | {"top
 
 
 def make(reducer: str | Reducer, **arguments: Any) -> Reducer:
-    """A reducer by its name; one that is made already is taken as it is.
+    """Create a reducer by name; a Reducer is returned unchanged.
 
     Raises:
-        ValueError: there is no such reducer, or it has no such option.
+        ValueError: no reducer has this name, or it does not take an option.
     """
     if isinstance(reducer, Reducer):
         return reducer
@@ -49,7 +49,7 @@ def take(
     drop_loc: Sequence[int] | None,
     fusion: bool | None,
 ) -> Reducer:
-    """The reducer that a model's arguments ask for; its options are taken out of kwargs."""
+    """Create the reducer from a model's arguments, removing its options from kwargs."""
     if reducer is None:
         reducer, keep_rate = "evit", 1.0
     if isinstance(reducer, Reducer) and drop_loc is not None:

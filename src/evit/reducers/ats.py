@@ -1,10 +1,9 @@
 """ATS (Fayyaz et al., ECCV 2022, arXiv 2111.15667): sample tokens by the CDF of their scores.
 
-The score of a token is its class attention times the length of its value, summed over the
-heads. K points spread evenly over the cumulative sum each choose the nearest token; tokens that
-are chosen more than once count once, so that easy images keep fewer. Here the tokens stay K,
-and doubles are hidden from the attention: the same logits, static shapes, and no image depends
-on the rest of its batch.
+The score of a token is its class attention times the norm of its value, summed over the heads.
+K evenly spaced points of the cumulative sum each choose the nearest token; a token chosen twice
+counts once, so easy images keep fewer tokens. This code keeps K tokens and hides duplicates from
+the attention: same logits, static shapes, and an image does not depend on the rest of its batch.
 """
 
 import torch
@@ -29,7 +28,7 @@ class ATS(Reducer):
         index_BK = (points_K[:, None] - cdf_BN[:, None]).abs().argmin(2)
         again_BK = torch.zeros_like(index_BK, dtype=torch.bool)
         again_BK[:, 1:] = index_BK[:, 1:] == index_BK[:, :-1]
-        first_BK = torch.where(again_BK, 0, K).cummax(1).values  # of equal ones
+        first_BK = torch.where(again_BK, 0, K).cummax(1).values  # first of each run of duplicates
         host_BN = torch.full_like(cdf_BN, -1, dtype=torch.int64).scatter(1, index_BK, first_BK)
         sizes_BT = torch.nn.functional.pad((~again_BK).float(), (seen.num_prefix, 0), value=1.0)
         return Reduction(index_BK, seen.num_prefix, host_BN=host_BN, sizes_BT=sizes_BT)

@@ -1,7 +1,7 @@
-"""What a token reducer is: a plan for a linear map over the tokens of an image.
+"""The interface of a token reducer: `plan` decides where each token of an image goes.
 
-A reducer decides where each token goes, in `plan`. The framework does the rest: which tokens need
-a query, projecting after the reduction, indices, pictures, MACs, compilation, export.
+A plan (a Reduction) is a linear map over the tokens. The framework does the rest: queries for the
+kept tokens only, projecting after the reduction, indices, pictures, MACs, compilation, export.
 """
 
 import inspect
@@ -20,10 +20,10 @@ KeepRate = float | Sequence[float]
 
 
 def per_place(keep_rate: Any, count: int) -> tuple[float, ...]:
-    """keep_rate, a number or one for each place, as `count` floats in (0, 1].
+    """Return keep_rate, a number or one per place, as `count` floats in (0, 1].
 
     Raises:
-        ValueError: it is out of range, or has another number of entries.
+        ValueError: a rate is out of range, or there are not `count` of them.
     """
     rates = list(keep_rate) if isinstance(keep_rate, Sequence) else [keep_rate] * count
     numbers = all(isinstance(r, Real) and not isinstance(r, bool) for r in rates)
@@ -41,7 +41,7 @@ def per_place(keep_rate: Any, count: int) -> tuple[float, ...]:
 
 
 def options(kind: type) -> set[str]:
-    """The names of the arguments that a reducer takes."""
+    """Names of the arguments that a reducer takes."""
     inits = [base.__init__ for base in kind.__mro__ if issubclass(base, Reducer)]
     named = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
     parameters = [p for init in inits for p in inspect.signature(init).parameters.values()]
@@ -50,39 +50,39 @@ def options(kind: type) -> set[str]:
 
 
 class Reducer(nn.Module):
-    """Base of all token reducers; a subclass has to write `plan`.
+    """Base class of all token reducers; a subclass implements `plan`.
 
-    A subclass keeps its options as attributes of the same names, so that `config` finds them.
+    A subclass stores its options as attributes of the same names; `config` reads them.
 
     Args:
-        keep_rate: share of the image tokens kept at each place, in (0, 1]; one number, or one for
-            each of `at`. 1 is the dense model. Default: 0.7.
-        at: blocks (0-based) that reduce; default: a quarter, half and three quarters of the depth,
-            which is 3, 6, 9 for DeiT; every block where a schedule of the method's own is given.
-        counts: image tokens left after each place; they win over keep_rate, as a schedule of the
-            method's own does.
+        keep_rate: share of the image tokens kept at each place, in (0, 1]; one number, or one per
+            entry of `at`. 1 is the dense model. Default: 0.7.
+        at: blocks (0-based) that reduce. Default: a quarter, half and three quarters of the depth
+            (3, 6, 9 for DeiT), or every block if the method's own schedule (such as r) is given.
+        counts: image tokens left after each place, instead of keep_rate.
 
     Class attributes:
-        name: what `evit.reduce` and `reducer=` call it.
+        name: name of the method for `evit.reduce` and `reducer=`.
         stage: when it plans: "input" (before the block), "attention" (between the block's attention
-            and its projection) or "residual" (after the attention, before the MLP).
-        selects: tokens that are left are copies of tokens, and queries of the class token are
-            enough to choose them: only they need a query.
-        static: the numbers of tokens do not depend on the image, so that it compiles and exports.
-        published_names: prefixes in the authors' checkpoints, and what they are called here.
+            and its projection), "residual" (after the attention, before the MLP) or "block" (it
+            computes the attention itself, in `through`).
+        selects: the remaining tokens are unchanged copies, chosen by the class token's query alone;
+            then queries are computed for these tokens only.
+        static: token counts do not depend on the image, so the model compiles and exports.
+        published_names: prefixes in the authors' checkpoints, and their names here.
     """
 
     name: ClassVar[str]
     stage: ClassVar[str] = "attention"
     selects: bool = False
-    extra: int = 0  # tokens appended for those that are left out
+    extra: int = 0  # fused tokens that are appended
     static: ClassVar[bool] = True
-    proportional: bool = False  # sizes enter the attention of the blocks that follow
+    proportional: bool = False  # sizes of merged tokens enter the attention of later blocks
     published_names: ClassVar[dict[str, str]] = {}
-    schedules: ClassVar[tuple[str, ...]] = ()  # options that are a schedule of the method's own
-    fixed: ClassVar[tuple[str, ...]] = ()  # options of its base that it does not take
-    masked: bool = False  # in training no token is removed: see DynamicViT
-    multiple = 1  # tokens are rounded up to it: few shapes to compile while the rate moves
+    schedules: ClassVar[tuple[str, ...]] = ()  # options that replace keep_rate, such as r
+    fixed: ClassVar[tuple[str, ...]] = ()  # options of the base class that it does not take
+    masked: bool = False  # trains by masking the attention instead of removing tokens: DynamicViT
+    multiple = 1  # round token counts up to this: fewer shapes to compile while the rate moves
 
     def __init__(
         self,
@@ -97,17 +97,17 @@ class Reducer(nn.Module):
                 f"counts={counts!r} must be a list of whole numbers, one for each place"
             )
         self.given = None if counts is None else list(counts)
-        self.own = False  # a schedule of the method's own is in force
+        self.own = False  # whether the method's own schedule (such as r) is used
         self.at: tuple[int, ...] = () if at is None else tuple(at)
         self.at_default = at is None
-        self.num_prefix, self.num_patches = 1, 0  # until it is attached
+        self.num_prefix, self.num_patches = 1, 0  # set by attach
         self.keep_rate: tuple[float, ...] = ()
 
     def attach(self, model: Any) -> Self:
-        """Take the places, and make the parameters, for a ViT whose depth and width are known.
+        """Set the places and create the parameters for a model of known depth and width.
 
         Raises:
-            ValueError: places, rates or counts do not suit the model.
+            ValueError: places, rates or counts do not fit the model.
         """
         depth, self.num_prefix = len(model.blocks), model.num_prefix_tokens
         if self.at_default:
@@ -132,19 +132,19 @@ class Reducer(nn.Module):
         return self
 
     def quarters(self, depth: int) -> list[int]:
-        """The blocks that reduce by default: a quarter, half and three quarters of the depth."""
+        """Default places: the blocks at a quarter, half and three quarters of the depth."""
         return sorted({depth * quarter // 4 for quarter in (1, 2, 3)})
 
     def build(self, dim: int) -> None:
-        """Make the parameters, if there are any, for tokens of `dim` channels."""
+        """Create the parameters, if the method has any, for tokens of `dim` channels."""
 
     def set_keep_rate(self, keep_rate: KeepRate) -> None:
-        """Use keep_rate, one number or one for each place, from the next forward on.
+        """Use keep_rate, one number or one per place, from the next forward pass on.
 
-        It ends counts and a schedule of the method's own, and the default places are EViT's again.
+        Counts and the method's own schedule no longer apply; default places become EViT's again.
 
         Raises:
-            ValueError: it is out of range, or leaves fewer tokens than the reducer can.
+            ValueError: the rate is out of range, or leaves fewer tokens than the reducer can.
         """
         before = self.at, self.keep_rate, self.given, self.own
         if self.own and self.at_default:
@@ -173,7 +173,7 @@ class Reducer(nn.Module):
             )
 
     def check(self, n: int) -> None:
-        """Refuse what cannot be served with n patches."""
+        """Raise a ValueError if the schedule is impossible with n patches."""
         tokens = n
         for i, (place, wanted) in enumerate(zip(self.at, self.kept(n), strict=True)):
             if self.given is not None and wanted + self.extra * (wanted < tokens) != self.given[i]:
@@ -189,17 +189,17 @@ class Reducer(nn.Module):
             tokens = wanted + self.extra * (wanted < tokens)
 
     def fewest(self, n: int) -> int:
-        """The fewest of n image tokens that can be kept at one place."""
+        """Smallest number of n image tokens that one place can keep."""
         return 1
 
     def wanted(self, i: int, n: int) -> int:
-        """How many of n image tokens place number i keeps."""
+        """Number of n image tokens that place number i keeps."""
         if self.given is not None:
             return n if self.given[i] >= n else max(self.given[i] - self.extra, 1)
         return math.ceil(self.keep_rate[i] * n)
 
     def kept(self, n: int) -> list[int]:
-        """How many of an image's tokens each place keeps, of n patches; all: nothing happens."""
+        """Number of image tokens that each place keeps, for n patches; all: it does nothing."""
         kept = []
         for i in range(len(self.at)):
             k = self.wanted(i, n)
@@ -211,7 +211,7 @@ class Reducer(nn.Module):
         return kept
 
     def counts(self, n: int) -> list[int]:
-        """Image tokens left after each place, a fused token included, of n patches."""
+        """Number of image tokens after each place, for n patches; a fused token counts."""
         left = []
         for k in self.kept(n):
             n = n if k == n else k + self.extra
@@ -223,24 +223,24 @@ class Reducer(nn.Module):
         raise NotImplementedError
 
     def key_bias(self, sizes_BT: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """log(size), which the logits of the keys get (ToMe's proportional attention).
+        """Attention bias log(size) of each key (ToMe's proportional attention).
 
-        Returns: (B, 1, 1, T), or None where sizes do not enter the attention.
+        Returns: (B, 1, 1, T), or None if sizes do not enter the attention.
         """
         if sizes_BT is None or not self.proportional:
             return None
         return sizes_BT.log().to(dtype)[:, None, None]
 
     def through(self, block: Any, i: int, seen: Seen, num_kept: int) -> tuple[Tensor, Reduction]:
-        """Stage "block": the residual stream after the attention, reduced; and the reduction."""
+        """Stage "block": return the block's output for the remaining tokens, and the reduction."""
         raise NotImplementedError
 
     def macs(self, n: int, k: int, dim: int) -> int:
-        """Products of the reduction itself, from n to k image tokens, by the published count."""
+        """Multiply-accumulates of reducing n image tokens to k, by the published convention."""
         return 0
 
     def config(self) -> dict[str, Any]:
-        """Return the arguments of evit.reduce, except the name, that rebuild this reducer."""
+        """Arguments of evit.reduce, except the name, that rebuild this reducer."""
         names = sorted(options(type(self)) - {"keep_rate", "at", "counts"})
         own = {k: getattr(self, k) for k in names if self.own or k not in self.schedules}
         if self.given is not None:

@@ -1,9 +1,8 @@
 """timm's Block with a token reduction in it, still a module made of modules.
 
-Every block is called, and in it every linear layer, norm and activation. A shortcut past a
-module is taken only where `plain` says that nobody can see the difference: the weight of a
-linear layer is sliced, or an activation overwrites its input, only if nothing hooks, wraps or
-parametrizes it.
+Every block is called, and so is every linear layer, norm and activation in it. Two shortcuts,
+slicing the weight of a linear layer and overwriting the input of an activation, are taken only if
+nothing hooks, wraps or parametrizes that module (`plain`).
 """
 
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ ROTATED = (EvaAttention, AttentionRope)
 
 
 def eager_cpu(x: Tensor) -> bool:
-    """Whether memory is what costs: inference on a CPU that nothing compiles, exports or traces."""
+    """Whether this is eager inference on a CPU (not compiled, exported or traced)."""
     return (
         x.device.type == "cpu"
         and not torch.is_grad_enabled()
@@ -34,7 +33,7 @@ def eager_cpu(x: Tensor) -> bool:
 
 
 def parts(attn: Any, flat_BTX: Tensor, first: int, last: int) -> list[Tensor]:
-    """Query (0), key (1), value (2) out of some rows of attn.qkv's output, (B, H, T, D) each."""
+    """Split rows of attn.qkv's output into query (0), key (1), value (2), (B, H, T, D) each."""
     B, T, _ = flat_BTX.shape
     shape = (B, T, last - first, attn.num_heads, attn.head_dim)
     split = flat_BTX.reshape(shape).permute(2, 0, 3, 1, 4)
@@ -43,7 +42,7 @@ def parts(attn: Any, flat_BTX: Tensor, first: int, last: int) -> list[Tensor]:
 
 
 def rotated(attn: Any, x_BTC: Tensor, rope_B1ND: Tensor | None) -> list[Tensor]:
-    """Query, key and value of timm's attention in Eva, the first two rotated by their positions."""
+    """Query, key and value of timm's Eva attention, with rotary positions applied."""
     if attn.qkv is None:
         flat = torch.cat([attn.q_proj(x_BTC), attn.k_proj(x_BTC), attn.v_proj(x_BTC)], -1)
     else:
@@ -62,7 +61,7 @@ def rotated(attn: Any, x_BTC: Tensor, rope_B1ND: Tensor | None) -> list[Tensor]:
 def project(
     attn: Any, x_BTC: Tensor, first: int, last: int, rope_B1ND: Tensor | None = None
 ) -> list[Tensor]:
-    """Some of query (0), key (1) and value (2) of timm's attention, (B, H, T, D) each."""
+    """Compute query (0), key (1), value (2) from first to last - 1, (B, H, T, D) each."""
     if isinstance(attn, ROTATED):
         return rotated(attn, x_BTC, rope_B1ND)[first:last]
     if last - first == 3:
@@ -76,17 +75,17 @@ def project(
 
 
 def mix(attn: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """timm's Attention.forward from query, key and value up to its output projection, (B, T, C)."""
+    """Attend as timm's Attention.forward, without the output projection; returns (B, T, C)."""
     dropout = attn.attn_drop.p if attn.training else 0.0
     out_BHTD = F.scaled_dot_product_attention(q, k, v, bias, dropout, scale=attn.scale)
     return attn.norm(out_BHTD.transpose(1, 2).flatten(2))
 
 
 def masked_attention(attn: Any, x_BTC: Tensor, step: Any, rope_B1ND: Any) -> Tensor:
-    """The attention's output in which a token sees the kept ones and itself, for DynamicViT.
+    """Attention in which each token sees the kept tokens and itself, for training DynamicViT.
 
-    Differentiable in step.mask_BT (ones and zeros). The softmax is the authors', in float32
-    whatever the precision of the rest.
+    Differentiable in step.mask_BT (ones and zeros). The softmax follows the authors' code and is
+    in float32 at any precision.
     """
     T, kept_BT = x_BTC.shape[1], step.mask_BT
     q, k, v = project(attn, x_BTC, 0, 3, rope_B1ND)
@@ -100,7 +99,7 @@ def masked_attention(attn: Any, x_BTC: Tensor, step: Any, rope_B1ND: Any) -> Ten
 
 
 def feed_forward(mlp: Any, x_BTC: Tensor) -> Tensor:
-    """mlp(x). On a CPU its GELU overwrites its input: fresh memory costs more than the GELU."""
+    """mlp(x); on a CPU the GELU overwrites its input, as allocating memory costs more than it."""
     inside = eager_cpu(x_BTC) and plain(mlp, Mlp) and plain(mlp.act, nn.GELU)
     if not inside or not plain(mlp.fc1, nn.Linear) or not plain(mlp.drop1, nn.Dropout):
         return mlp(x_BTC)
@@ -110,15 +109,15 @@ def feed_forward(mlp: Any, x_BTC: Tensor) -> Tensor:
 
 @dataclass
 class Step:
-    """One reduction on its way through one block; the block fills in `reduction`.
+    """Request for one block to reduce its tokens; the block fills in `reduction`.
 
-    With num_kept None, nothing is reduced: with mask_BT tokens are hidden from the attention,
-    without it the block returns the prefix tokens alone.
+    If num_kept is None nothing is reduced: mask_BT hides tokens from the attention, and without a
+    mask the block returns the prefix tokens only.
     """
 
     num_prefix: int
     reducer: Reducer | None = None
-    place: int = 0  # number in reducer.at
+    place: int = 0  # index into reducer.at
     num_kept: int | None = None
     sizes_BT: Tensor | None = None
     bias_B11T: Tensor | None = None
@@ -137,9 +136,9 @@ class Step:
 
 
 class Reducing(nn.Module):
-    """What a timm block that reduces tokens does between its attention and its MLP.
+    """The forward pass of a reducing block, shared by timm's Block and EvaBlock.
 
-    In a block that reduces, `attn` itself is not called, but each of its parts is.
+    If it reduces, it calls the parts of `attn` (qkv, norms, proj) instead of `attn` itself.
     """
 
     attn: Any
@@ -147,19 +146,19 @@ class Reducing(nn.Module):
     norm1: Any
 
     def whole(self, x: Tensor, bias: Tensor | None, is_causal: bool, rope: Any) -> Tensor:
-        """timm's own forward."""
+        """timm's forward pass of the whole block."""
         raise NotImplementedError
 
     def add(self, x: Tensor, out: Tensor) -> Tensor:
-        """The residual stream after the attention's output."""
+        """Add the attention's output to the residual stream."""
         raise NotImplementedError
 
     def after(self, x: Tensor) -> Tensor:
-        """timm's forward after the attention."""
+        """The rest of timm's forward pass: norm, MLP and residual."""
         raise NotImplementedError
 
     def go(self, x: Tensor, bias: Tensor | None, is_causal: bool, step: Any, rope: Any) -> Tensor:
-        """Tokens (B, T, C) to (B, T, C); with a step, to the tokens that are left."""
+        """Map tokens (B, T, C) to (B, T, C), or with a step to the remaining tokens."""
         if step is None:
             return self.whole(x, bias, is_causal, rope)
         if step.mask_BT is not None:
@@ -185,31 +184,31 @@ class Reducing(nn.Module):
             seen.x_BTC = x = self.add(x, self.projected(mix(attn, q, k, v, seen.bias_B11T)))
             return self.after(step.reduce(seen)(x))
         reduction = step.reduce(seen)
-        if step.reducer.selects:  # only the tokens that are left need a query
+        if step.reducer.selects:  # only the remaining tokens need a query
             if q.shape[2] == 1:
                 (q,) = project(attn, reduction(y), 0, 1)
             else:
                 q = reduction(q.transpose(1, 2).flatten(2)).unflatten(2, q.shape[1::2])
                 q = q.transpose(1, 2)
             out = attn.proj(mix(attn, q, k, v, seen.bias_B11T))
-        else:  # the projection is linear: fewer tokens go through it
+        else:  # the projection is linear, so it can follow the reduction
             out = reduction.project(attn.proj, mix(attn, q, k, v, seen.bias_B11T))
         return self.after(self.add(reduction(x), attn.proj_drop(out)))
 
     @property
     def slices(self) -> bool:
-        """Whether a part of qkv may be computed alone."""
+        """Whether query, key and value may be computed separately."""
         return isinstance(self.attn, Attention) and plain(self.attn.qkv, nn.Linear)
 
     def projected(self, out: Tensor) -> Tensor:
-        """The attention's output projection and dropout."""
+        """Apply the attention's output projection and dropout."""
         return self.attn.proj_drop(self.attn.proj(out))
 
     def prefix_alone(self, x: Tensor, step: Step, bias: Tensor | None, rope: Any) -> Tensor:
-        """The block's output for the prefix tokens, (B, P, C)."""
+        """Compute the block's output for the prefix tokens only, (B, P, C)."""
         attn, P, kinds = self.attn, step.num_prefix, (Attention, *ROTATED)
         seen = not any(plain(attn, kind) for kind in kinds)
-        if not plain(self, type(self)) or seen:  # a hook expects all tokens
+        if not plain(self, type(self)) or seen:  # hooks expect all tokens
             return self.whole(x, bias, False, rope)
         y = self.norm1(x)
         if self.slices:
@@ -221,7 +220,7 @@ class Reducing(nn.Module):
 
 
 class ReducedBlock(Reducing, Block):
-    """timm's Block, which reduces tokens if it is given a step."""
+    """timm's Block; reduces tokens if forward gets a step."""
 
     def forward(
         self,
@@ -244,7 +243,7 @@ class ReducedBlock(Reducing, Block):
 
 
 class ReducedEvaBlock(Reducing, EvaBlock):
-    """timm's EvaBlock, whose tokens carry rotary positions, with a step as ReducedBlock."""
+    """timm's EvaBlock with rotary positions; reduces tokens if forward gets a step."""
 
     def forward(
         self,

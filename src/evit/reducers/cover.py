@@ -1,12 +1,11 @@
-"""`cover`: keep tokens that cover the others, merge each other into its nearest kept one.
+"""`cover`: keep tokens that cover the others; merge every other token into its nearest kept one.
 
-A token ranks high if no token of higher class attention is close to it: d = 1 - the largest
-cosine similarity to such a token, times attention^0.25 (relative to the mean) times size^0.5.
-Kept are the K highest. Every other token joins its most similar kept one by EViT's rule, a mean
-weighted by class attention, once for each group. Sizes enter the attention of the blocks that
-follow. Costs the similarities, N^2 C products. Relatives: density peaks (DPC-KNN, TCFormer),
-farthest point sampling (of which this is the parallel form), ToMe (sizes in the attention),
-EViT (places, counts, weights).
+A token ranks high if no token of higher class attention is similar to it. Its rank is 1 - (largest
+cosine similarity to such a token), times attention^0.25 (relative to the mean), times size^0.5.
+The K highest are kept; every other token joins its most similar kept token. A group becomes the
+mean of its members weighted by class attention (EViT's fusion, once per group), and sizes enter
+the attention of later blocks. Cost: N^2 C products. Related: density peaks (DPC-KNN, TCFormer),
+farthest point sampling (this is its parallel form), ToMe (sizes in the attention), EViT.
 """
 
 from dataclasses import replace
@@ -19,11 +18,11 @@ from evit.reducers.tokens import Reduction, Seen, merge_into, unit, wide
 
 
 class Cover(Reducer):
-    """Keep tokens that cover the others; merge each other token into its nearest kept one.
+    """Keep tokens that cover the others; merge every other token into its nearest kept one.
 
     Args:
         attention_power: exponent of a token's class attention in its rank.
-        size_power: exponent of the patches it stands for.
+        size_power: exponent of a token's size (its number of patches) in its rank.
     """
 
     name = "cover"
@@ -35,14 +34,14 @@ class Cover(Reducer):
         self.attention_power, self.size_power = attention_power, size_power
 
     def plan(self, i: int, seen: Seen, num_kept: int) -> Reduction:
-        # In float32, whatever the precision of the rest: close ranks would be equal in half of it.
+        # In float32 at any precision of the model: in half precision close ranks would be equal.
         q, k = (part.to(wide(part)) for part in (seen.q_BHTD, seen.k_BHTD))
         with torch.autocast(q.device.type, enabled=False):
             weight_BN, sizes_BN = replace(seen, q_BHTD=q, k_BHTD=k).scores(), seen.sizes()
         with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             score_BN, tokens_BNC = weight_BN.detach(), unit(seen.image())
             similarity_BNN = tokens_BNC @ tokens_BNC.mT
-            # Only tokens of higher attention count; the highest one has none and comes first.
+            # Compare with tokens of higher attention only; the highest has none and ranks first.
             higher_BNN = score_BN[:, None, :] > score_BN[:, :, None]
             nearest_BN = similarity_BNN.masked_fill(~higher_BNN, -1.0).amax(2)
             relative_BN = score_BN / score_BN.mean(1, keepdim=True)

@@ -1,8 +1,8 @@
 """DynamicViT (Rao et al., NeurIPS 2021, arXiv 2106.02034): predictors choose the tokens to keep.
 
-Keeps, before the blocks of `at`, the int(N * product of the rates) tokens that a small learned
-network prefers, and drops the others. Costs that network: 13/8 C^2 products a token. In training no
-token is removed: decisions are drawn, and attention is masked.
+Before each block in `at`, a small learned network scores the tokens; int(N * product of the rates)
+tokens are kept and the others dropped. Cost: 13/8 C^2 products per token for the network. Training
+removes no token: decisions are sampled, and the attention is masked.
 """
 
 import itertools
@@ -19,9 +19,9 @@ from evit.reducers.tokens import Reduction, Seen
 
 
 class Predictor(nn.Module):
-    """Log-probabilities (B, N, 2) of keeping and of dropping each token (the authors' PredictorLG).
+    """Predict log-probabilities (B, N, 2) of keeping and dropping each token (PredictorLG).
 
-    Half of a token's features are its own, half the mean over the tokens that are still kept.
+    Half of a token's features are its own, half are the mean over the tokens still kept.
     """
 
     def __init__(self, dim: int):
@@ -40,7 +40,7 @@ class Predictor(nn.Module):
     def forward(self, x_BNC: Tensor, kept_BN: Tensor) -> Tensor:
         own, shared = self.in_conv(x_BNC).chunk(2, -1)
         kept_BN1 = kept_BN[:, :, None].float()
-        # In float32, and at least one token: the mean over none would be NaN.
+        # In float32; clamp, as the mean over no token would be NaN.
         mean = (shared.float() * kept_BN1).sum(1, keepdim=True) / kept_BN1.sum(
             1, keepdim=True
         ).clamp(1)
@@ -48,11 +48,11 @@ class Predictor(nn.Module):
 
 
 class DynamicViT(Reducer):
-    """Keep the tokens that a learned predictor prefers, before the blocks of `at`.
+    """Keep the tokens that a learned predictor prefers, before each block in `at`.
 
     Args:
-        **schedule: keep_rate, at, counts of Reducer; place s keeps int(N * keep_rate ** s) tokens
-            (with one rate for each, the product of the first s).
+        **schedule: keep_rate, at, counts, as in Reducer; place s keeps int(N * keep_rate ** s)
+            tokens (or N times the product of the first s rates).
     """
 
     name = "dynamicvit"
@@ -64,7 +64,7 @@ class DynamicViT(Reducer):
         self.predictors = nn.ModuleList(Predictor(dim) for _ in self.at)
 
     def kept_shares(self) -> list[float]:
-        """The share of all image tokens that is kept from each place on."""
+        """Share of all image tokens kept after each place."""
         return list(itertools.accumulate(self.keep_rate, operator.mul))
 
     def kept(self, n: int) -> list[int]:
@@ -73,7 +73,7 @@ class DynamicViT(Reducer):
         return [int(n * share) for share in self.kept_shares()]
 
     def scores(self, i: int, seen: Seen) -> Tensor:
-        """Log-probability that the predictor of place i keeps each token, (B, N)."""
+        """Log-probability of keeping each token, by the predictor of place i, (B, N)."""
         x_BNC = seen.image()
         return self.predictors[i](x_BNC, torch.ones_like(x_BNC[:, :, 0]))[:, :, 0]
 
@@ -85,9 +85,9 @@ class DynamicViT(Reducer):
         return n * (13 * dim**2 // 8 + 2 * dim)
 
     def masked_features(self, model: Any, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Training: tokens (B, T, C) after all blocks, none removed; and the decisions.
+        """Training forward pass: all tokens (B, T, C) after all blocks, and the decisions.
 
-        A decision (B, N) is 1 for the tokens that this predictor and all before it keep, drawn by
+        A decision (B, N) is 1 for tokens kept by this predictor and all earlier ones, sampled by
         Gumbel-softmax with straight-through gradients.
         """
         P = model.num_prefix_tokens
@@ -112,10 +112,10 @@ class DynamicViT(Reducer):
         teacher: Any,
         recipe: Any,
     ) -> dict[str, Tensor]:
-        """Cross-entropy, the shares of kept tokens and, with a teacher, distillation.
+        """Cross-entropy, the loss on the share of kept tokens and, with a teacher, distillation.
 
-        The teacher is a dense model of the same architecture; the student follows its class logits,
-        and its kept tokens (features after the last norm; LV-ViT: logits of the auxiliary head).
+        The teacher is a dense model of the same architecture. The student is distilled from its
+        class logits and its tokens (features after the last norm; LV-ViT: auxiliary logits).
         """
         x, decisions = self.masked_features(model, model.embed(images))
         x = model.norm(x)
@@ -137,6 +137,6 @@ class DynamicViT(Reducer):
 
 
 def divergence(logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """KL(teacher || student) of logits (..., K), to (...)."""
+    """KL(teacher || student) of logits (..., K); returns (...)."""
     student, teacher = logits.float().log_softmax(-1), teacher_logits.float().log_softmax(-1)
     return F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1)

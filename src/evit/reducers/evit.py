@@ -1,8 +1,13 @@
 """EViT (Liang et al., ICLR 2022, arXiv 2202.07800): keep the tokens the class token attends to.
 
-Keeps the k = ceil(keep_rate * n) image tokens of highest class attention and fuses the others into
-one: the sum of them, weighted by their raw attention. Costs one row of attention and one weighted
-sum. `drop` leaves the others out, `random` keeps k tokens at random: the paper's baselines.
+Before the MLP of a few blocks, keep the k = ceil(keep_rate * n) of n image tokens with the highest
+class attention, and fuse the others into one token: their sum, weighted by their class attention
+(the mean over heads of the class token's softmax row). Extra cost: that row and the weighted sum.
+`drop` drops the other tokens, `random` keeps k tokens at random: the paper's baselines.
+
+EViT.plan is the whole algorithm; reducers/blocks.py calls it inside the attention of those blocks
+and applies the Reduction. Names end in their shapes (legend: reducers/tokens.py). To add a method,
+write such a class: docs/reducers.md.
 """
 
 from typing import Any
@@ -19,10 +24,9 @@ class EViT(Reducer):
     """Keep the tokens of highest class attention; fuse the others into one, or drop them.
 
     Args:
-        fusion: fuse the tokens that are not kept into one; otherwise they are dropped.
-        selection: which tokens are kept: the "attentive" ones or, to compare with, "random" or
-            "inattentive" ones.
-        **schedule: keep_rate, at, counts of Reducer.
+        fusion: fuse the other tokens into one; False drops them.
+        selection: the tokens to keep: "attentive", or as baselines "random" or "inattentive".
+        **schedule: keep_rate, at, counts, as in Reducer.
     """
 
     name = "evit"
@@ -42,7 +46,7 @@ class EViT(Reducer):
         return int(self.fusion)
 
     def plan(self, i: int, seen: Seen, num_kept: int) -> Reduction:
-        score_BN = seen.scores()
+        score_BN = seen.scores()  # class attention of the N image tokens
         ranked_BN = torch.rand_like(score_BN) if self.selection == "random" else score_BN
         largest = self.selection != "inattentive"
         index_BK = ranked_BN.topk(num_kept, largest=largest, sorted=False).indices

@@ -1,10 +1,10 @@
 """MCTF (Lee et al., CVPR 2024, arXiv 2403.10030): fuse by similarity, importance and size.
 
-Before a block's attention output is made, tokens at even positions (A) and at odd ones (B) are
-fused, half of them from A into B and half from B into A, by cosine similarity times the inverse
-importance (mean attention received) and the inverse size. The block's own attention matrix is
-fused too, and values are computed for the fused tokens alone (one step ahead). Needs the whole
-attention matrix of its blocks. Written from the paper.
+Before a block applies its attention, tokens at even positions (A) and odd positions (B) are fused,
+half of them from A into B and half from B into A, by cosine similarity times the inverse
+importance (mean attention received) times the inverse size. The block's attention matrix is fused
+too, and values are computed for the fused tokens only (one step ahead). Needs the full attention
+matrix of its blocks. Written from the paper.
 """
 
 from typing import Any
@@ -21,8 +21,8 @@ class MCTF(Pairing):
     """Fuse tokens by similarity, importance and size, before the values are computed.
 
     Args:
-        r: image tokens that each block but the first removes; below 1 a share of them at each
-            of `at`.
+        r: image tokens removed by each block except the first; below 1, the share removed at each
+            place of `at`.
         prop_attn: sizes enter the attention.
         one_step_ahead: fuse before the attention is applied; otherwise after the MLP.
         tau_sim, tau_info, tau_size: temperatures of the three criteria.

@@ -1,9 +1,9 @@
 """`merge` and DiffRate (Chen et al., ICCV 2023, arXiv 2305.17997).
 
-`merge` keeps the tokens of highest class attention; each other token is merged into the kept one
-that is most similar to it after the block's attention. Sizes enter the attention of the blocks that
-follow. Costs the similarities, N K C products. DiffRate also prunes, by two counts for each block.
-Sizes are at least 1, as in the authors' training and unlike in their inference.
+`merge` keeps the tokens of highest class attention, and merges every other token into the kept one
+most similar to it after the block's attention. Sizes enter the attention of later blocks. Cost:
+N K C products. DiffRate also prunes, with two token counts per block. Sizes are at least 1, as in
+the authors' training code and unlike their inference code.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from evit.reducers.tokens import Reduction, Seen, merge_into, nearest
 
 
 def merge(seen: Seen, score_BN: torch.Tensor, num_ranked: int, num_kept: int) -> Reduction:
-    """Keep the num_kept best, merge those that follow among the num_ranked best, drop the rest."""
+    """Keep the num_kept best tokens, merge the rest of the num_ranked best, drop the others."""
     ranked = score_BN.topk(num_ranked, sorted=True).indices
     index_BK = ranked[:, :num_kept]
     cosine_BN, host_BN = nearest(seen.image(), index_BK)
@@ -28,7 +28,7 @@ def merge(seen: Seen, score_BN: torch.Tensor, num_ranked: int, num_kept: int) ->
 
 
 class Merge(Reducer):
-    """Keep the tokens of highest class attention, merge each other into its nearest kept one."""
+    """Keep the tokens of highest class attention; merge the others into their nearest kept one."""
 
     name = "merge"
     stage = "residual"
@@ -43,11 +43,11 @@ class Merge(Reducer):
 
 
 class DiffRate(Merge):
-    """DiffRate's schedules: prune, then merge, by two counts for each block.
+    """DiffRate's schedules: prune, then merge, with two token counts per block.
 
     Args:
-        prune_counts, merge_counts: tokens left after pruning and after merging at each place, the
-            class token included.
+        prune_counts, merge_counts: number of tokens after pruning and after merging at each place,
+            the class token included.
     """
 
     name = "diffrate"

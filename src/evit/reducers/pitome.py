@@ -1,10 +1,10 @@
 """PiToMe (Tran et al., NeurIPS 2024, arXiv 2405.16148): merge the redundant tokens.
 
-The energy of a token is the mean of ELU(similarity - margin) to all others, of keys; the margin
-falls with depth. Tokens of high energy are redundant. In the first half of the blocks they pair
-up by energy order as in ToMe; in the second half only the 2 r of highest energy do, and the
-rest is protected. Costs the similarities, N^2 D products. Needs no training. The authors' code
-for DeiT averages by sizes but leaves sizes out of the attention, and so does the default here.
+The energy of a token is the mean of ELU(similarity - margin) to all others, by their keys; the
+margin falls with depth. Tokens of high energy are redundant. In the first half of the blocks all
+tokens pair up in order of energy; in the second half only the 2 r tokens of highest energy do.
+Cost: N^2 D products. Needs no training. The authors' code for DeiT weighs means by sizes but does
+not use sizes in the attention; that is the default here.
 """
 
 from typing import Any
@@ -21,7 +21,7 @@ class PiToMe(Pairing):
 
     Args:
         ratio: share of the image tokens that each block keeps.
-        prop_attn: sizes enter the attention, as the paper says and the authors' code does not.
+        prop_attn: sizes enter the attention, as in the paper but not in the authors' code.
     """
 
     name = "pitome"

@@ -1,4 +1,4 @@
-"""Keep rate over training: dense at first, then down to its final value along half a cosine."""
+"""Keep rate over training: 1 at first, then half a cosine down to the final value."""
 
 import math
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ def keep_rate_at(
     shrink_start_epoch: int,
     shrink_epochs: int,
 ) -> tuple[float, ...]:
-    """The keep rate of each reorganization at a training step, as EViT's authors anneal it.
+    """Keep rate of each place at a training step, as EViT's authors anneal it.
 
-    1 before epoch shrink_start_epoch, keep_rate from shrink_epochs later on, in between
-    rate + (1 - rate) * (1 + cos(pi * progress)) / 2. Their schedule is one number for all; here
-    each reorganization moves to its own rate, which is theirs where the rates are equal.
+    It is 1 before epoch shrink_start_epoch, keep_rate after shrink_epochs more epochs, and in
+    between rate + (1 - rate) * (1 + cos(pi * progress)) / 2. Theirs is one number for all places;
+    here each place moves to its own rate, which is the same if the rates are equal.
     """
     epoch = step // steps_per_epoch
     if epoch < shrink_start_epoch:

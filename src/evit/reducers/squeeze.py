@@ -1,8 +1,7 @@
 """Token Pruning & Squeezing (Wei et al., CVPR 2023, arXiv 2304.10716).
 
-Keeps the tokens that a score prefers, and merges ("squeezes") each other one into the kept one that
-is most similar to it, with weight exp(cosine). Sizes are not followed. Costs the similarities,
-N K C products.
+Keeps the tokens of highest score, and merges ("squeezes") every other token into the kept one most
+similar to it, with weight exp(cosine). Sizes are not tracked. Cost: N K C products.
 """
 
 from typing import Any
@@ -15,19 +14,19 @@ from evit.reducers.tokens import Reduction, Seen, merge_into, nearest
 
 
 def squeeze(seen: Seen, score_BN: Tensor, num_kept: int) -> Reduction:
-    """Keep the num_kept best, merge each other token into the kept one most similar to it."""
+    """Keep the num_kept best tokens; merge every other one into the kept one most similar to it."""
     index_BK = score_BN.detach().topk(num_kept, sorted=False).indices
     cosine_BN, host_BN = nearest(seen.image(), index_BK, eps=1e-6)
     return merge_into(seen, index_BK, host_BN, cosine_BN.exp())
 
 
 class Squeeze(DynamicViT):
-    """Keep the tokens that a score prefers, squeeze the others into them.
+    """Keep the tokens of highest score; squeeze the others into them.
 
-    With predictors it trains as DynamicViT does: decisions mask the attention, nothing is squeezed.
+    With predictors it trains like DynamicViT: decisions mask the attention, nothing is squeezed.
 
     Args:
-        score: "class": class attention, after the block's attention (eTPS); "predictor":
+        score: "class" for class attention, after the block's attention (eTPS), or "predictor" for
             DynamicViT's predictors, before the block (dTPS).
     """
 

@@ -1,6 +1,6 @@
-"""Tokens and linear maps over them: where each goes, with which weight.
+"""What a reducer sees (Seen) and returns (Reduction: where each token goes, and its weight).
 
-Shapes stand in the names:
+Names end in their shapes:
     B images, H heads, D channels of a head, C channels of a token,
     P prefix tokens (the class token first), N image tokens, T = P + N, K image tokens left.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def plain(module: nn.Module, kind: type) -> bool:
-    """Whether a module is exactly of a kind, and nothing sees its inputs, outputs or weights."""
+    """Whether a module is of exactly this type, without hooks, wrappers or parametrizations."""
     own = module.__dict__
     return (
         type(module) is kind
@@ -27,7 +27,7 @@ def plain(module: nn.Module, kind: type) -> bool:
 
 
 def wide(x: Tensor) -> torch.dtype:
-    """float32, or a tensor's own type where that is wider."""
+    """The tensor's dtype, but at least float32."""
     return x.dtype if x.dtype.itemsize > 4 else torch.float32
 
 
@@ -36,7 +36,7 @@ def class_rows(
 ) -> Tensor:
     """Attention of the class token to every token, in each head.
 
-    This is one row of the softmax attention, not the T x T matrix.
+    Computes one row of the softmax attention, not the T x T matrix.
 
     Returns: (B, H, T), in float32 or wider.
     """
@@ -53,11 +53,11 @@ def class_rows(
 
 @dataclass
 class Seen:
-    """What a reducer may look at.
+    """Input of Reducer.plan: the tokens of a block, and its queries, keys and values.
 
-    At stage "input" only x_BTC and num_prefix are set. At stage "residual" x_BTC is the residual
-    stream after the block's attention, otherwise the tokens that enter the block. The queries are
-    those of the class token alone where the reducer `selects`.
+    x_BTC are the tokens that enter the block; at stage "residual" they are the residual stream
+    after its attention. At stage "input" only x_BTC and num_prefix are set. If the reducer
+    `selects`, q_BHTD may hold the class token's query only.
     """
 
     x_BTC: Tensor
@@ -66,15 +66,15 @@ class Seen:
     k_BHTD: Any = None
     v_BHTD: Any = None
     scale: float = 1.0
-    sizes_BT: Tensor | None = None  # patches that each token stands for; None: one each
+    sizes_BT: Tensor | None = None  # number of patches merged into each token; None: one each
     rope_B1ND: Tensor | None = None  # at stage "block": rotary positions of the image tokens
-    bias_B11T: Tensor | None = None  # log of the sizes, as the attention adds it to its logits
+    bias_B11T: Tensor | None = None  # log of the sizes, added to the attention logits
     class_token: bool = True
 
     def rows(self) -> Tensor:
-        """How much attention each token gets, in each head, (B, H, T), in float32 or wider.
+        """Attention that each token receives in each head, (B, H, T), in float32 or wider.
 
-        The class token's attention where there is one, otherwise the mean over all queries.
+        From the class token, or averaged over all queries if the model has no class token.
         """
         if self.class_token:
             return class_rows(self.q_BHTD, self.k_BHTD, self.scale, self.bias_B11T)
@@ -82,9 +82,9 @@ class Seen:
         return (logits if self.bias_B11T is None else logits + self.bias_B11T).softmax(-1).mean(2)
 
     def scores(self) -> Tensor:
-        """rows() of the image tokens, averaged over the heads, (B, N).
+        """Class attention of the image tokens, averaged over the heads, (B, N).
 
-        The columns of the prefix tokens take part in the softmax; the rest is not renormalised.
+        The softmax includes the prefix tokens; their columns are cut off without renormalising.
         """
         return self.rows().mean(1)[:, self.num_prefix :]
 
@@ -93,7 +93,7 @@ class Seen:
         return self.x_BTC[:, self.num_prefix :]
 
     def sizes(self) -> Tensor:
-        """Patches that each image token stands for, (B, N), float32."""
+        """Number of patches merged into each image token, (B, N), float32."""
         if self.sizes_BT is not None:
             return self.sizes_BT[:, self.num_prefix :]
         B, T, _ = self.x_BTC.shape
@@ -101,17 +101,17 @@ class Seen:
 
 
 class Reduction:
-    """A linear map from N image tokens to K; prefix tokens stay first and as they are.
+    """Linear map from N image tokens to K; prefix tokens stay first and unchanged.
 
     Args:
-        index_BK: the old image tokens that the new ones continue; a mixture continues its leader.
+        index_BK: the kept image tokens; where tokens are merged, the leader of each group.
         num_prefix: P.
-        rest_BN: weights, zero for the tokens in index_BK, of a sum that is appended as one token.
-        weight_BKN: weights of the old tokens in each new one, where tokens are merged; the weights
-            of a new token sum to 1.
-        host_BN: the new image token that each old one went into, -1 where it was dropped; default:
-            what index_BK and rest_BN say.
-        sizes_BT: patches that each token that is left stands for, prefix tokens included.
+        rest_BN: append one fused token, the sum of the image tokens with these weights; zero for
+            the tokens in index_BK.
+        weight_BKN: merge tokens: weight of each old token in each new one, summing to 1 over N.
+        host_BN: index of the new image token that contains each old one, -1 if it was dropped;
+            default: derived from index_BK and rest_BN.
+        sizes_BT: number of patches in each new token, prefix tokens included.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Reduction:
         self.rest_BN, self.weight_BKN, self.host_BN = rest_BN, weight_BKN, host_BN
 
     def __call__(self, x_BTC: Tensor) -> Tensor:
-        """The tokens that are left, (B, P + K, C)."""
+        """Apply the map to tokens (B, P + N, C); returns (B, P + K, C)."""
         prefix, image = x_BTC[:, : self.num_prefix], x_BTC[:, self.num_prefix :]
         if self.weight_BKN is not None:
             return torch.cat([prefix, self.weight_BKN.to(x_BTC.dtype) @ image], 1)
@@ -137,9 +137,9 @@ class Reduction:
         return torch.cat(parts, 1)
 
     def project(self, linear: nn.Module, x_BTC: Tensor) -> Tensor:
-        """self(linear(x)), with the product for the tokens that are left alone.
+        """Compute self(linear(x)), with the linear layer applied after the reduction.
 
-        The bias counts once for each token of a sum, and once for a mean.
+        A fused token is a weighted sum, so its bias is corrected; the weights of a mean sum to 1.
         """
         if not plain(linear, nn.Linear):
             return self(linear(x_BTC))
@@ -152,25 +152,25 @@ class Reduction:
 
     @property
     def num_left(self) -> int:
-        """Image tokens that are left, K, or K + 1 with a fused one."""
+        """Number of image tokens after the reduction: K, or K + 1 with a fused token."""
         return self.index_BK.shape[1] + (self.rest_BN is not None)
 
     def members(self, num_tokens: int) -> "Reduction":
-        """The same groups as sums: each member counts once."""
+        """The same groups with every weight 1, as sums instead of means."""
         groups_K1 = torch.arange(self.index_BK.shape[1], device=self.index_BK.device)[:, None]
         member_BKN = (self.hosts(num_tokens - self.num_prefix)[:, None] == groups_K1).float()
         return Reduction(self.index_BK, self.num_prefix, None, member_BKN)
 
     def ids(self, ids_BN: Tensor) -> Tensor:
-        """What the tokens that are left are called, (B, K); -1 is a fused token."""
+        """Select the ids of the remaining tokens, (B, K); -1 for a fused token or padding."""
         kept_BK = ids_BN.gather(1, self.index_BK)
         if self.sizes_BT is not None:  # a token of size 0 is padding
             kept_BK = torch.where(self.sizes_BT[:, self.num_prefix :] > 0, kept_BK, -1)
         return kept_BK if self.rest_BN is None else F.pad(kept_BK, (0, 1), value=-1)
 
     def positions(self, rope_B1ND: Any) -> Any:
-        """Rotary positions of the tokens that are left: a merged one has its leader's, a fused one
-        that of the heaviest in it. None stays None."""
+        """Rotary positions of the remaining tokens. A merged token gets its leader's position, a
+        fused one that of its heaviest member. None stays None."""
         if rope_B1ND is None:
             return None
         index_BK = self.index_BK
@@ -180,7 +180,7 @@ class Reduction:
         return rope_B1ND.gather(2, index_BK[:, None, :, None].expand(-1, 1, -1, rope_B1ND.shape[3]))
 
     def hosts(self, num_tokens: int) -> Tensor:
-        """The new image token that each of N old ones went into, (B, N); -1: dropped."""
+        """Index of the new image token that contains each of N old ones, (B, N); -1: dropped."""
         if self.host_BN is not None:
             return self.host_BN
         B, K = self.index_BK.shape
@@ -192,15 +192,15 @@ class Reduction:
 def merge_into(
     seen: Seen, index_BK: Tensor, host_BN: Tensor, weight_BN: Tensor, sizes_BN: Tensor | None = None
 ) -> Reduction:
-    """Merge every image token into its host: a mean with weights; sizes add up.
+    """Reduction that merges groups of image tokens into their weighted means; sizes add up.
 
-    As one small matrix product it is deterministic, exports, and costs about 2 % at 200 tokens.
+    One small matrix product: deterministic, exportable, about 2 % of the time at 200 tokens.
 
     Args:
-        index_BK: the image tokens that lead the groups.
-        host_BN: the group of each image token, 0 to K - 1, or -1 where it is dropped.
-        weight_BN: weight of each token in its group, before it is normalised; float32.
-        sizes_BN: what each token adds to its group's size; None: sizes are not followed.
+        index_BK: the leader of each group.
+        host_BN: the group of each image token, 0 to K - 1, or -1 to drop it.
+        weight_BN: weight of each token in its group, before normalisation; float32.
+        sizes_BN: size that each token adds to its group; None: sizes are not tracked.
     """
     P, groups_K1 = seen.num_prefix, torch.arange(index_BK.shape[1], device=host_BN.device)[:, None]
     member_BKN = (host_BN[:, None] == groups_K1).to(weight_BN.dtype)
@@ -214,9 +214,9 @@ def merge_into(
 
 
 def nearest(tokens_BNC: Tensor, index_BK: Tensor, eps: float = 1e-12) -> tuple[Tensor, Tensor]:
-    """The most similar of the kept tokens in index_BK, for every image token; itself, if kept.
+    """Find the most similar kept token (index_BK) for every image token; itself, if kept.
 
-    Returns: cosine similarities (B, N), 1 for kept tokens, and places in index_BK (B, N).
+    Returns: cosine similarities (B, N), 1 for kept tokens, and positions in index_BK (B, N).
     """
     tokens = unit(tokens_BNC, eps)
     kept = tokens.gather(1, index_BK[..., None].expand(-1, -1, tokens.shape[2]))
@@ -226,9 +226,9 @@ def nearest(tokens_BNC: Tensor, index_BK: Tensor, eps: float = 1e-12) -> tuple[T
 
 
 def split(num_tokens: int, num_prefix: int, device: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Image tokens at even and at odd positions of the whole sequence: A and B of ToMe.
+    """Split image tokens into ToMe's sets A (even positions of the whole sequence) and B (odd).
 
-    Returns: indices of A, of B, and the place of each image token in A and B one after the other.
+    Returns: indices of A, indices of B, and the position of each image token in [A, B].
     """
     first = num_prefix % 2
     a, b = (torch.arange(start, num_tokens, 2, device=device) for start in (first, 1 - first))
@@ -236,5 +236,5 @@ def split(num_tokens: int, num_prefix: int, device: Any) -> tuple[Tensor, Tensor
 
 
 def unit(x_BTC: Tensor, eps: float = 1e-12) -> Tensor:
-    """Tokens of length 1, in float32 or wider and without gradients: what choices compare."""
+    """Normalise tokens to length 1 for comparisons, in float32 or wider, without gradients."""
     return F.normalize(x_BTC.detach().to(wide(x_BTC)), dim=-1, eps=eps)

@@ -1,9 +1,9 @@
 """ToMe (Bolya et al., ICLR 2023, arXiv 2210.09461): merge the most similar pairs of tokens.
 
-In every block, tokens at even positions (A) look for the most similar token at odd positions
-(B) by the cosine of their keys; the r most similar pairs become one token, a mean weighted by
-sizes. Sizes enter the attention of the blocks that follow. Costs N^2 D / 4 products for the
-similarities. Needs no training. Written from the paper.
+In every block, each token at an even position (A) is matched to the most similar token at an odd
+position (B), by the cosine of their keys. The r most similar pairs are merged into their mean,
+weighted by sizes. Sizes enter the attention of later blocks. Cost: N^2 D / 4 products. Needs no
+training. Written from the paper.
 """
 
 from collections.abc import Sequence
@@ -16,9 +16,9 @@ from evit.reducers.tokens import Reduction, Seen, merge_into, split, unit
 
 
 def removals(r: Any, depth: int) -> list[Any]:
-    """Tokens removed in each block, from r: an int, a list, or (r, inflect).
+    """Number of tokens to remove in each block, from r: an int, a list, or (r, inflect).
 
-    inflect -1 falls from 2 r to 0 over the blocks, 1 rises from 0 to 2 r.
+    With inflect -1 the number falls from 2 r to 0 over the blocks, with 1 it rises from 0 to 2 r.
     """
     if isinstance(r, Sequence) and len(r) == 2 and isinstance(r[1], float):
         low = int(r[0] * (1 - r[1]))
@@ -34,10 +34,10 @@ def removals(r: Any, depth: int) -> list[Any]:
 
 
 class Pairing(Reducer):
-    """What ToMe, PiToMe and MCTF share: at most half of the tokens go at a place.
+    """Base of ToMe, PiToMe and MCTF, which remove at most half of the tokens at a place.
 
     Args:
-        r: image tokens that each block removes: an int, a list for the blocks, or (r, inflect).
+        r: image tokens that each block removes: an int, a list per block, or (r, inflect).
         prop_attn: sizes enter the attention (proportional attention).
     """
 
@@ -61,7 +61,7 @@ class Pairing(Reducer):
         return n - min(self.removed(i, n), n // 2)
 
     def removed(self, i: int, n: int) -> int:
-        """How many of n image tokens place number i removes by the method's own schedule."""
+        """Number of n image tokens that place number i removes, by the method's own schedule."""
         return removals(self.r, self.depth)[self.at[i]]
 
 
@@ -70,7 +70,7 @@ class ToMe(Pairing):
 
     Args:
         r: image tokens that each block removes: an int, a list for the blocks, or (r, inflect).
-        prop_attn: sizes enter the attention; published without for MAE models off the shelf.
+        prop_attn: sizes enter the attention; the paper leaves it off for MAE models off the shelf.
     """
 
     name = "tome"
@@ -90,11 +90,13 @@ class ToMe(Pairing):
 
 
 def pair(seen: Seen, a: Any, b: Any, place: Any, stay: Any, match: Any, sizes: Any) -> Reduction:
-    """Merge all A's but those in `stay` into their matches; left are `stay`, then all B's.
+    """Merge the tokens of A that are not in `stay` into their matches in B.
+
+    The new tokens are `stay`, then all of B.
 
     Args:
-        a, b: image tokens of A and B; place: of each image token in both, one after the other.
-        stay: (B, S) numbers within A; match: (B, A) numbers within B.
+        a, b, place: as returned by `split`.
+        stay: indices (B, S) within A; match: indices (B, A) within B.
     """
     B, S = stay.shape
     host_BA = (match + S).scatter(1, stay, torch.arange(S, device=stay.device).expand(B, S))

@@ -1,4 +1,4 @@
-"""What happens beside the training loop."""
+"""Callbacks: keep-rate schedule, pictures, progress, checks for NaN, EMA."""
 
 import math
 import random
@@ -28,11 +28,11 @@ WAY_OUT = (
 
 
 class KeepRateSchedule(L.Callback):
-    """Move the model's keep rate to its final value during training, at every step.
+    """Set the model's keep rate at every training step, down to its final value.
 
-    Logs keep_rate (keep_rate/1, /2, ... where the reorganizations differ) and tokens_per_image:
-    the image tokens that a block's MLP sees, averaged over the blocks. While the keep rate moves,
-    an image's tokens are rounded up to multiples of token_multiple.
+    Logs keep_rate (or keep_rate/1, /2, ... if places differ) and tokens_per_image: image tokens in
+    the MLP, averaged over the blocks. While the keep rate changes, token counts are rounded up to
+    multiples of token_multiple.
     """
 
     def __init__(self, shrink_start_epoch: int, shrink_epochs: int, token_multiple: int = 1):
@@ -42,7 +42,7 @@ class KeepRateSchedule(L.Callback):
         self.model, reducer = pl_module.model, pl_module.model.reducer
         self.final: tuple[float, ...] = self.model.keep_rate
         if reducer.masked or reducer.own or reducer.given:
-            self.schedule = (0, 0)  # as its authors train it
+            self.schedule = (0, 0)  # constant, as these methods' authors train
         self.choices = sorted(pl_module.recipe.any_rate or ())
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, i: int) -> None:
@@ -60,7 +60,7 @@ class KeepRateSchedule(L.Callback):
             pl_module.log_dict({f"keep_rate/{i}": rate for i, rate in enumerate(rates, 1)})
 
     def draw(self, step: int, pl_module: Any) -> tuple[float, ...]:
-        """Draw the rate trained beside the largest one; it depends on seed and step alone."""
+        """Draw the second keep rate of a step (recipe.any_rate), from the seed and the step."""
         some = random.Random(f"{pl_module.seed} {step}").choice(self.choices[:-1])
         rate = some if step % 2 else self.choices[0]
         pl_module.objective.rates = self.choices[-1], rate
@@ -80,9 +80,9 @@ class KeepRateSchedule(L.Callback):
 
 
 class KeptPatches(L.Callback):
-    """Draw which patches of some validation images survive, at each evaluation, as evaluated.
+    """Draw which patches of some validation images are kept, at each evaluation.
 
-    The images are spread evenly over those of the first process. The file has the last picture.
+    The images are spread evenly over those of the first process. The file is overwritten.
     """
 
     def __init__(self, path: Path, num_images: int = 8):
@@ -112,14 +112,14 @@ class KeptPatches(L.Callback):
 
 
 class Progress(L.Callback):
-    """Log how fast training is; print a line every 30 s (without a bar) and after evaluations.
+    """Log training speed; print a line every 30 s (if there is no bar) and after evaluations.
 
-    Images per second are of all processes, the share of time spent waiting for data is of this
-    one; both are of an epoch without its first step.
+    Images per second count all processes; the share of time spent waiting for data is that of this
+    process. Both leave out the first step of an epoch.
 
     Args:
-        batch_size: images per optimizer step; None: nothing is trained.
-        compiled: say how long the first step took, which compiles.
+        batch_size: images per optimizer step; None if nothing is trained.
+        compiled: print the time of the first step, which compiles.
     """
 
     def __init__(self, batch_size: int | None = None, bar: bool = False, compiled: bool = False):
@@ -171,7 +171,7 @@ class Progress(L.Callback):
             self.tell(trainer, *words)
 
     def tell(self, trainer: Any, what: str, names: Any = (), more: str = "") -> None:
-        """Print a line with the values of metrics, so that a GPU is waited for."""
+        """Print a line with the values of metrics; reading them waits for the GPU."""
         values, words = trainer.callback_metrics if names else {}, [what]
         if self.batch_size:
             epoch = min(trainer.current_epoch + 1, trainer.max_epochs)
@@ -181,16 +181,16 @@ class Progress(L.Callback):
 
 
 def progress(batch_size: int | None = None, compiled: bool = False) -> list[L.Callback]:
-    """A Progress, and Lightning's bar on a terminal."""
+    """Progress, and on a terminal Lightning's progress bar."""
     bar: list[L.Callback] = [RichProgressBar(10)] if sys.stdout.isatty() else []
     return [Progress(batch_size, bool(bar), compiled), *bar]
 
 
 class NonFinite(L.Callback):
-    """Stop a run in which the loss of a step is not finite.
+    """Stop the run if the loss of a step is not finite.
 
-    Reading a loss makes the host wait for the GPU, so all stay on the device until metrics are
-    logged, an evaluation begins or a checkpoint is written: no checkpoint has seen such a step.
+    Reading a loss makes the host wait for the GPU. Losses are therefore read when metrics are
+    logged, and always before an evaluation or a checkpoint, so no checkpoint contains such a step.
     """
 
     def __init__(self) -> None:
@@ -210,7 +210,7 @@ class NonFinite(L.Callback):
             self.look(trainer)
 
     def look(self, trainer: Any, *_: Any) -> None:
-        """Look at the losses since the last time; all processes do this at the same step."""
+        """Check the losses since the last look; all processes do this at the same step."""
         steps, self.steps = self.steps, []
         if not steps:
             return
@@ -240,13 +240,13 @@ class EMA(WeightAveraging):
     """Exponential moving average of the weights, updated at every optimizer step.
 
     Args:
-        evaluated: evaluations, and "state_dict" in checkpoints, are of the average, as LV-ViT's and
-            DynamicViT's authors report it. Otherwise they are of the trained weights, as DeiT's and
-            EViT's do, and checkpoints have the average under "ema_state_dict".
+        evaluated: evaluate the average, and store it as "state_dict" in checkpoints, as LV-ViT's
+            and DynamicViT's authors do. False evaluates and stores the trained weights, as DeiT's
+            and EViT's authors do; checkpoints then have the average as "ema_state_dict".
     """
 
     def __init__(self, decay: float, evaluated: bool = True):
-        # All weights at once, which Lightning's own EMAWeightAveraging does one by one.
+        # Update all weights in one call; Lightning's EMAWeightAveraging updates them one by one.
         super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
         self.evaluated = evaluated
         if not evaluated:
@@ -254,7 +254,7 @@ class EMA(WeightAveraging):
                 setattr(self, f"on_{name}", lambda *_: None)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert self._average_model is not None  # made before the model moves to its device
+        assert self._average_model is not None  # it is created before the model is on its device
         self._average_model.to(pl_module.device)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: Any) -> None:

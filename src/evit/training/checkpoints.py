@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, and which of them a run goes on from."""
+"""Write checkpoints atomically, and choose the one that a run resumes from."""
 
 import pickle
 from pathlib import Path
@@ -14,23 +14,23 @@ from evit.files import check_zip, sync_folder, whole_file
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Gives a checkpoint its name only when all of it is on the disk."""
+    """Give a checkpoint its final name only when all of it is on the disk."""
 
     def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with whole_file(Path(path)) as file:
             try:
                 torch.save(checkpoint, file)
-            except RuntimeError as error:  # of its zip writer, for want of what the disk refused
+            except RuntimeError as error:  # its zip writer hides the error of the disk
                 raise error.__context__ or error from None
 
 
 class LastCheckpoint(Checkpoint):
-    """last.ckpt, after every epoch and every so many optimizer steps; previous.ckpt before it; and
-    epoch_010.ckpt, which stays, after every so many epochs.
+    """Write last.ckpt after every epoch and every `every_n_steps` optimizer steps.
 
-    A checkpoint from within an epoch is named last.ckpt when the next batch begins: only then are
-    the metrics of its step in metrics.jsonl, and a run that goes on from it lacks none.
+    The one before it becomes previous.ckpt; every `keep_every_n_epochs` epochs, epoch_010.ckpt and
+    so on are kept. A checkpoint inside an epoch is renamed to last.ckpt when the next batch begins:
+    only then does metrics.jsonl contain the metrics of its step.
     """
 
     def __init__(self, folder: Path, every_n_steps: int | None, keep_every_n_epochs: int | None):
@@ -39,14 +39,14 @@ class LastCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
         self.saved_step = trainer.global_step
-        if trainer.is_global_zero:  # what a process leaves that is killed as it writes
+        if trainer.is_global_zero:  # left by a process that was killed while writing
             for path in (*self.folder.glob("*.tmp"), *self.folder.glob("next.ckpt")):
                 path.unlink()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         step = trainer.global_step
         due = self.every_n_steps and step % self.every_n_steps == 0 and step != self.saved_step
-        if due and not trainer.is_last_batch:  # the epoch's end is about to be saved
+        if due and not trainer.is_last_batch:  # the end of the epoch saves anyway
             self.saved_step = step
             trainer.save_checkpoint(self.next)
 
@@ -66,10 +66,10 @@ class LastCheckpoint(Checkpoint):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keeps the weights of the best val/top1, among the epochs at the final keep rate."""
+    """Keep the checkpoint of best val/top1 among the epochs at the final keep rate."""
 
     def __init__(self, folder: Path, first_epoch: int):
-        # After the evaluation, so that last.ckpt, which follows, knows of it.
+        # Save after the evaluation, so that last.ckpt, written next, records it.
         more: Any = dict(enable_version_counter=False, save_on_train_epoch_end=False)
         super().__init__(folder, "best", monitor="val/top1", mode="max", **more)
         self.first_epoch = first_epoch
@@ -80,7 +80,7 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 def optimizer_steps(path: Path) -> int:
-    """The number of steps after which a checkpoint was written; ValueError: it cannot be read."""
+    """Number of optimizer steps in a checkpoint; a ValueError if it cannot be read."""
     try:
         check_zip(path)
         checkpoint = torch.load(path, weights_only=True, map_location="meta")
@@ -93,7 +93,7 @@ def optimizer_steps(path: Path) -> int:
 
 
 def unfinished(folder: Path) -> Path | None:
-    """The last checkpoint of the run that was interrupted in this folder, if one was."""
+    """Find the last readable checkpoint of an interrupted run, or None if there is none."""
     kept = sorted(folder.glob("checkpoints/epoch_*.ckpt"), reverse=True)
     found = [folder / "checkpoints/last.ckpt", folder / "checkpoints/previous.ckpt", *kept]
     found = [path for path in found if path.is_file()]
@@ -109,7 +109,7 @@ def unfinished(folder: Path) -> Path | None:
 
 
 def given(resume: str, folder: Path) -> Path | None:
-    """The checkpoint that resume=PATH begins with; None for resume=auto."""
+    """Return the checkpoint of resume=PATH; None for resume=auto."""
     if resume == "auto":
         return None
     path = Path(resume).expanduser().resolve()
@@ -122,7 +122,7 @@ def given(resume: str, folder: Path) -> Path | None:
 
 
 def require_unfinished(path: Path, data: Any, epochs: int) -> None:
-    """Refuse to begin with a checkpoint that has seen all epochs of the (set up) data already."""
+    """Raise a ValueError if a checkpoint has already seen all epochs of this run's data."""
     steps = optimizer_steps(path)
     wanted = len(data.train_dataloader()) // data.trainer.accumulate_grad_batches * epochs
     if steps >= wanted:

@@ -1,4 +1,4 @@
-"""The LightningModule of evaluations: many settings of one model, in one pass over the data."""
+"""Evaluate many settings of one model in one pass over the data."""
 
 import math
 import zlib
@@ -18,7 +18,7 @@ from evit.training.module import mix_seed
 
 
 class Setting(NamedTuple):
-    """A reducer at a keep rate, as the rows of evaluation.json name it; None: does not apply."""
+    """A reducer at a keep rate, as in the rows of evaluation.json; None: not applicable."""
 
     keep_rate: tuple[float, ...] = ()
     fusion: bool | None = None
@@ -27,7 +27,7 @@ class Setting(NamedTuple):
 
 
 def setting_of(reducer: Reducer | None) -> Setting:
-    """The setting that a reducer attached to a model stands for."""
+    """Describe an attached reducer as a Setting."""
     rates = () if reducer is None else reducer.keep_rate
     if reducer is None or set(rates) <= {1.0}:
         return Setting(rates)
@@ -36,13 +36,12 @@ def setting_of(reducer: Reducer | None) -> Setting:
 
 
 class Evaluator(L.LightningModule):
-    """Top-1, top-5 (percent), loss and divergence from the dense model, with each of some reducers.
+    """LightningModule that evaluates a model with several reducers (`chosen`, or [None] if none).
 
-    `chosen` are reducers that are attached to the model, or [None] for a model that takes none. The
-    dense model runs once; each reducer goes on from the block where it first reduces. `results`
-    then has dict(top1, top5, loss, kl, images) for each, over the images of all processes. kl is
-    KL(dense || reduced) of the predicted distributions, averaged over images. Random selections
-    depend on batch, process and setting, not on what else is evaluated.
+    The dense model runs once; each reducer continues from the first block that it reduces.
+    `results` has a dict(top1, top5, loss, kl, images) per reducer, over the images of all
+    processes: top1, top5 in percent, kl = mean KL(dense || reduced) of the predictions. Random
+    selections depend on batch, process and setting, not on the other reducers.
     """
 
     def __init__(self, model: Any, chosen: list[Any], num_classes: int, seed: int = 0):
@@ -56,18 +55,18 @@ class Evaluator(L.LightningModule):
             counts = [zip(r.at, r.kept(patches), strict=True) for r in chosen]
             self.starts = [next((i for i, k in c if k < patches), self.depth) for c in counts]
         self.top, self.results = min(5, num_classes), list[dict[str, Any]]()
-        self.full = 0  # images of a compiled batch; 0: nothing is compiled
-        self.at = "preparing"  # where the evaluation is
+        self.full = 0  # images per compiled batch; 0: nothing is compiled
+        self.at = "preparing"  # progress text
 
     def compile_parts(self, batch_size: int) -> None:
-        """torch.compile what logits() calls, for batches of this size; others stay eager."""
+        """Compile the parts that logits() calls for this batch size; other batches run eagerly."""
         self.full = batch_size
         for name in ("embed", "encode", "classify") if self.reducers else ("forward",):
             part: Any = torch.compile(getattr(self.model, name), dynamic=False)
             setattr(self.model, name, part)
 
     def logits(self, images: Tensor, batch_idx: int) -> Iterator[Tensor]:
-        """Logits (B, num_classes) of the dense model, then with each reducer."""
+        """Yield logits (B, num_classes) of the dense model, then of each reducer."""
         model = self.model
         images = images.to(next(model.parameters()).dtype)
         if not self.reducers:

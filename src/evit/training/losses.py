@@ -1,4 +1,4 @@
-"""The loss of a training batch, for each kind of model."""
+"""Training losses, one class per kind of training."""
 
 import copy
 from typing import Any
@@ -14,7 +14,7 @@ from evit.reducers.dynamicvit import divergence
 
 
 def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy with distributions as targets, (..., K) both, to (...)."""
+    """Cross-entropy of logits (..., K) with target distributions (..., K); returns (...)."""
     return -(targets * logits.float().log_softmax(-1)).sum(-1)
 
 
@@ -24,7 +24,7 @@ def mean_of(values: Tensor, chosen: Tensor) -> Tensor:
 
 
 class Classification:
-    """Cross-entropy of mixed images; draws come first, then losses(), which compiles.
+    """Cross-entropy with mixup and cutmix. losses() contains no random draws, so it compiles.
 
     Args:
         teacher: a dense model whose class logits are distilled, and whose tokens those that survive
@@ -88,9 +88,9 @@ class Classification:
 
 
 class AnyRate(Classification):
-    """One checkpoint for many keep rates: each step trains the largest, which teaches another.
+    """Train one checkpoint for many keep rates: the largest rate teaches a second one per step.
 
-    rates are this step's two: KeepRateSchedule draws the second, every other time the smallest.
+    KeepRateSchedule sets `rates` at each step: the largest, and the smallest or a random one.
     """
 
     rates: tuple[float, float] = (1.0, 1.0)
@@ -108,10 +108,10 @@ class AnyRate(Classification):
 
 
 class DynamicTokens(Classification):
-    """The losses of a reducer that trains in a way of its own (Reducer.losses)."""
+    """Losses of a reducer with its own training method (its `losses`)."""
 
     def taught(self, images: Tensor) -> tuple[Tensor, ...]:
-        return ()  # the reducer asks the teacher for tokens too
+        return ()  # the reducer runs the teacher itself, for tokens too
 
     def losses(self, images: Tensor, targets: Tensor, *_: Tensor) -> dict[str, Tensor]:
         model, common = self.model, (self.cross_entropy, self.teacher, self.recipe)
@@ -119,12 +119,12 @@ class DynamicTokens(Classification):
 
 
 class TokenLabels(Classification):
-    """LV-ViT's token labelling with MixToken, for batches (images, labels, label maps, crops, and
-    RandAugment's maps where it is on).
+    """LV-ViT's token labelling with MixToken.
 
-    The class token learns the label of the crop, every surviving token that of its own patch; a
-    fused token has none, a merged one that of the token it continues. Each patch takes the label
-    of the image that it came from before it was mixed.
+    Batches are (images, labels, label maps, crops) and, with RandAugment, its geometric maps. The
+    class token learns the label of the crop, every remaining token the label of its own patch: a
+    merged token that of its leader, a fused token none. After MixToken, a patch keeps the label of
+    the image it came from.
     """
 
     def __call__(self, images: Tensor, labels: Tensor, *more: Tensor) -> dict[str, Tensor]:
@@ -150,7 +150,7 @@ class TokenLabels(Classification):
 
 
 def dense_teacher(model: Any) -> Any:
-    """A frozen copy of a model that keeps every token."""
+    """Frozen copy of a model at keep rate 1."""
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
     teacher.set_keep_rate(1.0)
     return teacher
@@ -164,7 +164,10 @@ def make_objective(
     label_maps: bool = False,
     teacher: Any = None,
 ) -> Classification:
-    """A model's loss: its reducer's own, token labels if it has a head for them, or plain."""
+    """Choose the loss: the reducer's own, token labels if the model has a head for them, or plain.
+
+    ValueError: any_rate, a teacher, label maps or mixup cannot be combined with it.
+    """
     reducer: Any = getattr(model, "reducer", None)
     kind: Any = AnyRate if recipe.any_rate else Classification
     learns = reducer is not None and reducer.masked

@@ -18,15 +18,15 @@ from evit.training.optimizer import make_optimizer
 
 
 def mix_seed(*parts: int) -> int:
-    """A 32-bit seed from several numbers; neighbouring numbers give unrelated seeds."""
+    """Hash numbers to a 32-bit seed; neighbouring numbers give unrelated seeds."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little")
 
 
 class Classifier(L.LightningModule):
-    """A model and how it is trained; its checkpoints have `knobs` under "evit".
+    """LightningModule that trains a model by a recipe; checkpoints store `knobs` under "evit".
 
-    Logs train/loss and lr at steps; val/loss, val/top1 and val/top5 (percent, over the images of
-    all processes) at evaluations.
+    Logs train/loss and lr at steps, and val/loss, val/top1 and val/top5 (percent, over the images
+    of all processes) at evaluations.
     """
 
     def __init__(
@@ -65,8 +65,8 @@ class Classifier(L.LightningModule):
         return self.model(images)
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
-        # Erasing, mixup and drop path draw from global generators: with a seed for each batch and
-        # process, a run that is resumed draws as one that was not interrupted.
+        # Erasing, mixup and drop path use global generators. A seed per batch and process makes a
+        # resumed run draw the same numbers as an uninterrupted one.
         seed = mix_seed(self.seed, self.current_epoch, batch_idx, self.global_rank)
         L.seed_everything(seed, verbose=False)
         batch = augment_batch(*batch, random_erasing=self.recipe.random_erasing)
@@ -106,7 +106,7 @@ class Classifier(L.LightningModule):
         return [optimizer], [dict(scheduler=scheduler, interval="step")]
 
     def on_fit_start(self) -> None:
-        if self.objective.teacher is not None:  # no part of this module, nor of its checkpoints
+        if self.objective.teacher is not None:  # not a submodule, so not in checkpoints
             self.objective.teacher.to(self.device)
 
     def on_train_start(self) -> None:

@@ -12,14 +12,14 @@ from evit.recipe import Recipe
 
 
 def lr_at(epoch: float, recipe: Recipe) -> float:
-    """Learning rate after so many epochs: linear from warmup_lr to the peak, then half a cosine.
+    """Learning rate at a (fractional) epoch: linear warm-up to the peak, then half a cosine.
 
-    recipe.lr_schedule says how:
-        plain: at every step its own; the cosine begins where warm-up ends, at the peak.
-        timm: one for each epoch. The cosine spans all epochs but the cooldown, and warm-up stands
-            in for its beginning: CosineLRScheduler as timm's train.py steps it, LV-ViT's too.
-        deit: the same, an epoch late, for DeiT's loop (and EViT's) steps timm's scheduler after
-            each epoch with that epoch's number: the first two are both at warmup_lr.
+    recipe.lr_schedule:
+        plain: changes at every step; the cosine starts at the peak, after the warm-up.
+        timm: constant within an epoch. The cosine spans all epochs except the cooldown, and the
+            warm-up replaces its beginning (timm's train.py, LV-ViT).
+        deit: as timm, one epoch late: DeiT's and EViT's loops step the scheduler after an epoch
+            with that epoch's number, so the first two epochs run at warmup_lr.
     """
     start: float = recipe.warmup_epochs
     if recipe.lr_schedule != "plain":
@@ -36,10 +36,10 @@ def lr_at(epoch: float, recipe: Recipe) -> float:
 def make_optimizer(
     model: Any, recipe: Recipe, total_steps: int
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """AdamW without decay of biases, norms and embeddings, and its schedule over total_steps.
+    """AdamW and its schedule over total_steps; no decay of biases, norms and embeddings.
 
-    A reducer's parameters learn at recipe.lr; the rest of such a model at recipe.backbone_lr times
-    that, after recipe.backbone_frozen_epochs.
+    The parameters of a reducer use recipe.lr; the backbone of such a model uses recipe.backbone_lr
+    times that, after recipe.backbone_frozen_epochs.
     """
     new = {id(p): n.startswith("reducer.") for n, p in model.named_parameters()}
     scales = (1.0, recipe.backbone_lr) if any(new.values()) else (1.0,)

@@ -1,4 +1,4 @@
-"""Lightning's Trainer: on how many processes, in which precision, and without chatter."""
+"""Build Lightning's Trainer: processes, precision, signals, quiet output."""
 
 import ctypes
 import logging
@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 
 from evit.training.checkpoints import WholeFiles
 
-REFUSED = {  # what is set in place of arguments of lightning.Trainer
+REFUSED = {  # our knobs -> arguments of lightning.Trainer that they replace
     "recipe.epochs": "max_epochs min_epochs",
     "recipe.epochs and recipe.max_train_images": "max_steps min_steps max_time fast_dev_run",
     "recipe.max_train_images": "limit_train_batches overfit_batches",
@@ -37,10 +37,10 @@ REFUSED = {  # what is set in place of arguments of lightning.Trainer
 def build_trainer(
     options: Any, folder: Path, callbacks: list[L.Callback], **more: Any
 ) -> L.Trainer:
-    """Make Lightning's Trainer of the configuration's options, and more of them.
+    """Build Lightning's Trainer from the configuration's options and further arguments.
 
-    With several devices and no launcher it starts this command once for each device, by torchrun,
-    and ends the program when they have ended: call it early.
+    With several devices and no launcher, this runs the command again under torchrun, one process
+    per device, and then exits: call it early.
     """
     options = OmegaConf.to_container(options, resolve=True)
     for way, names in REFUSED.items():
@@ -74,7 +74,7 @@ def build_trainer(
 
 
 def start_processes(count: int, nodes: int) -> NoReturn:
-    """Run this command once for each of `count` devices, by torchrun, and end with its status."""
+    """Run this command under torchrun with `count` processes, and exit with its status."""
     if nodes > 1:
         raise ValueError(f"trainer.num_nodes={nodes}: begin the command with torchrun or srun")
     from torch.distributed import run as torchrun
@@ -82,7 +82,7 @@ def start_processes(count: int, nodes: int) -> NoReturn:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    logging.disable(logging.ERROR)  # torchrun's account of which process it ends
+    logging.disable(logging.ERROR)  # torchrun logs every process that it ends
     try:
         torchrun.main(["--standalone", f"--nproc-per-node={count}", *sys.argv])
     except SignalException as error:
@@ -90,7 +90,7 @@ def start_processes(count: int, nodes: int) -> NoReturn:
         sys.exit(128 + error.sigval)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        if failure.exitcode > 0:  # it has said why
+        if failure.exitcode > 0:  # the process has printed the reason
             sys.exit(failure.exitcode)
         name = signal.Signals(-failure.exitcode).name
         text = f"process {rank} has ended ({name}), and so have the others"
@@ -99,7 +99,7 @@ def start_processes(count: int, nodes: int) -> NoReturn:
 
 
 def processes(devices: Any, num_nodes: Any) -> dict[str, Any]:
-    """The Trainer's devices and num_nodes: auto is as many as torchrun or srun has started."""
+    """Devices and num_nodes for the Trainer; auto is what torchrun or srun has started."""
     env, wanted = os.environ, len(devices) if isinstance(devices, list) else devices
     if torch.distributed.is_torchelastic_launched():
         tasks, local = int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"])
@@ -119,9 +119,9 @@ def processes(devices: Any, num_nodes: Any) -> dict[str, Any]:
 
 
 class Signals(L.Callback):
-    """Keeps the program's own handler of SIGTERM, and ends this process with its torchrun.
+    """Keep our handler of SIGTERM, and end this process if its torchrun dies.
 
-    Lightning's handler waits for all processes of a run, which may be waiting for this one.
+    Lightning's handler waits for all processes of the run, which may be waiting for this one.
     """
 
     def __init__(self) -> None:
@@ -137,12 +137,12 @@ class Signals(L.Callback):
 
 @rank_zero_only
 def say(text: str) -> None:
-    """Print a line, once for all processes."""
+    """Print a line, in the first process only."""
     print(text, flush=True)
 
 
 def quiet() -> None:
-    """Leave the terminal to the run: no advertisements, no advice about settings chosen here."""
+    """Silence Lightning's advertisements and its advice about settings that we chose."""
     for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in ("LeafSpec", "exists and is not empty", "logging interval", "srun", "sync_dist"):
