@@ -48,6 +48,17 @@ def of(share: float, whole: int, *, _parent_: Any) -> float:
     return round(epochs) if isinstance(share, int) else epochs
 
 
+def knob_lines(config: str) -> str:
+    """${knob_lines:config} in a help text: the knobs of conf/CONFIG.yaml with their comments."""
+    section = (CONF_DIR / f"{config}.yaml").read_text().split("\n\n")[1]
+    return section.removesuffix("\nmodel: {}")
+
+
+def choices(group: str) -> str:
+    """${choices:model} in a help text: the names of the files in conf/model/."""
+    return ", ".join(sorted(path.stem for path in (CONF_DIR / group).glob("[!_]*.yaml")))
+
+
 def folder_name(overrides: str) -> str:
     """A folder name that says what was overridden: short ASCII without need of quotes.
 

@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from evit import files
-from evit.config import CONF_DIR, folder_name, of, overridden, scale_for
+from evit.config import CONF_DIR, choices, folder_name, knob_lines, of, overridden, scale_for
 from evit.recipe import Recipe
 
 LOOSE = ("keep_rate", "compile")  # numbers or true by default, and more
@@ -77,7 +77,7 @@ def start(command: str, config: str) -> None:
 def register() -> None:
     """Tell Hydra the schema of a recipe, and OmegaConf the resolvers of conf/."""
     ConfigStore.instance().store(name="schema", node=dict(recipe=Recipe))
-    for resolver in (folder_name, of):
+    for resolver in (folder_name, of, knob_lines, choices):
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 

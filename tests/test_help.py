@@ -1,0 +1,32 @@
+"""--help of every command: short, and begins with examples that compose."""
+
+import re
+
+import pytest
+
+from evit.commands import cli, sweep
+from tests.conftest import ROOT
+
+NAMES = sorted(path.stem for path in (ROOT / "src").glob("*.py"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_help_fits_40_lines_and_begins_with_three_examples(name, capsys):
+    if name == "sweep":
+        sweep.run(["--help"])
+        shown = capsys.readouterr().out
+    else:
+        shown = cli.composed("config" if name == "train" else name, []).hydra.help.template
+    lines = shown.splitlines()
+    assert len(lines) <= 40 and not re.search(r"(?<!\w)_\w+", shown)  # no _base
+    examples = [re.fullmatch(rf"#? +python src/{name}\.py ?(.*)", line) for line in lines[2:5]]
+    assert all(examples), lines[:6]
+    for example in filter(None, examples if name != "sweep" else []):
+        config = "config" if name == "train" else name
+        cli.composed(config, cli.arguments(example[1].split(), config))
+
+
+def test_the_help_has_every_knob_with_its_default():
+    shown = cli.composed("config", []).hydra.help.template
+    assert re.search(r"^keep_rate: 0\.7 +# share", shown, re.M)
+    assert "recipe: cifar10, deit, deit_finetune, dynamicvit," in shown
