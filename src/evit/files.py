@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and what a disk refuses."""
+"""Write files atomically, and explain errors of the disk."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ def printable(value: Any) -> Any:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when all of it is on the disk.
+    """Open a file that replaces `path` when all of it is on the disk.
 
     After an error, or a signal, it is removed, and `path` is as it was.
     """
@@ -44,7 +44,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Put the names of a folder on the disk: a rename before this outlives a power failure."""
+    """Flush the entries of a folder to the disk, so that renames survive a power failure."""
     number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     with suppress(OSError):  # a network's file system may have no such thing
         os.fsync(number)
@@ -52,7 +52,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def refused(error: BaseException, folder: Path) -> str | None:
-    """What to tell the user where a disk is full or may not be used; None: it is not that.
+    """Message for the user if a disk is full or cannot be used; None for other errors.
 
     Args:
         folder: where the program writes, for an error that names no file.
@@ -64,13 +64,13 @@ def refused(error: BaseException, folder: Path) -> str | None:
 
 
 def check_zip(path: Path) -> None:
-    """Compare a zip file, such as torch.save's, with its checksums: torch.load does not."""
+    """Check the checksums of a zip file, such as torch.save's; torch.load does not."""
     if not zipfile.is_zipfile(path):
         return  # left to its reader
     try:
         with zipfile.ZipFile(path) as archive:
             changed = archive.testzip()
-    except Exception as error:  # of zlib, struct or zipfile: whichever byte has changed
+    except Exception as error:  # zlib, struct or zipfile raise, depending on the byte
         raise ValueError(f"damaged: {error}") from error
     if changed:
         raise ValueError(f"damaged: {changed} is not as it was written")

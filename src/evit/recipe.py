@@ -1,4 +1,4 @@
-"""What a training recipe is made of."""
+"""The training recipe: its knobs, defaults and checks."""
 
 import math
 from dataclasses import dataclass, field
@@ -18,12 +18,12 @@ NAMES = dict(
 
 @dataclass
 class Recipe:
-    """How a model is trained. Defaults are what is off; the numbers are in conf/recipe/."""
+    """Knobs of training. By default a part is off; the published numbers are in conf/recipe/."""
 
     epochs: int = MISSING
     # Images per optimizer step, over all processes and accumulated batches.
     batch_size: int = MISSING
-    # Of these, at most so many at once in one process, the rest one after the other; null: all.
+    # Most images that a process takes at once; it accumulates the rest. null: no limit.
     max_batch_per_process: int | None = None
     finetune: bool = False  # starts from trained weights, never from random ones
     train_in_eval_mode: bool = False  # as EViT's finetune.sh: no drop path

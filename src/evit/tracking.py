@@ -1,4 +1,4 @@
-"""The run's records: metrics.jsonl, which is the truth, and W&B, which mirrors it."""
+"""Logging of a run: metrics.jsonl, the record, and W&B, a copy."""
 
 import json
 import logging
@@ -66,7 +66,7 @@ def wandb_mode(mode: str) -> str:
         return mode
     try:
         return "online" if wandb.login(prompt=False, verify=False) else "offline"
-    except wandb.errors.Error:  # of the key: said where the run is to be tracked
+    except wandb.errors.Error:  # an invalid key: reported when tracking begins
         return "online"
 
 
@@ -91,7 +91,7 @@ class Tracker(Logger):
         run = self.run
         try:
             step(run)
-        except Exception as error:  # of many types, in W&B
+        except Exception as error:  # W&B raises many types
             reason, last = f"{type(error).__name__}: {error}".partition("\n")[0], True
             where = "the run goes on untracked; metrics.jsonl and result.json have all of it"
             if run:

@@ -38,7 +38,7 @@ CHOICES: dict[str, tuple[Any, ...]] = dict(
     compile=tuple(benchmark.MODES),
     paper=(None, False, True, *paper.MODELS, "gpu"),
 )
-CASES = {  # of tests/golden, by whether there is a GPU
+CASES = {  # names in tests/golden, with a GPU and without
     True: "evit_deit_s_k07_fuse_224 evit_deit_s_k05_drop_304 evit_lvvit_s_k05_fuse_304",
     False: "evit_tiny_k05_fuse evit_tiny_k05_drop",
 }
@@ -110,7 +110,7 @@ def complete(config: dict[str, Any]) -> torch.device:
 
 
 def models(config: dict[str, Any], reducers: dict[Any, Any]) -> dict[str, Any]:
-    """What choose() takes of a run's checkpoint, or of models in conf/model or in timm."""
+    """Arguments of choose(): from a run's checkpoint, or models of conf/model or timm."""
     found: dict[str, Any] = dict(reducers=reducers or {None: {}})
     nodes = list[Any]()
     if config["checkpoint"]:
@@ -134,8 +134,8 @@ def models(config: dict[str, Any], reducers: dict[Any, Any]) -> dict[str, Any]:
 def measure_all(result: dict[str, Any], config: dict[str, Any], device: torch.device) -> None:
     """paper=gpu: every GPU measurement of the project, in less than eight minutes on one card.
 
-    What is left of the time goes to the paper's rows: 224 px and the rates 0.7 and 0.5 come first.
-    On a CPU the same path runs with tiny models.
+    The remaining time goes to the paper's rows, 224 px and the rates 0.7 and 0.5 first. On a CPU
+    the same code runs with tiny models.
     """
     gpu, started = device.type == "cuda", time.perf_counter()
     config["target"] = config["target"] or ("results/speed_gpu" if gpu else None)

@@ -23,7 +23,7 @@ from evit.reducers import REDUCERS
 from evit.report import results
 from evit.report.evaluations import rate
 
-# For checkpoints that are not a run's, where nothing is given.
+# Defaults for checkpoints that do not come from a run of ours.
 DEFAULTS = dict(keep_rate=0.7, fusion=True, img_size=224, crop_pct=0.875, max_val_images=None)
 WAYS = dict(checkpoint="PATH", pretrained="true (timm's download)", random="true (to try out)")
 REDUCED = "take it with a reducer by model=timm_vit model.model_name=NAME"
@@ -39,7 +39,7 @@ class Source(NamedTuple):
 
 
 def given() -> set[str]:
-    """The names of what was given on the command line."""
+    """Names of the knobs given on the command line."""
     return overridden(HydraConfig.get().overrides.task)
 
 
@@ -117,7 +117,7 @@ def validation(cfg: DictConfig, batch_size: int, most: int | None, ready: bool =
 
 
 def attach(model: Any, reducer: dict[str, Any], source: Source) -> Any:
-    """Give a model the reducer of a configuration; its weights too, where it has some."""
+    """Give a model the reducer of a configuration, with the reducer's weights if it has any."""
     reduce(model, instantiate(reducer, _convert_="all"))
     if model.reducer.state_dict():
         load(model, source)
@@ -145,14 +145,14 @@ def load(model: Any, source: Source) -> None:
 
 
 def heed_rate(reducer: Any) -> None:
-    """Refuse keep_rate beside counts or a schedule of the reducer's own, which win over it."""
+    """Refuse keep_rate together with counts or the reducer's own schedule, which replace it."""
     if (reducer.own or reducer.given) and given() & {"keep_rate", "keep_rates"}:
         way = f"leave keep_rate out, or choose the reducer anew, reducer={reducer.name}"
         raise ValueError(f"reducer {reducer.name} has another schedule than keep_rate: {way}")
 
 
 def opened(cfg: DictConfig) -> tuple[Any, dict[str, Any], DictConfig, Source]:
-    """The model that a command is about, frozen; facts about it; the completed configuration."""
+    """Open a command's model: the frozen model, facts about it, the completed configuration."""
     if sum(bool(cfg.get(name)) for name in WAYS) != 1:
         ways = ", ".join(f"{name}={way}" for name, way in WAYS.items() if name in cfg)
         raise ValueError(f"give the weights, one of {ways}")

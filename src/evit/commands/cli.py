@@ -1,4 +1,4 @@
-"""How every command begins and ends: its knobs, and one line for what a user can mend."""
+"""Start and end of every command: compose its knobs; turn usage errors into one line."""
 
 import difflib
 import gc
@@ -59,7 +59,7 @@ def start(command: str, config: str) -> None:
         with ended_in_a_line():  # or Hydra adds a line of its own
             return getattr(work, command if images else "run")(cfg)
 
-    gc.disable()  # what imports leave is no garbage: a quarter less time until the work begins
+    gc.disable()  # imports leave no garbage: 25 % less time until the work begins
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints errors itself
     given = sys.argv[1:]
     with ended_in_a_line():
@@ -82,10 +82,10 @@ def register() -> None:
 
 
 def arguments(given: list[str], config: str) -> list[str]:
-    """The command line for Hydra: flags as they are, overrides quoted and checked, and the scale.
+    """Prepare the command line for Hydra: quote and check overrides, add the scale.
 
     Raises:
-        ValueError: names a knob that is not there, and the nearest one.
+        ValueError: names an unknown knob and the nearest known one.
     """
     parts = [word.split("=", 1) if word.startswith("--") else [word] for word in given]
     words = ["dry_run=true" if word == "--dry-run" else word for p in parts for word in p]
@@ -97,7 +97,7 @@ def arguments(given: list[str], config: str) -> list[str]:
 
 
 def quoted(override: str) -> str:
-    """The override, its value in quotes where Hydra's grammar would refuse or trim it."""
+    """Quote the value of an override if Hydra's grammar would refuse or trim it."""
     knob, equals, value = override.partition("=")
     with suppress(HydraException):
         OverridesParser.create().parse_override(override)
@@ -108,9 +108,9 @@ def quoted(override: str) -> str:
 
 
 def with_scale(words: list[str]) -> list[str]:
-    """A run's overrides, and scale=own or scale=demo where the data ask for it and none is given.
+    """Add scale=own or scale=demo to a run's overrides, if none is given and the data need it.
 
-    Of the values of a multirun the first counts.
+    In a multirun the first values decide.
     """
     overrides = [word for word in words if not word.startswith("-") and "=" in word]
     if "scale" in overridden(overrides):
@@ -151,7 +151,7 @@ def knobs(config: str) -> dict[str, Any]:
 
 
 def check_spelling(overrides: list[str], config: str) -> None:
-    """Refuse what no configuration has (added with +, it would do nothing); name the nearest."""
+    """Refuse unknown knobs and values of a wrong type; added with +, they would do nothing."""
     known, wrong = knobs(config), str | list if config == "config" else str
     for override in overrides:
         found = re.match(r"[+~]*(([\w-]+)[\w./@-]*)=", override)
@@ -170,7 +170,7 @@ def check_spelling(overrides: list[str], config: str) -> None:
 
 
 def nearest(name: str, known: Any) -> str:
-    """The name that is meant, in a group or by its letters; else all that are beside it."""
+    """Suggest the known name nearest to a misspelt one, else list its neighbours."""
     inside = [other for other in known if other.endswith(f".{name}")]
     if near := inside or difflib.get_close_matches(name, known, 1):
         return f"did you mean {near[0]}?"
@@ -179,7 +179,7 @@ def nearest(name: str, known: Any) -> str:
 
 
 def explained(error: BaseException, config: str) -> ValueError:
-    """An error of composing in one line, with the way out."""
+    """Turn an error of composing into a ValueError of one line, with the way out."""
     if isinstance(error, MissingConfigException) and error.options:
         wanted = str(error.missing_cfg_file).replace("/", "=")
         options = [name for name in error.options if not name.startswith("_")]
@@ -194,7 +194,7 @@ def explained(error: BaseException, config: str) -> ValueError:
 
 @contextmanager
 def ended_in_a_line() -> Iterator[None]:
-    """End the program with one line for a signal, a full disk, or a mistake of the user's."""
+    """End the program with one line for a signal, a full disk, or a usage error."""
     numbers = [n for n in (signal.SIGTERM, signal.SIGUSR1) if signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, terminate) for number in numbers}
     try:
@@ -209,7 +209,7 @@ def ended_in_a_line() -> Iterator[None]:
             raise
         fail(text)
     finally:
-        with suppress(OSError):  # of Hydra's folder in this one remains what is not empty
+        with suppress(OSError):  # remove Hydra's folders if they are empty
             for path in (run_folder(), *run_folder().parents):
                 if Path.cwd() in path.parents:
                     path.rmdir()
@@ -218,19 +218,19 @@ def ended_in_a_line() -> Iterator[None]:
 
 
 def mistake(error: BaseException) -> str | None:
-    """What a user can mend of an error; None for others, which need their traceback."""
+    """The message of an error that the user can correct; None for others (traceback)."""
     kinds: tuple[type[BaseException], ...] = (ValueError, FloatingPointError, ChildProcessError)
-    if isinstance(error, InstantiationException) and error.__cause__:  # of a constructor
+    if isinstance(error, InstantiationException) and error.__cause__:  # from a constructor
         error, kinds = error.__cause__, (ValueError, TypeError, ImportError)
-    if isinstance(error, OmegaConfBaseException):  # a value that has to be given, say
+    if isinstance(error, OmegaConfBaseException):  # a missing value, for example
         return " ".join(str(error).split())
     return files.refused(error, run_folder()) or (str(error) if isinstance(error, kinds) else None)
 
 
 def terminate(number: int, _: Any = None) -> NoReturn:
-    """End the program as a signal asks, said once for all processes of a machine.
+    """End the program after a signal, with one line for all processes of a machine.
 
-    SIGUSR1 in a job of SLURM's requeues it first.
+    SIGUSR1 in a SLURM job requeues the job first.
     """
     job = os.environ.get("SLURM_JOB_ID")
     if number == signal.SIGUSR1 and job and os.environ.get("SLURM_PROCID") == "0":
@@ -251,6 +251,6 @@ def fail(text: str) -> NoReturn:
 
 
 def run_folder() -> Path:
-    """The folder that Hydra has made for this run; before that the current one."""
+    """Hydra's folder for this run; the current folder before there is one."""
     known: Any = HydraConfig.get().runtime if HydraConfig.initialized() else {}
     return Path() if "output_dir" not in known else Path(known["output_dir"])

@@ -33,7 +33,7 @@ def run(cfg: DictConfig) -> None:
             print(made.save().url)
     except ImportError as error:
         raise ValueError(f"{error}: pip install 'evit-lab[dashboard]'") from error
-    except Exception as error:  # of many types, in W&B
+    except Exception as error:  # W&B raises many types
         raise ValueError(f"W&B refuses, or cannot be reached: {error}") from error
 
 

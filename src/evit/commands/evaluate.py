@@ -30,7 +30,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         return cascade.run(cfg)
     folder = Path(HydraConfig.get().runtime.output_dir)
     nodes = list(checkpoint.reducer_nodes(cfg).values())
-    if nodes:  # of several, the model is built with the first
+    if nodes:  # the model is built with the first
         cfg.reducer = nodes[0]
     model, about, cfg, source = checkpoint.opened(cfg)
     gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
@@ -61,7 +61,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         evaluator.compile_parts(cfg.batch_size)
         text += "; compiled, which takes a while at first (compile=false)"
     say(text)
-    for step in data.prepare_data, data.setup:  # what can be wrong with the data is said here
+    for step in data.prepare_data, data.setup:  # raises the errors of the data here
         rank_zero_only(step)()
 
     started = time.perf_counter()

@@ -16,7 +16,7 @@ from evit.commands import checkpoint
 from evit.progress import telling
 from evit.report.evaluations import rate
 
-BATCHES = (1, 2, 5)  # that the file is checked with; it was made with another
+BATCHES = (1, 2, 5)  # to check the file with; it is exported with another
 TOLERANCE = 1e-4
 Compute = Callable[[Tensor], np.ndarray]
 
@@ -57,7 +57,7 @@ def run(cfg: DictConfig) -> Path:
 
 
 def example(about: dict[str, Any]) -> dict[str, Any]:
-    """What exporters ask for: some images, of which there may be any number."""
+    """Example arguments for exporters: images, with a dynamic batch size."""
     images = torch.zeros(3, 3, about["img_size"], about["img_size"])
     return dict(args=(images,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1)}})
 
@@ -81,7 +81,7 @@ def write_onnx(model: nn.Module, about: dict[str, Any], path: Path) -> Compute:
     for name in ("torch.onnx", "onnxscript", "onnx_ir"):  # they tell what they rewrite
         logging.getLogger(name).setLevel(logging.ERROR)
     names: Any = dict(input_names=["images"], output_names=["logits"])
-    with warnings.catch_warnings(action="ignore"):  # of the exporter's own insides
+    with warnings.catch_warnings(action="ignore"):  # from inside the exporter
         program: Any = torch.onnx.export(
             model, **example(about), **names, dynamo=True, opset_version=20, verbose=False
         )

@@ -1,4 +1,4 @@
-"""What a model makes of some images: which patches survive, or the classes it predicts."""
+"""Run a model on some images: draw which patches are kept, or predict classes."""
 
 import csv
 from collections.abc import Iterable

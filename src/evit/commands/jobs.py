@@ -81,7 +81,7 @@ class Sweep:
 
     runs: list[Any]  # each a line with commas, as for a multirun; or {run: ..., starts_from: ...}
     program: str = "train"
-    overrides: str = ""  # of every run
+    overrides: str = ""  # for every run
     needs: list[str] = field(default_factory=list)  # knobs that the file leaves to the user
 
 

@@ -1,6 +1,6 @@
 """Token labels of a tree of images, by a classifier that keeps a grid of features.
 
-What TokenLabeling's generate_label.py does: the classifier is applied at every position of the last
+As TokenLabeling's generate_label.py: the classifier is applied at every position of the last
 features, and the five best classes of each position are kept (evit.data.label_maps).
 """
 
@@ -122,7 +122,7 @@ def annotator(
     except TypeError as error:
         if "img_size" not in str(error):
             raise
-        model = create_model(name, checkpoint is None, **options)  # of images of any size
+        model = create_model(name, checkpoint is None, **options)  # takes images of any size
     if checkpoint:
         load_checkpoint(model, checkpoint)
     elif model.num_classes != num_classes:
@@ -159,5 +159,5 @@ def dense_logits(model: Any, images: Tensor) -> Tensor:
 
 
 def run(cfg: Any) -> None:
-    """What src/label_maps.py does."""
+    """Run src/label_maps.py with a composed configuration."""
     make_label_maps(**cfg)

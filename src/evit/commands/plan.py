@@ -129,11 +129,11 @@ def rows_of_paper(
 def hours(
     model: Any, keep_rates: list[Any], images: int, rows: list[Any], masked: bool, forwards: int
 ) -> float | None:
-    """Estimated hours of training on 8 of the paper's GPUs; None for a run that it has not.
+    """Estimated hours of training on 8 of the paper's GPUs; None for a run not in the paper.
 
-    An image costs a forward pass, twice that for the backward pass, and a teacher's forward pass
-    where there is one, each at the paper's images/s; an epoch at a higher keep rate costs more by
-    its MACs. DynamicViT drops nothing in training, so that its images/s are the dense model's.
+    An image costs three forward passes (four with a teacher) at the paper's images/s, scaled by the
+    MACs at the keep rate of its epoch. DynamicViT drops nothing in training, so it counts at the
+    dense model's images/s.
     """
     if not rows or not hasattr(model, "reducer"):
         return None

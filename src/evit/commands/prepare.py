@@ -169,5 +169,5 @@ def _val_wnids(root: Path) -> dict[str, str]:
 
 
 def run(cfg: Any) -> None:
-    """What src/prepare.py does."""
+    """Run src/prepare.py with a composed configuration."""
     prepare(**cfg)

@@ -17,7 +17,7 @@ JOB_ID = "slurm_job"  # in the folder of a run: its id in SLURM
 
 
 class Task:
-    """What each of SLURM's tasks does: the run's command. Together they are its processes."""
+    """The work of one SLURM task: the run's command. The tasks are the run's processes."""
 
     def __init__(self, job: Job, tasks: int):
         self.command, self.tasks = job.command, tasks

@@ -38,8 +38,8 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Train by a composed configuration; leave result.json in Hydra's run folder and return it.
 
-    A run that has finished there is shown, not repeated; an interrupted one goes on from its last
-    checkpoint. cfg.overwrite starts anew. What can be wrong is found before anything is written.
+    A finished run is shown, not repeated; an interrupted one continues from its last checkpoint.
+    cfg.overwrite starts anew. Usage errors are raised before anything is written.
     """
     quiet()
     folder, started = Path(HydraConfig.get().runtime.output_dir), time.monotonic()
@@ -67,7 +67,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     data.trainer = trainer
     module = build_module(cfg, recipe, data, config)
     announce(cfg, recipe, data, module)
-    for step in data.prepare_data, data.setup:  # what can be wrong with the data is said here
+    for step in data.prepare_data, data.setup:  # raises the errors of the data here
         rank_zero_only(step)()
     if last:
         say(f"Going on from {last}: overwrite=true starts anew.")
@@ -107,7 +107,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def check(cfg: DictConfig, recipe: Recipe) -> None:
-    """Refuse knobs with a value that is none, or that need another."""
+    """Raise a ValueError for invalid knobs, or knobs that need another one."""
     for knob in "checkpoint_every_n_steps", "keep_checkpoint_every_n_epochs":
         if cfg[knob] is not None and not (isinstance(cfg[knob], int) and cfg[knob] >= 1):
             raise ValueError(f"{knob} must be at least 1, got {cfg[knob]}")
@@ -123,7 +123,7 @@ def check(cfg: DictConfig, recipe: Recipe) -> None:
 
 
 def make_callbacks(cfg: DictConfig, recipe: Recipe, folder: Path) -> list[Any]:
-    """What happens beside training, in this order; the Progress is first."""
+    """The run's callbacks in the order of their calls; Progress is first."""
     inside, every = folder / "checkpoints", cfg.checkpoint_every_n_steps
     found: list[Any] = callbacks.progress(recipe.batch_size, bool(cfg.compile))
     found += [callbacks.NonFinite(), Signals()]
@@ -140,7 +140,7 @@ def make_callbacks(cfg: DictConfig, recipe: Recipe, folder: Path) -> list[Any]:
 
 
 def announce(cfg: DictConfig, recipe: Recipe, data: Images, module: Classifier) -> None:
-    """Say what will be trained on, and which knobs that were given are without effect."""
+    """Print the data and schedule of the run, and the given knobs that have no effect."""
     model, choices = module.model, HydraConfig.get().runtime.choices
     reducer: Any = getattr(model, "reducer", None)
     masked = reducer is not None and reducer.masked  # DynamicViT
@@ -179,7 +179,7 @@ def announce(cfg: DictConfig, recipe: Recipe, data: Images, module: Classifier) 
 def mirrored(
     trainer: L.Trainer, folder: Path, config: dict[str, Any], mode: str
 ) -> Iterator[Tracker | None]:
-    """Let the chosen logger mirror metrics.jsonl for a while; a Tracker if it is W&B."""
+    """Copy metrics.jsonl to the chosen logger in this context; yields a Tracker for W&B."""
     options, tracker, status = config["logger"], None, 1
     if target := options.get("_target_"):  # one of Lightning's own
         choice = HydraConfig.get().runtime.choices["logger"]
@@ -209,7 +209,7 @@ def fit(
             raise ValueError(f"{checkpoint} is of another model or recipe: {reason}") from error
         raise
     except SystemExit as error:
-        if error.code == 1:  # what Lightning makes of it
+        if error.code == 1:  # Lightning turns Ctrl-C into this
             raise KeyboardInterrupt from None
         raise
     if "val/top1" not in trainer.callback_metrics:  # it was interrupted before that
@@ -241,14 +241,14 @@ def throughput(
         with context:
             calls = speed.warm_up(lambda: forward(images), 0.2, device)
             seconds = speed.timed(lambda: forward(images), calls, device)
-    except Exception as error:  # of a compiler, say: training is done and must not fail
+    except Exception as error:  # such as a compiler's: the finished training must not fail
         say(f"The speed of inference is not measured: {error}".splitlines()[0])
         return dict(throughput=None, throughput_mode=None)
     return dict(throughput=calls * batch_size / seconds, throughput_mode=mode)
 
 
 def facts(model: Any, img_size: int) -> dict[str, Any]:
-    """What the model is and costs, for the tables."""
+    """Size, reducer and cost of the model, for the tables."""
     found = dict(img_size=img_size, params=measure.count_params(model))
     found |= dict(macs_executed=measure.count_macs(model, executed=True))
     if hasattr(model, "reducer"):

@@ -1,4 +1,4 @@
-"""What happens to a whole batch, on the device that trains: normalise, erase, mix."""
+"""Operations on a whole batch on the training device: normalise, erase, mix."""
 
 import functools
 from typing import Any
@@ -33,8 +33,8 @@ def denormalize(images: Tensor, mean: Colour = MEAN, std: Colour = STD) -> Tenso
 
 
 def augment_batch(images: Tensor, *more: Any, random_erasing: float = 0.0) -> tuple[Any, ...]:
-    """DeiT's random erasing of normalised images (B, 3, H, W), in place: of each, with this
-    probability, noise for a rectangle of 2 to 33 %. The rest of the batch is handed on."""
+    """DeiT's random erasing of normalised images (B, 3, H, W), in place: with this probability, a
+    rectangle of 2 to 33 % of an image becomes noise. The rest of the batch is returned as it is."""
     if random_erasing:
         images = RandomErasing(random_erasing, mode="pixel", device=images.device)(images)
     return images, *more

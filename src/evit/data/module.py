@@ -86,7 +86,7 @@ class Images(L.LightningDataModule):
         return list(zip(np.asarray(found.data), np.asarray(found.targets).tolist(), strict=True))
 
     def num_images(self, split: str) -> int:
-        """How many images a split has, whatever the recipe's limits."""
+        """Number of images of a split, before the recipe's limits."""
         return len(self.samples(split))
 
     def map_paths(self) -> list[str] | None:
@@ -94,12 +94,12 @@ class Images(L.LightningDataModule):
         return None
 
     def identity(self) -> dict[str, Any]:
-        """What tells one content of the source from another."""
+        """Values that change whenever the content of the source changes."""
         return {}
 
     @functools.cached_property
     def beton_dir(self) -> Path:
-        """Where the .beton files are, in a folder for each content and way of writing."""
+        """Folder of the .beton files: one for each content of the source and way of writing."""
         from evit.data.ffcv.format import SIDECAR_FORMAT
 
         identity = self.identity() | self.write_options | dict(format=SIDECAR_FORMAT)

@@ -11,7 +11,7 @@ from evit.recipe import Recipe
 
 
 class Shard(NamedTuple):
-    """What one of `world_size` processes reads, `batch_size` images at a time."""
+    """The share of the images that one of `world_size` processes reads, in batches."""
 
     rank: int = 0
     world_size: int = 1
@@ -54,7 +54,7 @@ def repeated_order(num_samples: int, repeats: int, seed: int) -> np.ndarray:
 
 
 def empty_batch(img_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a process evaluates that has no image of its own: Lightning needs a batch of each."""
+    """Empty batch for a process without images: Lightning needs a batch from each process."""
     images = torch.zeros(0, 3, img_size, img_size, dtype=torch.uint8, device=device)
     return images, torch.zeros(0, dtype=torch.int64, device=device)
 

@@ -31,7 +31,7 @@ class RandAugment(NamedTuple):
 
     @classmethod
     def parse(cls, config: str) -> RandAugment:
-        """What timm makes of its own syntax, such as rand-m9-mstd0.5-inc1."""
+        """Parsed form of timm's syntax, such as rand-m9-mstd0.5-inc1."""
         if not SYNTAX.fullmatch(config) or "inc1" not in config.split("-"):
             raise ValueError(
                 f"recipe.rand_augment={config!r}: write it as timm does, rand-m9-mstd0.5-inc1, "

@@ -48,7 +48,7 @@ class BetonError(ValueError):
 
 
 class DamagedSample(ValueError):
-    """What is wrong with a sample, for the caller that knows the file."""
+    """A damaged sample; the caller adds the name of the file."""
 
 
 def sidecar_path(path: str | Path) -> Path:

@@ -79,7 +79,7 @@ class FFCVStream(Resumable):
 
     @property
     def batch_sampler(self) -> SimpleNamespace:
-        """Where Lightning looks for set_epoch."""
+        """Object on which Lightning looks for set_epoch."""
         return SimpleNamespace(sampler=self)
 
     def set_epoch(self, epoch: int) -> None:

@@ -66,7 +66,7 @@ def encode(
 
 
 def _is_sound_jpeg(image: Image.Image, data: bytes) -> bool:
-    """Whether training would see these bytes as Pillow does, and without a warning."""
+    """Whether our decoder gives the pixels of Pillow for these bytes, without a warning."""
     kept = image.format == "JPEG" and image.mode in ("RGB", "L")
     pixels = decode_jpeg(data, image.height, image.width) if kept else None
     if pixels is None:
@@ -76,7 +76,7 @@ def _is_sound_jpeg(image: Image.Image, data: bytes) -> bool:
 
 
 class _Encoded(Dataset):
-    """What is to be written of each sample."""
+    """Data set of encoded samples for FFCV's writer."""
 
     def __init__(self, samples: Any, options: Any, classes: int, maps: Any) -> None:
         self.samples, self.options, self.num_classes, self.maps = samples, options, classes, maps
