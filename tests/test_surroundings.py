@@ -76,6 +76,7 @@ def test_dependencies_are_pinned_and_the_malicious_ones_excluded():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     assert extras.pop("imagenet") == ["scipy"]  # not installed unless it is wanted
+    assert extras.pop("all") == [f"evit-lab[{','.join(name for name in extras if name != 'dev')}]"]
     groups = [project["dependencies"], *extras.values()]
     needed = [Requirement(text) for group in groups for text in group]
     lines = (ROOT / "requirements.txt").read_text().splitlines()
