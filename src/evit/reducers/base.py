@@ -1,7 +1,7 @@
 """The interface of a token reducer: `plan` decides where each token of an image goes.
 
-A plan (a Reduction) is a linear map over the tokens. The framework does the rest: queries for the
-kept tokens only, projecting after the reduction, indices, pictures, MACs, compilation, export.
+A plan (a Reduction) is a linear map over the tokens. The framework does the rest: fewer queries,
+projecting after the reduction, indices, pictures, MACs, compilation, export.
 """
 
 import inspect

@@ -39,11 +39,11 @@ class EViT(Reducer):
 
     @property
     def selects(self) -> bool:  # type: ignore[override]
-        return not self.fusion
+        return not self.fusion  # then only the kept tokens need a query
 
     @property
     def extra(self) -> int:  # type: ignore[override]
-        return int(self.fusion)
+        return int(self.fusion)  # the fused token
 
     def plan(self, i: int, seen: Seen, num_kept: int) -> Reduction:
         score_BN = seen.scores()  # class attention of the N image tokens
