@@ -68,6 +68,48 @@ def test_the_readme_quotes_the_sweep():
     assert f"top-1 is {lost} points below its {top1[1]:.1f}" in readme
 
 
+def prose(page: str) -> str:
+    return " ".join((ROOT / page).read_text().split())
+
+
+def test_the_readme_quotes_the_speeds():
+    rows = json.loads((RESULTS / "speed_cpu/benchmark.json").read_text())["rows"]
+    wanted = dict(batch_size=8, compile=False, keep_rate=[0.5] * 3, fusion=True)
+    (ratio,) = (row["ratio"] for row in rows if wanted.items() <= row.items())
+    assert f"keep rate 0.5, fused, is {ratio:.1f} times as fast as timm's" in prose("README.md")
+    gpu, text = prose("results/speed_h200/README.md"), prose("README.md")
+    for number in re.search(r"was ([\d.]+) times .* where ([\d.]+) times", text).groups():
+        assert number in gpu and f"{number} times" in prose("results/README.md")
+
+
+METHODS = dict(cover="`cover`", mctf="`mctf`", tome="`tome`", evit="EViT's fusion")
+
+
+@pytest.mark.parametrize("reducer", METHODS)
+def test_the_pages_quote_the_methods_of_reduction(reducer):
+    rows = json.loads((RESULTS / "reducers" / "runs.json").read_text())
+    rows = [row for row in rows if row["from_checkpoint"]]  # without the dense run they start from
+
+    def top1(rate, reducer=None):
+        found = (r for r in rows if r["keep_rate"] == rate and reducer in (None, r["reducer"]))
+        return mean(row["top1"] for row in found)
+
+    lost = " and ".join(f"{top1(1) - top1(rate, reducer):.1f}" for rate in RATES[1:3])
+    quoted = re.compile(rf"{METHODS[reducer]}(, a [^,]*,)?( loses)? {lost}")
+    assert quoted.search(prose("results/README.md"))
+    assert reducer in ("mctf", "tome") or quoted.search(prose("README.md"))
+
+
+def test_the_readme_quotes_the_time_of_training():
+    text = (ROOT / "conf/experiment/evit_deit_s.yaml").read_text()
+    hours = re.search(r"keep_rate=0.7 +79.5 +(\d+)", text)[1]
+    assert f"about {hours} hours on eight A100 at keep rate 0.7" in prose("README.md")
+    rows = json.loads((RESULTS / "training_cpu/benchmark.json").read_text())["rows"]
+    (speed,) = (row["images_per_s"] for row in rows if row["keep_rate"] == [0.7] * 3)
+    assert f"train {speed:.0f} images/s at keep rate 0.7" in prose("README.md")
+    assert 30 * 1000 / speed / 60 == pytest.approx(40, abs=3)  # minutes
+
+
 def test_the_page_leads_to_every_result():
     page = (RESULTS / "README.md").read_text()
     assert all(f"({folder.name}/" in page for folder in RESULTS.iterdir() if folder.is_dir())
