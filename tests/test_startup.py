@@ -1,5 +1,5 @@
 """How soon a training begins: what is imported until then, in which order, and under which garbage
-collector. Nothing here is timed; docs/loader.md says what it comes to."""
+collector. Nothing here is timed; docs/speed.md has the times."""
 
 import json
 import re

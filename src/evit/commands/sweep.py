@@ -221,7 +221,7 @@ def run_all(jobs: list[Job], slots: Any) -> list[tuple[Job, str]]:
                 job = process.job
                 running.remove(process)
                 free.append(process.slot)
-                stop([process.popen])  # what it may have left behind
+                stop([process.popen])  # end processes that it left behind
                 if process.popen.returncode == 0 and job.state() == "finished":
                     tell(job, "finished")
                 else:
