@@ -88,7 +88,7 @@ def test_the_onnx_file_computes_what_the_model_computes(arguments, export, tmp_p
     model = create_model(name, num_classes=5, **options, **SIZE).eval()
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     path, printed = export(f"{arguments} {TINY} checkpoint={tmp_path}/weights.pth")
-    assert "Checked beside PyTorch at batch sizes 1, 2, 5" in printed
+    assert "Compared with PyTorch at batch sizes 1, 2, 5" in printed
     for batch in (1, 4):
         expected = model(images(batch)).numpy()
         np.testing.assert_allclose(by_onnx(path, batch), expected, atol=1e-4)

@@ -60,7 +60,7 @@ def test_what_is_found_is_what_the_printed_line_gives(search, tmp_path, capfd, p
     [
         ("", "give one budget: gmacs=3.0"),
         ("gmacs=1 accuracy=-1", "give one budget: gmacs=3.0"),
-        ("gmacs=9", "is no budget: the dense model takes"),
+        ("gmacs=9", "is no limit: the dense model takes"),
         ("gmacs=0.0001", "no keep rate of evit gets down to 0.0001"),
         ("gmacs=0.008 images=1", "images=2 or more"),
         ("gmacs=0.008 reducer=dynamicvit", "reducer dynamicvit has no keep rates to search"),

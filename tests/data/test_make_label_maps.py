@@ -168,7 +168,7 @@ def test_the_interrupted_file_is_none(tree, checkpoint, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (dict(checkpoint=None, pretrained=False), "without weights knows nothing"),
+        (dict(checkpoint=None, pretrained=False), "would have random weights"),
         (dict(model_name="test_resnet_of_mine"), "Unknown model"),
         (dict(model_name="test_vit"), "does not fit VisionTransformer"),
         (dict(checkpoint="none.pth"), "'none.pth' does not exist"),
@@ -187,7 +187,7 @@ def test_pretrained_for_other_classes_is_named(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "evit.commands.label_maps.create_model", lambda name, _, **options: build(name, 1000)
     )
-    with pytest.raises(ValueError, match="knows 1000 classes and the tree has 6"):
+    with pytest.raises(ValueError, match="has 1000 classes and the images have 6"):
         make(tree, tmp_path / "maps", None, img_size=None)
 
 

@@ -141,7 +141,7 @@ def test_macs_count_every_matrix_product():
     [
         (dict(use_post_norm=True), "block 0 of Eva is a EvaBlockPostNorm"),
         (dict(attn_type="rope", num_kv_heads=1, qkv_fused=False), "with a gate or shared keys"),
-        (dict(use_rot_pos_emb=True, rope_type="mixed"), "other rotary positions in each block"),
+        (dict(use_rot_pos_emb=True, rope_type="mixed"), "its own rotary positions in each block"),
     ],
 )
 def test_what_cannot_be_served_is_named(options, reason):

@@ -89,8 +89,8 @@ def test_a_model_may_be_reorganized_again():
         ("vit_medium_patch16_gap_240", None),
         ("resnet18", "ResNet of timm is not a timm VisionTransformer"),
         ("vit_small_resnet26d_224", None),
-        ("vit_base_patch16_rpn_224", "is a ResPostBlock, which cannot be served"),
-        ("vit_small_patch16_18x2_224", "is a ParallelThingsBlock, which cannot be served"),
+        ("vit_base_patch16_rpn_224", "is a ResPostBlock, which is not supported"),
+        ("vit_small_patch16_18x2_224", "is a ParallelThingsBlock, which is not supported"),
     ],
 )
 def test_models_that_cannot_be_served_are_named(name, reason):

@@ -116,7 +116,8 @@ def models(config: dict[str, Any], reducers: dict[Any, Any]) -> dict[str, Any]:
     if config["checkpoint"]:
         run = checkpoint.open_source(config["checkpoint"]).run
         if "model" not in run:
-            raise ValueError(f"checkpoint={config['checkpoint']} is no run's: give models=[NAME]")
+            way = "it is not from a run of ours, so give models=[NAME] instead"
+            raise ValueError(f"checkpoint={config['checkpoint']}: {way}")
         nodes, found["img_sizes"] = [run["model"]], [run["img_size"]]
         if (own := run["model"].get("reducer")) and not reducers:
             found["reducers"] = {own["_target_"].rpartition(".")[2].lower(): own}

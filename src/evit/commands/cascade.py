@@ -59,7 +59,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             for column, value in enumerate((right, time.perf_counter() - started, len(labels))):
                 rows[name][column] += value
     if not rows["fixed"][2]:
-        raise ValueError(f"there is one batch of {cfg.batch_size}, and that is calibrated on")
+        raise ValueError(f"one batch of {cfg.batch_size} holds all images: lower batch_size")
     macs = dict(cascade=cascade.macs(costs), fixed=cost)
     found = {
         name: dict(top1=100 * right / n, gmacs=macs[name], images_per_s=n / seconds, images=n)

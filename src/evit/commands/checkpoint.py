@@ -83,8 +83,8 @@ def complete(cfg: DictConfig, source: Source) -> DictConfig:
 
     if "_target_" not in cfg.model:
         if not run:
-            why = f"{source.path} is not a run's, which would tell" if source.path else "or a run's"
-            raise ValueError(f"model=NAME is needed, as in model=evit_deit: {why}")
+            why = f": {source.path} does not name its model" if source.path else ""
+            raise ValueError(f"model=NAME is needed, as in model=evit_deit{why}")
         cfg.model = merged("model", run["model"])
         if run["model"].get("reducer") and "reducer" not in names:
             cfg.reducer = merged("reducer", run["model"]["reducer"])

@@ -114,7 +114,7 @@ def choose(config: dict[str, Any], nodes: list[Any], model: Any, source: Any) ->
     for node in nodes:
         if lacks := [k for k in choices if k in checkpoint.given() and k not in node]:
             name = node["_target_"].rpartition(".")[2]
-            say(f"{name} has no {' and no '.join(lacks)}: that is left out.")
+            say(f"{name} has no {' and no '.join(lacks)}: ignored.")
     chosen: dict[Any, Any] = {}
     targets = [(rate, None) for rate in rates] + [(1.0, budget) for budget in budgets]
     for (rate, budget), node in product(targets, nodes):

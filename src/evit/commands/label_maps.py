@@ -127,7 +127,7 @@ def annotator(
         load_checkpoint(model, checkpoint)
     elif model.num_classes != num_classes:
         raise ValueError(
-            f"{name} knows {model.num_classes} classes and the tree has {num_classes}: give "
+            f"{name} has {model.num_classes} classes and the images have {num_classes}: give "
             f"checkpoint=PATH of one that was trained on these classes"
         )
     if hasattr(model, "set_keep_rate"):

@@ -54,7 +54,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     budget = dense / (cfg.images_per_s or 1) if timing else float(cfg.gmacs or dense)
     if not 0 < budget <= dense:
         raise ValueError(
-            f"{budgets} is no budget: the dense model takes {dense:.4g} {unit}, give less"
+            f"{budgets} is no limit: the dense model takes {dense:.4g} {unit}, give less"
         )
     search.uniform(budget)  # or it cannot be met
     search.sensitivities()

@@ -79,13 +79,13 @@ def check_model(model: Any) -> None:
         package = type(model).__module__.split(".")[0]
         raise ValueError(f"{kind} of {package} is not a timm VisionTransformer or Eva: {way}")
     if getattr(model, "rope_mixed", False):
-        raise ValueError(f"{kind} has other rotary positions in each block, which is not served")
+        raise ValueError(f"{kind} has its own rotary positions in each block: not supported")
     for i, block in enumerate(model.blocks):
         if type(block) not in (Block, EvaBlock, ReducedBlock, ReducedEvaBlock):
             name = type(block).__name__
-            raise ValueError(f"block {i} of {kind} is a {name}, which cannot be served")
+            raise ValueError(f"block {i} of {kind} is a {name}, which is not supported")
         attn: Any = block.attn
         served = type(attn) in (Attention, *ROTATED) and getattr(attn, "gate", None) is None
         if not served or getattr(attn, "num_kv_heads", attn.num_heads) != attn.num_heads:
             name = type(attn).__name__
-            raise ValueError(f"block {i} of {kind} attends by {name}, with a gate or shared keys")
+            raise ValueError(f"block {i} of {kind} has {name} with a gate or shared keys")

@@ -171,7 +171,7 @@ class Reduced(nn.Module):
         A dropped patch has its state from before the block that dropped it.
         """
         if attn_mask is not None or is_causal:
-            raise ValueError("attn_mask and is_causal are not served: tokens move")
+            raise ValueError("attn_mask and is_causal are not supported: tokens are removed")
         assert output_fmt in ("NCHW", "NLC"), output_fmt
         take, last = feature_take_indices(len(self.blocks), indices)
         size, x = x.shape[-2:], self.embed(x)

@@ -22,7 +22,7 @@ from evit.report.pictures import draw_kept
 from evit.tracking import Tracker
 
 WAY_OUT = (
-    "with resume=RUN/checkpoints/last.ckpt go on from before it at a lower recipe.lr, or with "
+    "continue from before it by resume=RUN/checkpoints/last.ckpt, with a lower recipe.lr or "
     "recipe.clip_grad=1"
 )
 
@@ -224,7 +224,7 @@ class NonFinite(L.Callback):
         found = [(math.isfinite(loss), text)] * trainer.world_size
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(found, found[0])
-        raise FloatingPointError(f"{min(found)[1]}. No checkpoint has seen this: {WAY_OUT}")
+        raise FloatingPointError(f"{min(found)[1]}. No checkpoint contains this: {WAY_OUT}")
 
     on_validation_start = on_train_epoch_end = look  # type: ignore[assignment]
 
@@ -233,7 +233,7 @@ class NonFinite(L.Callback):
         for name, value in pl_module.state_dict().items():
             if value.is_floating_point() and not value.isfinite().all():
                 text = f"after {trainer.global_step} steps {name} is not finite"
-                raise FloatingPointError(f"{text}. No checkpoint has seen this: {WAY_OUT}")
+                raise FloatingPointError(f"{text}. No checkpoint contains this: {WAY_OUT}")
 
 
 class EMA(WeightAveraging):
