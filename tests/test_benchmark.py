@@ -179,7 +179,7 @@ def test_a_model_without_time_left_is_left_out():
     result: dict = dict(rows=[], matmul=[], left_out=[])
     group, found = speed.Group("inference", 1, "fp32", False), entries.compared([entry], False)
     config = dict(repeats=1, min_seconds=1e-9, paper=None)
-    speed.contest(result, found, group, torch.device("cpu"), config, until=0)
+    speed.compare(result, found, group, torch.device("cpu"), config, until=0)
     reasons = [row["reason"][:12] for row in result["left_out"]]
     assert reasons == ["no time left"] + ["no dense mod"] * 2 and not result["rows"]
 

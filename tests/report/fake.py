@@ -98,7 +98,7 @@ def write(folder: Path, content: dict[str, Any], curves: int = 40) -> Path:
 
 
 def benchmark(*rows: dict[str, Any]) -> dict[str, Any]:
-    """What benchmark.json holds, of one contest at batch 8."""
+    """What benchmark.json holds, of one comparison at batch 8."""
     given = dict(what="inference", batch_size=8, precision="fp32", compile=False, macs=3032105162)
     given |= dict(compared_with="deit_small_patch16_224 dense img_size=224", dense=False)
     given |= dict(keep_rate=[0.7] * 3, fusion=True, img_size=224, model="evit_deit_small_patch16")

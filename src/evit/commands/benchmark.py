@@ -162,7 +162,7 @@ def measure_all(result: dict[str, Any], config: dict[str, Any], device: torch.de
         for i, entry in enumerate(entries if not gpu else []):
             name = entry.model.replace("small", "tiny").replace("lvvit_s", "lvvit_t")
             entries[i] = entry._replace(model=name, img_size=32)
-        contest(result, compared(entries, gpu), group, device, config, started + until)
+        compare(result, compared(entries, gpu), group, device, config, started + until)
 
 
 def check_outputs(cases: str, device: torch.device) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def prepare(
     return step, calls, group._asdict() | facts(entry) | row
 
 
-def contest(
+def compare(
     result: dict[str, Any],
     entries: dict[Entry, Entry],
     group: Group,
