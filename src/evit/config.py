@@ -1,4 +1,4 @@
-"""The knobs of a training run as plain data, and what run folders are called."""
+"""The knobs of a training run as plain data, and the names of run folders."""
 
 import hashlib
 import os
@@ -72,7 +72,7 @@ def folder_name(overrides: str) -> str:
 
 
 def overridden(overrides: list[str]) -> set[str]:
-    """The names of what was given on the command line: {"keep_rate", "data.root", "model"}."""
+    """Names of the knobs given on the command line: {"keep_rate", "data.root", "model"}."""
     return {name[1] for text in overrides if (name := re.match(r"[+~]*([\w./-]+)", text))}
 
 

@@ -92,7 +92,7 @@ class Recipe:
 
     @property
     def peak_lr(self) -> float:
-        """The learning rate after warm-up: linear in the batch size where lr_batch_size is set."""
+        """Learning rate after warm-up: linear in the batch size if lr_batch_size is set."""
         return self.lr * (self.batch_size / self.lr_batch_size if self.lr_batch_size else 1)
 
     def accumulation(self, processes: int) -> int:

@@ -23,10 +23,10 @@ WAITS = dict(init_timeout=30, finish_timeout=30)  # seconds; WANDB_FINISH_TIMEOU
 
 
 class JsonlLogger(Logger):
-    """Appends each logged row to a file as one line of JSON, flushed at once.
+    """Append each logged row to a file as one line of JSON, flushed at once.
 
-    Whatever kills the run, what was logged before is there. A run that goes on after a number of
-    steps loses the rows that were logged later. `seconds` are of all parts of the run.
+    Rows survive any kill. A run that resumes after a number of steps drops the rows of later
+    steps. `seconds` covers all parts of the run.
     """
 
     name, version = "metrics", ""  # type: ignore[assignment]
@@ -58,7 +58,7 @@ class JsonlLogger(Logger):
 
 
 def wandb_mode(mode: str) -> str:
-    """auto is online where the user is logged in to W&B and offline elsewhere."""
+    """Resolve mode=auto: online if the user is logged in to W&B, otherwise offline."""
     if mode not in ("auto", "online", "offline", "disabled"):
         raise ValueError(f"logger.mode must be auto, online, offline or disabled, got {mode!r}")
     os.environ.pop("SLURM_JWT", None)  # a password: W&B records every SLURM_* that it inherits
@@ -71,7 +71,7 @@ def wandb_mode(mode: str) -> str:
 
 
 class Tracker(Logger):
-    """Mirrors a run in W&B; where W&B fails, the run goes on without it and says so in a line.
+    """Copy a run to W&B; if W&B fails, the run continues without it and prints a line.
 
     Args:
         start: begins W&B's run.
@@ -87,7 +87,7 @@ class Tracker(Logger):
         self.attempt(lambda _: setattr(self, "run", start()))
 
     def attempt(self, step: Callable[[Any], Any], last: bool = False) -> None:
-        """step(run); where it fails, or is the last, W&B's run and its process have ended."""
+        """Call step(run); if it fails or is the last, end W&B's run and process."""
         run = self.run
         try:
             step(run)
@@ -124,7 +124,7 @@ class Tracker(Logger):
         self.log(lambda: {key: [wandb.Image(image, file_type="jpg")], STEP: step})
 
     def log_summary(self, summary: dict[str, Any]) -> None:
-        """The numbers that runs are compared by, as the run's summary and as a table of one row."""
+        """Log the compared metrics as the run's summary and as a table of one row."""
         row = [str(value) if isinstance(value, list) else value for value in summary.values()]
         self.log(lambda: {"result": wandb.Table(columns=list(summary), data=[row])})
         if self.run:
@@ -133,9 +133,9 @@ class Tracker(Logger):
 
 @rank_zero_only
 def wandb_logger(directory: Path, *, mode: str, config: dict[str, Any], **options: Any) -> Any:
-    """The Tracker of a run's folder; None where disabled, or in another process than the first.
+    """Create the Tracker of a run's folder; None if disabled, or not in the first process.
 
-    W&B's run has the id in wandb/run_id, so that a run that goes on stays the same.
+    The id of the W&B run is kept in wandb/run_id, so a resumed run stays the same run.
 
     Args:
         options: wandb.init's name, project, entity, group, tags.

@@ -1,1 +1,1 @@
-"""One file, one command: what src/*.py call."""
+"""The commands, one file each; src/*.py start them."""

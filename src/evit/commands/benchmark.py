@@ -1,4 +1,4 @@
-"""Time models that take turns, beside the dense model; write benchmark.json and tables."""
+"""Time models in alternation with their dense baseline; write benchmark.json and tables."""
 
 import json
 import logging
@@ -46,9 +46,9 @@ ROWS_UNTIL, END = 345, 420  # seconds after which no model of DeiT-S, of any, is
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Measure by a composed configuration; leave benchmark.json in Hydra's run folder.
+    """Run a benchmark; write benchmark.json into Hydra's run folder.
 
-    Raises: ValueError if it cannot be served; nothing has been written then.
+    Raises: ValueError for an invalid configuration, before anything is written.
     """
     reducers = checkpoint.reducer_nodes(cfg)
     config: Any = {knob: OmegaConf.select(cfg, str(knob)) for knob in cfg if knob != "reducer"}
@@ -175,7 +175,7 @@ def check_outputs(cases: str, device: torch.device) -> dict[str, Any]:
 
 
 def train_briefly(gpu: bool, batch: int) -> dict[str, Any]:
-    """Train for two epochs on photos of noise, in a process of its own: speed, wait for data."""
+    """Train for two epochs on images of noise, in its own process: speed and wait for data."""
     with TemporaryDirectory() as folder:
         for split, count in dict(train=20 * batch if gpu else 12, val=2 * batch).items():
             for i in range(count):

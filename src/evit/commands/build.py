@@ -1,4 +1,4 @@
-"""The data, the model and the teacher of a configuration, for a run and for its plan."""
+"""Build the data, model and teacher of a configuration, for a run and for its plan."""
 
 from typing import Any
 
@@ -17,19 +17,19 @@ from evit.training.module import Classifier, mix_seed
 
 
 def build_data(cfg: DictConfig, recipe: Recipe) -> Images:
-    """The data module of a configuration; nothing is read or written yet."""
+    """Build the data module of a configuration; nothing is read or written yet."""
     return instantiate(cfg.data, recipe=recipe, _convert_="object")
 
 
 def build_model(cfg: DictConfig, recipe: Recipe, num_classes: int, **options: Any) -> Any:
-    """The model of a configuration, drawn from its seed."""
+    """Build the model of a configuration, initialised from its seed."""
     torch.manual_seed(mix_seed(cfg.seed))
     options |= dict(num_classes=num_classes, drop_path_rate=recipe.drop_path)
     return instantiate(cfg.model, **options, _convert_="all")
 
 
 def build_teacher(cfg: DictConfig, model: Any) -> Any:
-    """The dense model that is distilled, if there is one: DynamicViT's is what it starts from."""
+    """Build the dense teacher, or return None; DynamicViT's is the model that it starts from."""
     source, reducer = cfg.recipe.teacher, getattr(model, "reducer", None)
     if source and (reducer is None or (source == "self" and reducer.masked)):
         kind = "models with a reducer" if reducer is None else "reducers without predictors"
@@ -53,7 +53,7 @@ def build_teacher(cfg: DictConfig, model: Any) -> Any:
 def build_module(
     cfg: DictConfig, recipe: Recipe, data: Images, config: dict[str, Any]
 ) -> Classifier:
-    """The model with its weights, its objective, and what its checkpoints say of it."""
+    """Build the LightningModule: model, weights, loss, and the knobs that checkpoints store."""
     model = build_model(cfg, recipe, data.num_classes)
     check_images(model, cfg.img_size)
     data.normalize_for(model)
@@ -74,7 +74,7 @@ def build_module(
 
 
 def compile_all(model: Any, objective: Any, how: Any = True) -> None:
-    """torch.compile, in place: one graph for each combination of token counts.
+    """Compile model and losses in place, one graph for each combination of token counts.
 
     Args:
         how: True, or the name of one of torch.compile's modes.

@@ -23,7 +23,7 @@ EVERY = 10  # one batch in ten calibrates the threshold; it is not reported
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Choose the threshold for a budget of gmacs on some batches; measure on the others.
 
-    The fixed keep rate of the same cost stands beside it; both take turns, batch by batch.
+    For comparison, the fixed keep rate of the same cost alternates with it, batch by batch.
     """
     rates, budget = [float(rate) for rate in cfg.cascade], cfg.gmacs
     model, about, cfg, source = checkpoint.opened(cfg)

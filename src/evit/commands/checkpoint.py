@@ -1,4 +1,4 @@
-"""A model and its weights, with the knobs of the run that left them: for every command."""
+"""Open a model with its weights and the knobs of its run, for every command."""
 
 import json
 from itertools import chain
@@ -30,7 +30,7 @@ REDUCED = "take it with a reducer by model=timm_vit model.model_name=NAME"
 
 
 class Source(NamedTuple):
-    """A checkpoint: its weights, its run's knobs and model; all empty without a checkpoint."""
+    """Weights of a checkpoint, and knobs and model of its run; empty without a checkpoint."""
 
     path: Path | None = None
     weights: dict[str, Tensor] = {}
@@ -44,7 +44,7 @@ def given() -> set[str]:
 
 
 def open_source(checkpoint: str | None) -> Source:
-    """Read a checkpoint file, or the best one of a run's folder; its knobs are in both."""
+    """Read a checkpoint file, or the best one in a run's folder, with its knobs."""
     if not checkpoint:
         return Source()
     path = Path(checkpoint).expanduser()
@@ -58,7 +58,7 @@ def open_source(checkpoint: str | None) -> Source:
 
 
 def reducer_nodes(cfg: DictConfig) -> dict[str, Any]:
-    """The reducers of reducer=NAME or reducer=[evit,merge] as in conf/reducer, by their names."""
+    """Configurations of reducer=NAME or reducer=[evit,merge], as in conf/reducer, by name."""
     nodes: dict[str, Any] = {}
     for override in HydraConfig.get().overrides.task:
         if override.startswith("reducer="):
@@ -70,7 +70,7 @@ def reducer_nodes(cfg: DictConfig) -> dict[str, Any]:
 
 
 def complete(cfg: DictConfig, source: Source) -> DictConfig:
-    """Fill in the model, its reducer, its data and the knobs that are null: the run's, or defaults.
+    """Fill in the model, reducer, data and null knobs, from the run or by default.
 
     Raises: ValueError if no model is given, or crop_pct is out of range.
     """
@@ -126,7 +126,7 @@ def attach(model: Any, reducer: dict[str, Any], source: Source) -> Any:
 
 
 def load(model: Any, source: Source) -> None:
-    """Load the weights; those of a reducer that the model does not have are left out.
+    """Load the weights, without those of a reducer that the model does not have.
 
     Raises: ValueError if they do not fit, or the reducer has parameters that they lack.
     """

@@ -1,4 +1,4 @@
-"""A project's runs on W&B beside each other and beside the paper: a workspace and a report."""
+"""Compare a project's runs with each other and the paper on W&B: a workspace and a report."""
 
 import tempfile
 from typing import Any
@@ -70,7 +70,7 @@ def log_paper(rows: list[dict[str, Any]], **where: Any) -> None:
 
 
 def workspace(entity: str, project: str) -> Any:
-    """The workspace of a project, not saved."""
+    """Build the workspace of a project, not saved."""
     import wandb_workspaces.workspaces as ws
 
     columns = ["run:displayName", "run:group", *(f"summary:{key}" for key in KEYS)]
@@ -82,7 +82,7 @@ def workspace(entity: str, project: str) -> Any:
 
 
 def report(entity: str, project: str) -> Any:
-    """The report of a project, not saved: our runs and the paper's, in two colours."""
+    """Build the report of a project, not saved: our runs and the paper's, in two colours."""
     import wandb_workspaces.reports.v2 as wr
 
     where: Any = dict(entity=entity, project=project)

@@ -22,7 +22,7 @@ from evit.training.trainer import Signals, build_trainer, quiet, say
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Evaluate by a composed configuration; leave evaluation.json in Hydra's run folder."""
+    """Run an evaluation; write evaluation.json into Hydra's run folder."""
     quiet()
     if {"keep_rate", "keep_rates"} <= checkpoint.given():
         raise ValueError("keep_rate stands beside keep_rates, where it does nothing: give one")
@@ -97,9 +97,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def choose(config: dict[str, Any], nodes: list[Any], model: Any, source: Any) -> list[Any]:
-    """Every reducer at every keep rate, with every fusion and selection that it has, each once.
+    """Make all combinations of reducer, keep rate, fusion and selection, each once.
 
-    Returns: reducers attached to the model; [None] for a model that takes none.
+    Returns: reducers attached to the model; [None] for a model without reducers.
     """
     rates, budgets = config["keep_rates"], listed(config["gmacs"] or [])
     rates = listed(rates or ([] if budgets else [config["keep_rate"]]))
@@ -129,7 +129,7 @@ def choose(config: dict[str, Any], nodes: list[Any], model: Any, source: Any) ->
 
 
 def cost(model: Any, reducer: Any) -> dict[str, Any]:
-    """Multiply-accumulates of one image: as the published tables count, and as computed here."""
+    """Multiply-accumulates per image: by the published count, and as executed here."""
     if reducer is not None:
         model.reducer = reducer
     published = None if reducer is None else measure.count_macs(model)

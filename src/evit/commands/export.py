@@ -23,7 +23,7 @@ Compute = Callable[[Tensor], np.ndarray]
 
 @telling(lambda: "exporting")
 def run(cfg: DictConfig) -> Path:
-    """Export by a composed configuration; the file, which is there only if it computes the same."""
+    """Export a model; return the file, which is kept only if its outputs match the model's."""
     if cfg.format not in FORMATS:
         raise ValueError(f"format must be {' or '.join(FORMATS)}, got {cfg.format!r}")
     suffix, write = FORMATS[cfg.format]
@@ -63,7 +63,7 @@ def example(about: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_pt2(model: nn.Module, about: dict[str, Any], path: Path) -> Compute:
-    """Write a torch.export file; return what reads it."""
+    """Write a torch.export file; return a function that runs it."""
     program = torch.export.export(model, **example(about))
     torch.export.save(program, path, extra_files={"about.json": json.dumps(about)})
     module = torch.export.load(path).module()
@@ -71,7 +71,7 @@ def write_pt2(model: nn.Module, about: dict[str, Any], path: Path) -> Compute:
 
 
 def write_onnx(model: nn.Module, about: dict[str, Any], path: Path) -> Compute:
-    """Write an ONNX file; return what reads it."""
+    """Write an ONNX file; return a function that runs it."""
     try:
         import onnxruntime
         import onnxscript  # noqa: F401

@@ -23,7 +23,7 @@ from evit.report.pictures import draw_features, draw_kept
 
 @telling(lambda: "drawing")
 def visualize(cfg: DictConfig) -> Path:
-    """Draw which patches of images survive, or the features that they end in; the file."""
+    """Draw the kept patches, or the final feature maps, of images; return the file."""
     if cfg.show not in ("kept", "features"):
         raise ValueError(f"show must be kept or features, got {cfg.show!r}")
     if cfg.num_images < 1:
@@ -52,7 +52,7 @@ def visualize(cfg: DictConfig) -> Path:
 @telling(lambda: "predicting")
 @torch.no_grad()
 def predict(cfg: DictConfig) -> None:
-    """Predict the classes of images: names and probabilities, printed and as a table."""
+    """Predict the classes of images; print names and probabilities, and write a table."""
     if cfg.top < 1 or cfg.batch_size < 1:
         raise ValueError(f"top={cfg.top} and batch_size={cfg.batch_size} must be at least 1")
     rows: list[Any] = [("image", "rank", "class", "probability")]
@@ -84,7 +84,7 @@ def class_names(about: dict[str, Any]) -> list[str]:
 
 
 def image_paths(images: Any, most: int | None = None) -> list[Path]:
-    """The images that are named, and of each folder some, spread over it; most=None: all."""
+    """List the named images, and `most` images spread over each folder (None: all)."""
     given: Any = OmegaConf.to_object(images) if OmegaConf.is_list(images) else images
     paths: list[Path] = []
     for path in (Path(name).expanduser() for name in listed(given)):
@@ -99,6 +99,6 @@ def image_paths(images: Any, most: int | None = None) -> list[Path]:
 
 
 def read_pixels(paths: Iterable[Path], cfg: DictConfig) -> Tensor:
-    """Images as evaluations crop them, uint8 (B, 3, img_size, img_size)."""
+    """Crop images as in evaluations, to uint8 (B, 3, img_size, img_size)."""
     crop = evaluation_transform(cfg.img_size, cfg.crop_pct)
     return torch.stack([crop(load_image(path)) for path in paths])

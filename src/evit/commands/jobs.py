@@ -1,4 +1,4 @@
-"""The files of sweeps/ as jobs: which runs, where each leaves its result, what has finished."""
+"""Read sweeps/*.yaml as jobs: their runs, result folders and states."""
 
 import itertools
 import json
@@ -52,7 +52,7 @@ class Job:
 
     @property
     def command(self) -> list[str]:
-        """The command of the run, which goes on where it stopped, or begins anew if changed."""
+        """Command of the run; it continues the run, or begins anew if the run has changed."""
         script = CONF_DIR.parent / "src" / f"{self.program}.py"
         anew = self.program == "train" and self.state() == "changed"
         return [sys.executable, str(script), *self.overrides, *["overwrite=true"] * anew]
@@ -115,10 +115,10 @@ def expand(line: str, more: list[str]) -> list[list[str]]:
 def make_jobs(name: str, sweep: Sweep, more: list[str]) -> list[Job]:
     """Make the runs of a sweep, each once, with more overrides for all of them.
 
-    One that does not compose is a job with an error.
+    A run that does not compose becomes a job with an error.
 
     Raises:
-        ValueError: none of them composes.
+        ValueError: no run composes.
     """
     found: dict[Path, Job] = {}
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
@@ -183,7 +183,7 @@ def one_line(error: Exception) -> str:
 
 
 def stop(popens: list[subprocess.Popen]) -> None:
-    """End processes and all that they have started; a run goes on from its last checkpoint."""
+    """End processes and their children; a run can continue from its last checkpoint."""
     for number, seconds in ((signal.SIGTERM, GRACE), (signal.SIGKILL, 10)):
         for popen in popens:
             with suppress(ProcessLookupError):

@@ -1,4 +1,4 @@
-"""Token labels of a tree of images, by a classifier that keeps a grid of features.
+"""Make token labels of a tree of images, by a classifier that keeps a grid of features.
 
 As TokenLabeling's generate_label.py: the classifier is applied at every position of the last
 features, and the five best classes of each position are kept (evit.data.label_maps).
@@ -111,7 +111,7 @@ def make_label_maps(
 def annotator(
     name: str, num_classes: int, pretrained: bool, checkpoint: Any, img_size: int | None
 ) -> nn.Module:
-    """The classifier, with its weights, and with all of its tokens if it could do with fewer."""
+    """Create the classifier with its weights, at keep rate 1 if it has a reducer."""
     if checkpoint is None and not pretrained:
         way = "give checkpoint=PATH, or pretrained=true"
         raise ValueError(f"{name} without weights knows nothing: {way}")

@@ -85,7 +85,7 @@ def train_command(folder: Path, imagenet: bool) -> str:
 
 
 def python_dataset(module: str, function: str) -> tuple[list[str], dict[str, Any]]:
-    """The classes and the splits of a data set in Python: of make_train() and make_val(), say.
+    """Classes and splits of a data set in Python, made by functions as make_train and make_val.
 
     Each returns a map-style data set of (PIL image, bytes of an image file, or array; label); the
     `classes` of the first are the names of the classes.
@@ -102,7 +102,7 @@ def python_dataset(module: str, function: str) -> tuple[list[str], dict[str, Any
 
 
 def tree_of(root: Path) -> Path:
-    """The folder of train/ and val/, which Kaggle has three folders down."""
+    """The folder with train/ and val/; in Kaggle's layout it is three levels down."""
     return root / KAGGLE if (root / KAGGLE).is_dir() else root
 
 

@@ -1,4 +1,4 @@
-"""Search the keep rates that lose least at a cost; write front.json, front.png and what to type."""
+"""Search the keep rates that lose least at a cost; write front.json and front.png."""
 
 from functools import partial
 from pathlib import Path
@@ -20,12 +20,12 @@ from evit.report import results
 
 @telling(lambda: "searching")
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Search by a composed configuration; leave front.json and front.png in the run folder.
+    """Run a search; write front.json and front.png into the run folder, print the overrides.
 
     Schedules are searched on one half of the images and reported on the other.
 
     Raises:
-        ValueError: the budget is not one, or cannot be met; the reducer has no rates to search.
+        ValueError: the budget is invalid or cannot be met, or the reducer has no keep rates.
     """
     budgets = {k: cfg[k] for k in ("gmacs", "images_per_s", "accuracy") if cfg[k] is not None}
     if len(budgets) != 1 or cfg.images < 2:
@@ -90,7 +90,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
 
 def seconds(model: Any, images: torch.Tensor) -> float:
-    """Seconds for an image, the median of 5 batches."""
+    """Seconds per image, the median of 5 batches."""
     step = torch.no_grad()(partial(model, images))
     return median(timed(step, 1, images.device) for _ in range(5)) / len(images)
 

@@ -24,7 +24,7 @@ class Task:
         self.popen: subprocess.Popen | None = None
 
     def __call__(self) -> None:
-        """Run, and go on with the run where SLURM has requeued the job."""
+        """Run the command; after a requeue, continue the run."""
         started = int(os.environ["SLURM_NTASKS"])
         if started != self.tasks:
             raise RuntimeError(f"SLURM has started {started} tasks instead of {self.tasks}")
@@ -48,7 +48,7 @@ class Task:
 
 
 def queued() -> set[str]:
-    """The ids of this user's jobs that wait or run."""
+    """Ids of this user's waiting and running jobs."""
     command = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
     try:
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout

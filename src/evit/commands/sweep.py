@@ -34,7 +34,7 @@ def run(arguments: list[str]) -> int:
     """Run the sweep that the command line asks for; return the exit status.
 
     Raises:
-        ValueError: the command line cannot be served; nothing has begun.
+        ValueError: the command line is invalid; nothing has started.
     """
     if not arguments or {"-h", "--help"} & set(arguments):
         print(KNOBS.read_text() + f"\nSweeps: {', '.join(names())}")
