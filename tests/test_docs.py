@@ -50,6 +50,15 @@ def test_links_lead_to_files_and_headings_that_are_there(page):
 
 
 @pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
+def test_files_of_the_package_that_a_page_names_are_there(page):
+    rooms = "reducers|models|data|training|measure|report|commands"
+    named = re.findall(
+        rf"(?<![\w/])(?:src/evit/)?((?:{rooms})/[\w/]+\.(?:py|c))\b", page.read_text()
+    )
+    assert not [name for name in named if not (ROOT / "src/evit" / name).is_file()]
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
 def test_every_page_begins_with_a_command_and_leads_to_others(page):
     text = page.read_text()
     assert re.match(r"# .+\n\n```(bash|python)\n", text) and "See also:" in text
