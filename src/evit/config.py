@@ -51,7 +51,7 @@ def of(share: float, whole: int, *, _parent_: Any) -> float:
 def knob_lines(config: str) -> str:
     """${knob_lines:config} in a help text: the knobs of conf/CONFIG.yaml with their comments."""
     section = (CONF_DIR / f"{config}.yaml").read_text().split("\n\n")[1]
-    return section.removesuffix("\nmodel: {}")
+    return section.removesuffix("\nmodel: {}").replace("$", "$$")  # Hydra substitutes $NAME
 
 
 def choices(group: str) -> str:

@@ -21,7 +21,7 @@ from evit.commands import checkpoint
 from evit.commands.cli import composed
 from evit.config import CONF_DIR, counted, listed
 from evit.measure.entries import Entry, choose, compared, facts
-from evit.measure.speed import DTYPES, Group, contest, set_precision
+from evit.measure.speed import DTYPES, Group, compare, set_precision
 from evit.progress import telling
 from evit.report import benchmark, paper, results
 
@@ -70,7 +70,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             for values in product(*(config[name] for name in names)):
                 group = Group(*values)
                 print(f"{group}: {counted(len(entries), 'model')}", flush=True)
-                contest(result, entries, group, device, config)
+                compare(result, entries, group, device, config)
     del result["at"]
     result |= dict(config=config, device=results.device_name(device))
     result |= results.provenance() | dict(seconds=round(time.perf_counter() - started, 1))
