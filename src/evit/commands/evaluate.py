@@ -25,7 +25,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """Run an evaluation; write evaluation.json into Hydra's run folder."""
     quiet()
     if {"keep_rate", "keep_rates"} <= checkpoint.given():
-        raise ValueError("keep_rate stands beside keep_rates, where it does nothing: give one")
+        raise ValueError("keep_rate has no effect beside keep_rates: give one of them")
     if cfg.cascade:
         return cascade.run(cfg)
     folder = Path(HydraConfig.get().runtime.output_dir)
