@@ -123,7 +123,7 @@ def show(name: str, jobs: list[Job], costs: dict[int, Any] | None = None) -> Non
     print(f"sweep {name}: {counted(len(jobs), 'run')}, {states.count('finished')} finished")
     Console().print(table, highlight=False)
     if costs and (total := sum(amount for amount, _ in costs.values())):
-        print(f"{total:.0f} GPU hours in all, as estimated (docs/recipes.md, Hours)")
+        print(f"{total:.0f} GPU hours in all, as estimated (docs/imagenet.md, Hours)")
 
 
 class Process(NamedTuple):
