@@ -6,6 +6,7 @@ from torch import nn
 
 import evit
 from evit.reducers import REDUCERS, Reducer
+from evit.reducers.tome import removals
 from tests.reducers.tiny import AT, COUNTS, DROPS, PATCHES, gradients, images, reduced, run, vit
 
 NAMES = sorted(REDUCERS)
@@ -261,3 +262,12 @@ def test_images_of_another_size_where_the_model_takes_them():
 )
 def test_tome_s_own_ways_to_say_how_many(r, expected):
     assert evit.reduce(vit(), "tome", r=r).tokens_per_block() == expected
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5, 12])
+def test_an_inflected_schedule_removes_as_many_from_2_r_to_0(depth):
+    falls, rises = removals((10, -1.0), depth), removals((10, 1.0), depth)
+    assert falls[0] == 20 and rises[0] == 0
+    if depth > 1:
+        assert falls[-1] == 0 and rises[-1] == 20
+        assert 10 * depth - depth < sum(falls) <= 10 * depth
