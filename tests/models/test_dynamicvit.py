@@ -93,12 +93,17 @@ def test_keep_rate_1_is_the_dense_model(kind):
 
 
 @torch.no_grad()
-def test_a_masked_token_has_no_influence_on_the_kept_ones():
+def test_a_masked_token_is_seen_by_itself_alone():
     block, x = tiny().eval().blocks[0], torch.randn(2, 17, 48)
     kept = torch.ones(2, 17)
     kept[:, 5:] = 0
-    masked, removed = block(x, step=Step(1, mask_BT=kept))[:, :5], block(x[:, :5])
-    torch.testing.assert_close(masked, removed, atol=1e-5, rtol=1e-5)
+    masked = block(x, step=Step(1, mask_BT=kept))
+    torch.testing.assert_close(masked[:, :5], block(x[:, :5]), atol=1e-5, rtol=1e-5)
+    for token in range(5, 17):
+        alone = block(x[:, [0, 1, 2, 3, 4, token]])[:, 5]
+        torch.testing.assert_close(masked[:, token], alone, atol=1e-5, rtol=1e-5)
+    block.attn.qkv.weight.mul_(1e3)  # logits whose exponentials are infinite
+    assert block(x, step=Step(1, mask_BT=kept)).isfinite().all()
 
 
 def test_a_token_once_dropped_stays_dropped():

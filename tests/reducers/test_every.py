@@ -73,6 +73,15 @@ def test_counts_are_reached_and_every_patch_is_accounted_for(name):
 
 
 @every
+def test_sizes_enter_the_attention_where_a_method_says_so(name):
+    bias = reduced(name).reducer.key_bias(torch.full((2, 5), 2.0), torch.float32)
+    if name in ("merge", "diffrate", "cover", "tome", "mctf", "ats"):
+        torch.testing.assert_close(bias, torch.full((2, 1, 1, 5), 2.0).log())
+    else:
+        assert bias is None
+
+
+@every
 @on_prefixes
 @torch.no_grad()
 def test_tokens_are_mixed_within_their_group_and_prefix_tokens_with_none(name, prefix):
