@@ -138,6 +138,15 @@ def test_training_in_bf16_has_no_nan(kind, autocast):
     assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
+@torch.no_grad()
+def test_a_predictor_sees_the_mean_of_the_kept_tokens():
+    predictor, x, kept = Predictor(48), torch.randn(2, 7, 48), torch.ones(2, 7)
+    twice = predictor(torch.cat([x, x], 1), torch.ones(2, 14))
+    torch.testing.assert_close(twice[:, :7], predictor(x, kept))
+    kept[:, 5:] = 0
+    torch.testing.assert_close(predictor(x, kept)[:, :5], predictor(x[:, :5], kept[:, :5]))
+
+
 def test_a_predictor_that_sees_no_kept_token_gives_numbers():
     assert Predictor(48)(torch.randn(2, 7, 48), torch.zeros(2, 7)).isfinite().all()
 

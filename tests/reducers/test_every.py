@@ -73,6 +73,13 @@ def test_counts_are_reached_and_every_patch_is_accounted_for(name):
 
 
 @every
+@torch.no_grad()
+def test_a_place_may_remove_a_single_token(name):
+    model = reduced(name, counts=[63, 62, 61])
+    assert run(model.forward_features, images()).shape == (2, 1 + 61, 48)
+
+
+@every
 def test_sizes_enter_the_attention_where_a_method_says_so(name):
     bias = reduced(name).reducer.key_bias(torch.full((2, 5), 2.0), torch.float32)
     if name in ("merge", "diffrate", "cover", "tome", "mctf", "ats"):

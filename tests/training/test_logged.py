@@ -15,6 +15,7 @@ from evit.training.module import Classifier
 from evit.training.optimizer import lr_at
 
 STEPS = 4  # of an epoch
+SHAPE = dict(embed_dim=24, depth=4, num_heads=2, num_classes=9)
 RECIPE = Recipe(
     epochs=3, batch_size=8, lr=1e-3, lr_batch_size=4, warmup_epochs=1, shrink_epochs=2, eval_every=2
 )
@@ -48,8 +49,7 @@ class Recorder(DummyLogger):
 def train(folder, keep_rate):
     """Numbers logged in three epochs; the model, the losses of its batches and their rates."""
     torch.manual_seed(0)
-    shape = dict(embed_dim=24, depth=4, num_heads=2, num_classes=9)
-    model = evit.EViT(16, 4, keep_rate=keep_rate, **shape)
+    model = evit.EViT(16, 4, keep_rate=keep_rate, **SHAPE)
     objective, recorder = make_objective(model, RECIPE, 9, 8), Recorder()
     seen = []
 
@@ -87,6 +87,10 @@ def test_each_step_has_its_loss_its_learning_rate_and_its_tokens(run):
     losses, rates, tokens = zip(*seen, strict=True)
     assert list(logged["train/loss"].values()) == pytest.approx(losses)
     assert list(logged["keep_rate"].values()) == pytest.approx([rate[0] for rate in rates])
+    exact = evit.EViT(16, 4, keep_rate=0.5, **SHAPE)
+    for rate, each in zip(rates, tokens, strict=True):
+        exact.set_keep_rate(rate)
+        assert each == exact.tokens_per_block()
     means = [sum(each) / len(each) for each in tokens]
     assert list(logged["tokens_per_image"].values()) == pytest.approx(means)
     expected = [lr_at(step / STEPS, RECIPE) for step in range(3 * STEPS)]
