@@ -14,6 +14,7 @@ from PIL import Image
 from evit.commands.prepare import prepare
 from evit.data import Folder, auto
 from evit.data.batch import augment_batch, denormalize, make_mixup, normalize
+from evit.data.ffcv import format
 from evit.data.ffcv.format import HEADER, BetonError, layout
 from evit.data.folders import ClassFolders, tree_classes
 from evit.data.imagefolder import folder_loader
@@ -48,12 +49,17 @@ def test_betons_are_opened_in_one_place_which_checks_them():
     assert loaders == ["stream.py"]
 
 
-def test_a_changed_folder_or_another_way_of_writing_gets_files_of_its_own(photos, tmp_path):
+def test_a_changed_folder_or_another_way_of_writing_gets_files_of_its_own(
+    photos, tmp_path, monkeypatch
+):
     folders = [folder(photos, tmp_path).beton_dir]
     folders.append(folder(photos, tmp_path, jpeg_quality=50).beton_dir)
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(photos / "train/cat/new.jpg")
     folders.append(folder(photos, tmp_path).beton_dir)
-    assert len(set(folders)) == 3
+    monkeypatch.setattr(format, "SIDECAR_FORMAT", "of another version")
+    cache_dir = tmp_path / "cache"
+    folders.append(build.module(Folder, photos, cache_dir=cache_dir, **OPTIONS).beton_dir)
+    assert len(set(folders)) == 4
 
 
 def test_labels_are_those_of_train_where_val_lacks_a_class(photos):
@@ -106,6 +112,12 @@ def test_auto_takes_the_folder_or_says_that_it_has_none(photos, capsys):
     assert capsys.readouterr().out == ""
     assert build.module(auto, **OPTIONS).name == "fashion-mnist"
     assert "embedded Fashion-MNIST" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [dict(backend="dali"), dict(batches_ahead=0)])
+def test_a_backend_or_a_number_of_batches_that_is_none_is_refused(options, photos):
+    with pytest.raises(ValueError, match="data.backend must be ffcv or imagefolder and data.batch"):
+        build.module(Folder, photos, **OPTIONS, **options)
 
 
 def test_missing_ffcv_is_named_with_the_way_out(photos, monkeypatch):
@@ -195,6 +207,13 @@ def test_a_batch_tells_which_images_it_has(backend, repeats, photos, tmp_path):
         told = re.findall(r"\d+", data.describe_batch(2, number).split(" of ")[0])
         assert [int(number) // 6 for number in told] == labels.tolist()
     assert ("train.beton" in data.describe_batch(2, 0)) == (backend == "ffcv")
+
+
+@pytest.mark.parametrize("size", [8, 12])
+def test_of_a_batch_at_most_8_images_are_told(photos, tmp_path, size):
+    data = folder(photos, tmp_path, backend="imagefolder", batch_size=size, num_workers=0)
+    told = data.describe_batch(0, 0).split(" of ")[0]
+    assert len(re.findall(r"\d+", told)) == 8 and ("..." in told) == (size > 8)
 
 
 def test_denormalize_undoes_normalize():

@@ -13,10 +13,10 @@ from evit.recipe import Recipe
 class Shard(NamedTuple):
     """What one of `world_size` processes reads, `batch_size` images at a time."""
 
-    rank: int = 0
-    world_size: int = 1
-    batch_size: int = 1
-    seed: int = 0
+    rank: int
+    world_size: int
+    batch_size: int
+    seed: int
 
     def train_batches(self, num_images: int, recipe: Recipe) -> int:
         """Batches of an epoch, the same for every process: whole optimizer steps only."""
