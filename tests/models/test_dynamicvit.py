@@ -141,10 +141,13 @@ def test_training_in_bf16_has_no_nan(kind, autocast):
 @torch.no_grad()
 def test_a_predictor_sees_the_mean_of_the_kept_tokens():
     predictor, x, kept = Predictor(48), torch.randn(2, 7, 48), torch.ones(2, 7)
+    for weight in predictor.parameters():  # which are small at first, and so are differences
+        weight.normal_()
     twice = predictor(torch.cat([x, x], 1), torch.ones(2, 14))
-    torch.testing.assert_close(twice[:, :7], predictor(x, kept))
+    near = dict(atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(twice[:, :7], predictor(x, kept), **near)
     kept[:, 5:] = 0
-    torch.testing.assert_close(predictor(x, kept)[:, :5], predictor(x[:, :5], kept[:, :5]))
+    torch.testing.assert_close(predictor(x, kept)[:, :5], predictor(x[:, :5], kept[:, :5]), **near)
 
 
 def test_a_predictor_that_sees_no_kept_token_gives_numbers():
