@@ -182,6 +182,7 @@ def test_the_reducer_is_a_name_with_its_options_or_one_that_is_made_or_none():
     assert tiny(reducer=None, keep_rate=0.5).keep_rate == (1.0, 1.0, 1.0)
     model = tiny(reducer="cover", keep_rate=0.5, drop_loc=[2], size_power=0.1)
     assert (model.keep_rate, model.drop_loc, model.reducer.size_power) == ((0.5,), (2,), 0.1)
+    assert tiny().fusion is True and tiny(fusion=False).fusion is False
     made = reducers.make("tome", r=3)
     assert tiny(reducer=made).reducer is made
 
