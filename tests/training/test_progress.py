@@ -10,6 +10,7 @@ import torch
 from evit.data import order
 from evit.training import callbacks
 from evit.training.callbacks import Progress
+from tests.data.build import recipe_of
 
 
 class Clock:
@@ -29,12 +30,10 @@ def clock(monkeypatch) -> Clock:
     return clock
 
 
-class Loader(order.Resumable):
+class Loader(order.EpochLoader):
     def __init__(self, clock: Clock):
+        super().__init__(32, recipe_of(), order.Shard(batch_size=8), True, 1)
         self.clock = clock
-
-    def __len__(self) -> int:
-        return 4
 
     def batches(self, start):
         for _ in range(start, 4):

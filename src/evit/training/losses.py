@@ -19,7 +19,9 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class Classification:
-    """Cross-entropy of mixed images; draws come first, then losses(), which compiles.
+    """Cross-entropy of mixed images, or what a reducer that learns makes of it (Reducer.losses).
+
+    Draws come first, then losses(), which compiles.
 
     Args:
         teacher: a dense model whose class logits are distilled; "self": this model at keep rate 1.
@@ -29,24 +31,24 @@ class Classification:
         self, model: Any, recipe: Recipe, num_classes: int, batch_size: int, teacher: Any = None
     ):
         self.model, self.recipe, self.num_classes = model, recipe, num_classes
-        draws = (recipe.mixup, recipe.cutmix, recipe.mixup_switch_prob, recipe.label_smoothing)
-        self.mixup = make_mixup(num_classes, *draws, batch_size, recipe.mixup_mode)
-        self.teacher = teacher
+        self.mixup = make_mixup(recipe, num_classes, batch_size)
+        self.teacher = model if teacher == "self" else teacher
+        self.learns = getattr(getattr(model, "reducer", None), "masked", False)
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         smoothing = self.recipe.label_smoothing if targets.ndim == 1 else 0.0
         return F.cross_entropy(logits, targets, label_smoothing=smoothing)
 
     def __call__(self, images: Tensor, labels: Tensor, *_: Tensor) -> dict[str, Tensor]:
-        mixed = (images, labels) if self.mixup is None else self.mixup(images, labels)
-        return self.losses(*mixed, *self.taught(mixed[0]))
+        images, targets = self.mixup(images, labels) if self.mixup else (images, labels)
+        return self.losses(images, targets, *self.taught(images))
 
     @torch.no_grad()
     def taught(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The teacher's logits, if there is one."""
-        if self.teacher is None:
+        """The teacher's logits, if there is one; a reducer that learns asks it itself."""
+        if self.teacher is None or self.learns:
             return ()
-        if self.teacher != "self":
+        if self.teacher is not self.model:
             return (self.teacher(images),)
         rates = self.model.keep_rate
         self.model.set_keep_rate(1.0)
@@ -55,12 +57,16 @@ class Classification:
         return (logits,)
 
     def losses(self, images: Tensor, targets: Tensor, *wanted: Tensor) -> dict[str, Tensor]:
-        logits = self.model(images)
+        model, recipe = self.model, self.recipe
+        if self.learns:
+            common = self.cross_entropy, self.teacher, recipe
+            return model.reducer.losses(model, images, targets, *common)
+        logits = model(images)
         loss = self.cross_entropy(logits, targets)
         if not wanted:
             return dict(loss=loss)
         distillation = divergence(logits, wanted[0]).mean()
-        loss = loss + self.recipe.distill_weight * distillation
+        loss = loss + recipe.distill_weight * distillation
         return dict(loss=loss, class_distillation=distillation)
 
 
@@ -73,26 +79,14 @@ class AnyRate(Classification):
     rates: tuple[float, float] = (1.0, 1.0)
 
     def __call__(self, images: Tensor, labels: Tensor, *_: Tensor) -> dict[str, Tensor]:
-        mixed = (images, labels) if self.mixup is None else self.mixup(images, labels)
-        largest, drawn = (self.at(rate, mixed[0]) for rate in self.rates)
-        consistency = divergence(drawn, largest.detach()).mean()
-        loss = self.cross_entropy(largest, mixed[1]) + consistency
+        images, targets = self.mixup(images, labels) if self.mixup else (images, labels)
+        logits = []
+        for rate in self.rates:
+            self.model.set_keep_rate(rate)
+            logits.append(self.model(images))
+        consistency = divergence(logits[1], logits[0].detach()).mean()
+        loss = self.cross_entropy(logits[0], targets) + consistency
         return dict(loss=loss, consistency=consistency)
-
-    def at(self, rate: float, images: Tensor) -> Tensor:
-        self.model.set_keep_rate(rate)
-        return self.model(images)
-
-
-class DynamicTokens(Classification):
-    """The losses of a reducer that trains in a way of its own (Reducer.losses)."""
-
-    def taught(self, images: Tensor) -> tuple[Tensor, ...]:
-        return ()  # the reducer asks the teacher for tokens too
-
-    def losses(self, images: Tensor, targets: Tensor, *_: Tensor) -> dict[str, Tensor]:
-        model, common = self.model, (self.cross_entropy, self.teacher, self.recipe)
-        return model.reducer.losses(model, images, targets, *common)
 
 
 class TokenLabels(Classification):
@@ -147,17 +141,15 @@ def make_objective(
 ) -> Classification:
     """A model's loss: its reducer's own, token labels if it has a head for them, or plain."""
     reducer: Any = getattr(model, "reducer", None)
-    kind: Any = AnyRate if recipe.any_rate else Classification
-    learns = reducer is not None and reducer.masked
+    learns, distilled = reducer is not None and reducer.masked, teacher is not None
     if recipe.any_rate and (reducer is None or learns or reducer.own or reducer.given):
         raise ValueError("recipe.any_rate is for a reducer of keep rates without predictors")
-    if recipe.any_rate and teacher is not None:
+    if recipe.any_rate and distilled:
         raise ValueError("recipe.any_rate has its own teacher, the largest rate: leave out teacher")
-    if label_maps and (recipe.any_rate or (teacher is not None and not learns)):
+    if label_maps and (recipe.any_rate or (distilled and not learns)):
         raise ValueError("recipe.any_rate and recipe.teacher need data.label_maps=null")
-    if learns:
-        kind = DynamicTokens
-    elif hasattr(model, "heads") and label_maps:
+    kind: type[Classification] = AnyRate if recipe.any_rate else Classification
+    if label_maps and hasattr(model, "heads") and not learns:
         kind = TokenLabels
         if recipe.mixup or recipe.cutmix:
             raise ValueError(
