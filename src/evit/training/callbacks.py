@@ -48,8 +48,11 @@ class KeepRateSchedule(L.Callback):
         steps = trainer.num_training_batches
         i -= i % trainer.accumulate_grad_batches  # one rate for a whole step
         rates = keep_rate_at(trainer.current_epoch * steps + i, steps, self.final, *self.schedule)
-        if self.choices:
-            rates = self.draw(trainer.global_step, pl_module)
+        if self.choices:  # of these, one beside the largest: a draw from seed and step alone
+            step, (*others, largest) = trainer.global_step, self.choices
+            drawn = random.Random(f"{pl_module.seed} {step}").choice(others)
+            pl_module.objective.rates = largest, drawn if step % 2 else others[0]
+            rates = pl_module.objective.rates[1:] * len(self.final)
         self.set(rates, 1 if rates == self.final or self.choices else self.multiple)
         tokens = self.model.tokens_per_block()
         pl_module.log("tokens_per_image", sum(tokens) / len(tokens), prog_bar=True)
@@ -57,13 +60,6 @@ class KeepRateSchedule(L.Callback):
             pl_module.log("keep_rate", rates[0], prog_bar=True)
         else:
             pl_module.log_dict({f"keep_rate/{i}": rate for i, rate in enumerate(rates, 1)})
-
-    def draw(self, step: int, pl_module: Any) -> tuple[float, ...]:
-        """Draw the rate trained beside the largest one; it depends on seed and step alone."""
-        some = random.Random(f"{pl_module.seed} {step}").choice(self.choices[:-1])
-        rate = some if step % 2 else self.choices[0]
-        pl_module.objective.rates = self.choices[-1], rate
-        return (rate,) * len(self.final)
 
     def on_validation_start(self, *_: Any) -> None:
         if self.choices:
@@ -120,31 +116,30 @@ class Progress(L.Callback):
     """
 
     def __init__(self, batch_size: int | None = None, bar: bool = False, compiled: bool = False):
-        self.compiled, self.begun = compiled, 0.0
-        self.batch_size, self.bar, self.due = batch_size, bar, time.monotonic() + 8
+        self.batch_size, self.bar, self.compiled = batch_size, bar, compiled
+        self.due, self.epoch, self.numbers = time.monotonic() + 8, -1, ""
         self.images_per_s: float | None = None  # until two steps of an epoch were taken
-        self.epoch, self.numbers = -1, ""
 
     def on_train_batch_start(self, *_: Any) -> None:
         self.begun = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         done, total = args[-1] + 1, trainer.num_training_batches
+        now = (done, time.perf_counter(), trainer.train_dataloader.waited)
         if self.compiled and trainer.is_global_zero:
             self.compiled = False
-            print(f"The first step took {time.perf_counter() - self.begun:.0f} s", flush=True)
-        now = (done, time.perf_counter(), trainer.train_dataloader.waited)
+            print(f"The first step took {now[1] - self.begun:.0f} s", flush=True)
         if self.epoch != trainer.current_epoch:
             self.epoch, self.start = trainer.current_epoch, now
         else:
             batches, seconds, waited = (b - a for a, b in zip(self.start, now, strict=True))
             images = batches * self.batch_size / trainer.accumulate_grad_batches
             self.images_per_s, self.data_wait = images / seconds, waited / seconds
-            left = (trainer.max_epochs - self.epoch) * total - done
+            left = ((trainer.max_epochs - self.epoch) * total - done) * seconds / batches
             self.numbers = f"{self.images_per_s:.0f} images/s  data wait {self.data_wait:.0%}  "
-            self.numbers += f"{timedelta(seconds=round(left * seconds / batches))} left"
+            self.numbers += f"{timedelta(seconds=round(left))} left"
         names = ("train/loss", "keep_rate", "tokens_per_image")
-        self.tell_at_times(trainer, f"step {done}/{total}", names, self.numbers)
+        self.tell(trainer, f"step {done}/{total}", names, self.numbers)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if self.images_per_s is not None:
@@ -152,19 +147,21 @@ class Progress(L.Callback):
             pl_module.log("train/data_wait", self.data_wait)
 
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        self.tell_at_times(trainer, f"evaluating {args[2] + 1}/{sum(trainer.num_val_batches)}")
+        self.tell(trainer, f"evaluating {args[2] + 1}/{sum(trainer.num_val_batches)}")
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if self.batch_size and trainer.is_global_zero:
-            self.tell(trainer, "", ("train/loss", "val/loss", "val/top1", "val/top5"))
+        if self.batch_size:
+            names = ("train/loss", "val/loss", "val/top1", "val/top5")
+            self.tell(trainer, "", names, now=True)
 
-    def tell_at_times(self, trainer: Any, *words: Any) -> None:
-        if not self.bar and trainer.is_global_zero and time.monotonic() >= self.due:
-            self.due = time.monotonic() + 30
-            self.tell(trainer, *words)
-
-    def tell(self, trainer: Any, what: str, names: Any = (), more: str = "") -> None:
-        """Print a line with the values of metrics, so that a GPU is waited for."""
+    def tell(
+        self, trainer: Any, what: str, names: Any = (), more: str = "", now: bool = False
+    ) -> None:
+        """Print a line with metrics, for which a GPU is waited for, if one is due."""
+        due = not self.bar and time.monotonic() >= self.due
+        if not trainer.is_global_zero or not (due or now):
+            return
+        self.due = self.due if now else time.monotonic() + 30
         values, words = trainer.callback_metrics if names else {}, [what]
         if self.batch_size:
             epoch = min(trainer.current_epoch + 1, trainer.max_epochs)
@@ -191,13 +188,13 @@ class NonFinite(L.Callback):
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
         lr = trainer.optimizers[0].param_groups[0]["lr"]
-        self.text = f"(epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, step "
-        self.text += f"{trainer.global_step + 1}, learning rate {lr:.3g}"
+        self.at = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, step "
+        self.at += f"{trainer.global_step + 1}, learning rate {lr:.3g}"
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
         rates = "/".join(f"{rate:.3g}" for rate in getattr(pl_module.model, "keep_rate", ()))
-        text = self.text + (f", keep rate {rates})" if rates else ")")
-        self.steps.append((text, args[-1], outputs["loss"]))
+        at = self.at + f", keep rate {rates}" * bool(rates)
+        self.steps.append((at, args[-1], outputs["loss"]))
         every = trainer.log_every_n_steps * trainer.accumulate_grad_batches
         if every and (args[-1] + 1) % every == 0:
             self.look(trainer)
@@ -211,9 +208,9 @@ class NonFinite(L.Callback):
         bad = trainer.strategy.reduce(bad.int(), reduce_op="max")
         if not bad.any():
             return
-        text, batch, loss = steps[int(bad.nonzero()[0])]
+        at, batch, loss = steps[int(bad.nonzero()[0])]
         images = trainer.datamodule.describe_batch(trainer.current_epoch, batch)
-        text = f"the loss is {loss} {text}, for images of process {trainer.global_rank}: {images}"
+        text = f"the loss is {loss} ({at}), for images of process {trainer.global_rank}: {images}"
         found = [(math.isfinite(loss), text)] * trainer.world_size
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(found, found[0])
