@@ -38,8 +38,10 @@ def test_prepared_files_are_checked_before_anything_else(photos, tmp_path, split
         build.module(Folder, root, **OPTIONS, splits=splits)
 
 
-def test_ffcv_is_imported_in_one_place():
+def test_betons_are_opened_in_one_place_which_checks_them():
     found = {path: path.read_text() for path in (ROOT / "src").rglob("*.py")}
+    opened = [path.name for path, text in found.items() if "memmap(" in text]
+    assert opened == ["format.py"]
     from_ffcv = [path.name for path, text in found.items() if re.search("(from|import) ffcv", text)]
     assert from_ffcv == ["_ffcv.py"]
 

@@ -95,13 +95,15 @@ def test_lines_are_plain_and_say_how_far_and_how_fast_training_is(clock, capsys)
 
 
 def test_a_long_evaluation_says_how_far_it_is(clock, capsys):
-    progress = Progress()
-    trainer = SimpleNamespace(is_global_zero=True, num_val_batches=[50])
+    progress = Progress(batch_size=8)
+    trainer = SimpleNamespace(is_global_zero=True, num_val_batches=[50], callback_metrics={})
+    trainer.current_epoch, trainer.max_epochs = 2, 2  # the last is over
     for batch in range(50):
         clock.now += 5
         progress.on_validation_batch_end(trainer, None, None, None, batch)
     shown = capsys.readouterr().out.splitlines()
-    assert shown[:2] == ["evaluating 2/50", "evaluating 8/50"] and len(shown) == 9
+    assert shown[:2] == ["epoch 2/2  evaluating 2/50", "epoch 2/2  evaluating 8/50"]
+    assert len(shown) == 9
 
 
 def test_beside_a_bar_evaluations_stay_as_lines(clock, capsys):

@@ -128,9 +128,14 @@ def check(cfg: DictConfig, recipe: Recipe) -> None:
 
 def make_callbacks(cfg: DictConfig, recipe: Recipe, folder: Path) -> list[Any]:
     """What happens beside training, in this order; the Progress is first."""
-    inside, every = folder / "checkpoints", cfg.checkpoint_every_n_steps
+    inside, every, bar = (
+        folder / "checkpoints",
+        cfg.checkpoint_every_n_steps,
+        callbacks.progress_bar(),
+    )
     found: list[Any] = [
-        *callbacks.progress(recipe.batch_size, bool(cfg.compile)),
+        callbacks.Progress(recipe.batch_size, bool(bar), bool(cfg.compile)),
+        *bar,
         callbacks.NonFinite(),
         Signals(),
         checkpoints.LastCheckpoint(inside, every, cfg.keep_checkpoint_every_n_epochs),

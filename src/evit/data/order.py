@@ -18,18 +18,6 @@ class Shard(NamedTuple):
     batch_size: int = 1
     seed: int = 0
 
-    def train_batches(self, num_images: int, recipe: Recipe) -> int:
-        """Batches of an epoch, the same for every process: whole optimizer steps only."""
-        per_step = max(recipe.batch_size // (self.world_size * self.batch_size), 1)
-        length = epoch_length(num_images, recipe.repeated_augmentations)
-        steps = length // self.world_size // (self.batch_size * per_step)
-        if not steps:
-            raise ValueError(
-                f"{num_images} training images do not fill one batch of {self.batch_size} x "
-                f"{per_step} on {self.world_size} processes: lower recipe.batch_size"
-            )
-        return steps * per_step
-
 
 def choose_samples(num_samples: int, max_samples: int | None) -> np.ndarray:
     """Ascending indices of at most max_samples images, drawn once and for all (no seed)."""
@@ -74,10 +62,17 @@ class EpochLoader:
         limit = recipe.max_train_images if train else recipe.max_val_images
         self.indices = choose_samples(num_images, limit)
         self.recipe, self.shard, self.train, self.img_size = recipe, shard, train, img_size
-        own = len(range(shard.rank, len(self.indices), shard.world_size))
-        self._length = max(-(-own // shard.batch_size), 1)
+        count, (rank, world_size, batch_size, _) = len(self.indices), shard
+        self._length = max(-(-len(range(rank, count, world_size)) // batch_size), 1)
         if train:
-            self._length = shard.train_batches(len(self.indices), recipe)
+            per_step = max(recipe.batch_size // (world_size * batch_size), 1)
+            length = epoch_length(count, recipe.repeated_augmentations)
+            self._length = length // world_size // (batch_size * per_step) * per_step
+            if not self._length:
+                raise ValueError(
+                    f"{count} training images do not fill one batch of {batch_size} x {per_step} "
+                    f"on {world_size} processes: lower recipe.batch_size"
+                )
 
     def batches(self, start: int) -> Generator[Any]:
         """Batches `start`, `start` + 1, ... of the epoch of a process that has images."""

@@ -111,11 +111,11 @@ class Progress(L.Callback):
     one; both are of an epoch without its first step.
 
     Args:
-        batch_size: images per optimizer step; None: nothing is trained.
+        batch_size: images per optimizer step.
         compiled: say how long the first step took, which compiles.
     """
 
-    def __init__(self, batch_size: int | None = None, bar: bool = False, compiled: bool = False):
+    def __init__(self, batch_size: int, bar: bool = False, compiled: bool = False):
         self.batch_size, self.bar, self.compiled = batch_size, bar, compiled
         self.due, self.epoch, self.numbers = time.monotonic() + 8, -1, ""
         self.images_per_s: float | None = None  # until two steps of an epoch were taken
@@ -150,9 +150,8 @@ class Progress(L.Callback):
         self.tell(trainer, f"evaluating {args[2] + 1}/{sum(trainer.num_val_batches)}")
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if self.batch_size:
-            names = ("train/loss", "val/loss", "val/top1", "val/top5")
-            self.tell(trainer, "", names, now=True)
+        names = ("train/loss", "val/loss", "val/top1", "val/top5")
+        self.tell(trainer, "", names, now=True)
 
     def tell(
         self, trainer: Any, what: str, names: Any = (), more: str = "", now: bool = False
@@ -162,18 +161,15 @@ class Progress(L.Callback):
         if not trainer.is_global_zero or not (due or now):
             return
         self.due = self.due if now else time.monotonic() + 30
-        values, words = trainer.callback_metrics if names else {}, [what]
-        if self.batch_size:
-            epoch = min(trainer.current_epoch + 1, trainer.max_epochs)
-            words = [f"epoch {epoch}/{trainer.max_epochs}", what]
-        words += [f"{name} {float(values[name]):.3f}" for name in names if name in values]
-        print("  ".join(filter(None, [*words, more])), flush=True)
+        epoch, values = min(trainer.current_epoch + 1, trainer.max_epochs), trainer.callback_metrics
+        numbers = [f"{name} {float(values[name]):.3f}" for name in names if name in values]
+        words = [f"epoch {epoch}/{trainer.max_epochs}", what, *numbers, more]
+        print("  ".join(filter(None, words)), flush=True)
 
 
-def progress(batch_size: int | None = None, compiled: bool = False) -> list[L.Callback]:
-    """A Progress, and Lightning's bar on a terminal."""
-    bar: list[L.Callback] = [RichProgressBar(10)] if sys.stdout.isatty() else []
-    return [Progress(batch_size, bool(bar), compiled), *bar]
+def progress_bar() -> list[L.Callback]:
+    """Lightning's bar on a terminal."""
+    return [RichProgressBar(10)] if sys.stdout.isatty() else []
 
 
 class NonFinite(L.Callback):

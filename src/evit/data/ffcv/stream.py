@@ -38,7 +38,7 @@ class FFCVStream(EpochLoader):
     `num_workers`: each entry of an epoch has a seed, and a crop is a function of image and seed.
 
     Args:
-        num_workers: threads; -1: one per core.
+        num_workers: threads, at most one per core.
         batches_ahead: batches made while one is used.
         fill: the colour where a geometric operation leaves nothing.
 
@@ -54,15 +54,14 @@ class FFCVStream(EpochLoader):
         *,
         img_size: int,
         train: bool,
-        num_workers: int = -1,
+        num_workers: int = 1,
         batches_ahead: int = 2,
         fill: tuple[int, ...] = (0, 0, 0),
     ) -> None:
         self.path = Path(path)
         self.info, self.content, self.metadata, self.sizes = open_beton(path)
         super().__init__(self.info["num_samples"], recipe, shard, train, img_size)
-        cores = config.NUMBA_NUM_THREADS
-        self.num_workers = cores if num_workers < 0 else min(max(num_workers, 1), cores)
+        self.num_workers = min(max(num_workers, 1), config.NUMBA_NUM_THREADS)
         self.batches_ahead, self.fill = batches_ahead, np.array(fill)
         self.label_map_shape = tuple(self.info.get("label_map_shape", ())) if train else ()
         name = recipe.rand_augment if train else None
