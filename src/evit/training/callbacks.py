@@ -42,17 +42,15 @@ class KeepRateSchedule(L.Callback):
         self.final: tuple[float, ...] = self.model.keep_rate
         if reducer.masked or reducer.own or reducer.given:
             self.schedule = (0, 0)  # as its authors train it
-        self.choices = sorted(pl_module.recipe.any_rate or ())
+        self.choices = sorted(pl_module.recipe.any_rate or ())[:-1]  # the largest teaches
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, i: int) -> None:
         steps = trainer.num_training_batches
         i -= i % trainer.accumulate_grad_batches  # one rate for a whole step
         rates = keep_rate_at(trainer.current_epoch * steps + i, steps, self.final, *self.schedule)
-        if self.choices:  # of these, one beside the largest: a draw from seed and step alone
-            step, (*others, largest) = trainer.global_step, self.choices
-            drawn = random.Random(f"{pl_module.seed} {step}").choice(others)
-            pl_module.objective.rates = largest, drawn if step % 2 else others[0]
-            rates = pl_module.objective.rates[1:] * len(self.final)
+        if self.choices:  # every other time the smallest; a draw from seed and step alone
+            drawn = random.Random(f"{pl_module.seed} {trainer.global_step}").choice(self.choices)
+            rates = (drawn if trainer.global_step % 2 else self.choices[0],) * len(self.final)
         self.set(rates, 1 if rates == self.final or self.choices else self.multiple)
         tokens = self.model.tokens_per_block()
         pl_module.log("tokens_per_image", sum(tokens) / len(tokens), prog_bar=True)

@@ -48,13 +48,16 @@ class Classification:
         """The teacher's logits, if there is one; a reducer that learns asks it itself."""
         if self.teacher is None or self.learns:
             return ()
-        if self.teacher is not self.model:
-            return (self.teacher(images),)
-        rates = self.model.keep_rate
-        self.model.set_keep_rate(1.0)
+        same = self.teacher is self.model
+        return (self.at(1.0, images) if same else self.teacher(images),)
+
+    def at(self, keep_rate: float, images: Tensor) -> Tensor:
+        """The model's logits at another keep rate than its own."""
+        own = self.model.keep_rate
+        self.model.set_keep_rate(keep_rate)
         logits = self.model(images)
-        self.model.set_keep_rate(rates)
-        return (logits,)
+        self.model.set_keep_rate(own)
+        return logits
 
     def losses(self, images: Tensor, targets: Tensor, *wanted: Tensor) -> dict[str, Tensor]:
         model, recipe = self.model, self.recipe
@@ -71,21 +74,14 @@ class Classification:
 
 
 class AnyRate(Classification):
-    """One checkpoint for many keep rates: each step trains the largest, which teaches another.
-
-    rates are this step's two: KeepRateSchedule draws the second, every other time the smallest.
-    """
-
-    rates: tuple[float, float] = (1.0, 1.0)
+    """One checkpoint for many keep rates: the largest learns from labels, and teaches the model's
+    own, which KeepRateSchedule draws at each step."""
 
     def __call__(self, images: Tensor, labels: Tensor, *_: Tensor) -> dict[str, Tensor]:
         images, targets = self.mixup(images, labels) if self.mixup else (images, labels)
-        logits = []
-        for rate in self.rates:
-            self.model.set_keep_rate(rate)
-            logits.append(self.model(images))
-        consistency = divergence(logits[1], logits[0].detach()).mean()
-        loss = self.cross_entropy(logits[0], targets) + consistency
+        largest = self.at(max(self.recipe.any_rate or ()), images)
+        consistency = divergence(self.model(images), largest.detach()).mean()
+        loss = self.cross_entropy(largest, targets) + consistency
         return dict(loss=loss, consistency=consistency)
 
 
