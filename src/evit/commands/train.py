@@ -128,11 +128,8 @@ def check(cfg: DictConfig, recipe: Recipe) -> None:
 
 def make_callbacks(cfg: DictConfig, recipe: Recipe, folder: Path) -> list[Any]:
     """What happens beside training, in this order; the Progress is first."""
-    inside, every, bar = (
-        folder / "checkpoints",
-        cfg.checkpoint_every_n_steps,
-        callbacks.progress_bar(),
-    )
+    inside, every = folder / "checkpoints", cfg.checkpoint_every_n_steps
+    bar = callbacks.progress_bar()
     found: list[Any] = [
         callbacks.Progress(recipe.batch_size, bool(bar), bool(cfg.compile)),
         *bar,

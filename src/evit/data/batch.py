@@ -55,14 +55,8 @@ def make_mixup(recipe: Recipe, num_classes: int, batch_size: int) -> Mixup | Non
             f"mixup and cutmix pair the images of a batch, and {batch_size} images per process is "
             f"odd: choose another recipe.batch_size, or recipe.mixup=0 recipe.cutmix=0"
         )
-    return Mixup(
-        recipe.mixup,
-        recipe.cutmix,
-        switch_prob=recipe.mixup_switch_prob,
-        mode=recipe.mixup_mode,
-        label_smoothing=recipe.label_smoothing,
-        num_classes=num_classes,
-    )
+    alphas, how = (recipe.mixup, recipe.cutmix), (recipe.mixup_switch_prob, recipe.mixup_mode)
+    return Mixup(*alphas, None, 1.0, *how, True, recipe.label_smoothing, num_classes)
 
 
 def mix_token_box(grid: tuple[int, int]) -> Tensor:
