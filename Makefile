@@ -47,7 +47,7 @@ benchmark-gpu: setup  ## all GPU measurements into results/speed_gpu, in 8 minut
 dashboard: setup  ## a W&B workspace and report of your runs; ARGS="paper=true" adds the paper's rows
 	$(PYTHON) src/dashboard.py $(ARGS)
 
-sync: override export RUNS := $(or $(value RUNS),outputs)
+sync: override export RUNS := $(or $(value RUNS),$(value EVIT_OUTPUT),outputs)
 sync: setup  ## upload the W&B runs under outputs/ that were tracked offline, each once
 	@find "$$RUNS" -path '*/wandb/offline-run-*/run-*.wandb' -size +7c -print0 | \
 	  sort -z | xargs -0r -n1 sh -c '.venv/bin/wandb sync "$$0" || exit 255'

@@ -55,6 +55,7 @@ WRONG = {
     "train lr=0.1": "did you mean recipe.lr?",
     "train epochs=3": "did you mean recipe.epochs?",
     "train batch_size=3": "did you mean recipe.batch_size?",
+    "train +recipe.epochs=3": "Either remove + prefix: 'recipe.epochs=3'",
     "train recipe.epoch=3": "did you mean recipe.epochs?",
     "train data.rot=x": "did you mean data.root?",
     "train model=evit_deits": "there is no model=evit_deits: did you mean evit_deit?",

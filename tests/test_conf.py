@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
@@ -52,6 +53,15 @@ def test_the_knobs_of_a_sweep_are_these():
     knobs = set(OmegaConf.load(CONF_DIR / "sweep.yaml"))
     assert knobs == {"job", "slots", "dry_run", "launcher", "slurm"}
     assert knobs & KNOBS == {"dry_run"}
+
+
+@pytest.mark.parametrize("config", ["config", "evaluate", "benchmark", "search"])
+def test_the_environment_says_where_runs_go(config, monkeypatch):
+    monkeypatch.setenv("EVIT_OUTPUT", "/scratch/me")
+    cfg = composed(config=config, return_hydra_config=True)
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", cfg)
+    assert cfg.hydra.run.dir == f"/scratch/me/{cfg.name}/default"
+    assert composed(config="report").runs == "/scratch/me"
 
 
 def test_prepare_composes():

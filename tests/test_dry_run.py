@@ -28,12 +28,11 @@ def dry_run(monkeypatch, tmp_path, capsys):
 def test_a_published_run_is_shown_without_its_images_and_leaves_nothing(dry_run, tmp_path):
     shown = dry_run("experiment=evit_deit_s", "keep_rate=0.5")
     assert shown["data"]["name"] == "ImageNet" and shown["data"]["train_images"] == 1281167
-    assert (shown["epochs"], shown["steps_per_epoch"]) == (300, 625)
+    assert shown["steps_per_epoch"] == 625
     assert dict(processes=16, per_process=128, accumulation=1) in shown["batches"]
     assert shown["optimizer"]["groups"][0] | dict(tensors=102, weight_decay=0.0) == dict(
         tensors=102, parameters=138088, weight_decay=0.0, lr_scale=1.0
     )
-    assert shown["augmentation"]["cutmix"] == 1.0
     assert "78.5 top-1 (keep_rate_deit_s)" in shown["paper"]
     assert shown["hours"] == "about 9 h on 8 A100, from the paper's images/s"
     assert not list(tmp_path.iterdir())
@@ -54,7 +53,7 @@ def test_images_of_ones_own_are_counted(dry_run, photos, tmp_path):
     assert shown["data"] == dict(
         name="photos", num_classes=2, train_images=12, val_images=6, label_maps=False
     )
-    assert (shown["epochs"], shown["steps_per_epoch"]) == (1, 3)
+    assert shown["steps_per_epoch"] == 3
     assert shown["paper"] == [] and shown["hours"] is None
     assert set(tmp_path.iterdir()) == before
 

@@ -70,7 +70,7 @@ def test_a_batch_at_a_time_the_likeliest_alone(predict, photos, tmp_path):
     [
         ("images=photos", "give the weights, one of checkpoint=PATH"),
         ("checkpoint=sent.ckpt", "images=... is needed"),
-        ("checkpoint=sent.ckpt images=nowhere.jpg", "nowhere.jpg is not a readable image"),
+        ("checkpoint=sent.ckpt images=nowhere.jpg", "images=nowhere.jpg does not exist"),
         ("checkpoint=sent.ckpt images=photos top=0", "top=0 and batch_size=32 must be at least 1"),
     ],
 )

@@ -196,7 +196,7 @@ def test_the_sweep_ran_the_job_that_was_asked_for(folder):
     (path,) = (ROOT / "outputs/test-readme").glob("*/result.json")
     config = json.loads(path.read_text())["config"]
     assert (config["keep_rate"], config["seed"]) == (0.5, 0)
-    assert "1 runs, of which 0 have finished before" in DONE["make sweep-quick_keeprate"]
+    assert "1 run, of which 0 have finished before" in DONE["make sweep-quick_keeprate"]
 
 
 def test_the_list_of_a_sweep_has_every_run_with_its_hours():

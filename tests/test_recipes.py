@@ -29,10 +29,38 @@ COMMAND = re.compile(r"^#   IMAGENET_DIR=DIR python src/train.py (.*)$", re.MULT
 ROW = re.compile(r"^#   (.+?) +(\d\d\.\d) +(\d+)$", re.MULTILINE)
 # Of a plan, what is not a recipe's.
 OTHERS = {"data", "paper", "hours"}
+AUGMENTATION = (
+    "repeated_augmentations crop_scale flip rand_augment random_erasing mixup cutmix "
+    "label_smoothing"
+).split()
 
 
 def planned(name: str, *overrides: str) -> dict[str, Any]:
-    return plan(composed(f"experiment={name}", *overrides))
+    """The plan of a run, and what its recipe says."""
+    cfg = composed(f"experiment={name}", *overrides)
+    found, recipe = plan(cfg), OmegaConf.to_object(cfg.recipe)
+    loss, weights = found["loss"], {}
+    if loss == "TokenLabels":
+        weights = dict(token_label_weight=recipe.token_label_weight)
+    if loss == "DynamicTokens":
+        distilled = recipe.teacher or found["start"] == "pretrained"
+        weights = dict(ratio_weight=recipe.ratio_weight)
+        weights |= dict(distill_weight=recipe.distill_weight if distilled else 0.0)
+    augmentation = {name: getattr(recipe, name) for name in AUGMENTATION}
+    augmentation |= dict(mix_token=True) if loss == "TokenLabels" else {}
+    if recipe.mixup or recipe.cutmix:
+        augmentation |= {k: getattr(recipe, k) for k in ("mixup_switch_prob", "mixup_mode")}
+    return found | dict(
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+        drop_path=0.0 if recipe.train_in_eval_mode else recipe.drop_path,
+        train_in_eval_mode=recipe.train_in_eval_mode,
+        augmentation={name: value for name, value in augmentation.items() if value},
+        ema=dict(decay=recipe.ema_decay, evaluated=recipe.ema_decay and recipe.ema_evaluated),
+        loss=dict(name=loss) | weights,
+        optimizer=found["optimizer"] | dict(clip_grad=recipe.clip_grad),
+        schedule=found["schedule"] | dict(name=recipe.lr_schedule),
+    )
 
 
 def differences(expected: Any, found: Any, path: str = "") -> list[str]:

@@ -49,6 +49,12 @@ def test_lv_vit_is_dense_and_says_what_it_leaves_out(tmp_path, shared_photos):
     assert result["model"]["keep_rate"] == [1.0] * 3
 
 
+def test_label_maps_of_a_model_that_learns_from_none_are_not_looked_for(tmp_path, shared_photos):
+    words = ["data.label_maps=nowhere", "model=evit_deit_micro", *SMALL]
+    printed, _, _ = trained(tmp_path, *words, "img_size=28", f"data.root={shared_photos}")
+    assert "Without effect here (model=evit_deit_micro): data.label_maps." in printed
+
+
 def test_a_teacher_for_another_kind_of_model_is_refused(tmp_path, shared_photos):
     words = ["model=dynamicvit_deit_micro", "recipe.teacher=self"]
     done = command("train.py", *QUICK, f"data.root={shared_photos}", *words, cwd=tmp_path)

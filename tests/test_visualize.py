@@ -13,7 +13,7 @@ from evit.data.batch import normalize
 from evit.data.folders import load_image
 from evit.data.imagefolder import evaluation_transform
 from evit.models import create_model
-from evit.report.pictures import GAP, draw_kept
+from evit.report.pictures import FONT, GAP, draw_kept
 
 SIZE = dict(img_size=32, embed_dim=48, depth=4, num_heads=3)
 RANDOM = "model=evit_deit_tiny random=true img_size=32 " + " ".join(
@@ -46,9 +46,9 @@ def drawn(monkeypatch):
 
 def test_a_picture_of_any_images(visualize, drawn, photos, tmp_path):
     printed = visualize(f"{RANDOM} images={photos} num_images=4 keep_rate=0.5")
-    path = tmp_path / "outputs/pictures/evit_deit_tiny-0.5-32.png"
+    (path,) = tmp_path.glob("outputs/pictures/evit_deit_tiny-evit-0.5-32-*.png")
     assert "Drawing 4 images at keep rate 0.5" in printed and path.name in printed
-    ((model, images, pixels),) = drawn
+    ((model, images, pixels, *_),) = drawn
     assert pixels.shape == (4, 3, 32, 32) and model.keep_rate == (0.5,) * 3
     torch.testing.assert_close(images, normalize(pixels))
     with Image.open(path) as picture:
@@ -57,8 +57,16 @@ def test_a_picture_of_any_images(visualize, drawn, photos, tmp_path):
 
 def test_a_picture_of_a_merging_reducer(visualize, drawn, photos, tmp_path):
     visualize(f"{RANDOM} images={photos} num_images=2 reducer=tome keep_rate=0.6")
-    assert (tmp_path / "outputs/pictures/evit_deit_tiny-tome-0.6-32.png").is_file()
+    assert list(tmp_path.glob("outputs/pictures/evit_deit_tiny-tome-0.6-32-*.png"))
     assert drawn[0][0].reducer.name == "tome"
+
+
+def test_pictures_of_other_images_or_weights_are_other_files(visualize, photos, tmp_path):
+    """The same command makes the same file."""
+    for more in ("", "num_images=2", "seed=1", ""):
+        visualize(f"{RANDOM} images={photos}/val/cat keep_rate=0.5 {more}")
+    visualize(f"{RANDOM} images={photos}/val/dog keep_rate=0.5")
+    assert len(list(tmp_path.glob("outputs/pictures/*.png"))) == 4
 
 
 def test_the_images_of_a_folder_are_spread_over_it(photos):
@@ -74,7 +82,7 @@ def test_features_are_the_components_of_the_dense_map(visualize, photos, tmp_pat
     torch.save(model.state_dict(), tmp_path / "w.pth")
     options = RANDOM.replace("random=true", f"checkpoint={tmp_path}/w.pth reducer=cover")
     visualize(f"{options} show=features images={photos} num_images=4 keep_rate=0.5")
-    path = tmp_path / "outputs/pictures/evit_deit_tiny-cover-0.5-32-features.png"
+    (path,) = tmp_path.glob("outputs/pictures/evit_deit_tiny-cover-0.5-32-*-features.png")
     picture = np.asarray(Image.open(path)).astype(float)
     crop = evaluation_transform(32, 0.875)
     pixels = torch.stack([crop(load_image(p)) for p in command.image_paths(str(photos), 4)])
@@ -87,10 +95,11 @@ def test_features_are_the_components_of_the_dense_map(visualize, photos, tmp_pat
     basis = np.linalg.svd(dense - dense.mean(0))[2][:3].T
     shares = [(found - dense.mean(0)) @ basis for found in maps]
     low, high = np.quantile(shares[0].reshape(-1, 3), [0.01, 0.99], 0)
+    strip = FONT + GAP // 2  # for the prediction
     for column, found in enumerate(shares, 1):
         left = GAP + column * (128 + GAP)
         for row in range(4):
-            top = len(picture) - (4 - row) * (128 + GAP)
+            top = len(picture) - (4 - row) * (128 + GAP + strip) + strip
             shown = picture[top : top + 128, left : left + 128][32::64, 32::64].reshape(-1, 3)
             wanted = 255 * ((found[row] - low) / (high - low)).clip(0, 1)
             for i in range(3):  # the sign of a component is arbitrary
@@ -103,7 +112,7 @@ def test_features_are_the_components_of_the_dense_map(visualize, photos, tmp_pat
 def test_images_are_cropped_as_in_evaluations(visualize, drawn, photos):
     one, two = photos / "val/cat/0.jpg", photos / "val/dog/1.jpg"
     visualize(f"{RANDOM} images=[{one},{two}] num_images=1 target=kept.jpg crop_pct=0.8")
-    ((_, _, pixels),) = drawn
+    ((_, _, pixels, *_),) = drawn
     image = Image.open(two).convert("RGB").resize((48, 40), Image.Resampling.BICUBIC)
     wanted = np.asarray(image.crop((8, 4, 40, 36))).transpose(2, 0, 1)
     assert len(pixels) == 2  # those that are named are all drawn
@@ -135,7 +144,7 @@ def test_of_a_run_the_model_the_knobs_and_the_validation_images_are_the_run_s(
     (tmp_path / "run/config.json").write_text(json.dumps(config))
     visualize(f"checkpoint={path} num_images=5 target=a/kept.png")
     visualize(f"checkpoint={path} num_images=5 keep_rate=0.3 img_size=48 target=a/more.png")
-    (drawn_model, _, pixels), (again, _, larger) = drawn
+    (drawn_model, _, pixels, *_), (again, _, larger, *_) = drawn
     assert len({image.numpy().tobytes() for image in pixels}) == 5
     assert drawn_model.drop_loc == (1, 2) and not drawn_model.fusion
     assert (drawn_model.keep_rate, again.keep_rate) == ((0.6, 0.6), (0.3, 0.3))
@@ -152,7 +161,7 @@ def test_of_a_run_the_model_the_knobs_and_the_validation_images_are_the_run_s(
         (f"{RANDOM} target=kept.txt images=IMAGE", "unknown file extension: .txt"),
         (f"{RANDOM} show=all", "show must be kept or features, got 'all'"),
         (f"{RANDOM} crop_pct=2", "crop_pct must be from 0.01 to 1"),
-        (f"{RANDOM} images=absent.jpg", "absent.jpg is not a readable image"),
+        (f"{RANDOM} images=absent.jpg", "images=absent.jpg does not exist: give a folder"),
         (f"{RANDOM} images=[]", "images=[]: there are no images"),
         (f"{RANDOM} image=a.jpg", "did you mean images?"),
     ],

@@ -17,7 +17,8 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# The commands in src/ answer --help and mistakes before they import PyTorch; for everyone else,
-# `import evit` registers the models with timm.
-if Path(sys.argv[0] if sys.argv else "").absolute().parent != Path(__file__).parents[1]:
+# The commands, in src/ or installed, answer --help and mistakes before they import PyTorch; for
+# everyone else, `import evit` registers the models with timm.
+_script = Path(sys.argv[0] if sys.argv else "").absolute()
+if _script.parent != Path(__file__).parents[1] and not _script.name.startswith("evit-"):
     importlib.import_module("evit.models")

@@ -8,7 +8,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-CONF_DIR = Path(__file__).parents[2] / "conf"
+# Of the checkout, or within an installed package.
+CONF_DIR = next(conf for up in Path(__file__).parents if (conf := up / "conf").is_dir())
+OUTPUTS = Path(os.environ.get("EVIT_OUTPUT", "outputs"))
 HOW = (  # say how a run is run, not what is trained: they are not in its config.json
     *("overwrite", "resume", "checkpoint_every_n_steps", "keep_checkpoint_every_n_epochs"),
     "dry_run",
@@ -61,6 +63,11 @@ def folder_name(overrides: str) -> str:
 def overridden(overrides: list[str]) -> set[str]:
     """The names of what was given on the command line: {"keep_rate", "data.root", "model"}."""
     return {name[1] for text in overrides if (name := re.match(r"[+~]*([\w./-]+)", text))}
+
+
+def counted(count: int, noun: str) -> str:
+    """A number with its noun: 1 epoch, 2 epochs."""
+    return f"{count} {noun}{'s' * (count != 1)}"
 
 
 def listed(value: Any) -> list[Any]:

@@ -6,9 +6,20 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 REFUSED = "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENOTDIR EEXIST EISDIR EIO ESTALE".split()
+
+
+def printable(value: Any) -> Any:
+    """Text, or JSON, without what a terminal or an SVG would take for more than letters."""
+    if isinstance(value, str):
+        return "".join(c if c.isprintable() else "?" for c in value)
+    if isinstance(value, list):
+        return [printable(entry) for entry in value]
+    if isinstance(value, dict):
+        return {printable(key): printable(entry) for key, entry in value.items()}
+    return value
 
 
 @contextmanager

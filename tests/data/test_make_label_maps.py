@@ -210,7 +210,7 @@ def test_the_command_makes_maps_that_training_reads(tree, checkpoint, tmp_path, 
     monkeypatch.chdir(tmp_path)
     shown = run()
     assert "12 images in 6 classes, 0 have their label maps already: test_resnet at 96" in shown
-    assert "Writing 12 label maps" in shown and "12 have their label maps already" in run()
+    assert "12 have their label maps already" in run()
     data = folder(tree, tmp_path / "cache", label_maps=tmp_path / "maps", batch_size=12)
     ((_, labels, found, _),) = data.train_dataloader()
     made = {

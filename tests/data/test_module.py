@@ -2,6 +2,7 @@
 
 import random
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -59,6 +60,44 @@ def test_labels_are_those_of_train_where_val_lacks_a_class(photos):
         path.unlink()
     (photos / "val/cat").rmdir()
     assert set(ClassFolders(photos / "val", tree_classes(photos)).targets) == {1}
+
+
+@pytest.mark.parametrize("backend", ["ffcv", "imagefolder"])
+def test_without_val_a_share_of_each_class_is_held_out(photos, tmp_path, backend):
+    shutil.rmtree(photos / "val")
+    options = dict(backend=backend, num_workers=0, val_fraction=0.3)
+    data = folder(photos, tmp_path, **options)
+    split = {name: {path for path, _ in data.samples(name)} for name in ("train", "val")}
+    assert len(split["train"]) == 8 and len(split["val"]) == 4  # of 6 images of a class 2
+    assert not split["train"] & split["val"]
+    seen = [label for _, labels, *_ in data.val_dataloader() for label in labels.tolist()]
+    assert sorted(seen) == [0, 0, 1, 1]
+    again = folder(photos, tmp_path, **options, seed=7, splits=["val"])
+    assert {path for path, _ in again.samples("val")} == split["val"]
+    other = folder(photos, tmp_path, **options | dict(val_fraction=0.5))
+    assert len(other.samples("val")) == 6
+    assert backend == "imagefolder" or other.beton_dir != data.beton_dir
+
+
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [
+        (None, "has no class folders in val/: .*data.val_fraction=0.1 holds out some of train/"),
+        (0.99, "data.val_fraction=0.99 leaves none, or all, of 6 images of a class"),
+        (1.5, "data.val_fraction=1.5 leaves none, or all"),
+    ],
+)
+def test_a_share_that_cannot_be_held_out_is_refused(photos, tmp_path, share, message):
+    shutil.rmtree(photos / "val")
+    with pytest.raises(ValueError, match=message):
+        folder(photos, tmp_path, val_fraction=share)
+
+
+def test_nothing_is_held_out_beside_validation_images(photos, tmp_path):
+    with pytest.raises(ValueError, match="photos has validation images: leave out data.val_frac"):
+        folder(photos, tmp_path, val_fraction=0.3)
+    with pytest.raises(ValueError, match="data.val_fraction=0.3 is of a folder"):
+        build.module(auto, **OPTIONS, val_fraction=0.3)
 
 
 def test_auto_takes_the_folder_or_says_that_it_has_none(photos, capsys):

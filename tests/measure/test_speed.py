@@ -1,7 +1,5 @@
 """Time and memory of steps: what takes turns, and what is counted."""
 
-import time
-
 import pytest
 import timm
 import torch
@@ -32,16 +30,6 @@ def test_a_turn_s_seconds_are_of_one_call(monkeypatch):
     monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
     assert (speed.take_turns([three_seconds], [5], 2, CPU) == 3).all()
     assert speed.warm_up(three_seconds, 10, CPU) == 4
-
-
-def test_a_long_work_tells_where_it_is_until_it_ends(capsys):
-    state = iter(range(1000))
-    with speed.telling(lambda: f"step {next(state)}", every=0.01):
-        time.sleep(0.2)
-    told = capsys.readouterr().out
-    assert told.startswith("  step 0\n  step 1\n") and next(state) == told.count("\n")
-    time.sleep(0.05)
-    assert not capsys.readouterr().out
 
 
 def test_peak_memory_is_of_what_is_held_at_once():

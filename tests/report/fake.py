@@ -50,6 +50,7 @@ def result(
         | (recipe or {}),
     )
     facts = dict(img_size=img_size, params=22050664, macs_executed=macs, macs=macs)
+    facts |= dict(reducer="evit")
     return dict(
         top1=top1,
         top5=95.125,

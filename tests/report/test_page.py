@@ -6,11 +6,10 @@ import json
 import re
 from pathlib import Path
 
-import matplotlib.image
 import pytest
 
 from evit.commands import report as command
-from evit.report import figures, page, paper, settings, tables
+from evit.report import charts, page, paper, settings, tables
 from evit.report.collect import Found, read
 from tests.conftest import ROOT
 from tests.report import fake
@@ -82,20 +81,18 @@ def test_a_chart_has_our_points_beside_the_paper_s(report):
     charts = {c["id"]: c for c in embedded((report / "index.html").read_text(), "charts")}
     views = {view["name"]: view for view in charts["imagenet"]["views"]}
     traces = {trace["name"]: trace for trace in views["speed-up"]["data"]}
-    theirs, ours = traces["DeiT-S, fused (paper)"], traces["DeiT-S, fused"]
+    theirs, ours = traces["DeiT-S, evit, fused (paper)"], traces["DeiT-S, evit, fused"]
     assert dict(zip(ours["x"], ours["y"], strict=True)) == {1.52: 79.43, 1.9: 78.61}
     assert dict(zip(theirs["x"], theirs["y"], strict=True))[4385 / 2923] == 79.5
     assert theirs["marker"]["symbol"] == ours["marker"]["symbol"] + "-open"
     assert theirs["line"]["color"] == ours["line"]["color"]
-    assert "DeiT-S, dropped" not in traces
+    assert "DeiT-S, evit, dropped" not in traces
 
 
 def test_every_axis_of_every_chart_says_its_unit(report):
     for chart in embedded((report / "index.html").read_text(), "charts"):
         for view in chart["views"]:
-            for axis in ("xaxis", "yaxis"):
-                title = html.unescape(view["layout"][axis]["title"]["text"])
-                assert re.search(r"\(.+\)", title), title
+            assert all(re.search(r"\(.+\)", view[axis]) for axis in "xy"), view["name"]
 
 
 def test_beside_the_paper_stand_ours_and_the_difference(root):
@@ -231,7 +228,7 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_shown(tmp_path, spoil, run
     fake.write(tmp_path / "good", fake.fashion(1.0, 84.5))
     spoil(fake.write(tmp_path / "bad", fake.fashion(0.7, 83.9)))
     content = read(tmp_path)
-    assert len(content.runs) == runs and sum(bool(run.curves) for run in content.runs) == curves
+    assert len(content.runs) == runs and len(content.curves) == curves
     (problem,) = content.problems
     assert name in problem and str(tmp_path) not in problem
     text = page.html(content, page.build(content))
@@ -248,7 +245,7 @@ def test_two_runs_of_one_setting_and_seed_are_named_and_counted_once(tmp_path):
     fake.write(tmp_path / "a/run", fake.fashion(0.7, 83.0))
     fake.write(tmp_path / "b/run", fake.fashion(0.7, 84.0))
     content = read(tmp_path)
-    assert [run.row["top1"] for run in content.runs] == [83.0]
+    assert [run["top1"] for run in content.runs.values()] == [83.0]
     assert content.problems == ["b/run has the setting and the seed of a/run, and is left out"]
 
 
@@ -256,7 +253,7 @@ def test_a_run_that_is_in_a_runs_json_too_is_one_run(tmp_path):
     fake.write(tmp_path / "outputs/run", fake.fashion(0.7, 83.0))
     command.write(tmp_path / "outputs", tmp_path / "outputs/report", page=False)
     content = read(tmp_path / "outputs")
-    assert len(content.runs) == 1 and content.runs[0].curves and not content.problems
+    assert len(content.runs) == len(content.curves) == 1 and not content.problems
 
 
 def test_names_from_the_data_are_text_and_nothing_else(tmp_path):
@@ -283,10 +280,9 @@ def test_figures_are_a_column_wide_with_letters_and_the_same_each_time(report, r
     assert "<text" in svg and "speed-up (times the dense model" in svg
     width = float(re.search(r'<svg [^>]*?width="([\d.]+)pt"', svg)[1]) / 72
     assert width == pytest.approx(3.3, abs=0.01)
-    assert matplotlib.image.imread(report / "figures/field-published.png").shape[1] > 900
-    chart, *_ = page.build(read(root)).paper
+    chart = page.build(read(root)).paper
     views = [view for view in chart["views"] if view["name"] == "speed-up"]
-    figures.save(chart | dict(views=views), tmp_path)
+    charts.save(chart | dict(views=views), tmp_path)
     assert (tmp_path / "imagenet-speed-up.svg").read_text() == svg
 
 

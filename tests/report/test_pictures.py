@@ -8,7 +8,7 @@ import evit
 from evit.models import DynamicViT
 from evit.models.registry import reduced
 from evit.report import pictures
-from evit.report.pictures import FADED, GAP, MIN_SIDE, draw_kept, follow
+from evit.report.pictures import FADED, FONT, GAP, MIN_SIDE, SQUARE, draw_kept, follow
 from tests.models import published
 
 SMALL = dict(embed_dim=48, depth=4, num_heads=3, num_classes=5)
@@ -67,9 +67,46 @@ def test_the_faded_patches_are_those_that_do_not_survive(model):
         for column, ids in enumerate(kept, 1):
             survives = np.isin(np.arange(rows * columns), ids[i]).reshape(rows, columns)
             shown = cell(picture, size, i, column)[:, :, 0]
-            wanted = np.where(survives, GRAY, round(GRAY * FADED + 255 * (1 - FADED)))
             zoom = len(shown) // rows
-            np.testing.assert_array_equal(shown, wanted.repeat(zoom, 0).repeat(zoom, 1))
+            there = survives.repeat(zoom, 0).repeat(zoom, 1)
+            assert (shown[there] == GRAY).all() and (shown[~there] != GRAY).all()
+
+
+@pytest.mark.parametrize("shade", [0, 100, 160, 255])
+def test_a_faded_patch_is_seen_on_any_background(shade):
+    pixels = torch.full((1, 3, 32, 32), float(shade))
+    shown = pictures.draw_tokens(torch.tensor([[[0, -1]]]), pixels)[0, 0]
+    assert (shown[:, :16] == shade).all() and shown[:, 16:].std() > 20
+    dark, light = shown[:SQUARE, 16 : 16 + 2 * SQUARE].unique().tolist()
+    assert light - dark > 50 and light == FADED * shade + (1 - FADED) * 255
+
+
+@torch.no_grad()
+def test_class_and_prediction_stand_above_each_row():
+    model = deit(32, keep_rate=0.5).eval()
+    images, pixels = images_for(model), torch.zeros(3, 3, 32, 32, dtype=torch.uint8)
+    names = ["cat", "dog", "cow", "hen", "fox"]
+    logits = model(images)
+    said = pictures.captions(logits, names, ["dog", "cat", "fox"])
+    best, share = names[int(logits[1].argmax())], float(logits[1].softmax(0).max())
+    assert said[1] == f"cat: predicted {best}, {share:.0%}"
+    assert pictures.captions(logits, names)[1] == said[1].removeprefix("cat: ")
+    assert pictures.captions(logits) == []
+    plain = np.asarray(draw_kept(model, images, pixels))
+    written = np.asarray(draw_kept(model, images, pixels, names, names[:3]))
+    strip = FONT + GAP // 2
+    assert len(written) == len(plain) + 3 * strip
+    for row in range(3):
+        bottom = len(written) - (3 - row) * (128 + GAP + strip) + strip
+        assert (written[bottom - strip : bottom] == 0).any()
+        np.testing.assert_array_equal(
+            written[bottom : bottom + 128], cell_row(plain, row, 128), f"row {row}"
+        )
+
+
+def cell_row(picture: np.ndarray, row: int, side: int) -> np.ndarray:
+    top = len(picture) - (3 - row) * (side + GAP)
+    return picture[top : top + side]
 
 
 @torch.no_grad()

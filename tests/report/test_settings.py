@@ -16,15 +16,15 @@ __all__ = ["resolvers"]  # a fixture
 
 
 def points(folder: Path, **runs: dict) -> pd.DataFrame:
-    """The settings of these runs, with their dense ones."""
+    """The settings of these runs, beside their dense ones."""
     for name, content in runs.items():
         fake.write(folder / "outputs" / name, content)
-    return settings.with_dense(settings.ours(read(folder)))
+    return settings.ours(read(folder))
 
 
 def baseline(found: pd.DataFrame) -> pd.Series | None:
     """The dense setting of the only sparse one."""
-    ((_, sparse),) = found[found.rate != 1].iterrows()
+    ((_, sparse),) = found[found.rate != "dense"].iterrows()
     return None if sparse.dense == -1 else found.loc[sparse.dense]
 
 
@@ -33,8 +33,8 @@ def view(chart: dict, name: str) -> list[dict]:
     return next(shown["data"] for shown in chart["views"] if shown["name"] == name)
 
 
-def beside_dense(content) -> dict:
-    return charts.costs("key", "fashion-mnist, 28 px", content, settings.ours(content))
+def accuracy(folder: Path, title: str = "fashion-mnist, 28 px") -> dict:
+    return charts.accuracy("key", title, settings.ours(read(folder)))
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_the_baseline_is_the_mean_over_the_dense_seeds(tmp_path):
     dense = {f"d{seed}": fake.fashion(1.0, 80.0 + seed, seed=seed) for seed in range(3)}
     found = points(tmp_path, evit=fake.fashion(0.7, 79.0, seed=7), **dense)
     assert baseline(found).top1 == 81.0 and baseline(found).runs == 3
-    dense, sparse = tables.all_settings("28 px", found.iloc[:, :-4]).frame.values.tolist()
+    dense, sparse = tables.all_settings("28 px", found).frame.values.tolist()
     assert dense[:5] == ["dense", "", "3", "81.00 ± 1.00", "+0.00"]
     assert sparse[:5] == ["0.7", "fused", "1", "79.00", "-2.00"]
 
@@ -77,10 +77,9 @@ def test_the_spread_over_seeds_is_a_bar_and_in_the_hover_text(tmp_path):
         for seed in range(3)
     }
     points(tmp_path, **runs)
-    chart = beside_dense(read(tmp_path))
-    (own,) = (t for t in view(chart, "GMACs") if not t["name"].endswith("(paper)"))
-    assert own["error_y"]["array"] == [1.0, 1.0] and own["y"] == [-0.5, 0.0]
-    assert own["hovertext"][0] == "0.5, 28 px, 3 run(s)"
+    dense, own = view(accuracy(tmp_path), "GMACs")
+    assert own["error_y"]["array"] == [1.0] and (own["y"], dense["y"]) == ([81.5], [82.0])
+    assert own["hovertext"] == ["0.5, 28 px, 3 runs"]
 
 
 def test_several_seeds_of_a_row_of_the_paper_have_mean_spread_and_number_in_its_table(tmp_path):
@@ -95,8 +94,8 @@ def test_several_seeds_of_a_row_of_the_paper_have_mean_spread_and_number_in_its_
 def test_the_runs_of_a_setting_are_curves_of_one_colour(tmp_path):
     for seed, top1 in enumerate((80.0, 84.0)):
         fake.write(tmp_path / f"{seed}", fake.fashion(0.7, top1, seed=seed))
-    runs = read(tmp_path).runs
-    chart = charts.curves(0, runs, {runs[0].row["setting"]: "EViT"})
+    content = read(tmp_path)
+    chart = charts.curves("key", content, settings.ours(content))
     first, second = view(chart, "top-1")
     assert [line["y"][-1] for line in (first, second)] == pytest.approx([79.8, 83.79])
     assert first["line"] == second["line"] and len(first["x"]) == 4
@@ -109,9 +108,7 @@ def test_no_two_lines_of_a_chart_look_the_same(tmp_path):
         for epochs in (1, 2, 3):
             run = fake.fashion(rate, 80.0 + rate, epochs=epochs)
             fake.write(tmp_path / f"{rate}-{epochs}", run)
-    content = read(tmp_path)
-    found = settings.ours(content)
-    for chart in charts.costs("a", "ImageNet", content, found), beside_dense(content):
+    for chart in accuracy(tmp_path, "ImageNet"), accuracy(tmp_path):
         for shown in chart["views"]:
             looks = [(one["line"]["color"], one["marker"]["symbol"]) for one in shown["data"]]
             assert len(set(looks)) == len(looks) > 5
@@ -151,10 +148,9 @@ def test_two_recipes_are_two_lines_with_names(tmp_path):
     }
     points(tmp_path, **runs)
     found = settings.ours(read(tmp_path))
-    named = {"outputs/low", "outputs/high"}
+    named = set(found.recipe)
     assert {name.split(", ")[-1] for name in charts.line_names(found)} == named
-    traces = view(beside_dense(read(tmp_path)), "GMACs")
-    assert sum(not trace["name"].endswith("(paper)") for trace in traces) == 2
+    assert len(view(accuracy(tmp_path), "GMACs")) == 4
     assert set(tables.all_settings("28 px", found).frame["recipe"]) == named
 
 
@@ -165,7 +161,7 @@ def test_an_evaluation_is_compared_with_its_own_dense_model(tmp_path):
         (tmp_path / sha).mkdir()
         (tmp_path / sha / "evaluation.json").write_text(json.dumps(content))
     found = points(tmp_path)
-    assert list((found.top1 - found.dense_top1).round(2)) == 2 * [0, -1.26, -6.01]
+    assert list(found.change.round(2)) == 2 * [0, -1.26, -6.01]
 
 
 def test_a_fine_tuned_run_is_compared_with_what_it_began_with(tmp_path):
@@ -200,7 +196,7 @@ def test_a_checkpoint_that_no_run_left_is_known_by_its_content(tmp_path):
     (tmp_path / "outputs/evaluation.json").write_text(json.dumps(content))
     tuned = fake.result(checkpoint=str(path), epochs=30, started_from=results.sha256(path))
     found = points(tmp_path, tuned=tuned)
-    assert found[found.start == "fine-tuned"].dense_top1.item() == 79.81
+    assert found.loc[found.dense[found.start == "fine-tuned"]].top1.item() == 79.81
 
 
 def evaluate(folder: Path, **changes) -> dict:
@@ -217,7 +213,7 @@ def test_evaluations_of_fewer_images_are_rows_of_their_own_beside_their_own_dens
     evaluate(tmp_path / "few", settings=few, config=dict(max_val_images=100, model={}))
     found = points(tmp_path)
     assert list(found.images) == 3 * [""] + 3 * ["100 validation"]
-    assert list((found.top1 - found.dense_top1).round(2)) == 2 * [0, -1.26, -6.01]
+    assert list(found.change.round(2)) == 2 * [0, -1.26, -6.01]
     shown = tables.all_settings("photos, 224 px", settings.ours(read(tmp_path))).frame
     assert sorted(set(shown["images"])) == ["100 validation", "all"]
     assert charts.line_names(found).nunique() == 4
@@ -261,11 +257,11 @@ def test_selections_and_reducers_are_columns_and_lines(tmp_path):
     assert sorted(set(key)) == [" ", "evit attentive", "evit inattentive", "evit random", "tome "]
     assert list(shown["KL to dense"]).count("0.2500") == 8
     assert len(charts.comparable(found)) == 9
-    chart = charts.reducers(0, "photos", found)
-    assert [shown["name"] for shown in chart["views"]] == ["top-1", "KL"]
+    chart = charts.accuracy("key", "photos", found)
+    assert [shown["name"] for shown in chart["views"]] == ["GMACs", "KL"]
     lines = {trace["name"]: len(trace["x"]) for trace in view(chart, "KL")}
     assert lines.pop("dense") == 1 and set(lines.values()) == {2} and len(lines) == 4
-    assert "tome" in lines and "evit, dropped, random" in lines
+    assert "tome" in lines and "dropped, random" in lines
     reducers = charts.comparable(found[found.reducer != "tome"])
     assert reducers.empty  # one reducer is no comparison
 
@@ -279,14 +275,3 @@ def test_models_of_timm_are_told_apart_by_their_names(tmp_path):
     found = settings.ours(read(tmp_path))
     assert set(found.model) == {"deit3_small_patch16_224", "vit_small_patch16_224"}
     assert charts.line_names(found).nunique() == 2
-
-
-def test_a_result_without_a_reducer_is_evit_s_or_dynamicvit_s():
-    run = fake.fashion(0.7, 80.0)
-    assert collect.row(run)["reducer"] == "evit"
-    run["model"]["reducer"] = "tome"
-    assert collect.row(run)["reducer"] == "tome"
-    assert collect.row(fake.fashion(1.0, 80.0))["reducer"] == "none"
-    run = fake.fashion(0.7, 80.0)
-    run["choices"]["model"] = "dynamicvit_deit"
-    assert collect.row(run)["reducer"] == "dynamicvit"

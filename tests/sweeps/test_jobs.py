@@ -24,6 +24,9 @@ TABLES = dict(
     cifar10_resolution=[],
     cifar10_finetune=[],
     cifar10_reducers=[],
+    cifar10_offtheshelf=[],
+    cifar10_any_rate=[],
+    any_rate=[],
     reducers=[],
     quick_reducers=[],
 )

@@ -132,11 +132,14 @@ def test_each_slot_has_its_gpus(tmp_path, monkeypatch):
         sweep.make_slots(0)
 
 
-def test_a_run_does_not_see_the_launcher_of_the_sweep(monkeypatch):
+def test_a_run_does_not_see_the_launcher_of_the_sweep(tmp_path, monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("WANDB_SWEEP_ID", "x")
-    env = sweep.environment({"CUDA_VISIBLE_DEVICES": "3"})
+    code = f"import json; json.dump(dict(os.environ), open('env', 'w')); {DONE}"
+    job = script(tmp_path / "job", code)
+    assert not run([job], slots=[3])
+    env = json.loads((job.folder / "env").read_text())
     assert not {"RANK", "WORLD_SIZE", "SLURM_NTASKS", "TORCHELASTIC_RUN_ID"} & set(env)
     assert env["WANDB_SWEEP_ID"] == "x" and env["CUDA_VISIBLE_DEVICES"] == "3"
 

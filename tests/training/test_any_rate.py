@@ -72,13 +72,14 @@ def test_rates_depend_on_seed_and_step_alone_and_all_are_drawn():
 
 @pytest.mark.parametrize("teacher", ["self", "other"])
 @pytest.mark.parametrize("name", ["evit", "tome"])
-def test_a_dense_teacher_is_distilled(name, teacher):
+def test_class_logits_and_surviving_tokens_follow_a_dense_teacher(name, teacher):
     model, x, labels = reduced(name, keep_rate=0.7), images(2), torch.tensor([1, 3])
     other = dense_teacher(model)
     with torch.no_grad():
         if teacher == "other":
             other.head.weight.mul_(2)
-        wanted = other(x)
+            other.norm.weight.mul_(3)
+        wanted, dense = other(x), other.forward_features(x)[:, 1:]
     given = "self" if teacher == "self" else other
     objective = make_objective(model, recipe(distill_weight=0.3), 7, 2, teacher=given)
     Classifier(model, objective.recipe, 7, objective).on_fit_start()  # moves it to the device
@@ -86,7 +87,12 @@ def test_a_dense_teacher_is_distilled(name, teacher):
     logits = model(x)
     assert model.keep_rate[0] == 0.7
     torch.testing.assert_close(losses["class_distillation"], kl(logits, wanted))
-    expected = F.cross_entropy(logits, labels) + 0.3 * kl(logits, wanted)
+    own, (*_, kept) = model.forward_features(x, return_kept=True)
+    image = torch.arange(2)[:, None]
+    squares = (own[:, 1:][:, : kept.shape[1]] - dense[image, kept.clamp(0)]).square().mean(2)
+    tokens = squares[kept >= 0].mean()
+    torch.testing.assert_close(losses["token_distillation"], tokens)
+    expected = F.cross_entropy(logits, labels) + 0.3 * (kl(logits, wanted) + tokens)
     torch.testing.assert_close(losses["loss"], expected)
 
 

@@ -19,9 +19,10 @@ from PIL import Image
 
 from evit.commands import checkpoint
 from evit.commands.cli import composed
-from evit.config import CONF_DIR, listed
+from evit.config import CONF_DIR, counted, listed
 from evit.measure.entries import Entry, choose, compared, facts
-from evit.measure.speed import DTYPES, Group, contest, set_precision, telling
+from evit.measure.speed import DTYPES, Group, contest, set_precision
+from evit.progress import telling
 from evit.report import benchmark, paper, results
 
 ROOT = Path(__file__).parents[3]
@@ -68,7 +69,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             names = ("what", "batch_sizes", "precisions", "compile")
             for values in product(*(config[name] for name in names)):
                 group = Group(*values)
-                print(f"{group}: {len(entries)} models", flush=True)
+                print(f"{group}: {counted(len(entries), 'model')}", flush=True)
                 contest(result, entries, group, device, config)
     del result["at"]
     result |= dict(config=config, device=results.device_name(device))
@@ -76,11 +77,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     text = benchmark.markdown(result)
     print(f"\n{text}")
     for path in map(Path, filter(None, (HydraConfig.get().runtime.output_dir, config["target"]))):
-        path.mkdir(parents=True, exist_ok=True)
         results.write_json(result, path / "benchmark.json")
         (path / "table.md").write_text(text)
-        if config["paper"] == "gpu":
-            benchmark.draw(result, path / "speed.svg")
         print(os.path.relpath(path / "table.md"))
     return result
 
@@ -123,9 +121,10 @@ def models(config: dict[str, Any], reducers: dict[Any, Any]) -> dict[str, Any]:
         if (own := run["model"].get("reducer")) and not reducers:
             found["reducers"] = {own["_target_"].rpartition(".")[2].lower(): own}
     for name in [] if nodes else config["models"]:
-        ours = (CONF_DIR / f"model/{name}.yaml").is_file()
-        node: Any = composed("config", [f"model={name}"]).model if ours else dict(model_name=name)
-        nodes.append(OmegaConf.to_container(node) if ours else node)
+        node: Any = OmegaConf.create(dict(model_name=name))
+        if (CONF_DIR / f"model/{name}.yaml").is_file():
+            node = composed("config", [f"model={name}"]).model
+        nodes.append(OmegaConf.to_container(node))
     known = "_target_", "model_name", "pretrained", "reducer", "img_size"
     rest = [{k: v for k, v in node.items() if k not in known} for node in nodes]
     found["models"] = list(zip((node["model_name"] for node in nodes), rest, strict=True))
@@ -193,11 +192,10 @@ def train_briefly(gpu: bool, batch: int) -> dict[str, Any]:
             raise ValueError(f"the training run: {(done.stderr or done.stdout).splitlines()[-1]}")
         lines = Path(folder, "run/metrics.jsonl").read_text().splitlines()
         run = json.loads(Path(folder, "run/result.json").read_text())
-    wait = [row["train/data_wait"] for row in map(json.loads, lines) if "train/data_wait" in row][
-        -1
-    ]
-    return dict(
-        title=f"Training run: {model}, keep rate 0.5, batch {batch}, {run['precision']}, FFCV",
-        rows=[dict(images_per_s=round(run["train_images_per_s"], 1), data_wait=round(wait, 4))],
-        verdict=f"Training waits for its images for {wait:.0%} of its time.",
+    *_, wait = (
+        row["train/data_wait"] for row in map(json.loads, lines) if "train/data_wait" in row
     )
+    title = f"Training run: {model}, keep rate 0.5, batch {batch}, {run['precision']}, FFCV"
+    rows = [dict(images_per_s=round(run["train_images_per_s"], 1), data_wait=round(wait, 4))]
+    verdict = f"Training waits for its images for {wait:.0%} of its time."
+    return dict(title=title, rows=rows, verdict=verdict)

@@ -31,8 +31,9 @@ def build_model(cfg: DictConfig, recipe: Recipe, num_classes: int, **options: An
 def build_teacher(cfg: DictConfig, model: Any) -> Any:
     """The dense model that is distilled, if there is one: DynamicViT's is what it starts from."""
     source, reducer = cfg.recipe.teacher, getattr(model, "reducer", None)
-    if source and (reducer is None or (source == "self" and reducer.masked)):
-        kind = "models with a reducer" if reducer is None else "reducers without predictors"
+    rates = reducer is not None and not (reducer.masked or reducer.own or reducer.given)
+    if source and (reducer is None or (source == "self" and not rates)):
+        kind = "models with a reducer" if reducer is None else "reducers of keep rates"
         raise ValueError(f"recipe.teacher={source} is for {kind}: leave it out, or give a PATH")
     if source == "self" or reducer is None or not (source or reducer.masked):
         return source
@@ -57,6 +58,8 @@ def build_module(
     model = build_model(cfg, recipe, data.num_classes)
     check_images(model, cfg.img_size)
     data.normalize_for(model)
+    if not hasattr(model, "heads"):
+        data.label_maps = None  # LV-ViT alone learns from them: announce() says so
     if cfg.checkpoint:
         load_checkpoint(model, cfg.checkpoint, new_head=True, new_parts=True)
     teacher, sizes = build_teacher(cfg, model), (data.num_classes, data.local_batch_size)

@@ -12,11 +12,13 @@ from evit import measure
 from evit.commands import checkpoint
 from evit.data.batch import normalize
 from evit.models.cascade import Cascade
+from evit.progress import telling
 from evit.report import results
 
 EVERY = 10  # one batch in ten calibrates the threshold; it is not reported
 
 
+@telling(lambda: "evaluating")
 @torch.no_grad()
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Choose the threshold for a budget of gmacs on some batches; measure on the others.
@@ -25,9 +27,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """
     rates, budget = [float(rate) for rate in cfg.cascade], cfg.gmacs
     model, about, cfg, source = checkpoint.opened(cfg)
-    data = checkpoint.validation(cfg, cfg.batch_size, cfg.max_val_images)
-    data.prepare_data()
-    data.setup()
+    data = checkpoint.validation(cfg, cfg.batch_size, cfg.max_val_images, ready=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     costs = []
     for rate in rates:
@@ -74,6 +74,5 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     ]
     print(results.markdown(lines) + f"\nUnsure: below {cascade.thresholds[0]:.3f}.")
     folder = Path(HydraConfig.get().runtime.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     results.write_json(result | dict(checkpoint=str(source.path)), folder / "cascade.json")
     return result

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from evit import load_checkpoint, reduce
-from evit.config import folder_name, listed, overridden
+from evit.config import OUTPUTS, folder_name, listed, overridden
 from evit.data.batch import MEAN, STD
 from evit.models.patches import check_images
 from evit.models.weights import fit_state_dict, read_file, read_state_dict
@@ -107,10 +107,13 @@ def complete(cfg: DictConfig, source: Source) -> DictConfig:
     return cfg
 
 
-def validation(cfg: DictConfig, batch_size: int, most: int | None) -> Any:
-    """The data module of `most` validation images; nothing is read yet."""
+def validation(cfg: DictConfig, batch_size: int, most: int | None, ready: bool = False) -> Any:
+    """The data module of `most` validation images; `ready`: set up, else nothing is read yet."""
     recipe = Recipe(1, batch_size, lr=1, max_val_images=most, crop_pct=cfg.crop_pct)
-    return instantiate(cfg.data, recipe=recipe, splits=["val"], _convert_="object")
+    data = instantiate(cfg.data, recipe=recipe, splits=["val"], _convert_="object")
+    for step in (data.prepare_data, data.setup) if ready else ():
+        step()
+    return data
 
 
 def attach(model: Any, reducer: dict[str, Any], source: Source) -> Any:
@@ -186,8 +189,10 @@ def opened(cfg: DictConfig) -> tuple[Any, dict[str, Any], DictConfig, Source]:
 
 
 def target_file(cfg: DictConfig, about: dict[str, Any], folder: str, suffix: str) -> Path:
-    """target=PATH, or FOLDER/MODEL-KEEPRATE-SIZE, with the reducer if the model does not say it."""
-    model, reducer = about["model"], about["reducer"] or "evit"
-    named = reducer == "evit" or model.startswith(reducer)
-    parts = (model, *([] if named else [reducer]), rate(about), about["img_size"])
-    return Path(cfg.target or f"{folder}/{folder_name('-'.join(map(str, parts)))}{suffix}")
+    """target=PATH, or FOLDER/MODEL-REDUCER-KEEPRATE-SIZE-HASH, of the weights and all knobs."""
+    reducer = [about["reducer"]] if about["reducer"] else []
+    key = results.digest(OmegaConf.to_yaml(cfg))
+    parts = (about["model"], *reducer, rate(about), about["img_size"], key)
+    return Path(
+        cfg.target or OUTPUTS / folder / f"{folder_name('-'.join(map(str, parts)))}{suffix}"
+    )

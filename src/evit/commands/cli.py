@@ -35,8 +35,8 @@ NOT_COMPOSED = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
 def main() -> None:
-    """Run the command whose script was started: src/NAME.py is evit.commands.NAME."""
-    name = Path(sys.argv[0]).stem
+    """Run the command whose script was started: src/NAME.py or evit-NAME."""
+    name = Path(sys.argv[0]).stem.removeprefix("evit-").replace("-", "_")
     if name == "sweep":  # it composes the configurations of many runs
         with ended_in_a_line():
             sys.exit(importlib.import_module("evit.commands.sweep").run(sys.argv[1:]))
@@ -45,8 +45,7 @@ def main() -> None:
 
 def start(command: str, config: str) -> None:
     """Compose conf/CONFIG.yaml with the command line; then import the command and run it."""
-    together = command in ("predict", "visualize")
-    module, function = ("images", command) if together else (command, "run")
+    images = command in ("predict", "visualize")
 
     def run(cfg: DictConfig) -> Any:
         if missing := [str(knob) for knob in cfg if OmegaConf.is_missing(cfg, knob)]:
@@ -54,19 +53,19 @@ def start(command: str, config: str) -> None:
         if str(cfg.get("name")).startswith(("/", "~")):
             way = f"a folder of your own is hydra.run.dir={cfg.name}"
             fail(f"name={cfg.name} would be a folder in outputs/: {way}")
-        name = "plan" if cfg.get("dry_run") else module
+        name = "plan" if cfg.get("dry_run") else "images" if images else command
         work = importlib.import_module(f"evit.commands.{name}")
         gc.enable()
         with ended_in_a_line():  # or Hydra adds a line of its own
-            return getattr(work, function)(cfg)
+            return getattr(work, command if images else "run")(cfg)
 
     gc.disable()  # what imports leave is no garbage: a quarter less time until the work begins
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints errors itself
     given = sys.argv[1:]
     with ended_in_a_line():
         register()
-        sys.argv[1:] = arguments(given, config)
         try:
+            sys.argv[1:] = arguments(given, config)
             hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config)(run)()
         except NOT_COMPOSED as error:
             raise explained(error, config) from error
@@ -119,10 +118,11 @@ def with_scale(words: list[str]) -> list[str]:
     for option, folder in zip(words, words[1:], strict=False):
         if option in ("--config-dir", "-cd"):
             overrides.append(f"hydra.searchpath=['file://{Path(folder).absolute()}']")
-    first = []
-    for o in OverridesParser.create().parse_overrides(overrides):
-        value = o.is_sweep_override() and next(o.sweep_string_iterator())
-        first.append(f"{o.key_or_group}={value}" if value else o.input_line or "")
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    first = [
+        f"{o.key_or_group}={next(o.sweep_string_iterator())}" if o.is_sweep_override() else line
+        for o, line in zip(parsed, overrides, strict=True)
+    ]
     scale = scale_for(composed("config", first))
     return words if scale == "published" else [*words, f"scale={scale}"]
 
@@ -174,9 +174,8 @@ def nearest(name: str, known: Any) -> str:
     inside = [other for other in known if other.endswith(f".{name}")]
     if near := inside or difflib.get_close_matches(name, known, 1):
         return f"did you mean {near[0]}?"
-    group = name.rpartition(".")[0]
-    beside = sorted(other for other in known if other.rpartition(".")[0] == group)
-    return f"there are {', '.join(beside)}"
+    group, _, _ = name.rpartition(".")
+    return f"there are {', '.join(sorted(n for n in known if n.rpartition('.')[0] == group))}"
 
 
 def explained(error: BaseException, config: str) -> ValueError:
@@ -185,7 +184,7 @@ def explained(error: BaseException, config: str) -> ValueError:
         wanted = str(error.missing_cfg_file).replace("/", "=")
         options = [name for name in error.options if not name.startswith("_")]
         return ValueError(f"there is no {wanted}: {nearest(wanted.split('=')[-1], options)}")
-    if found := re.search(r"override '([\w.]+)'", str(error)):
+    if found := re.match(r"Could not override '([\w.]+)'", str(error)):
         known = knobs(config)
         hint = f"+{found[1]}=... adds it" if found[1] in known else nearest(found[1], known)
         return ValueError(f"unknown knob {found[1]!r}: {hint}")
@@ -247,8 +246,7 @@ def terminate(number: int, _: Any = None) -> NoReturn:
 
 def fail(text: str) -> NoReturn:
     """End the program with a user's mistake."""
-    shown = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
-    print(f"error: {shown}", file=sys.stderr)
+    print("error:", "\n".join(map(files.printable, text.split("\n"))), file=sys.stderr)
     sys.exit(2)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import wandb
 from omegaconf import DictConfig
 
-from evit.report import paper, results
+from evit.report import paper
 from evit.tracking import wandb_mode
 
 KEYS = ("model", "reducer", "keep_rate", "fusion", "img_size", "macs", "throughput", "top1", "top5")
@@ -20,11 +20,9 @@ def run(cfg: DictConfig) -> None:
         ValueError: the user is not logged in, a package is missing, or W&B cannot be reached.
     """
     if wandb_mode("auto") != "online":
-        raise ValueError(
-            "you are not logged in to W&B: run wandb login (.venv/bin/wandb), then this again; "
-            "make sync uploads the runs that were tracked offline. Without W&B, src/report.py "
-            "compares runs"
-        )
+        way = "run wandb login (.venv/bin/wandb), then this again; make sync uploads the runs that "
+        way += "were tracked offline. Without W&B, src/report.py compares runs"
+        raise ValueError(f"you are not logged in to W&B: {way}")
     try:
         entity: str = cfg.entity or wandb.Api().default_entity or ""
         if cfg.paper:
@@ -44,14 +42,11 @@ def paper_runs() -> list[dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for row in paper.training_runs():
         dense, fusion = row["keep_rate"] == 1, row["fusion"]
-        own = dict(
-            model=paper.MODEL_LIST[row["model"]]["conf"][0 if dense else -1],
-            reducer="none" if dense else results.reducer_name(None, row["model"]),
-            fusion=bool(fusion),
-            macs=row["macs"] * 1e9,
-        )
-        prefix = "" if fusion is None else "evit_"
-        name = f"{prefix}{row['model']} {row['keep_rate']} {row['img_size']} px"
+        own = dict(model=paper.MODEL_LIST[row["model"]]["conf"][0 if dense else -1])
+        own |= dict(reducer="none" if dense else row["reducer"])
+        own |= dict(fusion=bool(fusion), macs=row["macs"] * 1e9)
+        name = f"{row['model']} {row['keep_rate']} {row['img_size']} px"
+        name = name if fusion is None else f"evit_{name}"
         name += "" if dense else " fused" if fusion else " dropped"
         if "params" in row:  # only in the table of fine-tuned models
             start = "from DeiT" if row["finetuned"] else "from scratch"
@@ -61,11 +56,7 @@ def paper_runs() -> list[dict[str, Any]]:
 
 
 def log_paper(rows: list[dict[str, Any]], **where: Any) -> None:
-    """Add rows to a project as runs of group and job type paper; a second time they are replaced.
-
-    Args:
-        where: project, entity and mode.
-    """
+    """Add rows to a project as runs of group paper; a second time they are replaced."""
     kind: Any = dict(group="paper", job_type="paper", resume="allow", reinit="finish_previous")
     kind |= where | dict(settings=wandb.Settings(silent=True))
     with tempfile.TemporaryDirectory() as folder:
@@ -83,14 +74,11 @@ def workspace(entity: str, project: str) -> Any:
     import wandb_workspaces.workspaces as ws
 
     columns = ["run:displayName", "run:group", *(f"summary:{key}" for key in KEYS)]
-    best_first = ws.Ordering(ws.Summary("top1"), ascending=False)
-    return ws.Workspace(
-        entity=entity,
-        project=project,
-        name="EViT Lab",
-        sections=[ws.Section(name=n, panels=p, is_open=True) for n, p in all_panels().items()],
-        runset_settings=ws.RunsetSettings(order=[best_first], pinned_columns=columns),
-    )
+    order = [ws.Ordering(ws.Summary("top1"), ascending=False)]
+    sections = [ws.Section(name=n, panels=p, is_open=True) for n, p in all_panels().items()]
+    runs = ws.RunsetSettings(order=order, pinned_columns=columns)
+    where: Any = dict(entity=entity, project=project, name="EViT Lab")
+    return ws.Workspace(**where, sections=sections, runset_settings=runs)
 
 
 def report(entity: str, project: str) -> Any:

@@ -1,7 +1,6 @@
 """Evaluate a checkpoint with many reducers and keep rates in one pass; write evaluation.json."""
 
 import time
-from contextlib import nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from evit import measure
 from evit.commands import cascade, checkpoint
-from evit.config import listed
-from evit.measure.speed import keep_compiled, telling
+from evit.config import counted, listed
+from evit.measure.speed import keep_compiled
+from evit.progress import telling
 from evit.report import evaluations, results
 from evit.training.callbacks import progress_bar
 from evit.training.evaluator import Evaluator, setting_of
@@ -24,6 +24,8 @@ from evit.training.trainer import Signals, build_trainer, quiet, say
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Evaluate by a composed configuration; leave evaluation.json in Hydra's run folder."""
     quiet()
+    if {"keep_rate", "keep_rates"} <= checkpoint.given():
+        raise ValueError("keep_rate stands beside keep_rates, where it does nothing: give one")
     if cfg.cascade:
         return cascade.run(cfg)
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -50,7 +52,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     chosen = choose(config, nodes or [config["reducer"]], model, source)
     costs = [cost(model, reducer) for reducer in chosen]
     evaluator = Evaluator(model, chosen, data.num_classes, cfg.seed)
-    text = f"Evaluating {len(chosen)} setting{'s' * (len(chosen) > 1)} on {data.name} "
+    text = f"Evaluating {counted(len(chosen), 'setting')} on {data.name} "
     text += f"({data.num_classes} classes), read by {data.backend}"
     if cfg.max_val_images:
         text += f"; at most {cfg.max_val_images} images (max_val_images=null: all)"
@@ -64,7 +66,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 
     started = time.perf_counter()
     silent = bar or not trainer.is_global_zero
-    with nullcontext() if silent else telling(lambda: evaluator.at):
+    with telling(lambda: "" if silent else evaluator.at):
         trainer.validate(evaluator, data, verbose=False)
     each = zip(evaluator.settings, evaluator.results, costs, strict=True)
     rows = [setting._asdict() | found | cost for setting, found, cost in each]
@@ -89,7 +91,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     )
     if trainer.is_global_zero:
         result |= results.provenance()
-        folder.mkdir(parents=True, exist_ok=True)
         results.write_json(result, folder / "evaluation.json")
         evaluations.show(result, folder / "evaluation.json")
     return result
@@ -101,8 +102,6 @@ def choose(config: dict[str, Any], nodes: list[Any], model: Any, source: Any) ->
     Returns: reducers attached to the model; [None] for a model that takes none.
     """
     rates, budgets = config["keep_rates"], listed(config["gmacs"] or [])
-    if {"keep_rate", "keep_rates"} <= checkpoint.given():
-        raise ValueError("keep_rate stands beside keep_rates, where it does nothing: give one")
     rates = listed(rates or ([] if budgets else [config["keep_rate"]]))
     if not hasattr(model, "reducer"):
         if budgets or not all(listed(rate) == [1] for rate in rates):

@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from evit.commands import checkpoint
+from evit.progress import telling
 from evit.report.evaluations import rate
 
 BATCHES = (1, 2, 5)  # that the file is checked with; it was made with another
@@ -20,6 +21,7 @@ TOLERANCE = 1e-4
 Compute = Callable[[Tensor], np.ndarray]
 
 
+@telling(lambda: "exporting")
 def run(cfg: DictConfig) -> Path:
     """Export by a composed configuration; the file, which is there only if it computes the same."""
     if cfg.format not in FORMATS:
@@ -28,7 +30,7 @@ def run(cfg: DictConfig) -> Path:
     if cfg.target and Path(cfg.target).suffix != suffix:
         raise ValueError(f"target={cfg.target}: a {cfg.format} file ends in {suffix}")
     model, about, cfg, _ = checkpoint.opened(cfg)
-    target, size = checkpoint.target_file(cfg, about, "outputs/export", suffix), about["img_size"]
+    target, size = checkpoint.target_file(cfg, about, "export", suffix), about["img_size"]
     kind = "random weights" if cfg.random else about["reducer"] or "dense"
     print(f"Exporting {about['model']}, {kind}, keep rate {rate(about)}, {size} px", flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -12,14 +12,16 @@ from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from evit.commands import checkpoint
-from evit.config import listed
+from evit.config import counted, listed
 from evit.data.batch import normalize
-from evit.data.folders import image_files, load_image
+from evit.data.folders import image_files, in_words, load_image
 from evit.data.imagefolder import evaluation_transform
+from evit.progress import telling
 from evit.report.evaluations import rate
 from evit.report.pictures import draw_features, draw_kept
 
 
+@telling(lambda: "drawing")
 def visualize(cfg: DictConfig) -> Path:
     """Draw which patches of images survive, or the features that they end in; the file."""
     if cfg.show not in ("kept", "features"):
@@ -30,22 +32,24 @@ def visualize(cfg: DictConfig) -> Path:
     if not hasattr(model, "reducer"):
         raise ValueError(f"{type(model).__name__} reduces no tokens: {checkpoint.REDUCED}")
     draw, suffix = dict(kept=(draw_kept, ""), features=(draw_features, "-features"))[cfg.show]
-    target = checkpoint.target_file(cfg, about, "outputs/pictures", f"{suffix}.png")
+    target = checkpoint.target_file(cfg, about, "pictures", f"{suffix}.png")
     if cfg.images is not None:
         pixels = read_pixels(image_paths(cfg.images, cfg.num_images), cfg)
+        truths = []
     else:
-        data = checkpoint.validation(cfg, cfg.num_images, cfg.num_images)
-        data.prepare_data()
-        data.setup()
-        pixels = next(iter(data.val_dataloader()))[0]
-    print(f"Drawing {len(pixels)} images at keep rate {rate(about)}", flush=True)
-    picture = draw(model, normalize(pixels, about["mean"], about["std"]), pixels)
+        data = checkpoint.validation(cfg, cfg.num_images, cfg.num_images, ready=True)
+        pixels, labels = next(iter(data.val_dataloader()))
+        truths = [in_words(list(data.classes))[label] for label in labels]
+    print(f"Drawing {counted(len(pixels), 'image')} at keep rate {rate(about)}", flush=True)
+    names = [] if cfg.random else class_names(about)
+    picture = draw(model, normalize(pixels, about["mean"], about["std"]), pixels, names, truths)
     target.parent.mkdir(parents=True, exist_ok=True)
     picture.save(target)
     print(f"{target} ({picture.width} x {picture.height} pixels)")
     return target
 
 
+@telling(lambda: "predicting")
 @torch.no_grad()
 def predict(cfg: DictConfig) -> None:
     """Predict the classes of images: names and probabilities, printed and as a table."""
@@ -55,9 +59,7 @@ def predict(cfg: DictConfig) -> None:
     paths = image_paths(cfg.images)
     model, about, cfg, _ = checkpoint.opened(cfg)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    names = about["classes"] or [f"class {label}" for label in range(model.num_classes)]
-    if names[0] in ("class 0", "n01440764") and len(names) == 1000:  # ImageNet's
-        names = ImageNetInfo().label_descriptions()
+    names = class_names(about)
     model.to(device)
     for start in range(0, len(paths), cfg.batch_size):
         some = paths[start : start + cfg.batch_size]
@@ -71,7 +73,14 @@ def predict(cfg: DictConfig) -> None:
         Path(cfg.target).parent.mkdir(parents=True, exist_ok=True)
         with open(cfg.target, "w", newline="") as file:
             csv.writer(file).writerows(rows)
-        print(f"{cfg.target} ({len(paths)} images)")
+        print(f"{cfg.target} ({counted(len(paths), 'image')})")
+
+
+def class_names(about: dict[str, Any]) -> list[str]:
+    """The names of a model's classes; where none are known, ImageNet's, or class 0, 1, ..."""
+    numbers = [f"class {label}" for label in range(about["num_classes"])]
+    unknown = ImageNetInfo().label_names() if len(numbers) == 1000 else numbers
+    return in_words(about["classes"] or unknown)
 
 
 def image_paths(images: Any, most: int | None = None) -> list[Path]:
@@ -79,6 +88,8 @@ def image_paths(images: Any, most: int | None = None) -> list[Path]:
     given: Any = OmegaConf.to_object(images) if OmegaConf.is_list(images) else images
     paths: list[Path] = []
     for path in (Path(name).expanduser() for name in listed(given)):
+        if not path.exists():
+            raise ValueError(f"images={path} does not exist: give a folder, an image, or a list")
         inside = [Path(name) for name in image_files(str(path))] if path.is_dir() else [path]
         count = min(most or len(inside), len(inside))
         paths += [inside[i * len(inside) // count] for i in range(count)]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from evit.commands.cli import check_spelling, composed
-from evit.config import CONF_DIR, folder_name, listed, overridden, plain, scale_for
+from evit.config import CONF_DIR, listed, overridden, plain, scale_for
 from evit.report import results
 
 SWEEPS = CONF_DIR.parent / "sweeps"
 # The programs: their configuration, and the file that a run of them leaves.
 PROGRAMS = {"train": ("config", "result.json"), "evaluate": ("evaluate", "evaluation.json")}
+FAILED = "failed.json"  # in the folder of a job that failed: why, for the report
 GRACE = 60  # seconds for a run to end after SIGTERM
 NOT_COMPOSED = (HydraException, OmegaConfBaseException, ValueError, OSError)
 
@@ -56,20 +58,21 @@ class Job:
         return [sys.executable, str(script), *self.overrides, *["overwrite=true"] * anew]
 
     def state(self) -> str:
-        """Say whether it is missing, finished, or changed: of another configuration or source."""
-        result, noted = self.folder / PROGRAMS[self.program][1], self.folder / results.START
+        """One of broken, missing, failed, finished, or changed: another configuration or source."""
+        if self.error:
+            return "broken"
+        result = self.folder / PROGRAMS[self.program][1]
         path = self.folder / "config.json" if self.program == "train" else result
+        missing = "failed" if (self.folder / FAILED).is_file() else "missing"
         if not path.is_file():
-            return "missing"
+            return missing
         before = json.loads(path.read_text())
-        if self.program == "train":
-            same = before == self.config
-        else:
-            given = {k: v for k, v in self.config.items() if v is not None}
-            same = given.items() <= before["config"].items()
-        if self.source and noted.is_file():
-            same &= results.outcome(self.source) in (None, json.loads(noted.read_text()))
-        return ("finished" if result.is_file() else "missing") if same else "changed"
+        given = {k: v for k, v in self.config.items() if v is not None}
+        trained = self.program == "train"
+        same = before == self.config if trained else given.items() <= before["config"].items()
+        if self.source and (noted := results.read_json(self.folder / results.START)):
+            same &= results.outcome(self.source) in (None, noted)
+        return ("finished" if result.is_file() else missing) if same else "changed"
 
 
 @dataclass
@@ -141,47 +144,50 @@ def jobs_of(entry: dict[str, str], sweep: Sweep, more: list[str]) -> list[Job]:
             source = first.folder
             more = [f"checkpoint={source}/checkpoints/best.ckpt", *more]
         runs = expand(f"{sweep.overrides} {entry['run']}", more)
-    except NOT_COMPOSED as error:
-        return [broken(sweep.program, [entry["run"]], error)]
+    except (HydraException, ValueError) as error:
+        return [Job(sweep.program, [entry["run"]], Path(entry["run"]), error=one_line(error))]
     return [make_job(sweep.program, overrides, source) for overrides in runs]
 
 
 def make_job(program: str, overrides: list[str], source: Path | None = None) -> Job:
-    config_name, _ = PROGRAMS[program]
+    """The job of a run; with an error, and a folder that tells it apart, if it does not compose."""
     try:
-        check_spelling(overrides, config_name)
-        cfg = composed(config_name, overrides)
-        if program == "train" and "scale" not in overridden(overrides):
-            if (scale := scale_for(cfg)) != "published":
-                cfg = composed(config_name, [*overrides, f"scale={scale}"])
-        HydraConfig.instance().set_config(cfg)
-        if program == "evaluate":  # completes its groups from the checkpoint's run
-            knobs = [str(k) for k in cfg if k != "hydra" and not isinstance(cfg[k], DictConfig)]
-            config: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, knobs), resolve=True)
-        else:
-            config = plain(cfg)
-            fewer = [override for override in overrides if not override.startswith("fusion=")]
-            if set(listed(config["keep_rate"])) == {1} and fewer != overrides:
-                return make_job(program, fewer, source)  # there is nothing to fuse
-        folder = Path(cfg.hydra.run.dir)  # now, while these are Hydra's values
+        cfg, config = compose_job(program, overrides)
     except NOT_COMPOSED as error:
-        return broken(program, overrides, error)
-    return Job(program, overrides, folder, cfg, json.loads(json.dumps(config)), source)
+        return Job(program, overrides, Path(" ".join(overrides)), error=one_line(error))
+    fewer = [override for override in overrides if not override.startswith("fusion=")]
+    if program == "train" and fewer != overrides and set(listed(config["keep_rate"])) == {1}:
+        return make_job(program, fewer, source)  # there is nothing to fuse
+    return Job(program, overrides, Path(cfg.hydra.run.dir), cfg, config, source)
 
 
-def broken(program: str, overrides: list[str], error: Exception) -> Job:
-    folder = Path("outputs", folder_name("+".join(overrides)))  # to tell jobs apart
-    return Job(program, overrides, folder, error=" ".join(str(error).split()))
+def compose_job(program: str, overrides: list[str]) -> tuple[Any, dict[str, Any]]:
+    """A run's configuration, and what its result will say of it."""
+    config_name, _ = PROGRAMS[program]
+    check_spelling(overrides, config_name)
+    cfg = composed(config_name, overrides)
+    if program == "train" and "scale" not in overridden(overrides):
+        if (scale := scale_for(cfg)) != "published":
+            cfg = composed(config_name, [*overrides, f"scale={scale}"])
+    HydraConfig.instance().set_config(cfg)
+    if program == "train":
+        return cfg, json.loads(json.dumps(plain(cfg)))
+    # An evaluation completes its groups from the checkpoint's run.
+    knobs = [str(k) for k in cfg if k != "hydra" and not isinstance(cfg[k], DictConfig)]
+    config: Any = OmegaConf.to_container(OmegaConf.masked_copy(cfg, knobs), resolve=True)
+    return cfg, config
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def stop(popens: list[subprocess.Popen]) -> None:
     """End processes and all that they have started; a run goes on from its last checkpoint."""
     for number, seconds in ((signal.SIGTERM, GRACE), (signal.SIGKILL, 10)):
         for popen in popens:
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(popen.pid, number)
-            except ProcessLookupError:
-                pass
         until = time.monotonic() + seconds
         while any(popen.poll() is None for popen in popens) and time.monotonic() < until:
             time.sleep(0.05)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import track
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -22,6 +21,7 @@ from evit.data.label_maps import MAX_ID, TOP, label_map_paths, read_label_map
 from evit.data.module import available_cores
 from evit.files import whole_file
 from evit.models import create_model
+from evit.progress import followed
 
 
 def make_label_maps(
@@ -59,19 +59,15 @@ def make_label_maps(
     config = resolve_model_data_config(model, dict(img_size=img_size), use_test_size=not fixed)
     config |= dict(crop_pct=crop_pct, crop_mode=crop_mode)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device).eval()
+    model.to(device).eval().requires_grad_(False)
     size = config["input_size"]
-    with torch.inference_mode():
-        shape = tuple(dense_logits(model, torch.zeros(1, *size, device=device)).shape[2:])
-    description = dict(
-        model_name=model_name,
-        weights=str(Path(checkpoint).expanduser().resolve()) if checkpoint else "timm's",
-        img_size=list(size[1:]),
-        crop_pct=crop_pct,
-        crop_mode=crop_mode,
-        classes=len(classes),
-        cells=list(shape),
+    shape = tuple(dense_logits(model, torch.zeros(1, *size, device=device)).shape[2:])
+    weights = str(Path(checkpoint).expanduser().resolve()) if checkpoint else "timm's"
+    description: dict[str, Any] = dict(
+        model_name=model_name, weights=weights, img_size=list(size[1:])
     )
+    description |= dict(crop_pct=crop_pct, crop_mode=crop_mode)
+    description |= dict(classes=len(classes), cells=list(shape))
     said = target / "label_maps.json"
     if said.is_file() and (before := json.loads(said.read_text())) != description:
         raise ValueError(
@@ -100,10 +96,8 @@ def make_label_maps(
     workers = available_cores() if num_workers is None else num_workers
     loader: Any = DataLoader(Subset(folder, missing), batch_size, num_workers=workers)
     names = iter(missing)
-    for batch, _ in track(loader, f"Writing {len(missing)} label maps"):
-        with torch.inference_mode():
-            logits, ids = dense_logits(model, batch.to(device)).topk(TOP, dim=1)
-        maps = torch.stack([logits, ids], 1).half().cpu()
+    for batch, _ in followed(loader, f"Writing {len(missing)} label maps", len(loader)):
+        maps = torch.stack(dense_logits(model, batch.to(device)).topk(TOP, dim=1), 1).half().cpu()
         if not maps.isfinite().all():
             raise ValueError("the model's logits are not finite, or too large for float16")
         for label_map, i in zip(maps, names, strict=False):
@@ -119,9 +113,8 @@ def annotator(
 ) -> nn.Module:
     """The classifier, with its weights, and with all of its tokens if it could do with fewer."""
     if checkpoint is None and not pretrained:
-        raise ValueError(
-            f"{name} without weights knows nothing: give checkpoint=PATH, or pretrained=true"
-        )
+        way = "give checkpoint=PATH, or pretrained=true"
+        raise ValueError(f"{name} without weights knows nothing: {way}")
     options: dict[str, Any] = dict(num_classes=num_classes) if checkpoint else {}
     sized = dict(img_size=img_size) if img_size else {}
     try:
@@ -148,29 +141,21 @@ def dense_logits(model: Any, images: Tensor) -> Tensor:
     LV-ViT has a classifier for its positions, which is taken. For any other model the head is given
     the features of one position as if they were all: pooling then changes nothing.
     """
-    features, channels = model.forward_features(images), model.num_features
-    prefix, rows, columns = 0, 1, 1
-    if features.ndim == 3 and features.shape[2] == channels:
-        prefix = getattr(model, "num_prefix_tokens", 0)
-        features = features[:, prefix:]
-        count = features.shape[1]
-        grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-        rows, columns = grid if grid and grid[0] * grid[1] == count else [round(count**0.5)] * 2
-        one = features.reshape(-1, 1, channels).expand(-1, prefix + 1, -1)
-    elif features.ndim == 4 and features.shape[1] == channels:
-        rows, columns = features.shape[2:]
-        one = features.permute(0, 2, 3, 1).reshape(-1, channels, 1, 1)
-    elif features.ndim == 4 and features.shape[3] == channels:
-        rows, columns = features.shape[1:3]
-        one = features.reshape(-1, 1, 1, channels)
-    if rows * columns == 1:
-        raise ValueError(f"{type(model).__name__} keeps no grid of features: take another")
-    heads = hasattr(model, "aux_head")
-    logits = model.aux_head(features.flatten(0, 1)) if heads else model.forward_head(one)
-    if tuple(logits.shape) != (len(images) * rows * columns, model.num_classes):
+    x, prefix = model.forward_features(images), getattr(model, "num_prefix_tokens", 0)
+    try:
+        if x.ndim == 3:
+            x = x[:, prefix:].unflatten(1, model.patch_embed.grid_size)
+            one = x.flatten(0, 2)[:, None].expand(-1, prefix + 1, -1)
+        elif x.shape[1] == model.num_features:
+            x = x.movedim(1, -1)
+            one = x.flatten(0, 2)[:, :, None, None]
+        else:
+            one = x.flatten(0, 2)[:, None, None]
+        logits = model.aux_head(x) if hasattr(model, "aux_head") else model.forward_head(one)
+        return logits.reshape(*x.shape[:3], model.num_classes).movedim(-1, 1)
+    except (AttributeError, RuntimeError) as error:
         name = type(model).__name__
-        raise ValueError(f"{name}'s classifier cannot be applied to one position of its features")
-    return logits.reshape(len(images), rows, columns, -1).permute(0, 3, 1, 2)
+        raise ValueError(f"{name} keeps no grid of features: take another ({error})") from error
 
 
 def run(cfg: Any) -> None:

@@ -8,21 +8,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from evit import measure
 from evit.commands.build import build_data, build_model
+from evit.config import listed
 from evit.data.order import epoch_length
 from evit.recipe import Recipe
 from evit.reducers.schedule import keep_rate_at
-from evit.report import paper
-from evit.training.losses import TokenLabels, make_objective
+from evit.report import paper, results
+from evit.training.losses import make_objective
 from evit.training.module import Classifier
 from evit.training.optimizer import make_optimizer
 
 IMAGENET = dict(name="ImageNet", num_classes=1000, train_images=1_281_167, val_images=50_000)
 GPUS = 8  # of the estimate of hours
-# What is done to training images, in this order.
-AUGMENTATION = (
-    "repeated_augmentations crop_scale flip rand_augment random_erasing mix_token "
-    "mixup cutmix mixup_switch_prob mixup_mode label_smoothing"
-).split()
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -36,23 +32,17 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     return found
 
 
-def sampled(values: Any) -> Any:
+def sampled(values: list[Any]) -> Any:
     """A rate of every epoch as {epoch: rate}: every tenth epoch and the last, or one for all."""
-    if not isinstance(values, list) or not values:
-        return values
-    values = [v[0] if isinstance(v, list) and len(set(v)) == 1 else v for v in values]
+    values = [results.one_rate([float(f"{r:.4g}") for r in listed(value)]) for value in values]
     if all(value == values[0] for value in values):
         return values[0]
-    chosen = {*range(0, len(values), 10), len(values) - 1}
-    return {epoch: rounded(values[epoch]) for epoch in sorted(chosen)}
-
-
-def rounded(value: Any) -> Any:
-    return [rounded(v) for v in value] if isinstance(value, list) else float(f"{value:.4g}")
+    chosen = sorted({*range(0, len(values), 10), len(values) - 1})
+    return {epoch: values[epoch] for epoch in chosen}
 
 
 def plan(cfg: DictConfig) -> dict[str, Any]:
-    """What a run of this configuration would do, as plain data; rates are one for each epoch."""
+    """What a run would do beyond what its configuration says; rates are one for each epoch."""
     recipe: Any = OmegaConf.to_object(cfg.recipe)
     data = data_facts(cfg, recipe)
     images = epoch_length(data["train_images"], recipe.repeated_augmentations)
@@ -63,71 +53,53 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
         )
     with torch.device("meta"):
         model = build_model(cfg, recipe, data["num_classes"], pretrained=False)
-    own = getattr(getattr(model, "reducer", None), "masked", False)  # losses, as DynamicViT's
+    masked = getattr(getattr(model, "reducer", None), "masked", False)  # DynamicViT
     start = "checkpoint" if cfg.checkpoint else "pretrained" if cfg.pretrained else "random"
-    distilled = own and bool(recipe.teacher or start != "random")
     parts = (model, recipe, data["num_classes"])
     objective = make_objective(*parts, recipe.batch_size, data["label_maps"])
     Classifier(*parts, objective)  # freezes what the recipe says
-    shrink = (0, 0) if own else (recipe.shrink_start_epoch, recipe.shrink_epochs)
+    shrink = (0, 0) if masked else (recipe.shrink_start_epoch, recipe.shrink_epochs)
     epochs, final = range(recipe.epochs), list(getattr(model, "keep_rate", ()))
     keep_rates = [list(keep_rate_at(epoch, 1, final, *shrink)) for epoch in epochs]
-
     optimizer, scheduler = make_optimizer(model, recipe, total_steps=recipe.epochs)
     rates = [[rate(epoch) for epoch in epochs] for rate in scheduler.lr_lambdas]
-    schedule: dict[str, Any] = dict(name=recipe.lr_schedule, lr=rates[0])
-    if rates[-1] != rates[0]:
-        schedule["backbone_lr"] = rates[-1]
+    backbone = dict(backbone_lr=rates[-1]) if rates[-1] != rates[0] else {}
     groups = [
         dict(tensors=len(group["params"]), parameters=sum(p.numel() for p in group["params"]))
         | {name: group[name] for name in ("weight_decay", "lr_scale")}
         for group in optimizer.param_groups
     ]
-    loss: dict[str, Any] = dict(name=type(objective).__name__)
-    if mix_token := isinstance(objective, TokenLabels):
-        loss["token_label_weight"] = recipe.token_label_weight
-    if own:
-        weight = recipe.distill_weight if distilled else 0.0
-        loss |= dict(ratio_weight=recipe.ratio_weight, distill_weight=weight)
-    augmentation = {name: getattr(recipe, name, mix_token) for name in AUGMENTATION}
-    if not recipe.mixup and not recipe.cutmix:
-        augmentation |= dict(mixup_switch_prob=None, mixup_mode=None)
     batches = []
     for processes in (1, 4, 8, 16):
         count = cfg.trainer.accumulate_grad_batches or recipe.accumulation(processes)
         share, left = divmod(recipe.batch_size, processes * count)
         if not left:
             batches.append(dict(processes=processes, per_process=share, accumulation=count))
-    paper_rows = rows_of_paper(cfg, recipe, model, data, own)
+    rows = rows_of_paper(cfg, recipe, model, data, masked)
+    forwards = 3 + (masked and bool(recipe.teacher or start != "random"))
+    defaults = optimizer.defaults
     return dict(
         data=data,
         start="missing" if recipe.finetune and start == "random" else start,
-        epochs=recipe.epochs,
         steps_per_epoch=steps,
-        optimizer=dict(name=type(optimizer).__name__)
-        | dict(betas=list(optimizer.defaults["betas"]), eps=optimizer.defaults["eps"])
-        | dict(clip_grad=recipe.clip_grad, groups=groups),
-        schedule=schedule | dict(keep_rate=keep_rates),
-        loss=loss,
-        augmentation={name: value for name, value in augmentation.items() if value},
-        drop_path=0.0 if recipe.train_in_eval_mode else recipe.drop_path,
-        train_in_eval_mode=recipe.train_in_eval_mode,
-        ema=dict(decay=recipe.ema_decay, evaluated=recipe.ema_decay and recipe.ema_evaluated),
-        batch_size=recipe.batch_size,
+        loss=type(objective).__name__,
+        optimizer=dict(name=type(optimizer).__name__, betas=list(defaults["betas"]))
+        | dict(eps=defaults["eps"], groups=groups),
+        schedule=dict(lr=rates[0]) | backbone | dict(keep_rate=keep_rates),
         batches=batches,
-        paper=paper_rows,
-        hours=hours(model, keep_rates, steps * recipe.batch_size, paper_rows, own, 3 + distilled),
+        paper=rows,
+        hours=hours(model, keep_rates, steps * recipe.batch_size, rows, masked, forwards),
     )
 
 
 def data_facts(cfg: DictConfig, recipe: Recipe) -> dict[str, Any]:
     """The images and classes that a run would have; ImageNet's where no folder of it is given."""
-    if cfg.data.get("num_classes") == 1000 and not cfg.data.get("root"):
+    imagenet = cfg.data.get("num_classes") == 1000
+    if imagenet and not cfg.data.get("root"):
         facts: dict[str, Any] = IMAGENET | dict(label_maps=bool(cfg.data.label_maps))
     else:
         data = build_data(cfg, recipe)
-        name = IMAGENET["name"] if cfg.data.get("num_classes") == 1000 else data.name
-        facts = dict(name=name, num_classes=data.num_classes)
+        facts = dict(name=IMAGENET["name"] if imagenet else data.name, num_classes=data.num_classes)
         facts |= {f"{split}_images": data.num_images(split) for split in data.splits}
         facts |= dict(label_maps=data.has_label_maps)
     for split, limit in (("train", recipe.max_train_images), ("val", recipe.max_val_images)):
@@ -136,18 +108,18 @@ def data_facts(cfg: DictConfig, recipe: Recipe) -> dict[str, Any]:
 
 
 def rows_of_paper(
-    cfg: DictConfig, recipe: Recipe, model: Any, data: dict[str, Any], own: bool
+    cfg: DictConfig, recipe: Recipe, model: Any, data: dict[str, Any], masked: bool
 ) -> list[dict[str, Any]]:
     """The rows of the paper's tables that this run reproduces."""
     rates = set(getattr(model, "keep_rate", ()))
-    labelled = data["label_maps"] or own or not hasattr(model, "heads")
+    labelled = data["label_maps"] or masked or not hasattr(model, "heads")
     if data["name"] != IMAGENET["name"] or len(rates) != 1 or not labelled:
         return []
     (keep_rate,) = rates
     return paper.runs(
         cfg.model.model_name,
         keep_rate=keep_rate,
-        fusion=None if keep_rate == 1 or own else model.fusion,
+        fusion=None if keep_rate == 1 or masked else model.fusion,
         img_size=cfg.img_size,
         finetuned=recipe.finetune,
         epochs=round(recipe.epochs - recipe.cooldown_epochs),
@@ -155,7 +127,7 @@ def rows_of_paper(
 
 
 def hours(
-    model: Any, keep_rates: list[Any], images: int, rows: list[Any], own: bool, forwards: int
+    model: Any, keep_rates: list[Any], images: int, rows: list[Any], masked: bool, forwards: int
 ) -> float | None:
     """Estimated hours of training on 8 of the paper's GPUs; None for a run that it has not.
 
@@ -165,12 +137,10 @@ def hours(
     """
     if not rows or not hasattr(model, "reducer"):
         return None
-    if own:
-        throughput = paper.dense_throughput("deit_s")
-        return len(keep_rates) * images * forwards / (throughput * GPUS) / 3600
     macs = {}
     for rates in {tuple(rates) for rates in keep_rates}:
         model.set_keep_rate(rates)
         macs[rates] = measure.count_macs(model)
     equivalent = images * sum(macs[tuple(r)] for r in keep_rates) / macs[tuple(keep_rates[-1])]
-    return equivalent * forwards / (rows[0]["throughput"] * GPUS) / 3600
+    throughput = paper.dense_throughput("deit_s") if masked else rows[0]["throughput"]
+    return equivalent * forwards / (throughput * GPUS) / 3600

@@ -21,8 +21,6 @@ SOLUTION = "LOC_val_solution.csv"
 NUM_IMAGES = dict(train=1_281_167, val=50_000)
 ARCHIVES = {split: name for split, (name, _) in ARCHIVE_META.items()}
 
-Labelled = list[tuple[str, int]]
-
 
 def prepare(
     source: str | Path,
@@ -82,9 +80,8 @@ def prepare(
 
 def train_command(folder: Path, imagenet: bool) -> str:
     """What trains on the files in a folder, to be copied into a shell."""
-    if imagenet:
-        return f"IMAGENET_DIR={shlex.quote(str(folder))} python src/train.py"
-    return f"python src/train.py {shlex.quote(f'data.root={folder}')}"
+    way = f"IMAGENET_DIR={shlex.quote(str(folder))} python src/train.py"
+    return way if imagenet else f"python src/train.py {shlex.quote(f'data.root={folder}')}"
 
 
 def python_dataset(module: str, function: str) -> tuple[list[str], dict[str, Any]]:
@@ -99,10 +96,9 @@ def python_dataset(module: str, function: str) -> tuple[list[str], dict[str, Any
         samples = {split: getattr(found, function.replace("train", split))() for split in SPLITS}
         return list(samples["train"].classes), samples
     except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"source={module}:{function}: {error}. Name the function of train, make_train, beside "
-            f"make_val, in a module here or in PYTHONPATH; their data sets need `classes`, names"
-        ) from error
+        way = "Name the function of train, make_train, beside make_val, in a module here or in "
+        way += "PYTHONPATH; their data sets need `classes`, names"
+        raise ValueError(f"source={module}:{function}: {error}. {way}") from error
 
 
 def tree_of(root: Path) -> Path:
@@ -110,7 +106,7 @@ def tree_of(root: Path) -> Path:
     return root / KAGGLE if (root / KAGGLE).is_dir() else root
 
 
-def find_images(root: Path) -> tuple[list[str], dict[str, Labelled]]:
+def find_images(root: Path) -> tuple[list[str], dict[str, Any]]:
     """The classes of a tree, and the (path, label) pairs of its splits by class, then by name.
 
     train/ and val/ hold class folders. Or it is ImageNet: as downloaded, ILSVRC2012_img_train.tar
@@ -128,22 +124,21 @@ def find_images(root: Path) -> tuple[list[str], dict[str, Labelled]]:
                 if split == "train":
                     torchvision_imagenet.parse_train_archive(root)
                 else:
-                    sorted_wnids = [wnid for _, wnid in sorted(_val_wnids(root).items())]
-                    torchvision_imagenet.parse_val_archive(root, wnids=sorted_wnids)
+                    wnids = _val_wnids(root)
+                    torchvision_imagenet.parse_val_archive(
+                        root, wnids=[wnids[k] for k in sorted(wnids)]
+                    )
             except (OSError, RuntimeError) as error:
                 raise ValueError(f"{root / ARCHIVES[split]}: {error}") from error
-    if unfinished := [*base.glob("train/*.tar")]:
-        raise ValueError(
-            f"{unfinished[0]} has not been unpacked: delete {base}/train and try again"
-        )
+    if tars := [*base.glob("train/*.tar")]:
+        raise ValueError(f"{tars[0]} has not been unpacked: delete {base}/train and try again")
     flat = sorted(str(path) for path in (base / "val").glob("ILSVRC2012_val_*"))
     try:
         classes = tree_classes(base, ["train"] if flat else SPLITS)
     except ValueError as error:
-        raise ValueError(
-            f"{error}. ImageNet may be as downloaded ({', '.join(ARCHIVES.values())}), or as "
-            f"Kaggle has it ({KAGGLE}/ and {SOLUTION})"
-        ) from None
+        downloads = ", ".join(ARCHIVES.values())
+        way = f"as downloaded ({downloads}), or as Kaggle has it ({KAGGLE}/ and {SOLUTION})"
+        raise ValueError(f"{error}. ImageNet may be {way}") from None
     train = ClassFolders(base / "train", classes).samples
     if not flat:
         return classes, dict(train=train, val=ClassFolders(base / "val", classes).samples)

@@ -11,6 +11,7 @@ from evit.report.collect import Found
 
 
 def run(cfg: DictConfig) -> None:
+    """What src/report.py does."""
     write(Path(cfg.runs), cfg.target and Path(cfg.target), cfg.page)
 
 
@@ -30,9 +31,9 @@ def write(source: Path, target: Path | None, page: bool = True) -> None:
     print(written["table.md"])
     if not target:
         return
-    written["runs.json"] = json.dumps(content.rows, indent=1) + "\n"
+    written["runs.json"] = json.dumps([*content.runs.values()], indent=1) + "\n"
     if page:
-        from evit.report import figures  # plotly and matplotlib, which only the page needs
+        from evit.report.charts import save  # matplotlib, plotly, which only the page needs
         from evit.report.page import build, html
 
         report = build(content)
@@ -42,7 +43,7 @@ def write(source: Path, target: Path | None, page: bool = True) -> None:
         written["index.html"] = html(content, report)
         written["runs.csv"] = as_csv(content)
         for chart in report.charts:
-            figures.save(chart, target / "figures")
+            save(chart, target / "figures")
     target.mkdir(parents=True, exist_ok=True)
     for name, text in written.items():
         (target / name).write_text(text)
@@ -51,8 +52,7 @@ def write(source: Path, target: Path | None, page: bool = True) -> None:
 
 def as_csv(content: Found) -> str:
     """A line for each run; no text in it is a spreadsheet's formula."""
-    frame = pd.json_normalize([dict(run=run.name) | run.row for run in content.runs])
-    for name in frame.select_dtypes(exclude="number"):
-        risky = frame[name].astype(str).str.startswith(("=", "+", "-", "@"))
-        frame[name] = frame[name].mask(risky, "'" + frame[name].astype(str))
+    frame = pd.json_normalize([dict(run=name) | row for name, row in content.runs.items()])
+    formula = set("=+-@")
+    frame = frame.map(lambda c: f"'{c}" if isinstance(c, str) and c[:1] in formula else c)
     return frame.to_csv(index=False, lineterminator="\r\n")

@@ -14,9 +14,11 @@ from evit.commands import checkpoint
 from evit.data.batch import normalize
 from evit.measure.search import Found, Search, gmacs
 from evit.measure.speed import timed
+from evit.progress import telling
 from evit.report import results
 
 
+@telling(lambda: "searching")
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Search by a composed configuration; leave front.json and front.png in the run folder.
 
@@ -38,9 +40,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         kind = type(model).__name__ if reducer is None else f"reducer {reducer.name}"
         raise ValueError(f"{kind} has no keep rates to search: take reducer=evit or another")
     places = range(1, len(model.blocks)) if cfg.places == "search" else reducer.at
-    data = checkpoint.validation(cfg, cfg.images, cfg.images)
-    data.prepare_data()
-    data.setup()
+    data = checkpoint.validation(cfg, cfg.images, cfg.images, ready=True)
     pixels, labels = next(iter(data.val_dataloader()))[:2]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images, labels = normalize(pixels, about["mean"], about["std"]).to(device), labels.to(device)
@@ -83,7 +83,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     for name, group in dict(front=front, uniform=uniforms, searched=rows.values()).items():
         result[name] = [row._asdict() for row in group]
     result["held_out"] = {name: row and row._asdict() for name, row in held.items()}
-    folder.mkdir(parents=True, exist_ok=True)
     results.write_json(result, folder / "front.json")
     draw(dict(searched=front, uniform=uniforms), found, unit, folder / "front.png")
     print(f"{folder}/front.json, front.png")

@@ -11,7 +11,7 @@ from typing import Any
 import submitit
 
 from evit.commands.jobs import GRACE, Job, stop
-from evit.config import CONF_DIR
+from evit.config import CONF_DIR, OUTPUTS, counted
 
 JOB_ID = "slurm_job"  # in the folder of a run: its id in SLURM
 
@@ -59,7 +59,7 @@ def queued() -> set[str]:
 
 def job_id(folder: Path | None) -> str | None:
     """The id under which the run of a folder was last submitted."""
-    path = folder / JOB_ID if folder else None
+    path = folder and folder / JOB_ID
     return path.read_text().strip() if path and path.is_file() else None
 
 
@@ -68,37 +68,34 @@ def submit(name: str, jobs: list[Job], options: dict[str, Any]) -> None:
 
     options are each job's, as submitit's AutoExecutor names them; a ValueError if it has no such.
     """
-    there = queued()
+    there, tasks = queued(), options["nodes"] * options["tasks_per_node"]
     todo = [job for job in jobs if job_id(job.folder) not in there]
-    logs = Path("outputs", "slurm", name, "%j")
-    executor = submitit.AutoExecutor(logs, cluster="slurm", slurm_max_num_timeout=1000)
-    more = dict(requeue=True) | options.get("slurm_additional_parameters", {})
-    source = shlex.quote(str(CONF_DIR.parent / "src"))
-    own = dict(name=name, slurm_setup=[f'export PYTHONPATH={source}:"$PYTHONPATH"'])
-    own |= {key: value for key, value in options.items() if value is not None}
-    tasks = options["nodes"] * options["tasks_per_node"]
     folders = {job.folder for job in todo}
     later = [job for job in todo if job.source in folders or job_id(job.source) in there]
     first = [job for job in todo if job not in later]
+    logs, source = OUTPUTS / "slurm" / name / "%j", shlex.quote(str(CONF_DIR.parent / "src"))
+    executor = submitit.AutoExecutor(logs, cluster="slurm", slurm_max_num_timeout=1000)
+    own: dict[str, Any] = dict(name=name, slurm_setup=[f'export PYTHONPATH={source}:"$PYTHONPATH"'])
+    own |= {key: value for key, value in options.items() if value is not None}
+    more = dict(requeue=True) | own.pop("slurm_additional_parameters", {})
+
+    def note(job: Job, sent: submitit.Job) -> None:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        (job.folder / JOB_ID).write_text(f"{sent.job_id}\n")
+        print(f"job {job.number} submitted as {sent.job_id}: {job.name}")
+
     try:
-        executor.update_parameters(**own | dict(slurm_additional_parameters=more))
+        executor.update_parameters(**own, slurm_additional_parameters=more)
         with executor.batch():  # one job array
-            sent = [executor.submit(Task(job, tasks)) for job in first]
-        for job, one in zip(first, sent, strict=True):
-            note(job, one.job_id)
+            array = [executor.submit(Task(job, tasks)) for job in first]
+        for job, sent in zip(first, array, strict=True):
+            note(job, sent)
         for job in later:
             after = more | dict(dependency=f"afterok:{job_id(job.source)}")
             executor.update_parameters(slurm_additional_parameters=after)
-            note(job, executor.submit(Task(job, tasks)).job_id)
+            note(job, executor.submit(Task(job, tasks)))
     except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
         raise ValueError(f"SLURM refuses: {error}") from error
     except (NameError, TypeError) as error:
         raise ValueError(f"slurm: {error}") from error
-    print(f"{len(todo)} runs submitted, {len(jobs) - len(todo)} in the queue before")
-
-
-def note(job: Job, number: str) -> None:
-    """Leave a job's id in its folder."""
-    job.folder.mkdir(parents=True, exist_ok=True)
-    (job.folder / JOB_ID).write_text(f"{number}\n")
-    print(f"job {job.number} submitted as {number}: {job.name}")
+    print(f"{counted(len(todo), 'run')} submitted, {len(jobs) - len(todo)} in the queue before")

@@ -18,16 +18,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from evit.commands.cli import check_spelling
-from evit.commands.jobs import NOT_COMPOSED, PROGRAMS, Job, make_jobs, names, read, stop
-from evit.config import CONF_DIR, listed, overridden
+from evit.commands.jobs import FAILED, PROGRAMS, Job, make_jobs, names, one_line, read, stop
+from evit.config import CONF_DIR, counted, listed, overridden
 from evit.report import results
 
 KNOBS = CONF_DIR / "sweep.yaml"
 # What torchrun, SLURM and MPI tell the processes that they start: a run is to start its own.
-RANKS = "RANK LOCAL_RANK NODE_RANK WORLD_SIZE LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split()
-LAUNCHERS = ("SLURM_", "TORCHELASTIC_", "PMI_", "PMIX_", "OMPI_", "GROUP_", "ROLE_")
+LAUNCHERS = re.compile(
+    "(LOCAL_|NODE_)?(RANK|WORLD_SIZE)$|MASTER_(ADDR|PORT)$|(SLURM|TORCHELASTIC|PMIX?|OMPI|GROUP|ROLE)_"
+)
 LOG = "run.log"
-FAILED = "failed.json"  # in the folder of a job that failed: why, for the report
 
 
 def run(arguments: list[str]) -> int:
@@ -48,29 +48,30 @@ def run(arguments: list[str]) -> int:
         if not set(listed(cfg.job)) <= {job.number for job in jobs}:
             raise ValueError(f"job must be from 0 to {len(jobs) - 1}, got {cfg.job}")
         jobs = [job for job in jobs if job.number in listed(cfg.job)]
-    costs = [hours(job, sweep.needs) for job in jobs] if cfg.dry_run else None
-    broken = [(job, f"it does not compose: {job.error}") for job in jobs if job.error]
-    if costs:
+    costs = {job.number: hours(job, sweep.needs) for job in jobs} if cfg.dry_run else {}
+    failed = [(job, f"it does not compose: {job.error}") for job in jobs if job.error]
+    tell_failed(failed)
+    if cfg.dry_run:
         show(name, jobs, costs)
-        return tell_failed(broken)
+        return bool(failed)
     for knob in sweep.needs:
         if any(OmegaConf.select(job.cfg, knob) is None for job in jobs if not job.error):
             hint = ", or IMAGENET_DIR=DIR in the environment" if knob == "data.root" else ""
             raise ValueError(f"sweeps/{name}.yaml needs {knob}=PATH{hint}")
-    todo = [job for job in jobs if not job.error and job.state() != "finished"]
+    todo = [job for job in jobs if job.state() not in ("finished", "broken")]
     if cfg.launcher == "slurm":
         from evit.commands import slurm
 
         slurm.submit(name, todo, cfg.slurm)
-        return tell_failed(broken)
+        return bool(failed)
     folders = {job.folder for job in todo}  # a job whose source runs may have to run after it
     todo = [job for job in jobs if job in todo or job.source in folders]
-    before = len(jobs) - len(todo) - len(broken)
-    print(f"{len(jobs)} runs, of which {before} have finished before", flush=True)
-    tell_failed(broken)
-    failed = run_all(todo, cfg.slots)
+    before = len(jobs) - len(todo) - len(failed)
+    print(f"{counted(len(jobs), 'run')}, of which {before} have finished before", flush=True)
+    failed += run_all(todo, cfg.slots)
     show(name, jobs)
-    return tell_failed(broken + failed)
+    tell_failed(failed)
+    return bool(failed)
 
 
 def split(arguments: list[str]) -> tuple[SimpleNamespace, list[str]]:
@@ -82,17 +83,14 @@ def split(arguments: list[str]) -> tuple[SimpleNamespace, list[str]]:
         merged: Any = OmegaConf.to_container(OmegaConf.merge(knobs, OmegaConf.from_dotlist(own)))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise ValueError(f"{' '.join(own)}: {str(error).splitlines()[0]}") from error
-    cfg = SimpleNamespace(**merged)
-    if cfg.launcher not in ("local", "slurm"):
-        raise ValueError(f"launcher must be local or slurm, got {cfg.launcher!r}")
-    return cfg, [a for a in arguments if a not in own]
+    if merged["launcher"] not in ("local", "slurm"):
+        raise ValueError(f"launcher must be local or slurm, got {merged['launcher']!r}")
+    return SimpleNamespace(**merged), [a for a in arguments if a not in own]
 
 
-def tell_failed(failed: list[tuple[Job, str]]) -> int:
-    """Name the jobs that failed, and why; return the exit status."""
+def tell_failed(failed: list[tuple[Job, str]]) -> None:
     for job, reason in failed:
         print(f"failed: job {job.number}, {job.name}: {reason}", file=sys.stderr)
-    return 1 if failed else 0
 
 
 def hours(job: Job, needs: list[str]) -> tuple[float, Any]:
@@ -106,27 +104,25 @@ def hours(job: Job, needs: list[str]) -> tuple[float, Any]:
         OmegaConf.update(cfg, knob, OmegaConf.select(cfg, knob) or "PATH")
     try:
         found = plan(cfg)
-    except NOT_COMPOSED as error:  # as that of a model that Hydra calls in vain
-        job.error = " ".join(f"{error} {error.__cause__ or ''}".split())
+    except Exception as error:  # of a model that Hydra calls in vain, say
+        job.error = one_line(error)
         return 0, ""
     return (found["hours"] or 0) * GPUS, found["paper"][0]["top1"] if found["paper"] else ""
 
 
-def show(name: str, jobs: list[Job], costs: list[tuple[float, Any]] | None = None) -> None:
+def show(name: str, jobs: list[Job], costs: dict[int, Any] | None = None) -> None:
     """Print the jobs of a sweep, their states and results; and their hours, if given."""
     heads = ["job", f"python src/{jobs[0].program}.py", "state", "top-1"]
-    table = Table(*heads, *["paper", "GPU hours"] * bool(costs), box=None)
-    states = ["broken" if job.error else job.state() for job in jobs]
-    for i, (job, state) in enumerate(zip(jobs, states, strict=True)):
-        if state == "missing" and (job.folder / FAILED).is_file():
-            state = "failed"
+    table, states = Table(*heads, *["paper", "GPU hours"] * bool(costs), box=None), []
+    for job in jobs:
+        states.append(state := job.state())
         result = results.finished(job.folder) if state == "finished" else None
         top1 = f"{result['top1']:.2f}" if result else ""
-        cost = [str(costs[i][1]), f"{costs[i][0]:.0f}"] if costs else []
-        table.add_row(str(job.number), escape(job.name), state, top1, *cost)
-    print(f"sweep {name}: {len(jobs)} runs, {states.count('finished')} finished")
+        more = [str(costs[job.number][1]), f"{costs[job.number][0]:.0f}"] if costs else []
+        table.add_row(str(job.number), escape(job.name), state, top1, *more)
+    print(f"sweep {name}: {counted(len(jobs), 'run')}, {states.count('finished')} finished")
     Console().print(table, highlight=False)
-    if costs and (total := sum(amount for amount, _ in costs)):
+    if costs and (total := sum(amount for amount, _ in costs.values())):
         print(f"{total:.0f} GPU hours in all, as estimated (docs/recipes.md, Hours)")
 
 
@@ -158,35 +154,27 @@ def make_slots(slots: Any) -> list[dict[str, str]]:
     return [{"CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
 
 
-def environment(slot: dict[str, str]) -> dict[str, str]:
-    own = {k: v for k, v in os.environ.items() if k not in RANKS and not k.startswith(LAUNCHERS)}
-    return own | {"PYTHONUNBUFFERED": "1"} | slot
-
-
-def start(job: Job, slot: dict[str, str]) -> Process | None:
-    """Start a job; return None if it runs already.
+def start(job: Job, slot: dict[str, str]) -> Process:
+    """Start a job; a BlockingIOError if it runs already.
 
     The log in its folder is locked for as long as a process of the run is alive, even if the sweep
     has ended before it.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     with (job.folder / LOG).open("ab") as log:
-        try:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return None
+        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         (job.folder / FAILED).unlink(missing_ok=True)
         before = log.tell()  # which the job moves on as soon as it writes
+        own = {name: value for name, value in os.environ.items() if not LAUNCHERS.match(name)}
         where: Any = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-        where |= dict(env=environment(slot), start_new_session=True)
+        where |= dict(env=own | {"PYTHONUNBUFFERED": "1"} | slot, start_new_session=True)
         return Process(job, slot, subprocess.Popen(job.command, **where), before)
 
 
 def why(process: Process) -> str:
     """Say how a process has ended, with the last error or line in its log."""
     status = process.popen.returncode
-    number = -status if status < 0 else status - 128  # a shell's
-    ended = f"exit status {status}"
+    number, ended = -status if status < 0 else status - 128, f"exit status {status}"  # a shell's
     if number in set(signal.Signals):
         ended = f"killed by signal {number} ({signal.Signals(number).name})"
     if number == signal.SIGKILL:
@@ -204,41 +192,40 @@ def run_all(jobs: list[Job], slots: Any) -> list[tuple[Job, str]]:
         jobs: in the order in which they are started; one that starts from another of them waits.
         slots: see make_slots.
     """
-    free, waiting = make_slots(slots), list(jobs)
-    running: list[Process] = []
+    free, waiting, running = make_slots(slots), list(jobs), list[Process]()
     failed: dict[Any, tuple[Job, str]] = {}
 
-    def fail(job: Job, reason: str) -> None:
-        failed[job.folder] = job, reason
-        print(f"job {job.number} failed: {job.name} ({reason})", flush=True)
+    def tell(job: Job, what: str, reason: str = "") -> None:
+        if what == "failed":
+            failed[job.folder] = job, reason
+        more = f" ({reason})" if reason else ""
+        print(f"job {job.number} {what}: {job.name}{more}", flush=True)
 
     try:
         while running or waiting:
             unfinished = {job.folder for job in waiting + [process.job for process in running]}
             for job in [job for job in waiting if job.source not in unfinished][: len(free)]:
                 waiting.remove(job)
-                text = f"running: {job.name} ({job.folder / LOG})"
                 if job.source in failed:
-                    fail(job, f"not begun: it starts from {job.source}, which failed")
-                    continue
-                if job.state() == "finished":
-                    text = f"finished: {job.name} (its source has the same result as before)"
-                elif process := start(job, free[0]):
-                    running.append(process)
-                    free.pop(0)
+                    tell(job, "failed", f"not begun: it starts from {job.source}, which failed")
+                elif job.state() == "finished":
+                    tell(job, "finished", "its source has the same result as before")
                 else:
-                    fail(job, f"it runs already, see {job.folder / LOG}")
-                    continue
-                print(f"job {job.number} {text}", flush=True)
+                    try:
+                        running.append(start(job, free[0]))
+                        free.pop(0)
+                        tell(job, "running", str(job.folder / LOG))
+                    except BlockingIOError:
+                        tell(job, "failed", f"it runs already, see {job.folder / LOG}")
             for process in [process for process in running if process.popen.poll() is not None]:
                 job = process.job
                 running.remove(process)
                 free.append(process.slot)
                 stop([process.popen])  # what it may have left behind
                 if process.popen.returncode == 0 and job.state() == "finished":
-                    print(f"job {job.number} finished: {job.name}", flush=True)
+                    tell(job, "finished")
                 else:
-                    fail(job, reason := why(process))
+                    tell(job, "failed", reason := why(process))
                     results.write_json(dict(job=job.name, reason=reason), job.folder / FAILED)
             time.sleep(0.1)
     finally:

@@ -17,9 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from evit import measure
 from evit.commands.build import build_data, build_module
-from evit.config import overridden, plain
+from evit.config import counted, overridden, plain
 from evit.data import Images
 from evit.measure import speed
+from evit.progress import telling
 from evit.recipe import Recipe
 from evit.report import results
 from evit.tracking import JsonlLogger, Tracker, wandb_logger, wandb_mode
@@ -28,7 +29,10 @@ from evit.training.module import Classifier
 from evit.training.trainer import Signals, build_trainer, quiet, say
 
 GROUPS = ("reducer", "model", "data", "recipe", "experiment")
-PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "compile": (True, False, "reduce-overhead"),
+    "trainer.precision": ("auto", "32-true", "bf16-mixed", "16-mixed"),
+}
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -54,14 +58,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     mode = wandb_mode(config["logger"]["mode"])
 
     beside = make_callbacks(cfg, recipe, folder)
-    trainer = build_trainer(
-        cfg.trainer,
-        folder,
-        beside,
-        max_epochs=recipe.epochs,
-        gradient_clip_val=recipe.clip_grad,
-        check_val_every_n_epoch=recipe.eval_every,
-    )
+    options = dict(max_epochs=recipe.epochs, gradient_clip_val=recipe.clip_grad)
+    options |= dict(check_val_every_n_epoch=recipe.eval_every)
+    trainer = build_trainer(cfg.trainer, folder, beside, **options)
     if cfg.trainer.accumulate_grad_batches is None:
         trainer.accumulate_grad_batches = recipe.accumulation(trainer.world_size)
     data = build_data(cfg, recipe)
@@ -79,7 +78,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     steps = checkpoints.optimizer_steps(last) if last else None
     metrics = JsonlLogger(folder / "metrics.jsonl", steps)
     trainer.loggers = [metrics]
-    with mirrored(trainer, folder, config, mode) as tracker:
+    tracked = mirrored(trainer, folder, config, mode)
+    with tracked as tracker, telling(lambda: beside[0].waiting):
         found = fit(trainer, module, data, last or first)
         result: dict[str, Any] = dict(
             top1=found["val/top1"],
@@ -109,16 +109,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
 def check(cfg: DictConfig, recipe: Recipe) -> None:
     """Refuse knobs with a value that is none, or that need another."""
     for knob in "checkpoint_every_n_steps", "keep_checkpoint_every_n_epochs":
-        count = cfg[knob]
-        if count is not None and not (isinstance(count, int) and count >= 1):
-            raise ValueError(f"{knob} must be at least 1, got {count}")
-    if cfg.compile not in (True, False, "reduce-overhead"):
-        raise ValueError(f"compile must be true, false or reduce-overhead, got {cfg.compile!r}")
-    if cfg.trainer.precision not in PRECISIONS:
-        *most, last = PRECISIONS
-        raise ValueError(
-            f"trainer.precision must be {', '.join(most)} or {last}, got {cfg.trainer.precision!r}"
-        )
+        if cfg[knob] is not None and not (isinstance(cfg[knob], int) and cfg[knob] >= 1):
+            raise ValueError(f"{knob} must be at least 1, got {cfg[knob]}")
+    for knob, allowed in CHOICES.items():
+        if (value := OmegaConf.select(cfg, knob)) not in allowed:
+            *most, last = (str(name).lower() for name in allowed)
+            raise ValueError(f"{knob} must be {', '.join(most)} or {last}, got {value!r}")
     if recipe.finetune and not cfg.checkpoint and not cfg.pretrained:
         raise ValueError(
             "this recipe fine-tunes a trained model: give its weights by checkpoint=PATH, or "
@@ -130,21 +126,17 @@ def make_callbacks(cfg: DictConfig, recipe: Recipe, folder: Path) -> list[Any]:
     """What happens beside training, in this order; the Progress is first."""
     inside, every = folder / "checkpoints", cfg.checkpoint_every_n_steps
     bar = callbacks.progress_bar()
-    found: list[Any] = [
-        callbacks.Progress(recipe.batch_size, bool(bar), bool(cfg.compile)),
-        *bar,
-        callbacks.NonFinite(),
-        Signals(),
-        checkpoints.LastCheckpoint(inside, every, cfg.keep_checkpoint_every_n_epochs),
-        checkpoints.BestCheckpoint(inside, recipe.full_rate_epoch),
-    ]
+    found: list[Any] = [callbacks.Progress(recipe.batch_size, bool(bar), bool(cfg.compile)), *bar]
+    found += [callbacks.NonFinite(), Signals()]
+    found += [checkpoints.LastCheckpoint(inside, every, cfg.keep_checkpoint_every_n_epochs)]
+    found += [checkpoints.BestCheckpoint(inside, recipe.full_rate_epoch)]
     if recipe.ema_decay is not None:
-        found.append(callbacks.EMA(recipe.ema_decay, recipe.ema_evaluated))
+        found += [callbacks.EMA(recipe.ema_decay, recipe.ema_evaluated)]
     if "reducer" in cfg.model:
         multiple = recipe.token_multiple or (8 if cfg.compile else 1)
         shrink = (recipe.shrink_start_epoch, recipe.shrink_epochs)
-        found.append(callbacks.KeepRateSchedule(*shrink, multiple))
-        found.append(callbacks.KeptPatches(folder / "kept_patches.png"))
+        found += [callbacks.KeepRateSchedule(*shrink, multiple)]
+        found += [callbacks.KeptPatches(folder / "kept_patches.png")]
     return found
 
 
@@ -178,7 +170,7 @@ def announce(cfg: DictConfig, recipe: Recipe, data: Images, module: Classifier) 
     if cfg.compile:
         say("Compiling in the first steps: minutes at first, then from the cache.")
     text = f"Training on {data.name} ({data.num_classes} classes, scale={choices['scale']}): "
-    text += f"{recipe.epochs} epoch{'s' * (recipe.epochs > 1)}, batch size {recipe.batch_size}"
+    text += f"{counted(recipe.epochs, 'epoch')}, batch size {recipe.batch_size}"
     for knob in ("max_train_images", "max_val_images"):
         text += f", recipe.{knob}={cfg.recipe[knob]}" if cfg.recipe[knob] else ""
     say(text)
@@ -259,7 +251,7 @@ def throughput(
 def facts(model: Any, img_size: int) -> dict[str, Any]:
     """What the model is and costs, for the tables."""
     found = dict(img_size=img_size, params=measure.count_params(model))
-    found["macs_executed"] = measure.count_macs(model, executed=True)
+    found |= dict(macs_executed=measure.count_macs(model, executed=True))
     if hasattr(model, "reducer"):
         own = dict(reducer=model.reducer.name, keep_rate=list(model.keep_rate))
         own |= dict(drop_loc=list(model.drop_loc), fusion=model.fusion)

@@ -14,6 +14,7 @@ from evit.data import folders
 from evit.data.folders import ClassFolders
 from evit.data.label_maps import label_map_paths
 from evit.data.module import Images
+from evit.files import printable
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
 FILES = "FashionMNIST/raw/*-ubyte.gz (or install Debian's dataset-fashion-mnist)"
@@ -29,15 +30,23 @@ class Folder(Images):
     """Images in class folders, ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg.
 
     ROOT may also hold train.beton and val.beton, as src/prepare.py writes them, with or without
-    label maps. A tree of another number of classes than `num_classes` is refused.
+    label maps. A tree of another number of classes than `num_classes` is refused. Without val/ a
+    share `val_fraction` of each class in train/ is held out instead, by the names of the images.
     """
 
-    def __init__(self, root: str | Path | None, num_classes: int | None = None, **options: Any):
+    def __init__(
+        self,
+        root: str | Path | None,
+        num_classes: int | None = None,
+        val_fraction: float | None = None,
+        **options: Any,
+    ):
         super().__init__(**options)
+        self.val_fraction = val_fraction
         if not root:
             raise ValueError("no images are configured: data.root=DIR, or IMAGENET_DIR=DIR")
         self.root = Path(root).expanduser().resolve()
-        self.name = "".join(c if c.isprintable() else "?" for c in self.root.name)
+        self.name = printable(self.root.name)
         files = {split: self.root / f"{split}.beton" for split in self.splits}
         self._listed: dict[str, ClassFolders] = {}
         self._prepared: dict[str, Any] = {}
@@ -56,7 +65,11 @@ class Folder(Images):
                 )
             self.beton_dir = self.root
         else:
-            self.classes = folders.tree_classes(self.root, self.splits)
+            self.classes = folders.tree_classes(
+                self.root, ["train"] if val_fraction else self.splits
+            )
+        if val_fraction and (self._prepared or folders.class_names(self.root / "val")):
+            raise ValueError(f"{self.root} has validation images: leave out data.val_fraction")
         if num_classes == 1000:
             folders.require_imagenet(self.classes, self.root)
         elif num_classes not in (None, len(self.classes)):
@@ -64,7 +77,12 @@ class Folder(Images):
 
     def dataset(self, split: str) -> ClassFolders:
         if split not in self._listed:
-            self._listed[split] = ClassFolders(self.root / split, self.classes)
+            share = self.val_fraction
+            found = ClassFolders(self.root / ("train" if share else split), self.classes)
+            if share:
+                held = folders.held_out(found.samples, share)
+                found.samples = [s for s in found.samples if (s in held) == (split == "val")]
+            self._listed[split] = found
         return self._listed[split]
 
     def num_images(self, split: str) -> int:
@@ -141,11 +159,18 @@ def unpack_fashion_mnist(raw: Path) -> None:
             partial.rename(raw)
 
 
-def auto(root: str | Path | None = None, dataset: str | None = None, **options: Any) -> Images:
+def auto(
+    root: str | Path | None = None,
+    dataset: str | None = None,
+    val_fraction: float | None = None,
+    **options: Any,
+) -> Images:
     """The images under root; without a root FashionMNIST, CIFAR10 or CIFAR100, the first unless
     `dataset` says another."""
     if root:
-        return Folder(root, **options)
+        return Folder(root, val_fraction=val_fraction, **options)
+    if val_fraction:
+        raise ValueError(f"data.val_fraction={val_fraction} is of a folder: give data.root=DIR")
     if dataset is None:
         rank_zero_only(print)(
             "No ImageNet is configured: this is the embedded Fashion-MNIST. For images of your "

@@ -1,6 +1,7 @@
 """Images on disk: class folders, what is an image, and what ImageNet's classes are."""
 
 import hashlib
+import itertools
 import os
 import stat
 from collections.abc import Sequence
@@ -14,6 +15,8 @@ from timm.data import ImageNetInfo
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from evit.progress import telling
+
 SPLITS = ("train", "val")
 WAY_OUT = (
     "remove or replace it, or leave such images out: python src/prepare.py source=DIR skip_bad=true"
@@ -25,6 +28,12 @@ def class_names(folder: Path) -> list[str]:
     """Names of the class folders in a folder, sorted, hidden ones left out; [] without one."""
     found: Any = os.scandir(folder) if folder.is_dir() else []
     return sorted(e.name for e in found if e.is_dir() and not e.name.startswith("."))
+
+
+def in_words(classes: list[str]) -> list[str]:
+    """The names of classes, in words if they are ImageNet's WordNet ids."""
+    info = ImageNetInfo()
+    return list(info.label_descriptions()) if classes == info.label_names() else classes
 
 
 def splits_there(root: Path, needed: Sequence[str]) -> list[str]:
@@ -40,6 +49,9 @@ def tree_classes(root: Path, needed: Sequence[str] = SPLITS) -> list[str]:
     found = {split: class_names(root / split) for split in splits_there(root, needed)}
     if missing := [split for split, names in found.items() if not names]:
         layout = " and ".join(f"{root}/{split}/CLASS/*.jpg" for split in needed)
+        layout += "; data.val_fraction=0.1 holds out some of train/" * (
+            missing == ["val"] and root.is_dir()
+        )
         if any(root.glob("ILSVRC*")) or any(root.glob("val/ILSVRC2012_*")):
             layout += f". ImageNet as downloaded can be prepared: make imagenet ROOT={root}"
         what = f"has no class folders in {missing[0]}/" if root.is_dir() else "does not exist"
@@ -119,6 +131,22 @@ def cut_long(image: Image.Image) -> Image.Image:
     return image.crop((left, top, image.width - left, image.height - top)) if left + top else image
 
 
+def held_out(samples: Sequence[tuple[str, int]], share: float) -> set[tuple[str, int]]:
+    """A share of the images of each class, at least one: those whose names' hashes are lowest.
+
+    Raises: ValueError if the share is not between 0 and 1, or takes all images of a class.
+    """
+    chosen = set[tuple[str, int]]()
+    for _, group in itertools.groupby(samples, lambda sample: sample[1]):
+        images = sorted(group, key=lambda s: hashlib.sha256(os.fsencode(Path(s[0]).name)).digest())
+        count = max(1, round(share * len(images)))
+        if not 0 < share < 1 or count == len(images):
+            text = f"of {len(images)} images of a class, {images[0][0]} is one"
+            raise ValueError(f"data.val_fraction={share} leaves none, or all, {text}")
+        chosen.update(images[:count])
+    return chosen
+
+
 class ClassFolders(ImageFolder):
     """torchvision's ImageFolder with the labels of given classes, whichever of them it holds, and
     the images of image_files. Files that are no images are counted, and left out."""
@@ -130,6 +158,7 @@ class ClassFolders(ImageFolder):
     def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
         return self._given, {name: label for label, name in enumerate(self._given)}
 
+    @telling(lambda: "listing images")
     def make_dataset(  # type: ignore[override]
         self, directory: Any, class_to_idx: Any, *_: Any, **__: Any
     ) -> Any:
@@ -145,6 +174,7 @@ class ClassFolders(ImageFolder):
         return found
 
 
+@telling(lambda: "looking for changed images")
 def fingerprint(samples: Sequence[tuple[str, int]], root: Path) -> str:
     """A hash of the names, sizes, modification times and labels of files: it tells whether a tree
     has changed."""

@@ -6,10 +6,8 @@ round, and are compared within each round.
 
 import math
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,24 +50,6 @@ def warm_up(step: Step, min_seconds: float, device: torch.device) -> int:
     timed(step, 2, device)
     few = math.ceil(min_seconds / 10 / timed(step, 1, device))
     return math.ceil(min_seconds * few / timed(step, few, device))
-
-
-@contextmanager
-def telling(text: Callable[[], str], every: float = 30) -> Iterator[None]:
-    """Print where a long work is: after 8 s, and then every 30 s."""
-    ended = threading.Event()
-
-    def tell() -> None:
-        wait = min(8, every)
-        while not ended.wait(wait):
-            print(f"  {text()}", flush=True)
-            wait = every
-
-    threading.Thread(target=tell, daemon=True).start()
-    try:
-        yield
-    finally:
-        ended.set()
 
 
 def take_turns(

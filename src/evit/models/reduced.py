@@ -235,10 +235,14 @@ class Reduced(nn.Module):
         """Logits of embedded tokens that have been through the blocks before `start`."""
         prefix_only = self.head_reads_prefix and states is None
         x, found = self.encode(x, start, prefix_only=prefix_only, states=states)
-        x, sizes_BT = self.norm(x), found[-1].sizes_BT if found else None
+        return self.logits(self.norm(x), found), found
+
+    def logits(self, x: Tensor, found: list[Reduction]) -> Tensor:
+        """Logits of normalised tokens; their mean counts each for the patches in it."""
+        sizes_BT = found[-1].sizes_BT if found else None
         if self.global_pool == "avg" and sizes_BT is not None and sizes_BT.shape[1] == x.shape[1]:
             x = follow.weigh(x, sizes_BT, self.num_prefix_tokens)
-        return self.forward_head(x), found
+        return self.forward_head(x)
 
     def token_outputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Class logits, and what a teacher is compared by at each image token (B, N, ...)."""

@@ -1,8 +1,8 @@
-"""The tables and the figure of a benchmark."""
+"""The tables of a benchmark."""
 
-from pathlib import Path
 from typing import Any
 
+from evit.config import counted
 from evit.report import results
 
 Row = dict[str, Any]
@@ -16,7 +16,7 @@ NUMBERS = {  # title: name in a row, format, divisor
     "MB": ("memory_bytes", ".0f", 1e6),
     "M parameters": ("params", ".1f", 1e6),
 }
-NOTES = """Medians of {repeats} rounds, in which the models take turns; IQR: between the quartiles.
+NOTES = """Medians of {rounds}, in which the models take turns; IQR: between the quartiles.
 fuse, drop: the tokens that are not kept. to dense: speed beside the dense model's of the same form
 and dtype, {base}, within each round. dense, this code: with every token kept; what it gains is not
 the reduction's. GMACs of one image: as the published tables count, or where they do
@@ -37,7 +37,8 @@ def markdown(result: Row) -> str:
     for part in filter(None, map(result.get, ("correctness", "training_run"))):
         parts += [f"**{part['title']}**", results.markdown(part["rows"]), part["verdict"]]
     base = "at 224 px" if result["config"]["paper"] else "of the same image size"
-    notes = NOTES.format(repeats=result["config"]["repeats"], base=base).replace("\n", " ")
+    rounds = counted(result["config"]["repeats"], "round")
+    notes = NOTES.format(rounds=rounds, base=base).replace("\n", " ")
     versions = "torch {torch}, timm {timm}".format(**result["packages"])
     parts.append(f"{result['device']}; {versions}, commit {result['commit']}. {notes}")
     return "\n\n".join(parts) + "\n"
@@ -66,21 +67,3 @@ def cells(row: Row) -> dict[str, str]:
         **numbers,
         "paper: to dense": f"{theirs['ratio']:.2f}" if theirs else "",
     }
-
-
-def draw(result: Row, path: Path) -> None:
-    """Draw a bar for each row of the largest batch: its speed beside the dense model's."""
-    from matplotlib.figure import Figure
-
-    largest = max(row["batch_size"] for row in result["rows"])
-    rows = [row for row in result["rows"] if row["batch_size"] == largest][::-1]
-    shown = ("model", "keep rate", "px", "mode")
-    names = [" ".join([row["what"], *(cells(row)[name] for name in shown)]) for row in rows]
-    figure = Figure(figsize=(7, 1 + 0.22 * len(rows)))
-    axes = figure.add_subplot(
-        title=f"Speed beside the dense model's: {result['device']}, batch {largest}"
-    )
-    axes.tick_params(labelsize=6)
-    bars = axes.barh(range(len(rows)), [row["ratio"] for row in rows], tick_label=names)
-    axes.bar_label(bars, [f"{row['images_per_s']:,.0f} images/s" for row in rows], fontsize=6)
-    figure.savefig(path, bbox_inches="tight")

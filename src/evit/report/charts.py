@@ -1,197 +1,193 @@
-"""The charts of the report: accuracy against cost, reducers, training curves, other models."""
+"""The charts of the report: plotly's traces for the page, and the same as SVG for a paper."""
 
+from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pandas as pd
+from matplotlib.figure import Figure
 
+from evit.config import counted
 from evit.report import paper, settings
-from evit.report.collect import Found, Run
-from evit.report.figures import chart
-from evit.report.settings import SCRATCH
-from evit.report.tables import rate_text
+from evit.report.collect import Found
+from evit.report.settings import DENSE, SCRATCH
 
+Views = dict[str, tuple[str, str, str, str]]  # by buttons: columns and titles of x and y
 TOP1 = "top-1 accuracy (%)"
-SPEED_NOTE = (
-    "Images/s of src/benchmark.py, where models take turns; else what the runs measured at their "
-    "end, the median over seeds."
-)
-MAX_POINTS = 400  # of a curve
-CURVES = {
-    "top-1": ("val/top1", "top-1 accuracy, validation (%)"),
-    "training loss": ("train/loss", "training loss (nats)"),
-    "validation loss": ("val/loss", "validation loss (nats)"),
-    "keep rate": ("keep_rate", "keep rate (share of tokens)"),
-    "tokens": ("tokens_per_image", "image tokens of a block, mean (tokens)"),
-    "learning rate": ("lr", "learning rate (1 per step)"),
+COSTS = {
+    "GMACs": ("macs", "GMACs (per image)", "top1", TOP1),
+    "images/s": ("images_per_s", "images/s (inference)", "top1", TOP1),
+    "speed-up": ("faster", "speed-up (times the dense model's images/s)", "top1", TOP1),
+    "KL": ("macs", "GMACs (per image)", "kl", "KL divergence to the dense model (nats)"),
 }
-FAMILIES = ("DeiT", "LV-ViT")  # of the other models: lines of their own
-COSTS = {"GMACs": ("macs", "per image"), "images/s": ("images_per_s", "paper: GPU")}
-COSTS |= {"speed-up": ("speed", "times the dense model's images/s at 224 px")}
-KIND = ["model", "reducer", "rate", "rest", "img_size", "start", "epochs"]
-Views = dict[str, tuple[Any, ...]]
+STEP = "training step (optimizer updates)"
+CURVES = {
+    "top-1": ("step", STEP, "val/top1", "top-1 accuracy, validation (%)"),
+    "training loss": ("step", STEP, "train/loss", "training loss (nats)"),
+    "keep rate": ("step", STEP, "keep_rate", "keep rate (share of tokens)"),
+}
+MOST = 20_000  # rows of all curves of a chart
+NOTE = (
+    "A point for each keep rate, bars: standard deviation over seeds. Images/s of "
+    "src/benchmark.py, where models take turns; else what the runs measured at their end."
+)
+# Readable on white and on black.
+PALETTE = "#2f86e0 #e8743b #17a07a #d6498f #b08d1c #9a63d6 #c2483d #6b8794 #4fa3a5 #8c6d4f".split()
+SYMBOLS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "triangle-down": "v"}
+COLUMN = 3.3  # inches: the width of a paper's column
+STYLE: Any = {
+    "font.size": 7,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.fontsize": 6,
+    "lines.linewidth": 1,
+    "lines.markersize": 4,
+    "errorbar.capsize": 1.5,
+    "svg.fonttype": "none",  # letters stay letters
+    "svg.hashsalt": "evit",  # the same file each time
+}
 
 
 def line_names(points: pd.DataFrame) -> pd.Series:
-    """Name the line of each setting: lines go through settings that differ in keep rate alone."""
-    several_images = points.images.nunique() > 1
-
-    def name(point: Any) -> str:
-        parts = [paper.TITLES.get(point.model, point.model)]
-        parts += [point.reducer] * (point.reducer not in ("evit", "dynamicvit"))
-        parts += [point.rest, point.selection, point.start.replace(SCRATCH, "")]
-        parts += [f"{point.epochs:.0f} epochs"] * (point.epochs < 300)
-        parts += [f"{point.images} images"] * (several_images and bool(point.images))
-        return ", ".join(filter(None, [*parts, point.recipe_name]))
-
-    return pd.Series([name(point) for _, point in points.iterrows()], points.index, dtype=object)
+    """Name the line of each setting by what differs, but for the keep rate and the image size."""
+    model = points.model.map(lambda name: paper.TITLES.get(name, name))
+    said = [name in title.lower() for name, title in zip(points.reducer, model, strict=True)]
+    parts = pd.DataFrame(
+        dict(
+            model=model,
+            reducer=points.reducer.mask(said, "").mask(points.rate == DENSE, DENSE),
+            rest=points.rest,
+            selection=points.selection,
+            start=points.start.replace(SCRATCH, ""),
+            epochs=points.epochs.map(lambda n: f"{n:.0f} epochs" if n < paper.EPOCHS else ""),
+            images=points.images.map(lambda text: text and f"{text} images"),
+            recipe=settings.recipe_names(points),
+        )
+    )
+    differ = parts.loc[:, parts.nunique() > 1].agg(lambda row: ", ".join(filter(None, row)), axis=1)
+    return differ.where(differ != "", model) if len(parts) else model
 
 
 def names(points: pd.DataFrame) -> pd.Series:
     """Name each setting."""
     sizes = points.img_size.map(", {} px".format) if points.img_size.nunique() > 1 else ""
-    rates = points.rate.map(lambda r: "dense" if r == 1 else f"keep rate {settings.label(r)}")
-    return line_names(points) + ", " + rates + sizes
+    rates = points.rate.map(", keep rate {}".format).mask(points.rate == DENSE, "")
+    return line_names(points) + rates + sizes
 
 
-def lines(points: pd.DataFrame) -> pd.DataFrame:
-    """Settings with line and hover, what is said of each beside its x and y."""
-    texts = points.rate.map(rate_text) + points.img_size.map(", {} px, ".format)
-    return points.assign(line=line_names(points), hover=texts + points.runs.map("{} run(s)".format))
-
-
-def costs(key: str, title: str, content: Found, points: pd.DataFrame) -> dict[str, Any]:
-    """Top-1 against the cost of an image, and the paper's: on ImageNet as it is.
-
-    On other data each setting, ours and the paper's, is beside its own dense model.
-    """
-    theirs, whole = settings.published().drop_duplicates(KIND), title == "ImageNet"
+def accuracy(key: str, title: str, points: pd.DataFrame) -> dict[str, Any]:
+    """Plot top-1 against the cost of an image; on ImageNet beside the paper's."""
+    found, note, whole = points.assign(ours=True), NOTE, title == "ImageNet"
     if whole:
-        way, _ = settings.measured(content, points)
-        both = [lines(theirs), lines(points.assign(model=points.model.replace(paper.CONF)))]
-        note = f"Our images/s: {way or 'not measured'}."
-    else:
-        scratch = theirs.table.str.startswith("keep_rate") | theirs.model.str.startswith("dyn")
-        both = [changes(theirs[scratch]), changes(points)]
-        note = f"Bars: standard deviation over seeds. {SPEED_NOTE}"
-    found = pd.concat([both[0].assign(ours=False), both[1].assign(ours=True)])
+        theirs = settings.published().assign(ours=False)
+        found = pd.concat([theirs, found.replace(dict(model=paper.CONF))], ignore_index=True)
+        kind = ["ours", *"model reducer rate rest img_size start epochs".split()]
+        found = found[found.ours | ~found.duplicated(kind)]
+        note = f"Hollow and dotted: the paper. Filled: ours. {note}"
+    found["line"] = line_names(found)
     larger = (found.img_size != paper.BASE_SIZE) & whole
     found["line"] += larger.map({True: ", higher resolution", False: ""})
     found["style"] = larger.map({True: "markers", False: "lines+markers"})
-    views: Views = {}
-    for name, (cost, unit) in COSTS.items():
-        if whole:
-            views[name] = found.assign(x=found[cost], y=found.top1), f"{name} ({unit})", TOP1
-        elif cost != "speed":
-            share = 100 * found[cost] / found[f"dense_{cost}"]
-            shown = found.assign(x=share, y=found.top1 - found.dense_top1)
-            own = shown[shown.ours].dropna(subset=["x", "y"])
-            if own.groupby("line").size().gt(1).any():
-                y = "top-1, change to the dense model (points)"
-                views[name] = shown, f"{name} (% of the dense model's)", y
-    note = f"Hollow and dotted: the paper. Filled: ours. A point for each keep rate. {note}"
-    return chart(key, f"Accuracy against cost, {title}", note, views)
-
-
-def changes(points: pd.DataFrame) -> pd.DataFrame:
-    """Each reduced setting that has a dense model; a line begins with that model."""
-    points = lines(settings.with_dense(points))
-    sparse = points[(points.rate != 1) & (points.dense != -1)]
-    made = [points[:0]]
-    for (line, dense), group in sparse.groupby(["line", "dense"], sort=False):
-        start = points.loc[[dense]].assign(line=line)
-        own = {f"dense_{key}": start[key] for key in ("top1", "macs", "images_per_s")}
-        made += [start.assign(**own), group]
-    return pd.concat(made)
+    texts = found.rate + found.img_size.map(", {} px, ".format)
+    found["hover"] = texts + found.runs.map(lambda runs: counted(runs, "run"))
+    return chart(key, f"Accuracy against cost, {title}", note, found, COSTS)
 
 
 def comparable(points: pd.DataFrame) -> pd.DataFrame:
     """The settings of one training, or of one evaluated checkpoint, that has several reducers."""
-    kind = [points.model.map(settings.base), "start", "origin", "recipe", "images", "img_size"]
-    return points.groupby(kind, sort=False).filter(
-        lambda group: group.reducer[group.rate != 1].nunique() > 1
+    kind = points.assign(
+        model=settings.base(points.model), reducer=points.reducer.replace("", None)
     )
+    alike = kind.groupby(["model", "start", "origin", "recipe", "images", "img_size"])
+    return points[alike.reducer.transform("nunique") > 1]
 
 
-def reducers(index: int, title: str, points: pd.DataFrame) -> dict[str, Any]:
-    """Accuracy, KL divergence and images/s of comparable settings against GMACs, by reducer."""
-    dense = points.rate == 1
-    parts = points[["reducer", "rest", "selection"]].mask(dense, "dense")
-    for name in ("start", "images", "recipe_name"):
-        if points[name].nunique() > 1:
-            parts[name] = points[name]
-    named = parts.apply(lambda row: ", ".join(dict.fromkeys(filter(None, row))), axis=1)
-    found = lines(points).assign(line=named, x=points.macs)
-    titles = dict(top1=("top-1", TOP1), kl=("KL", "KL divergence to the dense model (nats)"))
-    titles |= dict(images_per_s=("images/s", "images/s (inference)"))
-    return chart(
-        f"reducers-{index}",
-        "Token reducers",
-        f"A line for each reducer on {title}, a point for each keep rate. KL: divergence to the "
-        f"dense model's logits, which tells reducers apart on few images. {SPEED_NOTE}",
-        {
-            name: (found.assign(y=found[key]), "GMACs (per image)", y)
-            for key, (name, y) in titles.items()
-            if found[key][~dense].notna().any()
-        },
-    )
-
-
-def other_models(found: Found) -> dict[str, Any]:
-    """Published top-1 of other models against images/s, published and, where timed, measured."""
-    others = settings.frame(
+def curves(key: str, content: Found, points: pd.DataFrame) -> dict[str, Any]:
+    """Plot how runs went: a line for each run, alike for the runs of a setting."""
+    named = dict(zip(points.setting, names(points), strict=True))
+    found = pd.DataFrame(
         [
-            dict(model=row["name"], img_size=row.get("img_size", 224), top1=row["top1"])
-            | dict(name=settings.canonical(str(row.get("timm", row["name"]))))
-            | dict(images_per_s=row["throughput"])
-            | dict(folder=row["family"] if row["family"] in FAMILIES else "other models")
-            for row in paper.field()
-        ]
+            row | dict(line=named[run["setting"]], part=f"seed {run['seed']}")
+            for name, run in content.runs.items()
+            if run["setting"] in named
+            for row in content.curves.get(name, [])
+        ],
+        columns=["line", "part", "step", *(y for *_, y, _ in CURVES.values())],
     )
-    theirs = settings.published()
-    fused = theirs[(theirs.rest == "fused") & theirs.table.str.startswith("keep_rate")]
-    fused = fused.assign(folder="EViT-" + fused.model.map(paper.TITLES), style="lines+markers")
-    points = pd.concat([others.assign(style="markers"), fused], ignore_index=True)
-    texts = points.model.replace(paper.TITLES) + ", " + points.rate.map(rate_text)
-    points = points.assign(line=points.folder, y=points.top1, hover=texts)
-    way, speeds = settings.measured(found, points)
-    views: Views = {}
-    for name, how, x in (
-        ("published", "published, GPU", points.images_per_s),
-        ("measured", f"measured on {way}", speeds.images_per_s),
-    ):
-        views[name] = points.assign(x=x), f"images/s ({how})", TOP1
-    return chart(
-        "field",
-        "The field: EViT beside other models",
-        "Top-1 of all models and EViT as published, images/s published or measured here by "
-        "src/benchmark.py. Published speeds of others are read off the paper's figure.",
-        views,
-    )
+    found = found.assign(ours=True, hover=found.part, style="lines", spread=0.0)
+    note = "A line for each run, in one colour those of a setting."
+    return chart(key, "How training went", note, found, CURVES)
 
 
-def curves(index: int, runs: list[Run], names: dict[str, str]) -> dict[str, Any]:
-    """Plot how runs went: a line for each run, alike for the runs of a setting.
+def chart(key: str, title: str, note: str, points: pd.DataFrame, views: Views) -> dict[str, Any]:
+    """Make a chart of the same lines over different axes, for page.js and `save`.
+
+    A line has the same colour and marker in all of them; a view of fewer than 2 points is left out.
 
     Args:
-        names: the settings' names, by their hashes.
+        points: settings with line; ours: solid and filled, or the paper's; style, plotly's mode;
+            hover, what is said below the line's name; and perhaps part, of a line in several.
     """
-    keys = ["line", "part", "step"]
-    steps = pd.DataFrame(
-        [
-            row | dict(line=names[run.row["setting"]], part=f"seed {run.row['seed']}")
-            for run in runs
-            for row in run.curves
-        ],
-        columns=[*keys, *(metric for metric, _ in CURVES.values())],
-    )
-    views: Views = {}
-    for view, (metric, title) in CURVES.items():
-        found = steps.assign(x=steps.step, y=steps[metric].astype(float)).dropna(subset="y")
-        found = found.drop_duplicates(keys, keep="last")
-        parts = found.groupby(keys[:2])
-        size = parts.y.transform("size")
-        found = found[(size > 1) & (parts.cumcount() % (1 + size // MAX_POINTS) == 0)]
-        found = found.assign(hover=found.part, style="lines")
-        views[view] = found, "training step (optimizer updates)", title
-    note = "A line for each run, in one colour those of a setting."
-    return chart(f"curves-{index}", "How training went", note, views)
+    lines, drawn = list(points.line.unique()), []
+    for name, (x, x_title, y, y_title) in views.items():
+        found = points.assign(x=points[x].astype(float), y=points[y].astype(float))
+        found = found.dropna(subset=["x", "y"])
+        if len(found) > 1:
+            drawn.append(dict(name=name, data=traces(found, lines), x=x_title, y=y_title))
+    return dict(id=key, title=title, note=note, views=drawn)
+
+
+def traces(points: pd.DataFrame, lines: list[str]) -> list[dict[str, Any]]:
+    """Make plotly's traces of lines, each in order of x."""
+    made: list[dict[str, Any]] = []
+    parts = ["line", "ours", *["part"] * ("part" in points)]
+    for (line, ours, *_), group in points.sort_values("x", kind="stable").groupby(parts):
+        group = group.iloc[:: 1 + len(points) // MOST]
+        number, shown = lines.index(line), line if ours else f"{line} (paper)"
+        color = PALETTE[number % len(PALETTE)]
+        symbol = list(SYMBOLS)[(number + number // len(PALETTE)) % len(SYMBOLS)]
+        spread = list(group.spread.fillna(0)) if ours else []
+        made.append(
+            dict(
+                type="scatter",
+                name=shown,
+                legendgroup=shown,
+                showlegend=shown not in {trace["name"] for trace in made},
+                x=list(group.x),
+                y=list(group.y),
+                mode=group["style"].iloc[0],
+                hovertext=list(group.hover),
+                line=dict(color=color, width=2, dash="" if ours else "dot"),
+                marker=dict(symbol=symbol + "-open" * (not ours), size=8, color=color),
+                error_y=dict(array=spread, color=color, visible=any(spread)),
+                cliponaxis=False,
+            )
+        )
+    return made
+
+
+@matplotlib.rc_context(STYLE)
+def save(chart: dict[str, Any], folder: Path) -> None:
+    """Write CHART-VIEW.svg, one column of a paper wide: plotly's traces, drawn by matplotlib."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for view in chart["views"]:
+        shown = [trace["name"] for trace in view["data"] if trace["showlegend"]]
+        columns = 2 if max(map(len, shown)) < 24 else 1
+        size = COLUMN, 0.7 * COLUMN + 0.13 * len(shown) / columns
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.add_subplot(xlabel=view["x"], ylabel=view["y"].replace(" (", "\n("))
+        for trace in view["data"]:
+            symbol, hollow, _ = trace["marker"]["symbol"].partition("-open")
+            axes.errorbar(
+                trace["x"],
+                trace["y"],
+                trace["error_y"]["array"] or None,
+                label=trace["name"].replace("$", r"\$") if trace["showlegend"] else None,
+                linestyle=(":" if hollow else "-") if "lines" in trace["mode"] else "none",
+                marker=SYMBOLS[symbol] if "markers" in trace["mode"] else "",
+                color=trace["line"]["color"],
+                markerfacecolor="white" if hollow else None,
+            )
+        figure.legend(loc="outside lower left", ncols=columns)
+        stem = f"{chart['id']}-{view['name']}".replace("/", "_per_").replace(" ", "_")
+        figure.savefig(folder / f"{stem}.svg", metadata=dict(Date=None))

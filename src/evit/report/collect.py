@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from evit.files import printable
 from evit.report import results
 
 Row = dict[str, Any]
@@ -25,28 +26,16 @@ NAMES = ["result.json", "runs.json", "evaluation.json", "benchmark.json"]  # in 
 
 
 @dataclass
-class Run:
-    """A finished run: its row, the rows of metrics.jsonl, and kept_patches.png as WebP."""
-
-    row: Row
-    name: str
-    curves: list[Row] = field(default_factory=list)
-    picture: bytes | None = None
-
-
-@dataclass
 class Found:
-    """Everything below a folder; evaluations and benchmarks are as in their files."""
+    """The files below a folder; rows, curves and pictures (WebP) of runs by the runs' names."""
 
     source: Path
-    runs: list[Run] = field(default_factory=list)
+    runs: dict[str, Row] = field(default_factory=dict)
+    curves: dict[str, list[Row]] = field(default_factory=dict)
+    pictures: dict[str, bytes] = field(default_factory=dict)
     evaluations: list[Row] = field(default_factory=list)
     benchmarks: list[Row] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-
-    @property
-    def rows(self) -> list[Row]:
-        return [run.row for run in self.runs]
 
     def shown(self, text: Any) -> str:
         """Text without the machine's paths, which names of run folders repeat."""
@@ -60,6 +49,18 @@ class Found:
         except Exception as error:  # of json, PIL, or of what is computed from its entries
             reason = self.shown(f"{type(error).__name__}: {error}")
             self.problems.append(f"{self.shown(path)} cannot be read ({reason})")
+
+    def add(self, name: str, run: Row) -> bool:
+        """Add a run unless it is there; name another of its setting and seed with other numbers."""
+        keys = ("setting", "from_checkpoint", "seed")
+        for other, row in self.runs.items():
+            if all(run[key] == row[key] for key in keys):
+                if run["top1"] != row["top1"]:
+                    text = f"{name} has the setting and the seed of {other}, and is left out"
+                    self.problems.append(text)
+                return False
+        self.runs[name] = run
+        return True
 
 
 def read(source: Path) -> Found:
@@ -75,68 +76,46 @@ def read(source: Path) -> Found:
     paths = [source] if source.is_file() else sorted(source.rglob("*.json"))
     for path in sorted((p for p in paths if p.name in NAMES), key=lambda p: NAMES.index(p.name)):
         with found.reading(path):
-            content = printable(json.loads(path.read_text()))
+            content, name = printable(json.loads(path.read_text())), found.shown(path.parent)
             if path.name == "result.json":
-                run = Run(row(content), found.shown(path.parent))
-                if add(found, run):
-                    read_more(found, run, path.parent)
+                if found.add(name, row(content)):
+                    read_more(found, name, path.parent)
             elif path.name == "runs.json":
-                for i, one in enumerate(content):
-                    add(found, Run(one, f"{found.shown(path)}, run {i + 1}"))
+                for i, one in enumerate(content, 1):
+                    found.add(f"{found.shown(path)}, run {i}", one)
             else:
-                kept = dict(evaluation=found.evaluations, benchmark=found.benchmarks)[path.stem]
-                kept.append(content)
+                (found.evaluations if path.stem == "evaluation" else found.benchmarks).append(
+                    content
+                )
     begun = {path.parent for path in paths if path.name in ("config.json", "failed.json")}
     for folder in sorted(begun - {path.parent for path in paths if path.name in NAMES}):
-        failed, reason = folder / "failed.json", "no result.json"
-        if failed.is_file():
-            reason = re.sub(r"(?<!\S)/\S*/", ".../", json.loads(failed.read_text())["reason"])
+        failed = results.read_json(folder / "failed.json") or dict(reason="no result.json")
+        reason = re.sub(r"(?<!\S)/\S*/", ".../", failed["reason"])
         found.problems.append(found.shown(f"{folder} has not finished: {reason}"))
     if not any((found.runs, found.evaluations, found.benchmarks, found.problems)):
         raise ValueError(f"no run has finished in {str(source)!r}: no result.json is below it")
-    keys = ("model", "keep_rate", "fusion")
-    found.runs.sort(key=lambda run: ([str(run.row[key]) for key in keys], run.row["seed"]))
+
+    def order(entry: tuple[str, Row]) -> Any:
+        return [str(entry[1][key]) for key in ("model", "keep_rate", "fusion")], entry[1]["seed"]
+
+    found.runs = dict(sorted(found.runs.items(), key=order))
     return found
 
 
-def read_more(found: Found, run: Run, folder: Path) -> None:
+def read_more(found: Found, name: str, folder: Path) -> None:
     """Read a run's metrics.jsonl, whose last line may be cut, and its picture."""
     with found.reading(folder / "metrics.jsonl"):
         for line in (folder / "metrics.jsonl").read_text().splitlines():
-            run.curves.append(json.loads(line))
+            found.curves.setdefault(name, []).append(json.loads(line))
     path = folder / "kept_patches.png"
     with found.reading(path):
         if path.is_file():
             content = io.BytesIO()
             Image.open(path).convert("RGB").save(content, "WEBP", quality=92)  # a fifth of the size
-            run.picture = content.getvalue()
+            found.pictures[name] = content.getvalue()
 
 
-def add(found: Found, run: Run) -> bool:
-    """Add a run unless it is there; name one of the same setting and seed with other numbers."""
-    keys = ("setting", "from_checkpoint", "seed")
-    for other in found.runs:
-        if all(run.row[key] == other.row[key] for key in keys):
-            if run.row["top1"] != other.row["top1"]:
-                text = f"{run.name} has the setting and the seed of {other.name}, and is left out"
-                found.problems.append(text)
-            return False
-    found.runs.append(run)
-    return True
-
-
-def printable(value: Any) -> Any:
-    """JSON without what a terminal, a table or an SVG would take for more than letters."""
-    if isinstance(value, str):
-        return "".join(c if c.isprintable() else "?" for c in value)
-    if isinstance(value, list):
-        return [printable(entry) for entry in value]
-    if isinstance(value, dict):
-        return {printable(key): printable(entry) for key, entry in value.items()}
-    return value
-
-
-def row(result: dict[str, Any]) -> Row:
+def row(result: Row) -> Row:
     """Make the row of a result.json; it names no folder of the machine."""
     config, recipe = result["config"], result["config"]["recipe"]
     limits = {name: recipe[name] for name in ("max_train_images", "max_val_images")}
@@ -157,7 +136,7 @@ def row(result: dict[str, Any]) -> Row:
     )
 
 
-def training(config: dict[str, Any], experiment: str | None) -> str:
+def training(config: Row, experiment: str | None) -> str:
     """Hash how a run was trained; a dense model and its reduced variants have the same hash."""
     own = dict(model=OWN_MODEL, data=results.OWN_DATA, recipe=OWN_RECIPE)
     model, data, recipe = (
@@ -173,7 +152,6 @@ def training(config: dict[str, Any], experiment: str | None) -> str:
     return results.digest((name, config["img_size"], fine_tuned, model, data, recipe))
 
 
-def timm_name(model: dict[str, Any]) -> str | None:
+def timm_name(model: Row) -> str | None:
     """The model's name in timm's registry, if nothing of its architecture was changed."""
-    plain = OWN_MODEL - {"drop_loc"}
-    return model.get("model_name") if model.keys() <= plain else None
+    return model.get("model_name") if model.keys() <= OWN_MODEL - {"drop_loc"} else None

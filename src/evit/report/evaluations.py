@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from evit.config import counted
 from evit.report.results import markdown
 
 HEADS = dict(reducer="reducer", selection="kept", fusion="others")
@@ -14,12 +15,11 @@ def show(result: dict[str, Any], path: Path) -> None:
     """Print an evaluation, a row for each setting, and where path, its evaluation.json, lies."""
     rows, model = result["settings"], result["model"]
     dense = next((row["top1"] for row in rows if rate(row) == "1"), None)
-    said, several = f"{result['images']} images", []
-    for name in HEADS:
-        values = {row[name] for row in rows} - {None}
-        if len(values) > 1:
-            several.append(name)
-        said += "".join(f"; {HEADS[name]}: {FUSION.get(v, v)}" for v in values if len(values) == 1)
+    values = {name: [*{row[name] for row in rows} - {None}] for name in HEADS}
+    several = [name for name, found in values.items() if len(found) > 1]
+    one = [(HEADS[name], found[0]) for name, found in values.items() if len(found) == 1]
+    said = "".join(f"; {head}: {FUSION.get(value, value)}" for head, value in one)
+    said = counted(result["images"], "image") + said
     print(f"{model['name']} on {result['data']['name']}, {model['img_size']} px, {said}")
     shown = [
         {"rate": rate(row)}

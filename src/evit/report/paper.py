@@ -11,11 +11,8 @@ BASE_SIZE = 224  # pixels: of the dense models that the tables compare with
 Row = dict[str, Any]
 
 
-def read(name: str) -> Any:
-    return yaml.safe_load(resources.files("evit.report").joinpath(name).read_text())
-
-
-TABLES: dict[str, Any] = read("paper.yaml")  # each has a title and rows
+# Each table has a title and rows.
+TABLES: dict[str, Any] = yaml.safe_load((resources.files("evit.report") / "paper.yaml").read_text())
 MODEL_LIST: dict[str, Row] = TABLES.pop("models")
 # The table names of the models, by their names in conf/model and in timm's registry.
 CONF = {name: key for key, model in MODEL_LIST.items() for name in model["conf"]}
@@ -24,24 +21,25 @@ MODELS = {key: model["timm"][1] for key, model in MODEL_LIST.items() if len(mode
 TITLES = {key: model["title"] for key, model in MODEL_LIST.items()}
 
 
-def field() -> list[Row]:
-    """Other models, with their published top-1 and images/s, as in field.yaml."""
-    return read("field.yaml")
+def reducer(model: str) -> str:
+    """The reducer of a model of timm's registry, or of the tables."""
+    return "dynamicvit" if model.startswith("dynamicvit") else "evit"
 
 
 @functools.cache
 def training_runs() -> tuple[Row, ...]:
     """List every trained model of the tables: the table, its model, and the row's numbers.
 
-    Each has keep_rate, fusion (None: dense, or the model has no such choice), img_size, finetuned,
-    epochs (None: not published) and ratio: its images/s beside the dense model's at 224 px. The
-    table of models that were reduced without training is left out.
+    Each has reducer, keep_rate, fusion (None: dense, or the model has no such choice), img_size,
+    finetuned, epochs (None: not published) and ratio: its images/s beside the dense model's at 224
+    px. The table of models that were reduced without training is left out.
     """
     default = dict(fusion=None, img_size=BASE_SIZE, finetuned=False, top5=None)
     return tuple(
         default
         | dict(epochs=None if row.get("finetuned") else EPOCHS)
         | dict(ratio=row["throughput"] / dense_throughput(row["model"]), table=name)
+        | dict(reducer=reducer(row["model"]))
         | row
         for name, table in TABLES.items()
         for row in table["rows"]

@@ -1,5 +1,6 @@
 """Pictures of which patches survive, and which become one token; and of final features."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,20 +16,23 @@ from evit.models.follow import moved
 MIN_SIDE = 112  # pixels: smaller images are enlarged, so that their patches can be seen
 GAP = 8  # pixels between images
 FONT = 14  # pixels
-FADED = 0.25  # how much of a discarded patch's colour is left, the rest is white
+FADED = 0.25  # how much of a discarded patch's colour is left, the rest is a checkerboard
+SQUARE = 4  # pixels of its squares
 MOST = 4  # reductions that are shown; of more, some spread evenly, the last included
 LOWEST = 1e-6  # weights below it are shown as it
 
 
 @torch.no_grad()
-def follow(model: Any, images: Tensor) -> tuple[list[str], list[Tensor], Tensor]:
+def follow(model: Any, images: Tensor) -> tuple[list[str], list[Tensor], Tensor, Tensor]:
     """Follow the patches of images through the reductions of a model in evaluation mode.
 
     Returns: a title for each place that reduces; the token (B, N) that each patch is in after it,
-        -1 where it was dropped or fused; and the weight (B, N) of each patch in the final tokens.
+        -1 where it was dropped or fused; the weight (B, N) of each patch in the final tokens; and
+        the logits.
     """
     x = model.embed(images)  # not model(), which may be compiled, and would be again
-    reductions = iter(model.encode(x)[1])
+    logits, found = model.classify(x)
+    reductions = iter(found)
     reducer, P, tokens = model.reducer, model.num_prefix_tokens, model.patch_ids(x)
     patches = n = tokens.shape[1]
     parts_BTN = F.pad(torch.eye(n, device=x.device), (0, 0, P, 0)).expand(len(x), -1, -1)
@@ -42,22 +46,23 @@ def follow(model: Any, images: Tensor) -> tuple[list[str], list[Tensor], Tensor]
             parts_BTN, n = reduction(parts_BTN), kept + reducer.extra
         titles.append(f"{when} block {block + 1}\n{kept} of {patches} tokens")
         places.append(tokens)
-    return titles, places, parts_BTN[:, P:].sum(1)
+    return titles, places, parts_BTN[:, P:].sum(1), logits
 
 
-def draw_kept(model: Any, images: Tensor, pixels: Tensor) -> Image.Image:
+def draw_kept(model: Any, images: Tensor, pixels: Tensor, *classes: list[str]) -> Image.Image:
     """A row per image: the image, its tokens after each reduction, and weights of the rest.
 
-    Discarded patches are faded. Patches that have become one token have their mean colour, within
-    an edge. For reducers that fuse, the last column is a heat map of the weight with which each
-    patch has entered the fused tokens, on a logarithmic scale; patches that survive are gray in it.
+    Discarded patches fade into a checkerboard. Patches that have become one token have their mean
+    colour, within an edge. For reducers that fuse, the last column is a heat map of the weight with
+    which each patch has entered the fused tokens, on a logarithmic scale; survivors are gray in it.
 
     Args:
         images: what the model takes, (B, 3, H, W).
         pixels: the same as uint8, for drawing.
+        classes: the names of all classes, to write predictions, and those of the images.
     """
     grid, large = model.patch_embed.grid_size, enlarged(pixels)
-    titles, places, left = follow(model, images)
+    titles, places, left, logits = follow(model, images)
     tokens = [place.cpu().unflatten(1, grid) for place in places]
     count = min(len(tokens), MOST)
     shown = [(i + 1) * len(tokens) // count - 1 for i in range(count)]
@@ -72,11 +77,11 @@ def draw_kept(model: Any, images: Tensor, pixels: Tensor) -> Image.Image:
         heat = 255 * ramp.clamp(0, 1)
         columns.append(upsample(torch.where(discarded[:, None], heat, 225.0), large))
         titles.append(f"fused weight\n{low:.1g} to {high:.1g}")
-    return compose(torch.stack(columns, 1), titles)
+    return compose(torch.stack(columns, 1), titles, captions(logits, *classes))
 
 
 @torch.no_grad()
-def draw_features(model: Any, images: Tensor, pixels: Tensor) -> Image.Image:
+def draw_features(model: Any, images: Tensor, pixels: Tensor, *classes: list[str]) -> Image.Image:
     """A row per image: the image, and the final maps of the dense and of the reduced model.
 
     Red, green and blue are the three main components of all dense maps, in both on one scale.
@@ -84,7 +89,8 @@ def draw_features(model: Any, images: Tensor, pixels: Tensor) -> Image.Image:
     reducer, large, maps = model.reducer, enlarged(pixels), []
     for used in (reducers.make("evit", keep_rate=1.0).attach(model), reducer):
         model.reducer = used
-        maps.append(model(images, return_map=True)[1].cpu().movedim(1, -1))
+        logits, found = model(images, return_map=True)
+        maps.append(found.cpu().movedim(1, -1))
     mean = maps[0].mean((0, 1, 2))
     centred = (maps[0] - mean).flatten(0, 2)
     basis = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -3:].flip(1)
@@ -93,7 +99,15 @@ def draw_features(model: Any, images: Tensor, pixels: Tensor) -> Image.Image:
     shown = [255 * share.clamp(0, 1).movedim(-1, 1) for share in shares]
     tokens = f"{model.tokens_per_block()[-1]} of {model.patch_embed.num_patches} tokens"
     titles = [size_of(pixels), "features\ndense", f"features\n{tokens}"]
-    return compose(torch.stack([large, *(upsample(s, large) for s in shown)], 1), titles)
+    cells = torch.stack([large, *(upsample(s, large) for s in shown)], 1)
+    return compose(cells, titles, captions(logits, *classes))
+
+
+def captions(logits: Tensor, names: Sequence[str] = (), truths: Sequence[str] = ()) -> list[str]:
+    """The class and the prediction of each image, as far as they are known."""
+    best = zip(*(v.tolist() for v in logits.float().softmax(1).max(1)), strict=True)
+    said = [f"predicted {names[label]}, {share:.0%}" for share, label in best] if names else []
+    return [f"{own}: {text}" for own, text in zip(truths, said, strict=True)] if truths else said
 
 
 def size_of(pixels: Tensor) -> str:
@@ -112,7 +126,9 @@ def draw_tokens(tokens: Tensor, pixels: Tensor) -> Tensor:
         tokens: (B, rows, columns), the token of each patch, -1 for none.
     """
     none, names = upsample(tokens[:, None] < 0, pixels), upsample(tokens[:, None], pixels)
-    shown = torch.where(none, pixels * FADED + 255 * (1 - FADED), pixels)
+    rows, columns = (torch.arange(side) // SQUARE % 2 for side in pixels.shape[-2:])
+    board = torch.where(rows[:, None] == columns, 255.0, 170.0)
+    shown = torch.where(none, pixels * FADED + board * (1 - FADED), pixels)
     member_BPK = F.one_hot(tokens.flatten(1) + 1)[..., 1:].float()
     size_B1K = member_BPK.sum(1, keepdim=True)
     shared = ((member_BPK * size_B1K).sum(2) > 1).view_as(tokens)
@@ -134,8 +150,9 @@ def upsample(values: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(values.float(), size=like.shape[-2:], mode="nearest").to(values.dtype)
 
 
-def compose(cells: Tensor, titles: list[str]) -> Image.Image:
-    """The cells (rows, columns, 3, H, W) with titles above the columns."""
+def compose(cells: Tensor, titles: list[str], captions: list[str]) -> Image.Image:
+    """The cells (rows, columns, 3, H, W) with titles above the columns, captions above the rows."""
+    cells = F.pad(cells, (0, 0, (FONT + GAP // 2) * bool(captions), 0), value=255)
     grid = make_grid(cells.flatten(0, 1), len(titles), padding=GAP, pad_value=255)
     top, width = 2 * FONT + 2 * GAP, cells.shape[-1] + GAP
     picture = to_pil_image(F.pad(grid, (0, 0, top, 0), value=255).round().byte())
@@ -143,4 +160,6 @@ def compose(cells: Tensor, titles: list[str]) -> Image.Image:
     for column, title in enumerate(titles):
         at = GAP + column * width + cells.shape[-1] // 2, top + GAP // 2
         draw.multiline_text(at, title, "black", font, anchor="md", align="center")
+    for row, caption in enumerate(captions):
+        draw.text((GAP, top + GAP + row * (cells.shape[-2] + GAP)), caption, "black", font)
     return picture

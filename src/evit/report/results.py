@@ -7,6 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
+from datetime import timedelta
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 
-from evit.config import CONF_DIR
+from evit.config import CONF_DIR, counted
 from evit.files import whole_file
 
 PACKAGES = "torch torchvision timm lightning hydra-core torchmetrics wandb ffcv".split()
@@ -31,33 +32,32 @@ def start(folder: Path, config: dict[str, Any]) -> None:
     for path in folder.glob("hpc_ckpt_*"):  # Lightning's under SLURM, which it would go on from
         path.unlink()
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(config, folder / "config.json")
-    first = config.get("checkpoint")
-    if first and (run := run_folder(first)) and (source := outcome(run)):
+    if source := outcome(run_folder(config.get("checkpoint") or "")):
         write_json(source, folder / START)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; None if it is not there."""
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
     """The result of the run that has finished in this folder, or None."""
-    path = folder / "result.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_json(folder / "result.json")
 
 
-def outcome(folder: Path) -> dict[str, Any] | None:
+def outcome(folder: Path | None) -> dict[str, Any] | None:
     """The metrics that identify a run's outcome, or None if no run has finished there."""
-    result = finished(folder)
-    return result and {name: result.get(name) for name in ("top1", "top5", "loss")}
+    result = folder and finished(folder)
+    return {name: result.get(name) for name in ("top1", "top5", "loss")} if result else None
 
 
 def check_config(folder: Path, config: dict[str, Any]) -> None:
     """Refuse, with a ValueError, a folder that holds a run of another configuration."""
-    path = folder / "config.json"
-    if path.is_file() and json.loads(path.read_text()) != config:
-        raise ValueError(
-            f"{folder} holds a run of another configuration (config.json): overwrite=true replaces "
-            f"it, name=NAME puts this run elsewhere"
-        )
+    if read_json(folder / "config.json") not in (None, config):
+        ways = "overwrite=true replaces it, name=NAME puts this run elsewhere"
+        raise ValueError(f"{folder} holds a run of another configuration (config.json): {ways}")
 
 
 def run_folder(checkpoint: str | Path) -> Path | None:
@@ -103,10 +103,8 @@ def harmless(text: str) -> Any:
     def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         for key, value in pairs:
             if key == "_target_" and value not in known:
-                raise ValueError(
-                    f"it asks to call {value}, which conf/ does not: for a reducer of your own "
-                    f"give the folder of its YAML, --config-dir DIR"
-                )
+                way = "for a reducer of your own give the folder of its YAML, --config-dir DIR"
+                raise ValueError(f"it asks to call {value}, which conf/ does not: {way}")
             if key == "checkpoint_path":
                 raise ValueError(f"it asks timm to load {value}")
             if "${" in f"{key}{value}":
@@ -131,10 +129,9 @@ def started_from(checkpoint: str | Path | None) -> str | None:
     if not checkpoint:
         return None
     folder = run_folder(checkpoint)
-    if folder and (folder / "config.json").is_file():
-        config = json.loads((folder / "config.json").read_text())
-        if "recipe" in config:  # or it is of another program
-            return setting(config)
+    config = folder and read_json(folder / "config.json")
+    if config and "recipe" in config:  # or it is of another program
+        return setting(config)
     return sha256(Path(checkpoint))
 
 
@@ -156,6 +153,7 @@ def provenance() -> dict[str, Any]:
 
 def write_json(content: dict[str, Any], path: Path) -> None:
     """Write a JSON file whole or not at all; a number that is not finite is a ValueError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as file:
         file.write(json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
 
@@ -172,7 +170,7 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
         params=model["params"],
         macs=model.get("macs", model["macs_executed"]),
         model=name,
-        reducer="none" if rate == 1 else reducer_name(model.get("reducer"), name),
+        reducer="none" if rate == 1 else model["reducer"],
         keep_rate=rate,
         fusion=model.get("fusion", False) and rate != 1,
         img_size=config["img_size"],
@@ -182,35 +180,32 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
 def show(result: dict[str, Any], folder: Path) -> None:
     """Print a result, and where its files are."""
     row = summary(result)
-    speeds = {"training": row["train_images_per_s"], "inference": row["throughput"]}
-    lines = {
-        "top-1": f"{row['top1']:.2f} %",
-        "top-5": f"{row['top5']:.2f} %",
-        "keep rate": row["keep_rate"],
-        "reducer": row["reducer"] + ", fused" * row["fusion"],
-        "epochs": result["config"]["recipe"]["epochs"],
-        "MACs": f"{row['macs'] / 1e9:.3f} G per image",
-        "parameters": f"{row['params'] / 1e6:.2f} M",
-        **{k: f"{v:.0f} images/s" if v else "not measured" for k, v in speeds.items()},
-        "time": f"{result['seconds'] / 60:.1f} min on {result['device']}",
-    }
-    print(f"{row['model']} on {result['data']['name']}, {row['img_size']} px")
-    for name, value in lines.items():
-        print(f"  {name:<12}{value}")
-    print(f"{os.path.relpath(folder)}/\n  {'  '.join(sorted(p.name for p in folder.iterdir()))}")
+    speeds = [row["train_images_per_s"], row["throughput"]]
+    train, infer = (f"{speed:.0f} images/s" if speed else "not measured" for speed in speeds)
+    print(f"""{row["model"]} on {result["data"]["name"]}, {row["img_size"]} px
+  top-1       {row["top1"]:.2f} %
+  top-5       {row["top5"]:.2f} %
+  keep rate   {row["keep_rate"]}
+  reducer     {row["reducer"]}{", fused" * row["fusion"]}
+  epochs      {result["config"]["recipe"]["epochs"]}
+  MACs        {row["macs"] / 1e9:.3f} G per image
+  parameters  {row["params"] / 1e6:.2f} M
+  training    {train}
+  inference   {infer}
+  time        {timedelta(seconds=round(result["seconds"]))} on {result["device"]}
+{os.path.relpath(folder)}/
+  {"  ".join(sorted(path.name for path in folder.iterdir()))}""")
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """A table of texts; a column without any is left out."""
     heads = [head for head in rows[0] if any(str(row[head]) for row in rows)]
-    lines = [
-        [plain(str(cell)) for cell in line]
-        for line in [heads, *([r[h] for h in heads] for r in rows)]
-    ]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * width for width in widths])
-    padded = ([c.ljust(w) for c, w in zip(line, widths, strict=True)] for line in lines)
-    return "\n".join(f"| {' | '.join(line)} |" for line in padded)
+    columns = [[plain(str(cell)) for cell in (head, *(r[head] for r in rows))] for head in heads]
+    for column in columns:
+        width = max(map(len, column))
+        column[:] = [cell.ljust(width) for cell in column]
+        column.insert(1, "-" * width)
+    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns, strict=True))
 
 
 def plain(text: str) -> str:
@@ -223,23 +218,16 @@ def one_rate(rates: Any) -> Any:
     return rates[0] if isinstance(rates, list) and len(set(rates)) == 1 else rates
 
 
-def reducer_name(name: str | None, model: str) -> str:
-    """The reducer's name; results from before reducers had names are EViT's or DynamicViT's."""
-    return name or ("dynamicvit" if "dynamicvit" in model else "evit")
-
-
 def trained_keep_rate(run: dict[str, Any]) -> Any:
-    """The keep rate, or rates, that a run was trained at; None: not known."""
-    if "reducer" in run.get("model", {}):
-        return (run["model"]["reducer"] or dict(keep_rate=1.0)).get("keep_rate")
-    return run["model"].get("keep_rate", run.get("keep_rate")) if "model" in run else None
+    """The keep rate, or rates, that a run was trained at; None: not a run's."""
+    return (run["model"]["reducer"] or dict(keep_rate=1.0)).get("keep_rate") if run else None
 
 
 def device_name(device: torch.device) -> str:
     """The accelerator's name, or the processor's number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)"
+    return f"CPU ({platform.machine()}, {counted(torch.get_num_threads(), 'thread')})"
 
 
 def sha256(path: Path) -> str:

@@ -1,50 +1,51 @@
-"""One table of settings, ours and the paper's, and the dense model that each is compared with.
+"""One frame of settings, ours and the paper's, from which all tables and charts are made.
 
-The columns of a frame of settings:
+Its columns:
 
 - section: what can be compared, "fashion-mnist, 28 px"; table: the paper's (published rows).
 - model: of conf/model, timm's name, or a key of paper.yaml; name: timm's, the same for a dense
-  model and its reduced variants; reducer: "" if dense; rate: one number or a tuple; selection: ""
-  for the attentive tokens; rest: "fused" or "dropped".
+  model and its reduced variants; reducer: "" if dense; rate: "dense", "0.7" or "0.9,0.8,0.7";
+  selection: "" for the attentive tokens; rest: "fused" or "dropped".
 - start: from scratch, fine-tuned, off the shelf, or the keep rate that the evaluated checkpoint was
   trained at; epochs; images: their limits as text; val_images: 0 for all.
 - runs: how many seeds; top1, top5 (%) and kl, their means; spread: deviation of top1; macs (1e9 per
-  image); params (1e6); images_per_s; speed: beside the dense model at the base size.
+  image); params (1e6); images_per_s; speed: beside the dense model at the base size, measured.
 - setting, recipe: hashes of results.py and collect.py; origin: the setting, or the SHA-256, of the
-  first weights; folder; recipe_name: set where lines would look the same otherwise.
+  first weights; way: how images_per_s was measured.
+- dense: the index of the dense setting that this one is compared with, or -1; and, beside that one,
+  change (points of top-1), share (% of its MACs) and faster (times its images/s).
 """
 
-import os
 import re
 from typing import Any
 
 import pandas as pd
 
-from evit.report import collect, paper, results
-from evit.report.collect import Found
+from evit.config import listed
+from evit.report import collect, paper
+from evit.report.collect import Found, Row
 
-SCRATCH, TUNED, SHELF = "from scratch", "fine-tuned", "off the shelf"
-NAN = float("nan")
-METRICS = ["top1", "spread", "top5", "kl", "macs", "images_per_s", "speed", "params"]
-TEXTS = "section table name reducer rest selection images setting recipe origin folder recipe_name"
-DEFAULTS: dict[str, Any] = dict.fromkeys([*METRICS, "epochs"], NAN) | dict.fromkeys(
-    TEXTS.split(), ""
-)
-DEFAULTS |= dict(rate=1.0, start=SCRATCH, val_images=0, runs=1)
+DENSE, SCRATCH, TUNED, SHELF = "dense", "from scratch", "fine-tuned", "off the shelf"
+METRICS = "top1 spread top5 kl macs images_per_s speed params change share faster".split()
+TEXTS = "section table name reducer rest selection images setting recipe origin way".split()
+DEFAULTS: Row = dict.fromkeys([*METRICS, "epochs"], float("nan")) | dict.fromkeys(TEXTS, "")
+DEFAULTS |= dict(rate=DENSE, start=SCRATCH, val_images=0, runs=1, dense=-1)
+SPEEDS = ["images_per_s", "speed", "way"]
 TIMED = ["name", "reducer", "rate", "rest", "img_size"]  # what a measured speed belongs to
 
 
-def frame(found: list[dict[str, Any]]) -> pd.DataFrame:
+def frame(found: list[Row]) -> pd.DataFrame:
     """Make a frame of settings from rows that leave out what is as in DEFAULTS."""
     made = pd.DataFrame([DEFAULTS | row for row in found], columns=["model", "img_size", *DEFAULTS])
-    kinds: dict[str, Any] = dict.fromkeys([*METRICS, "epochs"], float)
-    return made.astype(kinds | dict(rate=object, img_size=int))
+    return made.astype(dict.fromkeys([*METRICS, "epochs"], float) | dict(img_size=int))
 
 
-def choices(reducer: str, rate: Any, fusion: bool | None) -> dict[str, Any]:
+def choices(reducer: str, rates: Any, fusion: bool | None) -> Row:
     """The columns that say how tokens are reduced."""
-    rate = tuple(one) if isinstance(one := results.one_rate(rate), list) else one
-    if rate in (1, ()):
+    rate = ",".join(f"{rate:g}" for rate in listed(rates))
+    if len(set(rate.split(","))) == 1:
+        rate = rate.split(",")[0]
+    if rate in ("1", ""):
         return {}
     rest = {True: "fused", False: "dropped", None: ""}[fusion] if reducer == "evit" else ""
     return dict(reducer=reducer, rate=rate, rest=rest)
@@ -54,15 +55,13 @@ def published() -> pd.DataFrame:
     """The rows of the paper's tables; in each, the dense model comes first."""
     found = [
         {key: row[key] for key in ("table", "model", "img_size", "epochs", "top1", "macs", "top5")}
-        | choices(results.reducer_name(None, row["model"]), row["keep_rate"], row["fusion"])
-        | dict(images_per_s=row["throughput"], speed=row["ratio"], setting=row["model"])
+        | choices(row["reducer"], row["keep_rate"], row["fusion"])
+        | dict(images_per_s=row["throughput"], speed=row["ratio"], faster=row["ratio"])
         | dict(start=TUNED if row["finetuned"] else SCRATCH)
-        | dict(origin=row["model"].removeprefix("dynamicvit_") if row["finetuned"] else "")
         for row in paper.training_runs()
     ]
-    given = dict(table="off_the_shelf", start=SHELF, img_size=paper.BASE_SIZE)
     found += [
-        given
+        dict(table="off_the_shelf", start=SHELF, img_size=paper.BASE_SIZE)
         | choices("evit", row["keep_rate"], fusion)
         | dict(model=row["model"], top1=row["top1"])
         for row in paper.TABLES["off_the_shelf"]["rows"]
@@ -72,88 +71,74 @@ def published() -> pd.DataFrame:
     return frame([row | dict(name=names[row["model"]]) for row in found])
 
 
-def ours(found: Found) -> pd.DataFrame:
+def ours(content: Found) -> pd.DataFrame:
     """Our runs, the mean over the seeds of each setting, and our evaluations."""
-    made = [*runs(found), *(row for one in found.evaluations for row in evaluated(one))]
-    points = frame(made).drop_duplicates(ignore_index=True)
-    for title, group in points.groupby("section"):
-        _, speeds = measured(found, group)
-        own = [row for row in found.rows if section(row) == title]
-        ways = {(row["device"], row["precision"]) for row in own}
-        if len(ways) != 1 or speeds.speed.notna().any():
-            points.loc[group.index, ["images_per_s", "speed"]] = speeds[["images_per_s", "speed"]]
-    return told_apart(points)
+    runs = frame([of_run(row) for row in content.runs.values()])
+    seeds = runs.groupby(["setting", "start"], sort=False)
+    one_way = runs.groupby("section").way.transform("nunique") == 1
+    speeds = seeds.images_per_s.transform("median")  # a busy machine moves it less than the mean
+    means = {key: seeds[key].transform("mean") for key in ("top1", "top5")}
+    runs = runs.assign(spread=seeds.top1.transform("std"), runs=seeds.top1.transform("size"))
+    runs = runs.assign(**means, images_per_s=speeds.where(one_way)).loc[seeds.cumcount() == 0]
+    runs = runs.sort_values("macs", ascending=False, kind="stable")
+    evaluated = frame([row for one in content.evaluations for row in of_evaluation(one)])
+    parts = [part for part in (runs, evaluated) if len(part)] or [runs]
+    points = pd.concat(parts).drop_duplicates(ignore_index=True)
+    for _, group in points.groupby("section"):
+        found = measured(content, group)
+        if found.speed.notna().any():
+            points.loc[group.index, SPEEDS] = found[SPEEDS]
+    return beside_dense(points)
 
 
-def runs(found: Found) -> list[dict[str, Any]]:
-    """The settings of our runs, those with most MACs first."""
-    made = []
-    groups: dict[Any, list[collect.Run]] = {}
-    for run in found.runs:
-        groups.setdefault((run.row["setting"], run.row["from_checkpoint"]), []).append(run)
-    for group in sorted(groups.values(), key=lambda group: -group[0].row["macs"]):
-        row, folder = group[0].row, os.path.dirname(group[0].name) or "."
-        seeds = pd.DataFrame([run.row for run in group], columns=["top1", "top5", "throughput"])
-        seeds = seeds.astype(float)
-        made.append(
-            {key: row[key] for key in ("model", "img_size", "epochs", "setting", "recipe")}
-            | choices(row["reducer"], row["keep_rate"], row["fusion"])
-            | dict(section=section(row), start=TUNED if row["from_checkpoint"] else SCRATCH)
-            | dict(images=images(row), val_images=row.get("max_val_images") or 0)
-            | dict(top1=seeds.top1.mean(), spread=seeds.top1.std(), top5=seeds.top5.mean())
-            # A busy machine moves the median less than the mean.
-            | dict(images_per_s=seeds.throughput.median(), runs=len(group), folder=folder)
-            | dict(macs=row["macs"] / 1e9, params=row["params"] / 1e6)
-            | dict(name=canonical(row["timm_name"] or ""), origin=row["started_from"] or "")
-        )
-    return made
+def of_run(row: Row) -> Row:
+    return (
+        {key: row[key] for key in ("model", "img_size", "epochs", "setting", "recipe")}
+        | choices(row["reducer"], row["keep_rate"], row["fusion"])
+        | place(row)
+        | dict(start=TUNED if row["from_checkpoint"] else SCRATCH)
+        | dict(top1=row["top1"], top5=row["top5"], images_per_s=row["throughput"])
+        | dict(macs=row["macs"] / 1e9, params=row["params"] / 1e6)
+        | dict(name=canonical(row["timm_name"] or ""), origin=row["started_from"] or "")
+        | dict(way=f"{row['device']}, {row['precision']}")
+    )
 
 
-def images(row: dict[str, Any]) -> str:
-    """How the images of a run were limited."""
-    limits = dict(training=row.get("max_train_images"), validation=row.get("max_val_images"))
-    whole = row.get("whole")
-    others = "unknown" if whole is None else "" if whole else "limited"
-    return ", ".join(f"{count} {name}" for name, count in limits.items() if count) or others
-
-
-def evaluated(result: dict[str, Any]) -> list[dict[str, Any]]:
+def of_evaluation(result: Row) -> list[Row]:
     """The settings of an evaluation.
 
     Weights that no run of ours left are taken to be a dense model's, if it was evaluated too.
     """
-    model, trained = result["model"], result["trained_keep_rate"]
-    if trained is None:
-        if not any(results.one_rate(row["keep_rate"]) in (1, []) for row in result["settings"]):
-            return []
-        trained = 1
-    rate = choices("", trained, None).get("rate", 1)
-    limit = result["config"]["max_val_images"] or 0
-    limits = dict(img_size=model["img_size"], whole=not limit, max_val_images=limit)
-    given = dict(model=model["name"], img_size=model["img_size"], val_images=limit)
-    given |= dict(section=section(limits | dict(data=result["data"]["name"]) | result["data"]))
-    given |= dict(images=images(limits), start=SHELF if rate == 1 else f"trained at {label(rate)}")
-    given |= dict.fromkeys(("recipe", "origin"), result["checkpoint_sha256"])
+    model, trained = result["model"], choices("", result["trained_keep_rate"] or [], None)
+    rows = [choices(row["reducer"], row["keep_rate"], row["fusion"]) for row in result["settings"]]
+    if result["trained_keep_rate"] is None and {} not in rows:
+        return []
+    limit, sha256 = result["config"]["max_val_images"], result["checkpoint_sha256"]
+    limits = dict(max_train_images=None, max_val_images=limit, whole=not limit)
+    given = dict(model=model["name"], img_size=model["img_size"], recipe=sha256, origin=sha256)
+    data = dict(data=result["data"]["name"], num_classes=result["data"]["num_classes"])
+    given |= place(limits | data | dict(img_size=model["img_size"]))
+    given |= dict(start=f"trained at {trained['rate']}" if trained else SHELF)
     given |= dict(name=canonical(collect.timm_name(result["config"]["model"]) or ""))
     return [
         given
-        | choices(row["reducer"], row["keep_rate"], row["fusion"])
+        | choice
         | dict(selection="" if row["selection"] in (None, "attentive") else row["selection"])
         | dict(params=model["params"] / 1e6, macs=row["macs"] / 1e9)
         | {key: row[key] for key in ("top1", "top5", "kl")}
-        for row in result["settings"]
+        for row, choice in zip(result["settings"], rows, strict=True)
         if row["macs"] is not None
     ]
 
 
-def section(row: dict[str, Any]) -> str:
+def place(row: Row) -> Row:
     """What a run is compared within: the data set, and but for ImageNet the image size."""
     whole_imagenet = row["num_classes"] == 1000 and row["whole"]
-    return "ImageNet" if whole_imagenet else f"{row['data']}, {row['img_size']} px"
-
-
-def label(rate: Any) -> str:
-    return ",".join(f"{one:g}" for one in (rate if isinstance(rate, tuple) else (rate,)))
+    section = "ImageNet" if whole_imagenet else f"{row['data']}, {row['img_size']} px"
+    limits = dict(training=row["max_train_images"], validation=row["max_val_images"])
+    images = ", ".join(f"{count} {name}" for name, count in limits.items() if count)
+    images = images or {True: "", False: "limited", None: "unknown"}[row["whole"]]
+    return dict(section=section, images=images, val_images=row["max_val_images"] or 0)
 
 
 def canonical(timm_name: str) -> str:
@@ -161,76 +146,74 @@ def canonical(timm_name: str) -> str:
     return re.sub(r"^evit_|_224$", "", timm_name)
 
 
-def base(model: str) -> str:
+def base(models: pd.Series) -> pd.Series:
     """The same name for a dense model and its reduced variants, of conf/model or the paper."""
-    return re.sub("^(evit|dynamicvit)_", "", model)
+    return models.str.replace("^(evit|dynamicvit)_", "", regex=True)
 
 
-def told_apart(points: pd.DataFrame) -> pd.DataFrame:
-    """Name the recipes of settings that would look the same: by folder, if it is the only one."""
-    kind = points.model.map(base).where(points.start != TUNED, points.model)
-    for _, group in points.groupby([kind, "start", "epochs", "img_size"], dropna=False):
-        folders = group.drop_duplicates("recipe", keep="last").set_index("recipe").folder
-        if len(folders) > 1:
-            names = folders.where(~folders.duplicated(keep=False), folders.index.str[:8])
-            points.loc[group.index, "recipe_name"] = group.recipe.map(names)
-    return points
+def recipe_names(points: pd.DataFrame) -> pd.Series:
+    """The hash of the recipe of settings that nothing else tells apart, else ""."""
+    kind = base(points.model).where(points.start != TUNED, points.model)
+    recipe = points.recipe.replace("", None).str[:8]
+    alike = recipe.groupby([kind, points.start, points.epochs, points.img_size], dropna=False)
+    return recipe.where(alike.transform("nunique") > 1, "").fillna("")
 
 
-def with_dense(points: pd.DataFrame) -> pd.DataFrame:
-    """Add dense (an index, or -1) and dense_top1, dense_macs, dense_images_per_s."""
-    index = [dense_of(point, points) for _, point in points.iterrows()]
-    dense = points[["top1", "macs", "images_per_s"]].reindex(index).set_axis(points.index)
-    return points.assign(dense=index).join(dense.add_prefix("dense_"))
+def beside_dense(points: pd.DataFrame) -> pd.DataFrame:
+    """Compare each setting with a dense one: dense, change, share and faster.
 
-
-def dense_of(point: pd.Series, points: pd.DataFrame) -> Any:
-    """The index of the dense setting that a setting is compared with, or -1.
-
-    It was trained by the same recipe: as long, on as many images of the same size. A fine-tuned run
-    may also be compared with what it began with, and an evaluation with that alone.
+    That was trained by the same recipe: as long, on as many images of the same size. A fine-tuned
+    run may also be compared with what it began with, and an evaluation with that alone.
     """
-    dense = points[(points.rate == 1) & points.top1.notna()]
-    dense = dense[(dense.model.map(base) == base(point.model))]
-    dense = dense[dense.val_images == point.val_images]
-    trained = ["start", "origin", "recipe", "img_size"]
-    found = dense[(dense[trained] == point[trained]).all(axis=1)]
-    if found.empty and point.start == TUNED and point.origin:
-        found = dense[(dense.setting == point.origin) | (dense.origin == point.origin)]
-    return -1 if found.empty else found.runs.idxmax()
+    points = points.assign(kind=base(points.model), dense=points.index)
+    dense = points[(points.rate == DENSE) & points.top1.notna()]
+    began = points.origin.where((points.start == TUNED) & (points.origin != ""))
+
+    def find(wanted: pd.DataFrame, among: pd.DataFrame) -> pd.Series:
+        among = among.sort_values("runs", ascending=False, kind="stable")
+        keys = list(wanted.columns)
+        pairs = wanted.merge(among.drop_duplicates(keys)[[*keys, "dense"]], on=keys, how="left")
+        return pairs.dense.set_axis(points.index)
+
+    same = points[["kind", "val_images", "start", "origin", "recipe", "img_size"]]
+    source = points[["kind", "val_images"]].assign(origin=began)
+    sources = pd.concat([dense.assign(origin=dense.setting), dense])
+    index = find(same, dense).fillna(find(source, sources)).fillna(-1).astype(int)
+    beside = points[METRICS].reindex(index).set_axis(points.index)
+    return points.drop(columns="kind").assign(
+        dense=index,
+        change=points.top1 - beside.top1,
+        share=100 * points.macs / beside.macs,
+        faster=points.speed.fillna(points.images_per_s / beside.images_per_s),
+    )
 
 
-def measured(found: Found, points: pd.DataFrame) -> tuple[str, pd.DataFrame]:
+def measured(content: Found, points: pd.DataFrame) -> pd.DataFrame:
     """Look up the measured speeds of settings, all of one device, batch size and precision.
 
     Returns:
-        How they were measured: in the way that has most of the settings. And a frame of
-        images_per_s, speed and macs with the index of points, NaN where not measured.
+        SPEEDS, in the way in which most were measured, and macs, with the index of points.
     """
     timed = []
-    for result, row in ((one, row) for one in found.benchmarks for row in one["rows"]):
+    for result, row in ((one, row) for one in content.benchmarks for row in one["rows"]):
         size = paper.BASE_SIZE if row["model"] in paper.NAMES else row["img_size"]
         if row["what"] == "inference" and row["compared_with"].endswith(f"={size}"):
             way = f"{result['device']}, batch {row['batch_size']:g}, {row['precision']}"
-            reducer = results.reducer_name(row.get("reducer"), row["model"])
+            way += f", compile={row['compile']}" * bool(row["compile"])
+            rate = 1 if row["dense"] else row["keep_rate"]
             timed.append(
-                dict(
-                    way=way + f", compile={row['compile']}" * bool(row["compile"]),
-                    img_size=row["img_size"],
-                )
-                | choices(reducer, 1 if row["dense"] else row["keep_rate"], row["fusion"])
-                | dict(model="", name=canonical(row["model"]), macs=row["macs"] / 1e9)
-                | dict(images_per_s=row["images_per_s"], speed=row["ratio"])
+                choices(row.get("reducer") or paper.reducer(row["model"]), rate, row["fusion"])
+                | dict(way=way, name=canonical(row["model"]), img_size=row["img_size"])
+                | dict(images_per_s=row["images_per_s"], speed=row["ratio"], macs=row["macs"] / 1e9)
             )
-    speeds = frame(timed).assign(way=[row["way"] for row in timed])
-    speeds = speeds.drop_duplicates(["way", *TIMED], keep="last")
-    numbers = ["images_per_s", "speed", "macs"]
-    both = points[TIMED].reset_index().merge(speeds[[*TIMED, "way", *numbers]], on=TIMED)
+    numbers = [*SPEEDS, "macs"]
+    speeds = frame(timed).drop_duplicates(["way", *TIMED], keep="last")[[*TIMED, *numbers]]
+    both = points[TIMED].reset_index().merge(speeds, on=TIMED)
     best = max(speeds.way.unique(), key=both.way.tolist().count, default="")
-    return str(best), both[both.way == best].set_index("index")[numbers].reindex(points.index)
+    return both[both.way == best].set_index("index")[numbers].reindex(points.index)
 
 
-def beside_paper(found: Found, points: pd.DataFrame, table: str) -> tuple[str, Any, Any]:
+def beside_paper(content: Found, points: pd.DataFrame, table: str) -> tuple[str, Any, Any]:
     """Find our settings for the rows of a table of the paper.
 
     Returns:
@@ -238,16 +221,13 @@ def beside_paper(found: Found, points: pd.DataFrame, table: str) -> tuple[str, A
         and columns, whose metrics are NaN where nothing was run.
     """
     theirs = published().query("table == @table")
-    own = theirs.assign(**dict.fromkeys(METRICS, NAN))
     mine = points[(points.section == "ImageNet") & (points.selection == "")]
     mine = mine.assign(model=mine.model.map(paper.CONF))
-    keys = ["model", "reducer", "rate", "rest", "img_size", "start"]
-    for index, row in theirs.iterrows():
-        same = mine[(mine[keys] == row[keys]).all(axis=1)]
-        if pd.notna(row.epochs):  # LV-ViT's 300 are 310 with those at its last learning rate
-            same = same[same.epochs.between(row.epochs, 1.1 * row.epochs)]
-        if len(same):
-            own.loc[index, [*METRICS, "runs"]] = same.iloc[0][[*METRICS, "runs"]]
-    way, speeds = measured(found, theirs)
+    keys, numbers = "model reducer rate rest img_size start".split(), [*METRICS, "runs"]
+    both = theirs[[*keys, "epochs"]].reset_index().merge(mine, on=keys, suffixes=("_paper", ""))
+    # LV-ViT's 300 epochs are 310 with those at its last learning rate.
+    fits = both.epochs.between(both.epochs_paper, 1.1 * both.epochs_paper)
+    both = both[fits | both.epochs_paper.isna()].drop_duplicates("index").set_index("index")
+    own, speeds = both[numbers].reindex(theirs.index), measured(content, theirs)
     own.update(speeds)
-    return way if speeds.speed.notna().any() else "", theirs, own
+    return next(iter(speeds.way.dropna()), ""), theirs, own

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from evit.report import paper, settings
-from evit.report.collect import Found, Row
+from evit.report.collect import Found
 from evit.report.results import markdown, plain
 
 NOT_RUN = "not run"
@@ -16,9 +16,20 @@ METRICS = (  # of a table of the paper: title, column, decimals
     ("speed-up (x dense)", "speed", 2),
     ("GMACs", "macs", 1),
 )
-NUMBERS = {"top-5 (%)": ("top5", ".2f"), "KL to dense": ("kl", ".4f"), "GMACs": ("macs", ".4g")}
-NUMBERS |= {"M parameters": ("params", ".2f"), "% of dense": ("share", ".0f")}
-NUMBERS |= {"speed-up": ("faster", ".2f")}
+NUMBERS = {  # of our settings: column, format
+    "to dense": ("change", "+.2f"),
+    "top-5 (%)": ("top5", ".2f"),
+    "KL to dense": ("kl", ".4f"),
+    "GMACs": ("macs", ".4g"),
+    "M parameters": ("params", ".2f"),
+    "% of dense": ("share", ".0f"),
+    "speed-up": ("faster", ".2f"),
+}
+NOTE = (
+    "The mean over the seeds of a setting, with the standard deviation. To dense: points from the "
+    "mean of the dense runs by the same recipe; or from what was fine-tuned or evaluated. "
+    "Speed-up: images/s beside the dense model's, by src/benchmark.py, else by the runs."
+)
 
 
 class Table(NamedTuple):
@@ -41,7 +52,7 @@ def beside_paper(content: Found, points: pd.DataFrame, name: str) -> Table:
         "model": theirs.model.map(paper.TITLES),
         "weights": theirs.start,
         "epochs": texts(theirs.epochs, ".0f"),
-        "keep rate": theirs.rate.map(rate_text),
+        "keep rate": theirs.rate,
         "the rest": theirs.rest,
         "px": theirs.img_size.map(str),
     }
@@ -51,10 +62,10 @@ def beside_paper(content: Found, points: pd.DataFrame, name: str) -> Table:
         if theirs[key].notna().any():
             shown[f"{title}: paper"] = texts(theirs[key], f".{digits}f", "-")
             shown[f"{title}: ours"] = texts(own[key], f".{max(digits, 2)}f", NOT_RUN)
-            shown[f"{title}: difference"] = (own[key] - theirs[key]).map(signed)
+            shown[f"{title}: difference"] = texts(own[key] - theirs[key], "+.2f")
             if key == "top1":
-                text = own.apply(lambda row: f"{top1_text(row)}, {row.runs:.0f} runs", axis=1)
-                shown[f"{title}: ours"] = shown[f"{title}: ours"].mask(own.spread.notna(), text)
+                seeds = own.apply(lambda row: f"{top1_text(row)}, {row.runs:.0f} runs", axis=1)
+                shown[f"{title}: ours"] = shown[f"{title}: ours"].mask(own.spread.notna(), seeds)
     note = "Speed is relative to the dense model of the same table at 224 px"
     note += f", ours on {way}." if way else "; ours has not been measured (src/benchmark.py)."
     if name == "off_the_shelf":
@@ -62,16 +73,10 @@ def beside_paper(content: Found, points: pd.DataFrame, name: str) -> Table:
     return Table(paper.TABLES[name]["title"], note, pd.DataFrame(shown), labels)
 
 
-def rate_text(rate: object) -> str:
-    return "dense" if rate == 1 else settings.label(rate)
-
-
 def texts(values: pd.Series, form: str, missing: str = "") -> pd.Series:
-    return values.map(lambda value: missing if pd.isna(value) else format(value, form))
-
-
-def signed(difference: float) -> str:
-    return "" if pd.isna(difference) else f"{round(difference, 2) + 0.0:+.2f}"  # no -0.00
+    """Numbers as text; without -0.00."""
+    shown = values.map(lambda value: missing if pd.isna(value) else format(value, form))
+    return shown.str.replace(r"^-(0\.0+)$", r"+\1", regex=True)
 
 
 def top1_text(point: pd.Series) -> str:
@@ -83,57 +88,47 @@ def all_settings(title: str, points: pd.DataFrame, by: str = "start") -> Table:
 
     A column whose value is the same everywhere is said below the table instead.
     """
-    points = settings.with_dense(points).sort_values(
-        [by, "macs"], ascending=[True, False], kind="stable"
+    points = points.sort_values([by, "macs"], ascending=[True, False], kind="stable")
+    which = pd.DataFrame(
+        {
+            "model": points.model,
+            "reducer": points.reducer.replace("", None),
+            "keep rate": points.rate,
+            "the rest": points.rest,
+            "kept": points.selection.mask(
+                points.selection + points.reducer == "evit", "attentive"
+            ).replace("", None),
+            "px": points.img_size.map(str),
+            "weights": points.start,
+            "epochs": texts(points.epochs, ".0f"),
+            "images": points.images.replace("", "all"),
+            "recipe": settings.recipe_names(points),
+            "runs": points.runs.map(str),
+        }
     )
-    points = points.assign(
-        share=100 * points.macs / points.dense_macs,
-        faster=points.speed.fillna(points.images_per_s / points.dense_images_per_s),
-    )
-    which = {
-        "model": points.model,
-        "reducer": points.reducer,
-        "keep rate": points.rate.map(rate_text),
-        "the rest": points.rest,
-        "kept": points.selection.mask((points.selection + points.reducer) == "evit", "attentive"),
-        "px": points.img_size.map(str),
-        "weights": points.start,
-        "epochs": texts(points.epochs, ".0f"),
-        "images": points.images.replace("", "all"),
-        "recipe": points.recipe_name,
-        "runs": points.runs.map(str),
-    }
-    said = []
-    for name in which.keys() - {"keep rate", "the rest"}:
-        values = set(which[name]) - ({""} if name in ("reducer", "kept") else set())
-        if len(values) < 2:
-            del which[name]
-            said += [f"{name}: {value}" for value in values - {""}]
-    numbers = {
-        "top-1 (%)": points.apply(top1_text, axis=1),
-        "to dense": (points.top1 - points.dense_top1).map(signed),
-    } | {name: texts(points[key], form) for name, (key, form) in NUMBERS.items()}
-    numbers = {name: texts for name, texts in numbers.items() if texts.any()}
-    note = (
-        f"{'; '.join(sorted(said)).capitalize()}. The mean over the seeds of a setting, with the "
-        "standard deviation. To dense: points from the mean of the dense runs by the same recipe; "
-        "or from what was fine-tuned or evaluated. Speed-up: images/s beside the dense model's, by "
-        "src/benchmark.py, else by the runs."
-    )
-    return Table(title, note, pd.DataFrame(which | numbers), len(which))
+    same = which.drop(columns=["keep rate", "the rest"]).loc[:, lambda f: f.nunique() < 2]
+    same = same.max().fillna("")
+    said = [f"{name}: {value}" for name, value in same.sort_index().items() if value]
+    which = which.drop(columns=same.index).fillna("")
+    numbers = pd.DataFrame({"top-1 (%)": points.apply(top1_text, axis=1)})
+    numbers = numbers.assign(**{k: texts(points[key], form) for k, (key, form) in NUMBERS.items()})
+    numbers = numbers.loc[:, (numbers != "").any()]
+    note = f"{'; '.join(said).capitalize()}. {NOTE}"
+    return Table(title, note, which.join(numbers), len(which.columns))
 
 
-def provenance(found: list[Row]) -> str:
+def provenance(content: Found) -> str:
     """Say which devices, commits and versions of torch the runs are from."""
-    values = [{str(row[key]) for row in found} for key in ("device", "commit")]
-    values.append({str(row["packages"]["torch"]) for row in found})
+    rows = content.runs.values()
+    values = [{str(row[key]) for row in rows} for key in ("device", "commit")]
+    values.append({str(row["packages"]["torch"]) for row in rows})
     return plain("{}; commit {}; torch {}.".format(*(", ".join(sorted(v)) for v in values)))
 
 
 def report(content: Found, sections: Sequence[Table], papers: Sequence[Table]) -> str:
     """Every table as Markdown, with where the runs come from, and what could not be read."""
     parts = ["# Results", *(table.markdown() for table in sections)]
-    parts += [provenance(content.rows)] if content.runs else ["No run has finished."]
+    parts += [provenance(content) if content.runs else "No run has finished."]
     if papers:
         parts += ["# Beside the paper", *(table.markdown() for table in papers)]
     if content.problems:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from evit.data.batch import denormalize
+from evit.data.folders import in_words
 from evit.files import whole_file
 from evit.reducers.schedule import keep_rate_at
 from evit.report.pictures import draw_kept
@@ -80,7 +81,7 @@ class KeptPatches(L.Callback):
 
     def __init__(self, path: Path, num_images: int = 8):
         self.path, self.num_images = path, num_images
-        self.images: list[Tensor] = []
+        self.images: list[Any] = []  # and their labels
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, i: int, *_: Any
@@ -90,11 +91,13 @@ class KeptPatches(L.Callback):
         data, batches = trainer.datamodule, trainer.num_val_batches[0]
         step = max(1, batches * data.local_batch_size // self.num_images)
         found = [] if i == 0 else self.images
-        self.images = [*found, *batch[0][-i * data.local_batch_size % step :: step].clone()]
+        some = (t[-i * data.local_batch_size % step :: step].clone() for t in batch)
+        self.images = [*found, *zip(*some, strict=True)]
         if i < batches - 1:
             return
-        images = torch.stack(self.images[: self.num_images])
-        picture = draw_kept(pl_module.model, images, denormalize(images, data.mean, data.std))
+        images, labels = map(torch.stack, zip(*self.images[: self.num_images], strict=True))
+        pixels, names = denormalize(images, data.mean, data.std), in_words(list(data.classes))
+        picture = draw_kept(pl_module.model, images, pixels, names, [names[y] for y in labels])
         with whole_file(self.path) as file:
             picture.save(file, "png")
         for logger in trainer.loggers:
@@ -116,7 +119,11 @@ class Progress(L.Callback):
     def __init__(self, batch_size: int, bar: bool = False, compiled: bool = False):
         self.batch_size, self.bar, self.compiled = batch_size, bar, compiled
         self.due, self.epoch, self.numbers = time.monotonic() + 8, -1, ""
+        self.waiting = ""  # what the first step, which may take long, is said to be
         self.images_per_s: float | None = None  # until two steps of an epoch were taken
+
+    def on_train_start(self, trainer: Any, *_: Any) -> None:
+        self.waiting = "in the first step" if trainer.is_global_zero and not self.bar else ""
 
     def on_train_batch_start(self, *_: Any) -> None:
         self.begun = time.perf_counter()
@@ -155,6 +162,7 @@ class Progress(L.Callback):
         self, trainer: Any, what: str, names: Any = (), more: str = "", now: bool = False
     ) -> None:
         """Print a line with metrics, for which a GPU is waited for, if one is due."""
+        self.waiting = ""
         due = not self.bar and time.monotonic() >= self.due
         if not trainer.is_global_zero or not (due or now):
             return

@@ -18,13 +18,19 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return -(targets * logits.float().log_softmax(-1)).sum(-1)
 
 
+def mean_of(values: Tensor, chosen: Tensor) -> Tensor:
+    """The mean of values where chosen is not 0, both (B, N); 0 where that is nowhere."""
+    return (values * chosen).sum() / chosen.sum().clamp(1)
+
+
 class Classification:
     """Cross-entropy of mixed images, or what a reducer that learns makes of it (Reducer.losses).
 
     Draws come first, then losses(), which compiles.
 
     Args:
-        teacher: a dense model whose class logits are distilled; "self": this model at keep rate 1.
+        teacher: a dense model whose class logits are distilled, and whose tokens those that survive
+            follow, each that of its own patch; "self": this model at keep rate 1.
     """
 
     def __init__(
@@ -45,32 +51,49 @@ class Classification:
 
     @torch.no_grad()
     def taught(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The teacher's logits, if there is one; a reducer that learns asks it itself."""
+        """The teacher's class logits and tokens, if there is one that the loss does not ask."""
         if self.teacher is None or self.learns:
             return ()
-        same = self.teacher is self.model
-        return (self.at(1.0, images) if same else self.teacher(images),)
+        forward = self.teacher.forward_features
+        x = self.at(1.0, forward, images) if self.teacher is self.model else forward(images)
+        return self.teacher.forward_head(x), self.teacher.token_outputs(x)[1]
 
-    def at(self, keep_rate: float, images: Tensor) -> Tensor:
-        """The model's logits at another keep rate than its own."""
+    def at(self, keep_rate: float, forward: Any, images: Tensor) -> Tensor:
+        """What the model's forward gives at another keep rate than its own."""
         own = self.model.keep_rate
         self.model.set_keep_rate(keep_rate)
-        logits = self.model(images)
+        found = forward(images)
         self.model.set_keep_rate(own)
-        return logits
+        return found
 
     def losses(self, images: Tensor, targets: Tensor, *wanted: Tensor) -> dict[str, Tensor]:
         model, recipe = self.model, self.recipe
         if self.learns:
             common = self.cross_entropy, self.teacher, recipe
             return model.reducer.losses(model, images, targets, *common)
-        logits = model(images)
-        loss = self.cross_entropy(logits, targets)
         if not wanted:
-            return dict(loss=loss)
-        distillation = divergence(logits, wanted[0]).mean()
-        loss = loss + recipe.distill_weight * distillation
-        return dict(loss=loss, class_distillation=distillation)
+            return dict(loss=self.cross_entropy(model(images), targets))
+        x, ids, reductions = self.encoded(images)
+        logits, tokens = model.logits(x, reductions), model.token_outputs(x)[1]
+        teacher_logits, teacher_tokens = wanted
+        index = ids.clamp(0).view(*ids.shape, *(1,) * (tokens.ndim - 2)).expand_as(tokens)
+        distance = model.token_distance(tokens, teacher_tokens.gather(1, index))
+        parts = dict(
+            class_distillation=divergence(logits, teacher_logits).mean(),
+            token_distillation=mean_of(distance, ids >= 0),
+        )
+        loss = self.cross_entropy(logits, targets)
+        return dict(loss=loss + recipe.distill_weight * sum(parts.values()), **parts)
+
+    def encoded(self, images: Tensor, *swapped: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """Normalised tokens (B, T, C), the ids of their patches (B, N), -1: none; reductions."""
+        model = self.model
+        x = model.embed(images, *swapped)
+        ids = model.patch_ids(x)
+        x, reductions = model.encode(x)
+        for reduction in reductions:
+            ids = reduction.ids(ids)
+        return model.norm(x), ids, reductions
 
 
 class AnyRate(Classification):
@@ -79,7 +102,7 @@ class AnyRate(Classification):
 
     def __call__(self, images: Tensor, labels: Tensor, *_: Tensor) -> dict[str, Tensor]:
         images, targets = self.mixup(images, labels) if self.mixup else (images, labels)
-        largest = self.at(max(self.recipe.any_rate or ()), images)
+        largest = self.at(max(self.recipe.any_rate or ()), self.model, images)
         consistency = divergence(self.model(images), largest.detach()).mean()
         loss = self.cross_entropy(largest, targets) + consistency
         return dict(loss=loss, consistency=consistency)
@@ -105,16 +128,12 @@ class TokenLabels(Classification):
         return self.losses(images, of_class, of_patches, swapped)
 
     def losses(self, images: Tensor, targets: Tensor, *more: Tensor) -> dict[str, Tensor]:
-        model, (of_patches, swapped) = self.model, more
-        x = model.embed(images, swapped)
-        ids = model.patch_ids(x)
-        x, reductions = model.encode(x)
-        for reduction in reductions:
-            ids = reduction.ids(ids)
-        class_logits, token_logits = model.heads(model.norm(x))
-        index, labelled = ids.clamp(0)[..., None].expand_as(token_logits), (ids >= 0).float()
+        of_patches, swapped = more
+        x, ids, _ = self.encoded(images, swapped)
+        class_logits, token_logits = self.model.heads(x)
+        index = ids.clamp(0)[..., None].expand_as(token_logits)
         each = soft_cross_entropy(token_logits, of_patches.gather(1, index))
-        token_loss = (each * labelled).sum() / labelled.sum().clamp(1)
+        token_loss = mean_of(each, ids >= 0)
         class_loss = soft_cross_entropy(class_logits, targets).mean()
         loss = class_loss + self.recipe.token_label_weight * token_loss
         return dict(loss=loss, class_loss=class_loss, token_loss=token_loss)

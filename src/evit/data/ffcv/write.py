@@ -18,7 +18,6 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from PIL import Image
-from rich.progress import track
 from torch.utils.data import DataLoader, Dataset
 
 from evit.data.ffcv import format as beton
@@ -26,6 +25,7 @@ from evit.data.ffcv.decode import decode_jpeg
 from evit.data.folders import WAY_OUT, open_image, to_rgb
 from evit.data.label_maps import read_label_map
 from evit.files import whole_file
+from evit.progress import followed
 
 Picture = str | Path | bytes | Image.Image | np.ndarray
 
@@ -171,8 +171,7 @@ def write_beton(
                 print(f"{path} is there already, of the same images", flush=True)
                 return there
         with whole_file(path) as file:
-            chunks = iter(loader)  # forks, before there is a thread of rich's
-            shown = track(chunks, f"Writing {path.name}", total=len(loader))
+            shown = followed(loader, f"Writing {path.name}", len(loader))
             encoded = itertools.chain.from_iterable(shown)
             sidecar = head | _write(file, encoded, count, dataset.map_shape, skip_bad)
             sidecar["crc32"] = beton.sidecar_crc32(sidecar)

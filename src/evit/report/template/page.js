@@ -13,12 +13,18 @@ function color(name) {
   return value;
 }
 
+// Text that plotly takes neither for HTML nor for a formula.
+function literal(text) {
+  const special = { "&": "&amp;", "<": "&lt;", ">": "&gt;", "$": "&#36;" };
+  return text.replace(/[&<>$]/g, (c) => special[c]);
+}
+
 // The layout in the colours of the theme; on a narrow screen the legend goes below.
-function themed(layout, box) {
+function layout(view, box) {
   const line = color("--line");
   const axis = { automargin: true, gridcolor: line, zerolinecolor: line, linecolor: line, showline: true, tickangle: 0 };
   const small = box.clientWidth < 700;
-  const title = (axis) => ({ ...axis.title, font: { size: small ? 11 : 13 } });
+  const title = (text) => ({ text: literal(text), font: { size: small ? 11 : 13 } });
   const below = { orientation: "h", x: 0, y: -0.2, yanchor: "top", font: { size: 11 } };
   return {
     margin: { l: 10, r: 24, t: 10, b: 10 },
@@ -28,15 +34,17 @@ function themed(layout, box) {
     plot_bgcolor: "rgba(0,0,0,0)",
     hoverlabel: { bgcolor: color("--card"), bordercolor: line, font: { color: color("--text") }, align: "left" },
     legend: small ? below : { font: { size: 12 } },
-    xaxis: { ...layout.xaxis, ...axis, title: title(layout.xaxis) },
-    yaxis: { ...layout.yaxis, ...axis, title: title(layout.yaxis) },
+    xaxis: { ...axis, title: title(view.x) },
+    yaxis: { ...axis, title: title(view.y) },
   };
 }
 
 function draw(chart) {
   const box = document.getElementById(chart.id);
   const view = chart.views[chart.view];
-  Plotly.react(box, view.data, themed(view.layout, box), { responsive: true, displayModeBar: false });
+  const data = view.data.map((trace) =>
+    ({ ...trace, name: literal(trace.name), hovertext: trace.hovertext.map(literal) }));
+  Plotly.react(box, data, layout(view, box), { responsive: true, displayModeBar: false });
 }
 
 // Of the buttons of a switch one is pressed.
