@@ -24,7 +24,9 @@ def mean_of(values: Tensor, chosen: Tensor) -> Tensor:
 
 
 class Classification:
-    """Cross-entropy of mixed images; draws come first, then losses(), which compiles.
+    """Cross-entropy of mixed images, or what a reducer that learns makes of it (Reducer.losses).
+
+    Draws come first, then losses(), which compiles.
 
     Args:
         teacher: a dense model whose class logits are distilled, and whose tokens those that survive
@@ -35,46 +37,53 @@ class Classification:
         self, model: Any, recipe: Recipe, num_classes: int, batch_size: int, teacher: Any = None
     ):
         self.model, self.recipe, self.num_classes = model, recipe, num_classes
-        draws = (recipe.mixup, recipe.cutmix, recipe.mixup_switch_prob, recipe.label_smoothing)
-        self.mixup = make_mixup(num_classes, *draws, batch_size, recipe.mixup_mode)
-        self.teacher = teacher
+        self.mixup = make_mixup(recipe, num_classes, batch_size)
+        self.teacher = model if teacher == "self" else teacher
+        self.learns = getattr(getattr(model, "reducer", None), "masked", False)
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         smoothing = self.recipe.label_smoothing if targets.ndim == 1 else 0.0
         return F.cross_entropy(logits, targets, label_smoothing=smoothing)
 
     def __call__(self, images: Tensor, labels: Tensor, *_: Tensor) -> dict[str, Tensor]:
-        mixed = (images, labels) if self.mixup is None else self.mixup(images, labels)
-        return self.losses(*mixed, *self.taught(mixed[0]))
+        images, targets = self.mixup(images, labels) if self.mixup else (images, labels)
+        return self.losses(images, targets, *self.taught(images))
 
     @torch.no_grad()
     def taught(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The teacher's class logits and token outputs, if there is a teacher."""
-        if self.teacher is None:
+        """The teacher's class logits and tokens, if there is one that the loss does not ask."""
+        if self.teacher is None or self.learns:
             return ()
-        own, rates = self.teacher == "self", self.model.keep_rate
-        teacher = self.model if own else self.teacher
-        if own:
-            teacher.set_keep_rate(1.0)
-        x = teacher.forward_features(images)
-        if own:
-            teacher.set_keep_rate(rates)
-        return teacher.forward_head(x), teacher.token_outputs(x)[1]
+        forward = self.teacher.forward_features
+        x = self.at(1.0, forward, images) if self.teacher is self.model else forward(images)
+        return self.teacher.forward_head(x), self.teacher.token_outputs(x)[1]
+
+    def at(self, keep_rate: float, forward: Any, images: Tensor) -> Tensor:
+        """What the model's forward gives at another keep rate than its own."""
+        own = self.model.keep_rate
+        self.model.set_keep_rate(keep_rate)
+        found = forward(images)
+        self.model.set_keep_rate(own)
+        return found
 
     def losses(self, images: Tensor, targets: Tensor, *wanted: Tensor) -> dict[str, Tensor]:
+        model, recipe = self.model, self.recipe
+        if self.learns:
+            common = self.cross_entropy, self.teacher, recipe
+            return model.reducer.losses(model, images, targets, *common)
         if not wanted:
-            return dict(loss=self.cross_entropy(self.model(images), targets))
+            return dict(loss=self.cross_entropy(model(images), targets))
         x, ids, reductions = self.encoded(images)
-        logits, tokens = self.model.logits(x, reductions), self.model.token_outputs(x)[1]
+        logits, tokens = model.logits(x, reductions), model.token_outputs(x)[1]
         teacher_logits, teacher_tokens = wanted
         index = ids.clamp(0).view(*ids.shape, *(1,) * (tokens.ndim - 2)).expand_as(tokens)
-        distance = self.model.token_distance(tokens, teacher_tokens.gather(1, index))
+        distance = model.token_distance(tokens, teacher_tokens.gather(1, index))
         parts = dict(
             class_distillation=divergence(logits, teacher_logits).mean(),
             token_distillation=mean_of(distance, ids >= 0),
         )
         loss = self.cross_entropy(logits, targets)
-        return dict(loss=loss + self.recipe.distill_weight * sum(parts.values()), **parts)
+        return dict(loss=loss + recipe.distill_weight * sum(parts.values()), **parts)
 
     def encoded(self, images: Tensor, *swapped: Tensor) -> tuple[Tensor, Tensor, Any]:
         """Normalised tokens (B, T, C), the ids of their patches (B, N), -1: none; reductions."""
@@ -88,34 +97,15 @@ class Classification:
 
 
 class AnyRate(Classification):
-    """One checkpoint for many keep rates: each step trains the largest, which teaches another.
-
-    rates are this step's two: KeepRateSchedule draws the second, every other time the smallest.
-    """
-
-    rates: tuple[float, float] = (1.0, 1.0)
+    """One checkpoint for many keep rates: the largest learns from labels, and teaches the model's
+    own, which KeepRateSchedule draws at each step."""
 
     def __call__(self, images: Tensor, labels: Tensor, *_: Tensor) -> dict[str, Tensor]:
-        mixed = (images, labels) if self.mixup is None else self.mixup(images, labels)
-        largest, drawn = (self.at(rate, mixed[0]) for rate in self.rates)
-        consistency = divergence(drawn, largest.detach()).mean()
-        loss = self.cross_entropy(largest, mixed[1]) + consistency
+        images, targets = self.mixup(images, labels) if self.mixup else (images, labels)
+        largest = self.at(max(self.recipe.any_rate or ()), self.model, images)
+        consistency = divergence(self.model(images), largest.detach()).mean()
+        loss = self.cross_entropy(largest, targets) + consistency
         return dict(loss=loss, consistency=consistency)
-
-    def at(self, rate: float, images: Tensor) -> Tensor:
-        self.model.set_keep_rate(rate)
-        return self.model(images)
-
-
-class DynamicTokens(Classification):
-    """The losses of a reducer that trains in a way of its own (Reducer.losses)."""
-
-    def taught(self, images: Tensor) -> tuple[Tensor, ...]:
-        return ()  # the reducer asks the teacher for tokens too
-
-    def losses(self, images: Tensor, targets: Tensor, *_: Tensor) -> dict[str, Tensor]:
-        model, common = self.model, (self.cross_entropy, self.teacher, self.recipe)
-        return model.reducer.losses(model, images, targets, *common)
 
 
 class TokenLabels(Classification):
@@ -166,17 +156,15 @@ def make_objective(
 ) -> Classification:
     """A model's loss: its reducer's own, token labels if it has a head for them, or plain."""
     reducer: Any = getattr(model, "reducer", None)
-    kind: Any = AnyRate if recipe.any_rate else Classification
-    learns = reducer is not None and reducer.masked
+    learns, distilled = reducer is not None and reducer.masked, teacher is not None
     if recipe.any_rate and (reducer is None or learns or reducer.own or reducer.given):
         raise ValueError("recipe.any_rate is for a reducer of keep rates without predictors")
-    if recipe.any_rate and teacher is not None:
+    if recipe.any_rate and distilled:
         raise ValueError("recipe.any_rate has its own teacher, the largest rate: leave out teacher")
-    if label_maps and (recipe.any_rate or (teacher is not None and not learns)):
+    if label_maps and (recipe.any_rate or (distilled and not learns)):
         raise ValueError("recipe.any_rate and recipe.teacher need data.label_maps=null")
-    if learns:
-        kind = DynamicTokens
-    elif hasattr(model, "heads") and label_maps:
+    kind: type[Classification] = AnyRate if recipe.any_rate else Classification
+    if label_maps and hasattr(model, "heads") and not learns:
         kind = TokenLabels
         if recipe.mixup or recipe.cutmix:
             raise ValueError(
