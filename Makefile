@@ -1,7 +1,7 @@
 # EViT Lab
 PYTHON := .venv/bin/python
 .DEFAULT_GOAL := help
-.PHONY: help setup train imagenet test test-all test-slurm check audit benchmark benchmark-gpu dashboard sync report
+.PHONY: help setup train imagenet test test-all test-slurm check mutants audit benchmark benchmark-gpu dashboard sync report
 
 help:  ## list the targets
 	@grep -hE '^[a-z%-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/; s/%/NAME/' | expand -t 16
@@ -32,6 +32,9 @@ check: setup  ## linter, format and types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+
+mutants: setup  ## small faults in src/, one at a time: do tests notice? ARGS="reducers/tome.py" tries one file
+	OMP_NUM_THREADS=1 $(PYTHON) tests/mutants.py $(ARGS)
 
 audit: setup  ## known vulnerabilities of the pinned packages, as PyPI itself knows them
 	@$(PYTHON) -m pip_audit --strict --no-deps --disable-pip --progress-spinner off \

@@ -58,7 +58,7 @@ def unfinished(path: Path) -> None:
     last = path.parent / "run/checkpoints/last.ckpt"
     last.parent.mkdir(parents=True)
     path.rename(last)
-    with pytest.warns(UserWarning, match="last.ckpt cannot be read"):
+    with pytest.warns(UserWarning, match="last.ckpt' cannot be read"):
         checkpoints.unfinished(path.parent / "run")
 
 

@@ -78,7 +78,9 @@ def time_batch_steps(
     """
     images = torch.randint(0, 256, (batch_size, 3, img_size, img_size), dtype=torch.uint8)
     labels = torch.arange(batch_size)
-    mixup = make_mixup(1000, 0.8, 1.0, 0.5, 0.1, batch_size)
+    options = dict(mixup=0.8, cutmix=1.0, label_smoothing=0.1)
+    recipe = Recipe(epochs=1, lr=1, batch_size=batch_size, **options)
+    mixup = make_mixup(recipe, 1000, batch_size)
     assert mixup is not None
     normalized = normalize(images)
     steps: dict[str, Callable[[], Any]] = {

@@ -162,7 +162,7 @@ def test_the_crops_are_what_the_pixels_show(tmp_path, backend):
     )  # fmt: skip
     loader = data.train_dataloader()
     for epoch in range(2):
-        loader.batch_sampler.sampler.set_epoch(epoch)
+        loader.set_epoch(epoch)
         ((images, _, _, crops),) = loader
         assert set(crops[:, 4].tolist()) == {0.0, 1.0}
         assert (crops[:, 2:4] - crops[:, :2] > 0.1).all()

@@ -14,9 +14,10 @@ from PIL import Image
 from evit.commands.prepare import prepare
 from evit.data import Folder, auto
 from evit.data.batch import augment_batch, denormalize, make_mixup, normalize
+from evit.data.ffcv import format
 from evit.data.ffcv.format import HEADER, BetonError, layout
 from evit.data.folders import ClassFolders, tree_classes
-from evit.data.imagefolder import folder_loader
+from evit.data.imagefolder import FolderLoader
 from evit.data.order import Shard, repeated_order
 from tests.conftest import ROOT
 from tests.data import build
@@ -40,20 +41,24 @@ def test_prepared_files_are_checked_before_anything_else(photos, tmp_path, split
 
 
 def test_betons_are_opened_in_one_place_which_checks_them():
-    """FFCV is imported by evit.data.ffcv._ffcv alone, and its loader used by the stream alone."""
     found = {path: path.read_text() for path in (ROOT / "src").rglob("*.py")}
+    opened = [path.name for path, text in found.items() if "memmap(" in text]
+    assert opened == ["format.py"]
     from_ffcv = [path.name for path, text in found.items() if re.search("(from|import) ffcv", text)]
     assert from_ffcv == ["_ffcv.py"]
-    loaders = [path.name for path, text in found.items() if re.search(r"(?<!\w)Loader\(", text)]
-    assert loaders == ["stream.py"]
 
 
-def test_a_changed_folder_or_another_way_of_writing_gets_files_of_its_own(photos, tmp_path):
+def test_a_changed_folder_or_another_way_of_writing_gets_files_of_its_own(
+    photos, tmp_path, monkeypatch
+):
     folders = [folder(photos, tmp_path).beton_dir]
     folders.append(folder(photos, tmp_path, jpeg_quality=50).beton_dir)
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(photos / "train/cat/new.jpg")
     folders.append(folder(photos, tmp_path).beton_dir)
-    assert len(set(folders)) == 3
+    monkeypatch.setattr(format, "SIDECAR_FORMAT", "of another version")
+    cache_dir = tmp_path / "cache"
+    folders.append(build.module(Folder, photos, cache_dir=cache_dir, **OPTIONS).beton_dir)
+    assert len(set(folders)) == 4
 
 
 def test_labels_are_those_of_train_where_val_lacks_a_class(photos):
@@ -108,6 +113,12 @@ def test_auto_takes_the_folder_or_says_that_it_has_none(photos, capsys):
     assert "embedded Fashion-MNIST" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("options", [dict(backend="dali"), dict(batches_ahead=0)])
+def test_a_backend_or_a_number_of_batches_that_is_none_is_refused(options, photos):
+    with pytest.raises(ValueError, match="data.backend must be ffcv or imagefolder and data.batch"):
+        build.module(Folder, photos, **OPTIONS, **options)
+
+
 def test_missing_ffcv_is_named_with_the_way_out(photos, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "evit.data.ffcv.decode", None)
     monkeypatch.delattr("evit.data.ffcv.decode", raising=False)
@@ -122,12 +133,11 @@ def loader(photos, train=True, rank=0, world_size=1, seed=0, **options):
     size = knobs.pop("batch_size", 4)
     recipe = build.recipe_of(**knobs, batch_size=size * world_size)
     rest = dict(img_size=28, num_workers=0) | rest
-    return folder_loader(dataset, recipe, Shard(rank, world_size, size, seed), train=train, **rest)
+    return FolderLoader(dataset, recipe, Shard(rank, world_size, size, seed), train=train, **rest)
 
 
 def epoch(loader, number=0):
-    if hasattr(loader.sampler, "set_epoch"):
-        loader.sampler.set_epoch(number)
+    loader.set_epoch(number)
     return torch.cat([images for images, _ in loader])
 
 
@@ -153,20 +163,20 @@ def test_imagefolder_augments_crops_that_stay_the_same(photos):
 
 
 def test_imagefolder_repeats_deits_views_and_each_differs(photos):
-    ranks = [
-        loader(photos, repeated_augmentations=3, rank=r, world_size=2, batch_size=2)
-        for r in range(2)
-    ]
+    options = dict(repeated_augmentations=3, world_size=2, batch_size=2)
+    ranks = [loader(photos, rank=r, **options) for r in range(2)]
+    keys = []
     for one in ranks:
-        one.sampler.set_epoch(5)
-    keys = [key for pair in zip(*(one.sampler for one in ranks), strict=True) for key in pair]
-    assert [index for _, index, _ in keys] == repeated_order(12, 3, 5).tolist()
-    ranks[1].sampler.start = 2  # where a run goes on in the middle of an epoch
-    assert list(ranks[1].sampler) == keys[1::2][2:]
-    assert (
-        len({image.numpy().tobytes() for image in epoch(loader(photos, repeated_augmentations=3))})
-        == 12
-    )
+        one.set_epoch(5)
+        list(one)
+        keys.append(list(map(tuple, one.keys)))
+    both = [key for pair in zip(*keys, strict=True) for key in pair]
+    assert [index for _, index, _ in both] == repeated_order(12, 3, 5).tolist()
+    ranks[1].load_state_dict(dict(position=1, length=3))  # goes on in the middle of an epoch
+    later = list(ranks[1])
+    assert list(map(tuple, ranks[1].keys)) == keys[1][2:] and len(later) == 2
+    views = {image.numpy().tobytes() for image in epoch(loader(photos, repeated_augmentations=3))}
+    assert len(views) == 12
 
 
 @pytest.mark.parametrize("max_samples", [None, 1, 3, 5])
@@ -175,7 +185,8 @@ def test_imagefolder_ranks_evaluate_every_image_once(photos, world_size, max_sam
     options = dict(world_size=world_size, max_val_images=max_samples, batch_size=2)
     ranks = [loader(photos, False, rank=r, **options) for r in range(world_size)]
     count = max_samples or 6
-    assert sorted(i for rank in ranks for i in rank.sampler) == list(range(count))
+    shown = sorted(i for rank in ranks for i in rank.own(rank.order(0)).tolist())
+    assert shown == list(range(count))
     for number, rank in enumerate(ranks):
         sizes = [len(images) for images, _ in rank]
         own = len(range(number, count, world_size))
@@ -190,11 +201,18 @@ def test_a_batch_tells_which_images_it_has(backend, repeats, photos, tmp_path):
     )
     data = folder(photos, tmp_path, **options)
     train = data.train_dataloader()
-    train.batch_sampler.sampler.set_epoch(2)
+    train.set_epoch(2)
     for number, (_, labels) in enumerate(train):
         told = re.findall(r"\d+", data.describe_batch(2, number).split(" of ")[0])
         assert [int(number) // 6 for number in told] == labels.tolist()
     assert ("train.beton" in data.describe_batch(2, 0)) == (backend == "ffcv")
+
+
+@pytest.mark.parametrize("size", [8, 12])
+def test_of_a_batch_at_most_8_images_are_told(photos, tmp_path, size):
+    data = folder(photos, tmp_path, backend="imagefolder", batch_size=size, num_workers=0)
+    told = data.describe_batch(0, 0).split(" of ")[0]
+    assert len(re.findall(r"\d+", told)) == 8 and ("..." in told) == (size > 8)
 
 
 def test_denormalize_undoes_normalize():
@@ -230,7 +248,7 @@ def test_what_rand_augment_uncovers_has_the_mean_of_the_normalisation(photos, tm
     data.normalize_for(timm.create_model("vit_tiny_patch16_224.augreg_in21k"))
     data.prepare_data()
     data.setup()
-    assert data.train_dataloader().decoder.fill.tolist() == [128, 128, 128]
+    assert data.train_dataloader().fill.tolist() == [128, 128, 128]
 
 
 def test_a_rand_augment_that_is_not_served_is_refused_at_once(photos):
@@ -256,7 +274,9 @@ def test_random_erasing_is_timm_s():
 
 @pytest.mark.parametrize("mode", ["batch", "pair", "elem"])
 def test_mixup_gives_soft_targets_that_sum_to_one(mode):
-    mixup = make_mixup(5, 0.8, 1.0, 0.5, 0.1, batch_size=8, mode=mode)
+    mixup = make_mixup(
+        build.recipe_of(mixup=0.8, cutmix=1.0, label_smoothing=0.1, mixup_mode=mode), 5, 8
+    )
     images, targets = mixup(torch.randn(8, 3, 16, 16), torch.arange(8) % 2)
     assert targets.shape == (8, 5)
     assert len(set(targets[1::2, 1].tolist())) == dict(batch=1, pair=4, elem=4)[mode]
@@ -265,9 +285,9 @@ def test_mixup_gives_soft_targets_that_sum_to_one(mode):
 
 
 def test_mixup_off_is_none_and_odd_batches_are_refused_only_where_they_mix():
-    assert make_mixup(5, 0.0, 0.0, 0.5, 0.1, batch_size=7) is None
+    assert make_mixup(build.recipe_of(), 5, 7) is None
     with pytest.raises(ValueError, match="7 images per process is odd"):
-        make_mixup(5, 0.8, 0.0, 0.5, 0.1, batch_size=7)
+        make_mixup(build.recipe_of(mixup=0.8), 5, 7)
 
 
 @pytest.mark.parametrize("backend", ["ffcv", "imagefolder"])
@@ -299,11 +319,9 @@ def test_images_that_do_not_fill_a_step_are_refused(backend, photos, tmp_path):
 
 def one_process(accumulated: int) -> SimpleNamespace:
     """What the data module asks a trainer for."""
-    strategy = SimpleNamespace(root_device=torch.device("cpu"))
     return SimpleNamespace(
         accumulate_grad_batches=accumulated,
         global_rank=0,
         world_size=1,
         num_nodes=1,
-        strategy=strategy,
     )

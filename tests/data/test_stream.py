@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import center_crop, resize
 
-from evit.data.ffcv.decode import center_crops, random_crops
+from evit.data.ffcv.decode import SAMPLE_BITS, SAMPLE_MASK, center_crops, random_crops
 from tests.data.build import stream
 
 SIZE = 32
@@ -45,13 +45,13 @@ def test_batches_are_uint8_images_and_their_int64_labels(train):
     assert shown == [k % 3 for k in train.samples(train.epoch)]
 
 
-def test_nothing_is_opened_before_the_first_batch(written):
+def test_nothing_is_read_before_the_first_batch(written):
     lazy = stream(written)
     before = threading.active_count()
     iterators = [iter(lazy) for _ in range(3)]
-    assert threading.active_count() == before and lazy._loader is None
+    assert threading.active_count() == before
     next(iterators[0])
-    assert lazy._loader is not None
+    assert threading.active_count() == before + 1
 
 
 def test_broken_epochs_leave_no_thread(train):
@@ -64,17 +64,17 @@ def test_broken_epochs_leave_no_thread(train):
 
 @pytest.mark.parametrize("good", [0, 5])
 def test_an_error_while_a_batch_is_made_is_raised_after_those_before(train, monkeypatch, good):
-    crops, calls = train.decoder.crops, []
+    read, calls = train.read, []
 
     def fail_later(*arguments):
         calls.append(1)
         if len(calls) > good:
             raise OSError("disk on fire")
-        return crops(*arguments)
+        return read(*arguments)
 
-    monkeypatch.setattr(train.decoder, "crops", fail_later)
+    monkeypatch.setattr(train, "read", fail_later)
     seen = 0
-    with pytest.raises(RuntimeError, match="train.beton failed: disk on fire"):
+    with pytest.raises(OSError, match="disk on fire"):
         for _ in train:
             seen += 1
     assert seen == good
@@ -108,7 +108,7 @@ def test_batches_do_not_depend_on_the_number_of_threads(written, train):
 def test_an_epoch_is_the_same_whether_or_not_earlier_ones_were_run(written, train):
     epochs = []
     for epoch in range(3):
-        train.batch_sampler.sampler.set_epoch(epoch)  # as Lightning does
+        train.sampler.set_epoch(epoch)  # as Lightning does
         epochs.append(digests(train))
     train.set_epoch(0)
     resumed = stream(written)
@@ -140,6 +140,13 @@ def test_seed_epoch_and_rank_all_matter(written):
 
     keys = [(5, 0, 0), (5, 1, 0), (6, 0, 0), (6, 1, 0), (5, 0, 1), (5, 1, 1)]
     assert len({first(*key) for key in keys}) == len(keys)
+
+
+@pytest.mark.parametrize("repeats", [2, 3])
+def test_each_image_of_an_epoch_has_so_many_views_each_with_a_seed_of_its_own(written, repeats):
+    entries = stream(written, repeated_augmentations=repeats)._order(0)
+    assert len(entries) == 64 == len(np.unique(entries >> SAMPLE_BITS))
+    assert len(np.unique(entries & SAMPLE_MASK)) == -(-64 // repeats)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -267,7 +274,7 @@ class Recorder(L.LightningModule):
         self.seen: dict[int, list[str]] = {}
 
     def training_step(self, batch, _):
-        assert threading.active_count() <= 3  # the main thread, FFCV's, Lightning's timer
+        assert threading.active_count() <= 3  # the main thread, the reader, Lightning's timer
         self.seen.setdefault(self.current_epoch, []).append(digest(batch))
 
     def configure_optimizers(self):

@@ -93,12 +93,17 @@ def test_keep_rate_1_is_the_dense_model(kind):
 
 
 @torch.no_grad()
-def test_a_masked_token_has_no_influence_on_the_kept_ones():
+def test_a_masked_token_is_seen_by_itself_alone():
     block, x = tiny().eval().blocks[0], torch.randn(2, 17, 48)
     kept = torch.ones(2, 17)
     kept[:, 5:] = 0
-    masked, removed = block(x, step=Step(1, mask_BT=kept))[:, :5], block(x[:, :5])
-    torch.testing.assert_close(masked, removed, atol=1e-5, rtol=1e-5)
+    masked = block(x, step=Step(1, mask_BT=kept))
+    torch.testing.assert_close(masked[:, :5], block(x[:, :5]), atol=1e-5, rtol=1e-5)
+    for token in range(5, 17):
+        alone = block(x[:, [0, 1, 2, 3, 4, token]])[:, 5]
+        torch.testing.assert_close(masked[:, token], alone, atol=1e-5, rtol=1e-5)
+    block.attn.qkv.weight.mul_(1e3)  # logits whose exponentials are infinite
+    assert block(x, step=Step(1, mask_BT=kept)).isfinite().all()
 
 
 def test_a_token_once_dropped_stays_dropped():
@@ -131,6 +136,18 @@ def test_training_in_bf16_has_no_nan(kind, autocast):
     loss.backward()
     assert loss.isfinite()
     assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@torch.no_grad()
+def test_a_predictor_sees_the_mean_of_the_kept_tokens():
+    predictor, x, kept = Predictor(48), torch.randn(2, 7, 48), torch.ones(2, 7)
+    for weight in predictor.parameters():  # which are small at first, and so are differences
+        weight.normal_()
+    twice = predictor(torch.cat([x, x], 1), torch.ones(2, 14))
+    near = dict(atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(twice[:, :7], predictor(x, kept), **near)
+    kept[:, 5:] = 0
+    torch.testing.assert_close(predictor(x, kept)[:, :5], predictor(x[:, :5], kept[:, :5]), **near)
 
 
 def test_a_predictor_that_sees_no_kept_token_gives_numbers():

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evit
+from evit import reducers
 from evit.reducers.blocks import feed_forward
 from tests.models import golden
 
@@ -175,6 +176,24 @@ def test_a_keep_rate_for_each_reorganization_needs_as_many():
 def test_an_image_size_off_the_patch_grid_is_named_with_its_neighbours():
     with pytest.raises(ValueError, match="img_size 225 .* 224 or 240"):
         timm.create_model("evit_deit_tiny_patch16", img_size=225)
+
+
+def test_the_reducer_is_a_name_with_its_options_or_one_that_is_made_or_none():
+    assert tiny(reducer=None, keep_rate=0.5).keep_rate == (1.0, 1.0, 1.0)
+    model = tiny(reducer="cover", keep_rate=0.5, drop_loc=[2], size_power=0.1)
+    assert (model.keep_rate, model.drop_loc, model.reducer.size_power) == ((0.5,), (2,), 0.1)
+    assert tiny().fusion is True and tiny(fusion=False).fusion is False
+    made = reducers.make("tome", r=3)
+    assert tiny(reducer=made).reducer is made
+
+
+@pytest.mark.parametrize("knob", [dict(keep_rate=0.5), dict(drop_loc=[2]), dict(fusion=False)])
+def test_what_a_reducer_that_is_made_would_ignore_is_refused(knob):
+    with pytest.raises(ValueError, match=f"{next(iter(knob))} is the reducer's"):
+        tiny(reducer=reducers.make("evit"), **knob)
+    if "keep_rate" in knob:
+        with pytest.raises(ValueError, match="keep_rate is the reducer's"):
+            evit.reduce(tiny(), reducers.make("evit"), **knob)
 
 
 @pytest.mark.parametrize("bad", [[3, 3], [9, 6], [12], [-1]])

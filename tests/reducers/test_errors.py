@@ -5,7 +5,7 @@ import timm
 import torch
 
 import evit
-from tests.reducers.tiny import AT, reduced, vit
+from tests.reducers.tiny import AT, images, reduced, vit
 
 
 def refused(match, function, *args, **kwargs):
@@ -83,10 +83,28 @@ def test_bad_places_are_named(at):
         ("diffrate", dict(prune_counts=[65] * 5)),  # without merge_counts
         ("diffrate", dict(prune_counts=[65] * 4, merge_counts=[65] * 5)),
         ("diffrate", dict(prune_counts=[60] * 5, merge_counts=[62] * 5)),
+        ("diffrate", dict(prune_counts=[60] * 5, merge_counts=[1] * 5)),  # the class token alone
     ],
 )
 def test_a_value_that_a_method_cannot_serve_is_named(name, options):
     refused("|".join(options), evit.reduce, vit(), name, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("evit", dict(keep_rate=1)),
+        ("drop", dict(counts=[64, 1, 1], at=AT)),
+        ("tome", dict(r=0)),
+        ("tome", dict(r=[3] * 5)),
+        ("pitome", dict(ratio=0.5)),
+        ("pitome", dict(ratio=1)),
+        ("diffrate", dict(prune_counts=[2] * 5, merge_counts=[2] * 5)),
+    ],
+)
+@torch.no_grad()
+def test_the_last_value_that_can_be_served_is(name, options):
+    assert evit.reduce(vit(), name, **options)(images()).isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from torch import nn
 
 import evit
 from evit.reducers import REDUCERS, Reducer
+from evit.reducers.tome import removals
 from tests.reducers.tiny import AT, COUNTS, DROPS, PATCHES, gradients, images, reduced, run, vit
 
 NAMES = sorted(REDUCERS)
@@ -69,6 +70,22 @@ def test_counts_are_reached_and_every_patch_is_accounted_for(name):
             assert len(held) == len(set(held))
         elif name != "diffrate":
             assert len(held) == PATCHES
+
+
+@every
+@torch.no_grad()
+def test_a_place_may_remove_a_single_token(name):
+    model = reduced(name, counts=[64, 63, 62])
+    assert run(model.forward_features, images()).shape == (2, 1 + 62, 48)
+
+
+@every
+def test_sizes_enter_the_attention_where_a_method_says_so(name):
+    bias = reduced(name).reducer.key_bias(torch.full((2, 5), 2.0), torch.float32)
+    if name in ("merge", "diffrate", "cover", "tome", "mctf", "ats"):
+        torch.testing.assert_close(bias, torch.full((2, 1, 1, 5), 2.0).log())
+    else:
+        assert bias is None
 
 
 @every
@@ -226,11 +243,12 @@ def test_merging_tokens_that_are_equal_in_pairs_changes_nothing(name):
 @pytest.mark.parametrize("fusion", [True, False])
 @torch.no_grad()
 def test_reorganize_is_reduce_with_evit(fusion):
-    model, other, x = reduced("evit", keep_rate=0.5, fusion=fusion), vit(), images()
-    evit.reorganize(other, keep_rate=0.5, fusion=fusion, drop_loc=AT)
+    where = dict(keep_rate=0.5, at=(0, 2, 4))  # not where it is by default
+    model, other, x = reduced("evit", fusion=fusion, **where), vit(), images()
+    evit.reorganize(other, keep_rate=0.5, fusion=fusion, drop_loc=(0, 2, 4))
     assert torch.equal(model(x), other(x))
     if not fusion:
-        assert torch.equal(reduced("drop", keep_rate=0.5)(x), other(x))
+        assert torch.equal(reduced("drop", **where)(x), other(x))
 
 
 @torch.no_grad()
@@ -261,3 +279,12 @@ def test_images_of_another_size_where_the_model_takes_them():
 )
 def test_tome_s_own_ways_to_say_how_many(r, expected):
     assert evit.reduce(vit(), "tome", r=r).tokens_per_block() == expected
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5, 12])
+def test_an_inflected_schedule_removes_as_many_from_2_r_to_0(depth):
+    falls, rises = removals((10, -1.0), depth), removals((10, 1.0), depth)
+    assert falls[0] == 20 and rises[0] == 0
+    if depth > 1:
+        assert falls[-1] == 0 and rises[-1] == 20
+        assert 10 * depth - depth < sum(falls) <= 10 * depth

@@ -28,6 +28,39 @@ def test_the_rate_moves_and_macs_with_it(name):
     assert model.tokens_per_block() == [PATCHES] * 5
 
 
+N, K, C, H, T = 64, 40, 48, 3, 65
+SIMILARITIES = N * N // 4 * C  # of one half of the tokens to the other
+PREDICTOR = N * (13 * C * C // 8 + 2 * C)
+SQUEEZED = (N - K) * (K + 1) * C
+# Products of a reduction from N to K tokens of C channels in H heads: scores, similarities, sums.
+OWN = {
+    "evit": N + (N - K) * C,
+    "drop": N,
+    "topk": N,
+    "random": N,
+    "ats": N * C + N * K,
+    "merge": (N - K) * K * C + N * C,
+    "diffrate": (N - K) * K * C + N * C,
+    "cover": N * N * C + N * K * C,
+    "tome": SIMILARITIES // H + N * C,
+    "pitome": N * N * C // H + N * C,
+    # One step ahead, its values and its attention are of the tokens that are left alone.
+    "mctf": SIMILARITIES - 2 * (N - K) * C * C - (T**2 - (K + 1) ** 2) * C,
+    "mctf one_step_ahead": SIMILARITIES,
+    "dynamicvit": PREDICTOR,
+    "squeeze": N + SQUEEZED,
+    "squeeze score": PREDICTOR + SQUEEZED,
+}
+
+
+@pytest.mark.parametrize("case", OWN)
+def test_a_reduction_itself_costs_its_own_products(case):
+    name, *option = case.split()
+    options = dict(one_step_ahead=False, score="predictor")
+    reducer = reduced(name, **{key: options[key] for key in option}).reducer
+    assert reducer.macs(N, K, C) == OWN[case] and {c.split()[0] for c in OWN} == {*NAMES}
+
+
 SMALL = {  # 1e9 multiply-accumulates of DeiT-S by reducers' own ways to say it, as published
     "drop": (dict(keep_rate=0.7), 2.997),
     "merge": (dict(keep_rate=0.7), 2.997),

@@ -98,3 +98,25 @@ def test_cover_chooses_in_half_precision_as_in_float32(dtype):
             ]
         assert torch.equal(plans[0].index_BK, plans[1].index_BK)
         assert torch.equal(plans[0].host_BN, plans[1].host_BN)
+
+
+@pytest.mark.parametrize("name", ["merge", "squeeze", "cover", "tome", "pitome"])
+def test_tokens_are_alike_by_direction_whatever_their_length(name):
+    reducer, draw = reduced(name).reducer, torch.Generator().manual_seed(0)
+    x, q, k = torch.randn(4, 65, 48, generator=draw), *torch.randn(2, 4, 3, 65, 16, generator=draw)
+    of_keys = name in ("tome", "pitome")
+    plans = [
+        reducer.plan(0, Seen(x * length, 1, q, k * length if of_keys else k, scale=0.25), 40)
+        for length in (1, 1e-3)
+    ]
+    assert torch.equal(plans[0].host_BN, plans[1].host_BN)
+    torch.testing.assert_close(plans[0].weight_BKN, plans[1].weight_BKN)
+
+
+@torch.no_grad()
+def test_mctf_without_one_step_ahead_fuses_what_leaves_the_block():
+    model, dense = reduced("mctf", one_step_ahead=False, at=[1], counts=[40]), vit()
+    x = dense._pos_embed(dense.patch_embed(images()))
+    tokens, (reduction,) = model.encode(x, 0, 2)
+    torch.testing.assert_close(tokens, reduction(dense.blocks[:2](x)))
+    assert tokens.shape[1] == 41 and reduction.weight_BKN.sum(2).allclose(torch.ones(2, 40))

@@ -114,6 +114,17 @@ def test_validation_counts_every_image_once_whatever_the_batches():
         assert other == pytest.approx(found[0])
 
 
+def test_an_evaluation_in_which_one_loss_is_not_a_number_is_an_error():
+    model = evit.EViT(img_size=8, patch_size=4, embed_dim=24, depth=4, num_heads=2, num_classes=9)
+    module = Classifier(model, RECIPE, 9, make_objective(model, RECIPE, 9, 4)).eval()
+    module.log = lambda *_, **__: None
+    module.trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    for number in 0.0, float("nan"):
+        module.validation_step((torch.full((4, 3, 8, 8), number), torch.arange(4)), 0)
+    with pytest.raises(FloatingPointError, match="val/loss is nan after epoch 1/10"):
+        module.on_validation_epoch_end()
+
+
 def test_erasing_is_a_function_of_seed_epoch_batch_and_process():
     recipe = Recipe(epochs=10, batch_size=4, lr=1e-3, random_erasing=1.0)
     model = evit.EViT(img_size=8, patch_size=4, embed_dim=24, depth=4, num_heads=2, num_classes=9)

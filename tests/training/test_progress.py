@@ -10,6 +10,7 @@ import torch
 from evit.data import order
 from evit.training import callbacks
 from evit.training.callbacks import Progress
+from tests.data.build import recipe_of
 
 
 class Clock:
@@ -29,12 +30,10 @@ def clock(monkeypatch) -> Clock:
     return clock
 
 
-class Loader(order.Resumable):
+class Loader(order.EpochLoader):
     def __init__(self, clock: Clock):
+        super().__init__(32, recipe_of(), order.Shard(batch_size=8), True, 1)
         self.clock = clock
-
-    def __len__(self) -> int:
-        return 4
 
     def batches(self, start):
         for _ in range(start, 4):
@@ -96,13 +95,15 @@ def test_lines_are_plain_and_say_how_far_and_how_fast_training_is(clock, capsys)
 
 
 def test_a_long_evaluation_says_how_far_it_is(clock, capsys):
-    progress = Progress()
-    trainer = SimpleNamespace(is_global_zero=True, num_val_batches=[50])
+    progress = Progress(batch_size=8)
+    trainer = SimpleNamespace(is_global_zero=True, num_val_batches=[50], callback_metrics={})
+    trainer.current_epoch, trainer.max_epochs = 2, 2  # the last is over
     for batch in range(50):
         clock.now += 5
         progress.on_validation_batch_end(trainer, None, None, None, batch)
     shown = capsys.readouterr().out.splitlines()
-    assert shown[:2] == ["evaluating 2/50", "evaluating 8/50"] and len(shown) == 9
+    assert shown[:2] == ["epoch 2/2  evaluating 2/50", "epoch 2/2  evaluating 8/50"]
+    assert len(shown) == 9
 
 
 def test_beside_a_bar_evaluations_stay_as_lines(clock, capsys):

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from evit.data.order import Resumable
+from evit.data.order import EpochLoader, Shard
 from evit.report import results
 from evit.training import checkpoints
 from tests.conftest import FORKS, ROOT, run_script
+from tests.data.build import recipe_of
 from tests.training.conftest import ARGUMENTS, assert_equal, only, rows, training_state
 
 
@@ -27,15 +28,12 @@ def test_the_last_checkpoint_knows_the_best_of_its_epoch(whole):
     assert Path(best["best_model_path"]).name == "best.ckpt"
 
 
-class Batches(Resumable):
+class Batches(EpochLoader):
     def __init__(self, length: int):
-        self.length = length
-
-    def __len__(self) -> int:
-        return self.length
+        super().__init__(length, recipe_of(batch_size=1), Shard(), True, 1)
 
     def batches(self, start: int):
-        yield from range(start, self.length)
+        yield from range(start, len(self))
 
 
 @pytest.mark.parametrize(("seen", "left"), [(0, 2), (3, None), (4, 2)])
@@ -91,7 +89,7 @@ def test_a_damaged_checkpoint_is_left_out_for_the_one_before(damaged, train, tmp
     folder = only(tmp_path, "checkpoints")
     last = folder / "last.ckpt"
     last.write_bytes(damaged(last.read_bytes()))
-    with pytest.warns(UserWarning, match="last.ckpt cannot be read .*: it is left out"):
+    with pytest.warns(UserWarning, match="last.ckpt' cannot be read.*: it is left out"):
         found = checkpoints.unfinished(folder.parent)
     assert found == folder / "previous.ckpt"
     assert checkpoints.optimizer_steps(found) == 3

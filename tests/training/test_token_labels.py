@@ -126,6 +126,13 @@ def test_mixup_beside_token_labels_is_refused():
         make_objective(tiny(), recipe, 7, 4, label_maps=True)
 
 
+def test_a_teacher_beside_token_labels_is_for_reducers_that_learn():
+    with pytest.raises(ValueError, match="recipe.teacher need data.label_maps=null"):
+        make_objective(tiny(), RECIPE, 7, 4, label_maps=True, teacher="self")
+    learning = tiny(reducer="dynamicvit")
+    make_objective(learning, RECIPE, 7, 4, label_maps=True, teacher=tiny())
+
+
 def test_without_label_maps_it_is_plain_classification():
     model, (images, labels, *_) = tiny().eval(), batch()
     losses = make_objective(model, RECIPE, 7, 4)(images, labels)

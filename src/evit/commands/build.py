@@ -31,8 +31,9 @@ def build_model(cfg: DictConfig, recipe: Recipe, num_classes: int, **options: An
 def build_teacher(cfg: DictConfig, model: Any) -> Any:
     """Build the dense teacher, or return None; DynamicViT's is the model that it starts from."""
     source, reducer = cfg.recipe.teacher, getattr(model, "reducer", None)
-    if source and (reducer is None or (source == "self" and reducer.masked)):
-        kind = "models with a reducer" if reducer is None else "reducers without predictors"
+    rates = reducer is not None and not (reducer.masked or reducer.own or reducer.given)
+    if source and (reducer is None or (source == "self" and not rates)):
+        kind = "models with a reducer" if reducer is None else "reducers of keep rates"
         raise ValueError(f"recipe.teacher={source} is for {kind}: leave it out, or give a PATH")
     if source == "self" or reducer is None or not (source or reducer.masked):
         return source

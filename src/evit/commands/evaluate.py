@@ -16,7 +16,7 @@ from evit.config import counted, listed
 from evit.measure.speed import keep_compiled
 from evit.progress import telling
 from evit.report import evaluations, results
-from evit.training.callbacks import progress
+from evit.training.callbacks import progress_bar
 from evit.training.evaluator import Evaluator, setting_of
 from evit.training.trainer import Signals, build_trainer, quiet, say
 
@@ -38,7 +38,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         cfg.trainer.precision = "bf16-true"
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     options = dict(max_epochs=1, enable_checkpointing=False)
-    bar = progress()[1:]  # on a terminal
+    bar = progress_bar()
     trainer = build_trainer(cfg.trainer, folder, [Signals(), *bar], **options)
     batch_size = cfg.batch_size * trainer.world_size * trainer.accumulate_grad_batches
     data = checkpoint.validation(cfg, batch_size, cfg.max_val_images)

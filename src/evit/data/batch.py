@@ -11,6 +11,8 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
+from evit.recipe import Recipe
+
 Colour = tuple[float, float, float]
 
 
@@ -40,28 +42,21 @@ def augment_batch(images: Tensor, *more: Any, random_erasing: float = 0.0) -> tu
     return images, *more
 
 
-def make_mixup(
-    num_classes: int,
-    mixup: float,
-    cutmix: float,
-    switch_prob: float,
-    label_smoothing: float,
-    batch_size: int,
-    mode: str = "batch",
-) -> Mixup | None:
+def make_mixup(recipe: Recipe, num_classes: int, batch_size: int) -> Mixup | None:
     """timm's Mixup, or None where both are off: (images, labels) -> images, targets (B, classes).
 
-    One draw for a batch, a pair or each image (mode batch, pair, elem), from numpy's global
-    generator. Works on the images in place.
+    One draw for a batch, a pair or each image (recipe.mixup_mode), from numpy's global generator.
+    Works on the images in place.
     """
-    if not (mixup > 0 or cutmix > 0):
+    if not (recipe.mixup > 0 or recipe.cutmix > 0):
         return None
     if batch_size % 2:
         raise ValueError(
             f"mixup and cutmix pair the images of a batch, and {batch_size} images per process is "
             f"odd: choose another recipe.batch_size, or recipe.mixup=0 recipe.cutmix=0"
         )
-    return Mixup(mixup, cutmix, None, 1.0, switch_prob, mode, True, label_smoothing, num_classes)
+    alphas, how = (recipe.mixup, recipe.cutmix), (recipe.mixup_switch_prob, recipe.mixup_mode)
+    return Mixup(*alphas, None, 1.0, *how, True, recipe.label_smoothing, num_classes)
 
 
 def mix_token_box(grid: tuple[int, int]) -> Tensor:

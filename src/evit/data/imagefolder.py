@@ -2,7 +2,7 @@
 
 import copy
 import random
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,38 +10,15 @@ import torch
 from lightning.pytorch.utilities import CombinedLoader
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
 
 from evit.data.folders import cut_long
 from evit.data.label_maps import read_label_map
-from evit.data.order import Resumable, Shard, choose_samples, empty_batch, repeated_order
+from evit.data.order import EpochLoader, Shard
 from evit.data.randaugment import PILRandAugment
 from evit.recipe import Recipe
-
-
-class EpochSampler(DistributedSampler):
-    """Yields (epoch, index), or with repeats (epoch, index, view): a data set can then draw its
-    augmentation from them. The first `start` are left out."""
-
-    start = 0
-
-    def __init__(self, dataset: Any, shard: Shard, recipe: Recipe):
-        rank, world_size, batch_size, seed = shard
-        super().__init__(dataset, world_size, rank, seed=seed * 100_003, drop_last=True)
-        self.repeats = recipe.repeated_augmentations
-        self.num_samples = shard.train_batches(len(dataset), recipe) * batch_size
-        self.total_size = self.num_samples * world_size
-
-    def __iter__(self) -> Iterator[Any]:
-        if self.repeats == 1:
-            yield from ((self.epoch, i) for i in list(super().__iter__())[self.start :])
-            return
-        seed = self.seed + self.epoch
-        order = repeated_order(len(self.dataset), self.repeats, seed)  # type: ignore[arg-type]
-        places = range(self.rank, self.total_size, self.num_replicas)
-        yield from ((self.epoch, int(order[i]), i) for i in places[self.start :])
 
 
 class RandomResizedCropFlip:
@@ -77,19 +54,20 @@ def evaluation_transform(img_size: int, crop_pct: float) -> Callable[[Image.Imag
     return T.Compose([T.RGB(), cut_long, resize, T.CenterCrop(img_size), T.PILToTensor()])
 
 
-class SeededAugmentation(Dataset):
-    """Augmented images that depend on seed, epoch and image: not on the workers."""
+class Pictures(Dataset):
+    """Images of a data set with their label maps, by keys (epoch, index), or these and which view
+    it is. In training they depend on seed and key alone, not on the worker."""
 
-    def __init__(self, dataset: Any, seed: int, label_maps: Sequence[str], num_classes: int):
+    def __init__(self, dataset: Any, seed: int | None, label_maps: list[str], num_classes: int):
         self.dataset, self.seed = dataset, seed
         self.label_maps, self.num_classes = label_maps, num_classes
         self.map_shape = read_label_map(label_maps[0], num_classes).shape[2:] if label_maps else ()
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: tuple[int, ...]) -> Any:
-        index, seed = key[1], hash((self.seed, *key))
+    def __getitem__(self, key: tuple[int, ...]) -> tuple[Any, ...]:
+        index = key[1]
+        if self.seed is None:
+            return self.dataset[index]
+        seed = hash((self.seed, *key))
         torch.manual_seed(seed % 2**63)
         random.seed(seed)  # timm's RandAugment draws from these two
         np.random.seed(seed % 2**32)
@@ -100,67 +78,44 @@ class SeededAugmentation(Dataset):
         return image, label, found, *said
 
 
-class FolderLoader(Resumable, DataLoader):  # type: ignore[misc]
-    """Batches as of evit.data.ffcv.stream."""
+class FolderLoader(EpochLoader):
+    """Batches, as of evit.data.ffcv.stream, of one of torchvision's data sets, bicubic as DeiT's.
+    Its label maps are the files `label_maps`."""
 
-    img_size = 0
-
-    def __len__(self) -> int:
-        return max(super().__len__(), 1)
+    def __init__(
+        self,
+        dataset: Any,
+        recipe: Recipe,
+        shard: Shard,
+        *,
+        img_size: int,
+        train: bool,
+        num_workers: int,
+        fill: tuple[int, ...] = (0, 0, 0),
+        label_maps: Sequence[str] | None = None,
+        num_classes: int = 0,
+    ) -> None:
+        super().__init__(len(dataset), recipe, shard, train, img_size)
+        dataset, transform = copy.copy(dataset), evaluation_transform(img_size, recipe.crop_pct)
+        dataset.transform = RandomResizedCropFlip(img_size, recipe, fill) if train else transform
+        indices, seed = self.indices.tolist(), shard.seed if train else None
+        maps = [label_maps[i] for i in indices] if train and label_maps else []
+        self.keys: list[list[int]] = []  # of an epoch
+        self.loader: DataLoader = DataLoader(
+            Pictures(Subset(dataset, indices), seed, maps, num_classes),
+            shard.batch_size,
+            sampler=self.keys,
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=num_workers > 0,
+        )
 
     def batches(self, start: int) -> Generator[Any]:
-        if not len(self.sampler):  # type: ignore[arg-type]
-            yield empty_batch(self.img_size, torch.device("cpu"))
-            return
-        if isinstance(self.sampler, EpochSampler):
-            self.sampler.start = start * (self.batch_size or 1)
+        order, views = self.order(self.epoch), self.recipe.repeated_augmentations > 1
+        keys = np.stack([np.full_like(order, self.epoch), order, np.arange(len(order))], 1)
+        self.keys[:] = self.own(keys)[start * self.shard.batch_size :, : 2 + views].tolist()
         try:
-            yield from DataLoader.__iter__(self)
+            yield from self.loader
         except ValueError as error:  # PyTorch puts a worker's traceback before the message
-            CombinedLoader(self).reset()  # ends the workers; garbage collection waits 5 s for them
+            CombinedLoader(self.loader).reset()  # or garbage collection waits 5 s for the workers
             raise ValueError(str(error).rpartition("\nValueError: ")[2].rstrip()) from error
-
-    def samples(self, epoch: int) -> list[int]:
-        """Numbers of the training images that this process sees in an epoch, in order."""
-        sampler: Any = copy.copy(self.sampler)
-        sampler.epoch, sampler.start = epoch, 0
-        subset: Any = self.dataset.dataset  # type: ignore[attr-defined]
-        return [subset.indices[index] for _, index, *_ in sampler]
-
-
-def folder_loader(
-    dataset: Any,
-    recipe: Recipe,
-    shard: Shard,
-    *,
-    img_size: int,
-    train: bool,
-    num_workers: int,
-    fill: tuple[int, ...] = (0, 0, 0),
-    label_maps: Sequence[str] | None = None,
-    num_classes: int = 0,
-) -> FolderLoader:
-    """Batches of one of torchvision's data sets, bicubic as DeiT's. It is given its transform; its
-    label maps are the files `label_maps`."""
-    cropped, evaluated = RandomResizedCropFlip, evaluation_transform
-    dataset, crop_pct = copy.copy(dataset), recipe.crop_pct
-    dataset.transform = cropped(img_size, recipe, fill) if train else evaluated(img_size, crop_pct)
-    limit = recipe.max_train_images if train else recipe.max_val_images
-    chosen = choose_samples(len(dataset), limit).tolist()
-    dataset = torch.utils.data.Subset(dataset, chosen)
-    sampler: Any = range(shard.rank, len(dataset), shard.world_size)  # every image exactly once
-    if train:
-        label_maps = [label_maps[i] for i in chosen] if label_maps else []
-        dataset = SeededAugmentation(dataset, shard.seed, label_maps, num_classes)
-        sampler = EpochSampler(dataset, shard, recipe)
-    loader = FolderLoader(
-        dataset,
-        shard.batch_size,
-        sampler=sampler,
-        num_workers=num_workers,
-        drop_last=train,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=num_workers > 0,
-    )
-    loader.img_size = img_size
-    return loader

@@ -98,20 +98,15 @@ def token_targets(
     logits_BKHW = torch.zeros(B, num_classes, H, W, device=maps.device)
     logits_BKHW.scatter_(1, maps[:, 1].long(), maps[:, 0].float())
     crops = crops.to(maps.device).float()
-    mirrored_B = crops[:, 4].bool()
-    warps = torch.eye(2, 3).expand(B, 2, 3) if warps is None else warps
-    warps = warps.to(maps.device).float()
-    # The same for the crop before it was mirrored: its targets are mirrored last.
-    turned = warps * torch.tensor([[1.0, -1.0, 0.0], [-1.0, 1.0, 0.0]], device=maps.device)
-    turned[:, 0, 2] = 1 - warps[:, 0, 0] - warps[:, 0, 2]
-    turned[:, 1, 2] = warps[:, 1, 0] + warps[:, 1, 2]
-    warps = torch.where(mirrored_B.view(B, 1, 1), turned, warps)
+    warps = (torch.eye(2, 3).expand(B, 2, 3) if warps is None else warps).to(maps.device).float()
+    x, y = warps.unbind(1)
+    mirrored = torch.tensor([0.0, 0.0, 1.0], device=maps.device) - x
+    warps = torch.stack([torch.where(crops[:, 4:] > 0, mirrored, x), y], 1)
 
     def labels(grid: Shape) -> Tensor:
         with torch.autocast(maps.device.type, enabled=False):
             found = patch_logits(logits_BKHW, crops[:, :4], warps, grid)
-        mirrored = torch.where(mirrored_B.view(B, 1, 1, 1), found.flip(3), found)
-        targets = mirrored.flatten(2).transpose(1, 2).softmax(2)
+        targets = found.flatten(2).transpose(1, 2).softmax(2)
         return targets * (1 - label_smoothing) + label_smoothing / num_classes
 
     return labels((1, 1))[:, 0], labels(grid)

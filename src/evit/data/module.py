@@ -56,8 +56,8 @@ class Images(L.LightningDataModule):
             RandAugment.parse(recipe.rand_augment)  # what is wrong with it is said here
         self.img_size, self.recipe, self.seed = img_size, recipe, seed
         self.cache_dir, self.backend = Path(cache_dir), backend
-        self.write_options: dict[str, Any] = dict(mode="jpg", max_resolution=640, jpeg_quality=95)
-        self.write_options |= write_options
+        default: dict[str, Any] = dict(mode="jpg", max_resolution=640, jpeg_quality=95)
+        self.write_options = default | write_options
         self.num_workers, self.batches_ahead = num_workers, batches_ahead
         self.splits = tuple(splits)
         used = label_maps if "train" in self.splits else None
@@ -151,7 +151,8 @@ class Images(L.LightningDataModule):
     def describe_batch(self, epoch: int, batch: int) -> str:
         """Numbers of the images of a training batch of this process: at most 8 of them."""
         loader = self._loaders["train"]
-        samples = loader.samples(epoch)[batch * loader.batch_size :][: loader.batch_size]
+        size = loader.shard.batch_size
+        samples = loader.samples(epoch)[batch * size : (batch + 1) * size]
         file = f" of {loader.path}" if self.backend == "ffcv" else ""
         return ", ".join(f"{i}" for i in samples[:8]) + ", ..." * (len(samples) > 8) + file
 
@@ -176,22 +177,18 @@ class Images(L.LightningDataModule):
             sharing = trainer and "SLURM_CPUS_PER_TASK" not in os.environ
             local = world_size // trainer.num_nodes if sharing else 1  # type: ignore[union-attr]
             workers = max(1, available_cores() // local)
-        common: dict[str, Any] = dict(
-            img_size=self.img_size, train=train, num_workers=workers, fill=fill_color(self.mean)
-        )
         shard = Shard(rank, world_size, self.local_batch_size, self.seed)
+        common: dict[str, Any] = dict(recipe=self.recipe, shard=shard, img_size=self.img_size)
+        common |= dict(train=train, num_workers=workers, fill=fill_color(self.mean))
         if self.backend == "imagefolder":
-            from evit.data.imagefolder import folder_loader
+            from evit.data.imagefolder import FolderLoader
 
-            maps = self.map_paths() if train else None
-            common |= dict(label_maps=maps, num_classes=self.num_classes)
-            return folder_loader(self.dataset(split), self.recipe, shard, **common)
+            common |= dict(label_maps=self.map_paths() if train else None)
+            return FolderLoader(self.dataset(split), **common, num_classes=self.num_classes)
         from evit.data.ffcv.stream import FFCVStream
 
-        common |= dict(batches_ahead=self.batches_ahead)
-        common |= dict(device=trainer.strategy.root_device if trainer else "cpu")
         path = self.beton_dir / f"{split}.beton"
-        return FFCVStream(path, self.recipe, shard, **common)
+        return FFCVStream(path, **common, batches_ahead=self.batches_ahead)
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, ...], _: int) -> Any:
         return normalize(batch[0], self.mean, self.std), *batch[1:]

@@ -13,22 +13,10 @@ from evit.recipe import Recipe
 class Shard(NamedTuple):
     """The share of the images that one of `world_size` processes reads, in batches."""
 
-    rank: int = 0
-    world_size: int = 1
-    batch_size: int = 1
-    seed: int = 0
-
-    def train_batches(self, num_images: int, recipe: Recipe) -> int:
-        """Batches of an epoch, the same for every process: whole optimizer steps only."""
-        per_step = max(recipe.batch_size // (self.world_size * self.batch_size), 1)
-        length = epoch_length(num_images, recipe.repeated_augmentations)
-        steps = length // self.world_size // (self.batch_size * per_step)
-        if not steps:
-            raise ValueError(
-                f"{num_images} training images do not fill one batch of {self.batch_size} x "
-                f"{per_step} on {self.world_size} processes: lower recipe.batch_size"
-            )
-        return steps * per_step
+    rank: int
+    world_size: int
+    batch_size: int
+    seed: int
 
 
 def choose_samples(num_samples: int, max_samples: int | None) -> np.ndarray:
@@ -53,31 +41,74 @@ def repeated_order(num_samples: int, repeats: int, seed: int) -> np.ndarray:
     return order.repeat(repeats)[: epoch_length(num_samples, repeats)]
 
 
-def empty_batch(img_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Empty batch for a process without images: Lightning needs a batch from each process."""
-    images = torch.zeros(0, 3, img_size, img_size, dtype=torch.uint8, device=device)
-    return images, torch.zeros(0, dtype=torch.int64, device=device)
+class EpochLoader:
+    """An iterable of batches, whose position Lightning saves in checkpoints and restores.
 
+    Training: an epoch has whole batches and whole optimizer steps, and disjoint parts of equal size
+    for the processes. Evaluation: image rank, rank + world_size, ... of the data set, each exactly
+    once over all processes; a process without any has one empty batch.
 
-class Resumable:
-    """An iterable of batches whose position Lightning saves in checkpoints, and restores.
-
-    position is the number of batches of this epoch that have been given out, waited the seconds
-    that whoever asked for them has waited, since the loader was made.
+    Attributes:
+        indices: the images of the data set that are used, ascending.
+        position: batches of this epoch given out so far.
+        waited: seconds that consumers have waited for batches since the loader was made.
     """
 
-    position = 0
+    epoch = position = _start = 0
     waited = 0.0
-    _start = 0
+    batch_sampler = sampler = property(lambda self: self)  # where Lightning looks for set_epoch
+
+    def __init__(self, num_images: int, recipe: Recipe, shard: Shard, train: bool, img_size: int):
+        limit = recipe.max_train_images if train else recipe.max_val_images
+        self.indices = choose_samples(num_images, limit)
+        self.recipe, self.shard, self.train, self.img_size = recipe, shard, train, img_size
+        count, (rank, world_size, batch_size, _) = len(self.indices), shard
+        self._length = max(-(-len(range(rank, count, world_size)) // batch_size), 1)
+        if train:
+            per_step = max(recipe.batch_size // (world_size * batch_size), 1)
+            length = epoch_length(count, recipe.repeated_augmentations)
+            self._length = length // world_size // (batch_size * per_step) * per_step
+            if not self._length:
+                raise ValueError(
+                    f"{count} training images do not fill one batch of {batch_size} x {per_step} "
+                    f"on {world_size} processes: lower recipe.batch_size"
+                )
 
     def batches(self, start: int) -> Generator[Any]:
+        """Batches `start`, `start` + 1, ... of the epoch of a process that has images."""
         raise NotImplementedError
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Positions in `indices` that an epoch shows, dealt out to the processes one by one."""
+        if not self.train:
+            return np.arange(len(self.indices))
+        seed = self.shard.seed * 100_003 + epoch  # neighbouring seeds have no order in common
+        return repeated_order(len(self.indices), self.recipe.repeated_augmentations, seed)
+
+    def own(self, whole: np.ndarray) -> np.ndarray:
+        """The part of an epoch's values that belongs to this process."""
+        found = whole[self.shard.rank :: self.shard.world_size]
+        return found[: len(self) * self.shard.batch_size]
+
+    def samples(self, epoch: int = 0) -> np.ndarray:
+        """Numbers of the images that this process sees in an epoch, in order."""
+        return self.own(self.indices[self.order(epoch)])
+
+    def __len__(self) -> int:
+        return self._length
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
 
     def __iter__(self) -> Iterator[Any]:
         # As this is a generator, nothing is read before the first batch is asked for: Lightning
         # also asks for iterators that it does not use, and for others before it sets the epoch.
         self.position, self._start = self._start, 0
         batches = self.batches(self.position)
+        if self.shard.rank >= len(self.indices):  # Lightning needs a batch of each process
+            shape = 0, 3, self.img_size, self.img_size
+            empty = torch.zeros(shape, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
+            batches = (batch for batch in [empty])
         try:
             while True:
                 asked = time.perf_counter()
@@ -91,11 +122,11 @@ class Resumable:
             batches.close()
 
     def state_dict(self) -> dict[str, int]:
-        return dict(position=self.position, length=len(self))  # type: ignore[arg-type]
+        return dict(position=self.position, length=len(self))
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Begin the next iteration, and no later one, at the batch after the last one seen."""
-        length, then = self.state_dict()["length"], state["length"]
+        length, then = len(self), state["length"]
         self._start = state["position"] % then
         if self._start and length != then:
             raise ValueError(

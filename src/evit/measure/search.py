@@ -143,38 +143,24 @@ class Search:
         for i, g in itertools.product(range(L), range(G)):
             if found := self.measure([n] * i + [self.grid[g]] * (L - i)):
                 loss[i, g], saved[i, g] = found.loss, self.dense.cost - found.cost
-        loss = np.maximum.accumulate(loss, 1)  # fewer tokens are not better
         self.unit = max(saved.max() / BINS, 1e-12)
-        bins = np.round(saved / self.unit).astype(int).clip(0)
-        self.value = np.full((G, BINS + 1), np.inf)  # least loss, by tokens left and bins saved
-        self.value[0, 0] = 0
-        self.back = np.zeros((L, G, BINS + 1, 2), int)  # tokens left and bins saved before
-        for i in range(L):
-            value = np.full_like(self.value, np.inf)
-            for before, g in itertools.combinations_with_replacement(range(G), 2):
-                more = max(bins[i, g] - bins[i, before], 0)
-                if np.isinf(loss[i, g]) or more > BINS:
-                    continue
-                came = np.arange(BINS + 1 - more)
-                total = self.value[before, came] + loss[i, g] - loss[i, before]
-                better = total < value[g, came + more]
-                value[g, came[better] + more] = total[better]
-                self.back[i, g, came[better] + more] = np.stack(
-                    [np.full(better.sum(), before), came[better]], 1
-                )
-            self.value = value
+        losses = np.maximum.accumulate(loss, 1).tolist()  # fewer tokens are not better
+        bins = np.round(saved / self.unit).astype(int).clip(0).tolist()
+        # By index of the tokens left and bins saved: the least loss, and the schedule.
+        self.least: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = {(0, 0): (0.0, ())}
+        for lost, less in zip(losses, bins, strict=True):
+            known, self.least = self.least, {}
+            for (before, b), (total, counts) in known.items():
+                for g in range(before, G):
+                    key = g, b + max(less[g] - less[before], 0)
+                    new = total + lost[g] - lost[before], (*counts, self.grid[g])
+                    if lost[g] < np.inf and key[1] <= BINS:
+                        self.least[key] = min(new, self.least.get(key, new))
 
     def path(self, bins: int) -> tuple[int, ...]:
         """Schedule of least predicted loss that saves at least this many bins; () if none."""
-        g, b = np.unravel_index(self.value[:, bins:].argmin(), self.value[:, bins:].shape)
-        b += bins
-        if np.isinf(self.value[g, b]):
-            return ()
-        counts = []
-        for i in reversed(range(len(self.places))):
-            counts.append(self.grid[g])
-            g, b = self.back[i, g, b]
-        return tuple(reversed(counts))
+        fitting = (found for (_, saved), found in self.least.items() if saved >= bins)
+        return min(fitting, default=(0.0, ()))[1]
 
     def front(self, count: int = 12) -> list[Found]:
         """Measured schedules from the cheapest to the dense one."""

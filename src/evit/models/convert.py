@@ -41,10 +41,8 @@ def reduce(
     given = dict(keep_rate=keep_rate, at=at, counts=counts)
     reducer = reducers.make(name, **given, **options)
     if not hasattr(model, "reducer"):
-        built_from, cfg = (
-            model.__dict__.pop("_model_args", {}),
-            dict(getattr(model, "pretrained_cfg", {})),
-        )
+        built_from = model.__dict__.pop("_model_args", {})
+        cfg = dict(getattr(model, "pretrained_cfg", {}))
         model.__class__ = reduced_class(type(model))
         model.built_from = built_from | dict(base=cfg.get("architecture"))
         model.pretrained_cfg = cfg | dict(architecture="reduced_vit")  # in models/registry.py

@@ -70,13 +70,6 @@ def _entry(name: str, defaults: dict[str, Any]) -> Callable[..., ReducedViT]:
     return create
 
 
-def _deit_cfg(name: str) -> dict[str, Any]:
-    """timm's configuration of the matching DeiT weights."""
-    cfg = get_pretrained_cfg(f"deit_{name.split('_')[2]}_patch16_224")
-    assert cfg is not None
-    return cfg.to_dict()
-
-
 LV_VIT_CFG: Any = dict(
     num_classes=1000,
     input_size=(3, 224, 224),
@@ -88,10 +81,11 @@ LV_VIT_CFG: Any = dict(
     first_conv="patch_embed.conv1",
     classifier=("head", "aux_head"),
 )
-default_cfgs = generate_default_cfgs(
-    {f"{name}.fb_in1k": _deit_cfg(name) for name in NAMES if "deit" in name}
-    | {name: LV_VIT_CFG for name in NAMES if "deit" not in name}
-)
+CFGS: Any = {name: LV_VIT_CFG for name in NAMES if "deit" not in name}
+for _size in DEIT:  # DeiT's weights are loaded unchanged
+    _cfg = get_pretrained_cfg(f"deit_{_size}_patch16_224")
+    CFGS |= {f"{name}.fb_in1k": _cfg for name in NAMES if f"deit_{_size}" in name}
+default_cfgs = generate_default_cfgs(CFGS)
 for _name, _defaults in NAMES.items():
     globals()[_name] = register_model(_entry(_name, _defaults))
 

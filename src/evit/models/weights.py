@@ -19,7 +19,7 @@ PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
 HEADS = ("head", "aux_head", "head_dist")
 
 
-def read_file(path: str | Path) -> Any:
+def read_file(path: str | Path, device: str = "cpu") -> Any:
     """Read a checkpoint file without executing anything in it.
 
     Raises:
@@ -33,7 +33,7 @@ def read_file(path: str | Path) -> Any:
             return load_file(path)
         check_zip(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ValueError(f"checkpoint {str(path)!r} cannot be read: {reason}") from error

@@ -25,9 +25,11 @@ def make(reducer: str | Reducer, **arguments: Any) -> Reducer:
     """Create a reducer by name; a Reducer is returned unchanged.
 
     Raises:
-        ValueError: no reducer has this name, or it does not take an option.
+        ValueError: no reducer has this name, it does not take an option, or it is made already.
     """
     if isinstance(reducer, Reducer):
+        if given := [name for name, value in arguments.items() if value is not None]:
+            raise ValueError(f"{', '.join(given)} is the reducer's: give it where that is made")
         return reducer
     if reducer not in REDUCERS:
         raise ValueError(
@@ -52,10 +54,8 @@ def take(
     """Create the reducer from a model's arguments, removing its options from kwargs."""
     if reducer is None:
         reducer, keep_rate = "evit", 1.0
-    if isinstance(reducer, Reducer) and drop_loc is not None:
-        raise ValueError(f"drop_loc={list(drop_loc)} is the reducer's: reducer.at")
     if reducer not in REDUCERS:
-        return make(reducer)
+        return make(reducer, keep_rate=keep_rate, drop_loc=drop_loc, fusion=fusion)
     known = options(REDUCERS[reducer]) - {"keep_rate", "at"}
     own = {name: kwargs.pop(name) for name in known & set(kwargs)}
     if fusion is not None and "fusion" in known:

@@ -200,13 +200,10 @@ class Reducer(nn.Module):
 
     def kept(self, n: int) -> list[int]:
         """Number of image tokens that each place keeps, for n patches; all: it does nothing."""
-        kept = []
+        kept, others = [], self.num_prefix + self.extra
         for i in range(len(self.at)):
-            k = self.wanted(i, n)
-            if self.multiple > 1:
-                others = self.num_prefix + self.extra
-                k = min(-(-(k + others) // self.multiple) * self.multiple - others, n)
-            kept.append(k)
+            up = -(-(self.wanted(i, n) + others) // self.multiple) * self.multiple
+            kept.append(k := min(up - others, n))
             n = n if k == n else k + self.extra
         return kept
 

@@ -84,12 +84,8 @@ class MCTF(Pairing):
     def fuse(self, seen: Seen, weight_BHTT: Tensor, num_kept: int) -> Reduction:
         sizes, P, n = seen.sizes(), seen.num_prefix, seen.x_BTC.shape[1] - seen.num_prefix
         importance_BT = weight_BHTT.detach().float().mean((1, 2))
-        inverse = 1 / importance_BT
-        value_BN = (inverse / inverse.amax(1, keepdim=True))[:, P:] ** (1 / self.tau_info)
-        if seen.sizes_BT is not None:
-            small = 1 / seen.sizes_BT
-            small = (small / small.amax(1, keepdim=True))[:, P:]
-            value_BN = value_BN * small ** (1 / self.tau_size)
+        # The paper's shares of the largest ones differ by a factor for each image: the order stays.
+        value_BN = importance_BT[:, P:] ** (-1 / self.tau_info) * sizes ** (-1 / self.tau_size)
         a, b, place = split(n, P, sizes.device)
         tokens = unit(seen.image())
         cosine = (tokens[:, a] @ tokens[:, b].mT + 1) / 2
@@ -109,9 +105,7 @@ class MCTF(Pairing):
         host_BA = host_BA.scatter(1, stay_a, torch.arange(S, device=a.device).expand_as(stay_a))
         host_BN = torch.cat([host_BA, host_BB], 1)[:, place]
         index_BK = torch.cat([a[stay_a], b[stay_b]], 1)
-        full = torch.nn.functional.pad(sizes, (P, 0), value=1.0)
-        weight_BN = importance_BT[:, P:] * sizes / full.amax(1, keepdim=True)
-        return merge_into(seen, index_BK, host_BN, weight_BN, sizes)
+        return merge_into(seen, index_BK, host_BN, importance_BT[:, P:] * sizes, sizes)
 
     def macs(self, n: int, k: int, dim: int) -> int:
         a, b = n + self.num_prefix, k + self.num_prefix

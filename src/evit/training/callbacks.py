@@ -43,14 +43,15 @@ class KeepRateSchedule(L.Callback):
         self.final: tuple[float, ...] = self.model.keep_rate
         if reducer.masked or reducer.own or reducer.given:
             self.schedule = (0, 0)  # constant, as these methods' authors train
-        self.choices = sorted(pl_module.recipe.any_rate or ())
+        self.choices = sorted(pl_module.recipe.any_rate or ())[:-1]  # the largest teaches
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, i: int) -> None:
         steps = trainer.num_training_batches
         i -= i % trainer.accumulate_grad_batches  # one rate for a whole step
         rates = keep_rate_at(trainer.current_epoch * steps + i, steps, self.final, *self.schedule)
-        if self.choices:
-            rates = self.draw(trainer.global_step, pl_module)
+        if self.choices:  # every other time the smallest; a draw from seed and step alone
+            drawn = random.Random(f"{pl_module.seed} {trainer.global_step}").choice(self.choices)
+            rates = (drawn if trainer.global_step % 2 else self.choices[0],) * len(self.final)
         self.set(rates, 1 if rates == self.final or self.choices else self.multiple)
         tokens = self.model.tokens_per_block()
         pl_module.log("tokens_per_image", sum(tokens) / len(tokens), prog_bar=True)
@@ -58,13 +59,6 @@ class KeepRateSchedule(L.Callback):
             pl_module.log("keep_rate", rates[0], prog_bar=True)
         else:
             pl_module.log_dict({f"keep_rate/{i}": rate for i, rate in enumerate(rates, 1)})
-
-    def draw(self, step: int, pl_module: Any) -> tuple[float, ...]:
-        """Draw the second keep rate of a step (recipe.any_rate), from the seed and the step."""
-        some = random.Random(f"{pl_module.seed} {step}").choice(self.choices[:-1])
-        rate = some if step % 2 else self.choices[0]
-        pl_module.objective.rates = self.choices[-1], rate
-        return (rate,) * len(self.final)
 
     def on_validation_start(self, *_: Any) -> None:
         if self.choices:
@@ -118,15 +112,15 @@ class Progress(L.Callback):
     process. Both leave out the first step of an epoch.
 
     Args:
-        batch_size: images per optimizer step; None if nothing is trained.
+        batch_size: images per optimizer step.
         compiled: print the time of the first step, which compiles.
     """
 
-    def __init__(self, batch_size: int | None = None, bar: bool = False, compiled: bool = False):
-        self.compiled, self.begun = compiled, 0.0
-        self.batch_size, self.bar, self.due = batch_size, bar, time.monotonic() + 8
+    def __init__(self, batch_size: int, bar: bool = False, compiled: bool = False):
+        self.batch_size, self.bar, self.compiled = batch_size, bar, compiled
+        self.due, self.epoch, self.numbers = time.monotonic() + 8, -1, ""
+        self.waiting = ""  # what the first step, which may take long, is said to be
         self.images_per_s: float | None = None  # until two steps of an epoch were taken
-        self.epoch, self.numbers, self.waiting = -1, "", ""
 
     def on_train_start(self, trainer: Any, *_: Any) -> None:
         self.waiting = "in the first step" if trainer.is_global_zero and not self.bar else ""
@@ -136,21 +130,21 @@ class Progress(L.Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         done, total = args[-1] + 1, trainer.num_training_batches
+        now = (done, time.perf_counter(), trainer.train_dataloader.waited)
         if self.compiled and trainer.is_global_zero:
             self.compiled = False
-            print(f"The first step took {time.perf_counter() - self.begun:.0f} s", flush=True)
-        now = (done, time.perf_counter(), trainer.train_dataloader.waited)
+            print(f"The first step took {now[1] - self.begun:.0f} s", flush=True)
         if self.epoch != trainer.current_epoch:
             self.epoch, self.start = trainer.current_epoch, now
         else:
             batches, seconds, waited = (b - a for a, b in zip(self.start, now, strict=True))
             images = batches * self.batch_size / trainer.accumulate_grad_batches
             self.images_per_s, self.data_wait = images / seconds, waited / seconds
-            left = (trainer.max_epochs - self.epoch) * total - done
+            left = ((trainer.max_epochs - self.epoch) * total - done) * seconds / batches
             self.numbers = f"{self.images_per_s:.0f} images/s  data wait {self.data_wait:.0%}  "
-            self.numbers += f"{timedelta(seconds=round(left * seconds / batches))} left"
+            self.numbers += f"{timedelta(seconds=round(left))} left"
         names = ("train/loss", "keep_rate", "tokens_per_image")
-        self.tell_at_times(trainer, f"step {done}/{total}", names, self.numbers)
+        self.tell(trainer, f"step {done}/{total}", names, self.numbers)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if self.images_per_s is not None:
@@ -158,32 +152,30 @@ class Progress(L.Callback):
             pl_module.log("train/data_wait", self.data_wait)
 
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        self.tell_at_times(trainer, f"evaluating {args[2] + 1}/{sum(trainer.num_val_batches)}")
+        self.tell(trainer, f"evaluating {args[2] + 1}/{sum(trainer.num_val_batches)}")
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if self.batch_size and trainer.is_global_zero:
-            self.tell(trainer, "", ("train/loss", "val/loss", "val/top1", "val/top5"))
+        names = ("train/loss", "val/loss", "val/top1", "val/top5")
+        self.tell(trainer, "", names, now=True)
 
-    def tell_at_times(self, trainer: Any, *words: Any) -> None:
+    def tell(
+        self, trainer: Any, what: str, names: Any = (), more: str = "", now: bool = False
+    ) -> None:
+        """Print a line with metrics, for if one is due; reading them waits for the GPU."""
         self.waiting = ""
-        if not self.bar and trainer.is_global_zero and time.monotonic() >= self.due:
-            self.due = time.monotonic() + 30
-            self.tell(trainer, *words)
-
-    def tell(self, trainer: Any, what: str, names: Any = (), more: str = "") -> None:
-        """Print a line with the values of metrics; reading them waits for the GPU."""
-        values, words = trainer.callback_metrics if names else {}, [what]
-        if self.batch_size:
-            epoch = min(trainer.current_epoch + 1, trainer.max_epochs)
-            words = [f"epoch {epoch}/{trainer.max_epochs}", what]
-        words += [f"{name} {float(values[name]):.3f}" for name in names if name in values]
-        print("  ".join(filter(None, [*words, more])), flush=True)
+        due = not self.bar and time.monotonic() >= self.due
+        if not trainer.is_global_zero or not (due or now):
+            return
+        self.due = self.due if now else time.monotonic() + 30
+        epoch, values = min(trainer.current_epoch + 1, trainer.max_epochs), trainer.callback_metrics
+        numbers = [f"{name} {float(values[name]):.3f}" for name in names if name in values]
+        words = [f"epoch {epoch}/{trainer.max_epochs}", what, *numbers, more]
+        print("  ".join(filter(None, words)), flush=True)
 
 
-def progress(batch_size: int | None = None, compiled: bool = False) -> list[L.Callback]:
-    """Progress, and on a terminal Lightning's progress bar."""
-    bar: list[L.Callback] = [RichProgressBar(10)] if sys.stdout.isatty() else []
-    return [Progress(batch_size, bool(bar), compiled), *bar]
+def progress_bar() -> list[L.Callback]:
+    """Lightning's progress bar, on a terminal."""
+    return [RichProgressBar(10)] if sys.stdout.isatty() else []
 
 
 class NonFinite(L.Callback):
@@ -198,13 +190,13 @@ class NonFinite(L.Callback):
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
         lr = trainer.optimizers[0].param_groups[0]["lr"]
-        self.text = f"(epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, step "
-        self.text += f"{trainer.global_step + 1}, learning rate {lr:.3g}"
+        self.at = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, step "
+        self.at += f"{trainer.global_step + 1}, learning rate {lr:.3g}"
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
         rates = "/".join(f"{rate:.3g}" for rate in getattr(pl_module.model, "keep_rate", ()))
-        text = self.text + (f", keep rate {rates})" if rates else ")")
-        self.steps.append((text, args[-1], outputs["loss"]))
+        at = self.at + f", keep rate {rates}" * bool(rates)
+        self.steps.append((at, args[-1], outputs["loss"]))
         every = trainer.log_every_n_steps * trainer.accumulate_grad_batches
         if every and (args[-1] + 1) % every == 0:
             self.look(trainer)
@@ -218,9 +210,9 @@ class NonFinite(L.Callback):
         bad = trainer.strategy.reduce(bad.int(), reduce_op="max")
         if not bad.any():
             return
-        text, batch, loss = steps[int(bad.nonzero()[0])]
+        at, batch, loss = steps[int(bad.nonzero()[0])]
         images = trainer.datamodule.describe_batch(trainer.current_epoch, batch)
-        text = f"the loss is {loss} {text}, for images of process {trainer.global_rank}: {images}"
+        text = f"the loss is {loss} ({at}), for images of process {trainer.global_rank}: {images}"
         found = [(math.isfinite(loss), text)] * trainer.world_size
         if trainer.world_size > 1:
             torch.distributed.all_gather_object(found, found[0])

@@ -1,6 +1,5 @@
 """Write checkpoints atomically, and choose the one that a run resumes from."""
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from evit.files import check_zip, sync_folder, whole_file
+from evit.files import sync_folder, whole_file
+from evit.models.weights import read_file
 
 
 class WholeFiles(TorchCheckpointIO):
@@ -81,12 +81,7 @@ class BestCheckpoint(ModelCheckpoint):
 
 def optimizer_steps(path: Path) -> int:
     """Number of optimizer steps in a checkpoint; a ValueError if it cannot be read."""
-    try:
-        check_zip(path)
-        checkpoint = torch.load(path, weights_only=True, map_location="meta")
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path} cannot be read ({reason})") from error
+    checkpoint = read_file(path, "meta")
     if not isinstance(checkpoint, dict) or "optimizer_states" not in checkpoint:
         raise ValueError(f"{path} holds weights alone: checkpoint={path} starts from them")
     return checkpoint["global_step"]

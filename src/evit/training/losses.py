@@ -24,57 +24,66 @@ def mean_of(values: Tensor, chosen: Tensor) -> Tensor:
 
 
 class Classification:
-    """Cross-entropy with mixup and cutmix. losses() contains no random draws, so it compiles.
+    """Cross-entropy with mixup and cutmix, or the loss of a reducer that learns (its `losses`).
+
+    losses() contains no random draws, so it compiles.
 
     Args:
-        teacher: a dense model whose class logits are distilled, and whose tokens those that survive
-            follow, each that of its own patch; "self": this model at keep rate 1.
+        teacher: a dense model to distil: its class logits, and for each kept token its token of
+            the same patch; "self": this model at keep rate 1.
     """
 
     def __init__(
         self, model: Any, recipe: Recipe, num_classes: int, batch_size: int, teacher: Any = None
     ):
         self.model, self.recipe, self.num_classes = model, recipe, num_classes
-        draws = (recipe.mixup, recipe.cutmix, recipe.mixup_switch_prob, recipe.label_smoothing)
-        self.mixup = make_mixup(num_classes, *draws, batch_size, recipe.mixup_mode)
-        self.teacher = teacher
+        self.mixup = make_mixup(recipe, num_classes, batch_size)
+        self.teacher = model if teacher == "self" else teacher
+        self.learns = getattr(getattr(model, "reducer", None), "masked", False)
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         smoothing = self.recipe.label_smoothing if targets.ndim == 1 else 0.0
         return F.cross_entropy(logits, targets, label_smoothing=smoothing)
 
     def __call__(self, images: Tensor, labels: Tensor, *_: Tensor) -> dict[str, Tensor]:
-        mixed = (images, labels) if self.mixup is None else self.mixup(images, labels)
-        return self.losses(*mixed, *self.taught(mixed[0]))
+        images, targets = self.mixup(images, labels) if self.mixup else (images, labels)
+        return self.losses(images, targets, *self.taught(images))
 
     @torch.no_grad()
     def taught(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The teacher's class logits and token outputs, if there is a teacher."""
-        if self.teacher is None:
+        """The teacher's class logits and tokens, if there is one that the loss does not ask."""
+        if self.teacher is None or self.learns:
             return ()
-        own, rates = self.teacher == "self", self.model.keep_rate
-        teacher = self.model if own else self.teacher
-        if own:
-            teacher.set_keep_rate(1.0)
-        x = teacher.forward_features(images)
-        if own:
-            teacher.set_keep_rate(rates)
-        return teacher.forward_head(x), teacher.token_outputs(x)[1]
+        forward = self.teacher.forward_features
+        x = self.at(1.0, forward, images) if self.teacher is self.model else forward(images)
+        return self.teacher.forward_head(x), self.teacher.token_outputs(x)[1]
+
+    def at(self, keep_rate: float, forward: Any, images: Tensor) -> Tensor:
+        """What the model's forward gives at another keep rate than its own."""
+        own = self.model.keep_rate
+        self.model.set_keep_rate(keep_rate)
+        found = forward(images)
+        self.model.set_keep_rate(own)
+        return found
 
     def losses(self, images: Tensor, targets: Tensor, *wanted: Tensor) -> dict[str, Tensor]:
+        model, recipe = self.model, self.recipe
+        if self.learns:
+            common = self.cross_entropy, self.teacher, recipe
+            return model.reducer.losses(model, images, targets, *common)
         if not wanted:
-            return dict(loss=self.cross_entropy(self.model(images), targets))
+            return dict(loss=self.cross_entropy(model(images), targets))
         x, ids, reductions = self.encoded(images)
-        logits, tokens = self.model.logits(x, reductions), self.model.token_outputs(x)[1]
+        logits, tokens = model.logits(x, reductions), model.token_outputs(x)[1]
         teacher_logits, teacher_tokens = wanted
         index = ids.clamp(0).view(*ids.shape, *(1,) * (tokens.ndim - 2)).expand_as(tokens)
-        distance = self.model.token_distance(tokens, teacher_tokens.gather(1, index))
+        distance = model.token_distance(tokens, teacher_tokens.gather(1, index))
         parts = dict(
             class_distillation=divergence(logits, teacher_logits).mean(),
             token_distillation=mean_of(distance, ids >= 0),
         )
         loss = self.cross_entropy(logits, targets)
-        return dict(loss=loss + self.recipe.distill_weight * sum(parts.values()), **parts)
+        return dict(loss=loss + recipe.distill_weight * sum(parts.values()), **parts)
 
     def encoded(self, images: Tensor, *swapped: Tensor) -> tuple[Tensor, Tensor, Any]:
         """Normalised tokens (B, T, C), the ids of their patches (B, N), -1: none; reductions."""
@@ -88,34 +97,15 @@ class Classification:
 
 
 class AnyRate(Classification):
-    """Train one checkpoint for many keep rates: the largest rate teaches a second one per step.
-
-    KeepRateSchedule sets `rates` at each step: the largest, and the smallest or a random one.
-    """
-
-    rates: tuple[float, float] = (1.0, 1.0)
+    """Train one checkpoint for many keep rates: the largest learns from the labels, and teaches
+    the model's own rate, which KeepRateSchedule draws at each step."""
 
     def __call__(self, images: Tensor, labels: Tensor, *_: Tensor) -> dict[str, Tensor]:
-        mixed = (images, labels) if self.mixup is None else self.mixup(images, labels)
-        largest, drawn = (self.at(rate, mixed[0]) for rate in self.rates)
-        consistency = divergence(drawn, largest.detach()).mean()
-        loss = self.cross_entropy(largest, mixed[1]) + consistency
+        images, targets = self.mixup(images, labels) if self.mixup else (images, labels)
+        largest = self.at(max(self.recipe.any_rate or ()), self.model, images)
+        consistency = divergence(self.model(images), largest.detach()).mean()
+        loss = self.cross_entropy(largest, targets) + consistency
         return dict(loss=loss, consistency=consistency)
-
-    def at(self, rate: float, images: Tensor) -> Tensor:
-        self.model.set_keep_rate(rate)
-        return self.model(images)
-
-
-class DynamicTokens(Classification):
-    """Losses of a reducer with its own training method (its `losses`)."""
-
-    def taught(self, images: Tensor) -> tuple[Tensor, ...]:
-        return ()  # the reducer runs the teacher itself, for tokens too
-
-    def losses(self, images: Tensor, targets: Tensor, *_: Tensor) -> dict[str, Tensor]:
-        model, common = self.model, (self.cross_entropy, self.teacher, self.recipe)
-        return model.reducer.losses(model, images, targets, *common)
 
 
 class TokenLabels(Classification):
@@ -169,17 +159,15 @@ def make_objective(
     ValueError: any_rate, a teacher, label maps or mixup cannot be combined with it.
     """
     reducer: Any = getattr(model, "reducer", None)
-    kind: Any = AnyRate if recipe.any_rate else Classification
-    learns = reducer is not None and reducer.masked
+    learns, distilled = reducer is not None and reducer.masked, teacher is not None
     if recipe.any_rate and (reducer is None or learns or reducer.own or reducer.given):
         raise ValueError("recipe.any_rate is for a reducer of keep rates without predictors")
-    if recipe.any_rate and teacher is not None:
+    if recipe.any_rate and distilled:
         raise ValueError("recipe.any_rate has its own teacher, the largest rate: leave out teacher")
-    if label_maps and (recipe.any_rate or (teacher is not None and not learns)):
+    if label_maps and (recipe.any_rate or (distilled and not learns)):
         raise ValueError("recipe.any_rate and recipe.teacher need data.label_maps=null")
-    if learns:
-        kind = DynamicTokens
-    elif hasattr(model, "heads") and label_maps:
+    kind: type[Classification] = AnyRate if recipe.any_rate else Classification
+    if label_maps and hasattr(model, "heads") and not learns:
         kind = TokenLabels
         if recipe.mixup or recipe.cutmix:
             raise ValueError(

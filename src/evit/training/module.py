@@ -115,9 +115,7 @@ class Classifier(L.LightningModule):
     def on_train_batch_start(self, *_: Any) -> None:
         if self.current_epoch == self.recipe.epochs - 1:
             self.trainer.check_val_every_n_epoch = 1  # the last epoch is always evaluated
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        scheduler: Any = self.lr_schedulers()
+        scheduler: Any = self.lr_schedulers()  # which is at the next step when this one has ended
         self.log("lr", scheduler.get_last_lr()[0])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

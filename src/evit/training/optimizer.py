@@ -41,26 +41,24 @@ def make_optimizer(
     The parameters of a reducer use recipe.lr; the backbone of such a model uses recipe.backbone_lr
     times that, after recipe.backbone_frozen_epochs.
     """
-    new = {id(p): n.startswith("reducer.") for n, p in model.named_parameters()}
-    scales = (1.0, recipe.backbone_lr) if any(new.values()) else (1.0,)
+    new = {id(p) for n, p in model.named_parameters() if n.startswith("reducer.")}
     decayed = param_groups_weight_decay(
         model, recipe.weight_decay, no_weight_decay_list=model.no_weight_decay()
     )
     steps_per_epoch = total_steps / recipe.epochs
 
-    def rate(backbone: int, scale: float, step: int) -> float:
+    def rate(scale: float, first_epoch: float, step: int) -> float:
         epoch = step / steps_per_epoch
-        frozen = backbone and epoch < recipe.backbone_frozen_epochs
-        return 0.0 if frozen else scale * lr_at(epoch, recipe)
+        return 0.0 if epoch < first_epoch else scale * lr_at(epoch, recipe)
 
-    groups: list[Any] = []
-    rates: list[Any] = []
-    for backbone, scale in enumerate(scales):
+    groups, rates = list[Any](), list[Any]()
+    kinds = [(True, 1.0, 0.0), (False, recipe.backbone_lr, recipe.backbone_frozen_epochs)]
+    for of_reducer, scale, first_epoch in kinds if new else [(False, 1.0, 0.0)]:
         for group in decayed:
-            chosen = [p for p in group["params"] if len(scales) == 1 or new[id(p)] != backbone]
+            chosen = [p for p in group["params"] if (id(p) in new) == of_reducer]
             if chosen:
                 groups.append(group | dict(params=chosen, lr_scale=scale))
-                rates.append(partial(rate, backbone, scale))
+                rates.append(partial(rate, scale, first_epoch))
     cuda = torch.cuda.is_available() and groups[0]["params"][0].is_cuda
     optimizer = torch.optim.AdamW(groups, lr=1.0, fused=cuda or None)
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # or none is clipped

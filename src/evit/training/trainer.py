@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -135,10 +136,7 @@ class Signals(L.Callback):
     on_validation_start = on_train_start  # type: ignore[assignment]
 
 
-@rank_zero_only
-def say(text: str) -> None:
-    """Print a line, in the first process only."""
-    print(text, flush=True)
+say = rank_zero_only(partial(print, flush=True))  # once for all processes
 
 
 def quiet() -> None:

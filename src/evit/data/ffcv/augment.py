@@ -215,14 +215,6 @@ def _rotate(image, affine, fill):
 
 
 @jit
-def _transpose(source, output):
-    for y in range(source.shape[0]):
-        for x in range(source.shape[1]):
-            for c in range(3):
-                output[x, y, c] = source[y, x, c]
-
-
-@jit
 def apply_operation(image, operation, argument, affine, fill):
     """Change image (H, W, 3), uint8; affine is what source_of says of the operation."""
     if operation == NOTHING:
@@ -232,11 +224,10 @@ def apply_operation(image, operation, argument, affine, fill):
     elif operation == ra.SHEAR_X or operation == ra.TRANSLATE_X:
         _shift_rows(image.copy(), image, affine[1], affine[2], fill)
     elif operation == ra.SHEAR_Y or operation == ra.TRANSLATE_Y:  # rows are faster than columns
-        turned = np.empty((image.shape[1], image.shape[0], 3), np.uint8)
+        turned = np.ascontiguousarray(image.transpose((1, 0, 2)))
         output = np.empty_like(turned)
-        _transpose(image, turned)
         _shift_rows(turned, output, affine[3], affine[5], fill)
-        _transpose(output, image)
+        image[:] = output.transpose((1, 0, 2))
     elif operation == ra.COLOR:
         _color(image, np.float32(argument))
     elif operation == ra.SHARPNESS:

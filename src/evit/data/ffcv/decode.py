@@ -1,30 +1,18 @@
-"""FFCV decoders that read, crop, resize and flip a batch in one compiled, parallel loop.
+"""Decode, crop, resize and flip a batch of images in one compiled, parallel loop.
 
-FFCV gives a decoder nothing but sample numbers, so the order of an epoch carries the randomness:
-every entry is `seed << 32 | sample`, and a crop is a pure function of its entry. Of a JPEG no more
-is decoded than the crop shows, and in training at 1/2, 1/4 or 1/8 of the size where that leaves
-twice the pixels that are wanted on either side. The rest is a mean over areas.
+Of a JPEG no more is decoded than the crop shows, and in training at 1/2, 1/4 or 1/8 of the size
+where that leaves twice the pixels that are wanted on either side. The rest is a mean over areas.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numba
 import numpy as np
 
-from evit.data.ffcv import augment
-from evit.data.ffcv._ffcv import AllocationQuery, Operation, State, get_random_crop
-from evit.data.ffcv.format import JPEG, DamagedSample, Shape
+from evit.data.ffcv._ffcv import get_random_crop
+from evit.data.ffcv.format import JPEG
 from evit.data.ffcv.jpeg import jpeg_crop
-from evit.data.randaugment import RandAugment, source_of, warp_of
-from evit.recipe import Recipe
 
-SAMPLE_BITS = np.uint64(32)
-SAMPLE_MASK = np.uint64(2**32 - 1)
-SALT = np.uint32(0x9E3779B9)
 RATIO = np.array([3 / 4, 4 / 3])  # width / height of random crops
 _BESIDE = 8 + 2 + 32  # columns that jpeg_crop may add to a crop: margins and the widest MCU
 _ONE, _TWO, _THREE = np.uintp(1), np.uintp(2), np.uintp(3)  # numba checks signed indices for < 0
@@ -128,15 +116,17 @@ def crop_image(data, is_jpeg, size, box, flip, shrinks, output):
 
 
 @numba.njit(cache=True, nogil=True, parallel=True)
-def crop_batch(samples, boxes, flips, shrinks, output, metadata, file, ptrs, sizes):
-    """Fill output (B, H, W, 3) and return the statuses (B,) of crop_image."""
-    status = np.zeros(len(samples), np.int32)
-    for k in numba.prange(len(samples)):
-        field = metadata[samples[k]]
-        start = field["data_ptr"]
-        data = file[start : start + sizes[np.searchsorted(ptrs, start)]]
-        size = np.int64(field["height"]), np.int64(field["width"])
-        is_jpeg = field["mode"] == JPEG
+def crop_batch(file, images, sizes, boxes, flips, shrinks, output):
+    """Fill output (B, H, W, 3) and return the statuses (B,) of crop_image.
+
+    Images (B,) are FFCV's metadata of them, sizes (B,) those of their data in bytes.
+    """
+    status = np.zeros(len(images), np.int32)
+    for k in numba.prange(len(images)):
+        image = images[k]
+        data = file[image["data_ptr"] : image["data_ptr"] + sizes[k]]
+        size = np.int64(image["height"]), np.int64(image["width"])
+        is_jpeg = image["mode"] == JPEG
         status[k] = crop_image(data, is_jpeg, size, boxes[k], flips[k], shrinks, output[k])
     return status
 
@@ -175,99 +165,9 @@ def center_crops(
     return np.stack([*offset, side, side], axis=1).astype(np.int64)
 
 
-class Decoder(Operation):
-    """Arrays (B, *shape) that fill(entries, output, metadata, storage) fills and returns."""
-
-    def __init__(self, fill: Callable[..., np.ndarray], shape: Sequence[int], dtype: str) -> None:
-        super().__init__()
-        self.fill, self.shape, self.dtype = fill, tuple(shape), np.dtype(dtype)
-
-    def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
-        state = replace(previous_state, jit_mode=True, shape=self.shape, dtype=self.dtype)
-        return state, AllocationQuery(self.shape, self.dtype)
-
-    def generate_code(self) -> Callable:
-        return self.fill
-
-
-class Crops:
-    """Crops of images, and what is said of them, each a decoder's `fill`.
-
-    Evaluation resizes the short side to img_size / crop_pct and cuts out the centre, cutting first.
-    Training takes torchvision's RandomResizedCrop of crop_scale times the area, a horizontal flip
-    with probability flip, and then RandAugment.
-    """
-
-    def __init__(self, img_size: int, recipe: Recipe, train: bool, fill: tuple[int, ...]) -> None:
-        self.img_size, self.recipe, self.train = img_size, recipe, train
-        # Not uint8: FFCV changes numba's own type of such arrays.
-        self.fill, name = np.array(fill, np.int64), recipe.rand_augment
-        self.rand_augment: Any = RandAugment.parse(name) if train and name else None
-
-    def crops(self, entries: np.ndarray, metadata: np.ndarray) -> Any:
-        """Sizes (B, 2) of height and width, boxes (B, 4) of top, left, height, width, and flips
-        (B,) of an order's entries."""
-        fields = metadata[entries & SAMPLE_MASK]
-        sizes = heights, widths = [fields[side].astype(np.int64) for side in ("height", "width")]
-        if self.train:
-            seeds, scale = (entries >> SAMPLE_BITS).astype(np.uint32), self.recipe.crop_scale
-            parameters = np.array(scale, float), RATIO, float(self.recipe.flip)
-            return np.stack(sizes, 1), *random_crops(heights, widths, seeds, *parameters)
-        boxes = center_crops(heights, widths, self.img_size, self.recipe.crop_pct)
-        return np.stack(sizes, 1), boxes, np.zeros(len(boxes), np.bool_)
-
-    def drawn(self, entries: np.ndarray) -> Any:
-        """RandAugment's operations and arguments (B, layers)."""
-        seeds = (entries >> SAMPLE_BITS).astype(
-            np.uint32
-        ) ^ SALT  # crops: from the seeds themselves
-        return augment.draw(seeds, *self.rand_augment)
-
-    def images(self, entries: Any, output: np.ndarray, metadata: Any, storage: Any) -> np.ndarray:
-        """uint8 (B, H, W, 3)."""
-        samples, (_, boxes, flips) = entries & SAMPLE_MASK, self.crops(entries, metadata)
-        status = crop_batch(samples, boxes, flips, self.train, output, metadata, *storage)
-        if status.any():
-            raise DamagedSample(f"the JPEG of sample {samples[status.argmin()]} is damaged")
-        if self.rand_augment:
-            operations, arguments = self.drawn(entries)
-            steps = zip(operations.ravel().tolist(), arguments.ravel().tolist(), strict=True)
-            affines = np.array([source_of(*step, self.img_size, self.img_size) for step in steps])
-            affines = affines.reshape(*operations.shape, 6)
-            augment.augment_batch(output, operations, arguments, affines, self.fill)
-        return output
-
-    def records(self, entries: Any, output: np.ndarray, metadata: Any, storage: Any) -> np.ndarray:
-        """The crops (B, 5): x0, y0, x1, y1 as shares of the image's width and height, and 1 where
-        it is mirrored."""
-        sizes, boxes, flips = self.crops(entries, metadata)
-        starts, ends = boxes[:, :2] / sizes, (boxes[:, :2] + boxes[:, 2:]) / sizes
-        output[:] = np.column_stack([starts[:, ::-1], ends[:, ::-1], flips])
-        return output
-
-    def warps(self, entries: Any, output: np.ndarray, metadata: Any, storage: Any) -> np.ndarray:
-        """The affine maps (B, 2, 3) of RandAugment, from the unit square shown to the crop's."""
-        output[:] = [warp_of(*steps) for steps in zip(*self.drawn(entries), strict=True)]
-        return output
-
-
-def label_maps(shape: Shape, num_classes: int) -> Decoder:
-    """Label maps (B, 2, 5, H, W), float16; a damaged one is an error."""
-
-    def fill(entries: Any, output: np.ndarray, metadata: Any, storage: Any) -> np.ndarray:
-        samples = entries & SAMPLE_MASK
-        for start, rest in zip(metadata[samples], output, strict=True):
-            rest[:] = storage[0][start:][: rest.nbytes].view("<f2").reshape(rest.shape)
-        logits, ids = output[:, 0], output[:, 1]
-        good = np.isfinite(logits) & (ids >= 0) & (ids < num_classes)
-        if not (good := good.all((1, 2, 3))).all():
-            raise DamagedSample(f"the label map of sample {samples[good.argmin()]} is damaged")
-        return output
-
-    return Decoder(fill, (2, 5, *shape), "f2")
-
-
-def labels(entries: Any, output: np.ndarray, metadata: Any, storage: Any) -> np.ndarray:
-    """Labels (B,), int64."""
-    output[:] = metadata[entries & SAMPLE_MASK]
-    return output
+def shares(sizes: Any, boxes: np.ndarray, flips: np.ndarray) -> np.ndarray:
+    """Crops (B, 5), float32: x0, y0, x1, y1 as shares of the image's width and height, and 1 where
+    it is mirrored. sizes are (2, B), heights and widths."""
+    starts, ends = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+    corners = [found / np.stack(sizes, 1) for found in (starts, ends)]
+    return np.column_stack([*(found[:, ::-1] for found in corners), flips]).astype(np.float32)

@@ -47,10 +47,6 @@ class BetonError(ValueError):
         super().__init__(f"{path}: {reason}; {way_out}")
 
 
-class DamagedSample(ValueError):
-    """A damaged sample; the caller adds the name of the file."""
-
-
 def sidecar_path(path: str | Path) -> Path:
     """train.beton -> train.beton.json"""
     return Path(f"{path}.json")
@@ -71,6 +67,12 @@ def check_beton(path: str | Path) -> dict[str, Any]:
     Raises:
         BetonError: says what is wrong and what to do.
     """
+    return open_beton(path)[0]
+
+
+def open_beton(path: str | Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]:
+    """The sidecar of a file that check_beton() accepts; its bytes; its samples' metadata; and the
+    size in bytes of their images."""
     try:
         content = np.memmap(path, np.uint8, "r")
         sidecar = json.loads(sidecar_path(path).read_bytes())
@@ -83,12 +85,13 @@ def check_beton(path: str | Path) -> dict[str, Any]:
         found = f"{len(content)} bytes, not {sidecar['bytes']}"
         raise BetonError(path, f"truncated, or not the file of its sidecar ({found})")
     fields, metadata = layout(sidecar.get("label_map_shape"))
-    begin = HEADER.itemsize + fields.nbytes
+    begin, count = HEADER.itemsize + fields.nbytes, sidecar["num_samples"]
     if content[HEADER.itemsize : begin].tobytes() != fields.tobytes():  # FFCV unpickles others
         raise BetonError(path, "its fields are not exactly image and label, or these and label_map")
-    pieces = sidecar["num_samples"] * (len(fields) - 1)
-    start = content[: begin + sidecar["num_samples"] * metadata.itemsize]
-    end = content[sidecar["bytes"] - pieces * ALLOCATION.itemsize :]
-    if zlib.crc32(end.tobytes(), zlib.crc32(start.tobytes())) != sidecar["index_crc32"]:
+    pieces = len(fields) - 1
+    start = content[: begin + count * metadata.itemsize].tobytes()
+    end = content[len(content) - count * pieces * ALLOCATION.itemsize :].tobytes()
+    if zlib.crc32(end, zlib.crc32(start)) != sidecar["index_crc32"]:
         raise BetonError(path, "damaged, or not the file of its sidecar (the CRC32s differ)")
-    return sidecar
+    sizes = np.frombuffer(end, ALLOCATION)["size"][::pieces]
+    return sidecar, content, np.frombuffer(start, metadata, count, begin), sizes

@@ -2,41 +2,44 @@
 
 from __future__ import annotations
 
-import queue
+from collections import deque
 from collections.abc import Generator
-from contextlib import nullcontext, suppress
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import numba
 import numpy as np
 import torch
 
-from evit.data.ffcv import _ffcv, decode
-from evit.data.ffcv.decode import SAMPLE_BITS, SAMPLE_MASK, Crops, Decoder
-from evit.data.ffcv.format import BetonError, DamagedSample, check_beton
-from evit.data.order import Resumable, Shard, choose_samples, empty_batch, repeated_order
+from evit.data.ffcv import augment, decode
+from evit.data.ffcv._ffcv import config
+from evit.data.ffcv.format import BetonError, open_beton
+from evit.data.order import EpochLoader, Shard
+from evit.data.randaugment import RandAugment, source_of, warp_of
 from evit.recipe import Recipe
 
 Batch = tuple[torch.Tensor, ...]
+SALT = np.uint32(0x9E3779B9)  # crops are drawn from the seeds themselves
 
 
-class FFCVStream(Resumable):
-    """An iterable of (images uint8 (B, 3, H, W), labels int64 (B,)), on `device` if that is CUDA.
+class FFCVStream(EpochLoader):
+    """An iterable of (images uint8 (B, 3, H, W), labels int64 (B,)).
 
     Training from a file with label maps, a batch goes on: maps float16 (B, 2, 5, h, w), and crops
     float32 (B, 5), x0, y0, x1, y1 as shares of the source image's width and height, and 1 where
     the crop was mirrored; and with RandAugment the maps (B, 2, 3) of its geometric operations, from
     the unit square that is shown to the crop's.
 
-    Training: every epoch another permutation, cut into equal and disjoint parts for the processes,
-    whole batches and whole optimizer steps only; with repeated augmentation
-    evit.data.order.repeated_order. A batch depends on seed, epoch and rank, never on `num_workers`.
-    Evaluation: sample rank, rank + world_size, ... of the file, each exactly once over all
-    processes; a process without any has one empty batch.
+    Evaluation resizes the short side to img_size / crop_pct and cuts out the centre, cutting first.
+    Training takes torchvision's RandomResizedCrop of crop_scale times the area, a horizontal flip
+    with probability flip, and then RandAugment. A batch depends on seed, epoch and rank, never on
+    `num_workers`: each entry of an epoch has a seed, and a crop is a function of image and seed.
 
     Args:
-        num_workers: threads; -1: one per core.
+        num_workers: threads, at most one per core.
+        batches_ahead: batches made while one is used.
         fill: the colour where a geometric operation leaves nothing.
 
     Raises:
@@ -51,147 +54,87 @@ class FFCVStream(Resumable):
         *,
         img_size: int,
         train: bool,
-        num_workers: int = -1,
+        num_workers: int = 1,
         batches_ahead: int = 2,
         fill: tuple[int, ...] = (0, 0, 0),
-        device: torch.device | str = "cpu",
     ) -> None:
-        self.info = check_beton(path)
-        self.path, self.recipe, self.shard, self.train = Path(path), recipe, shard, train
-        self.img_size, self.batch_size = img_size, shard.batch_size
-        self.batches_ahead, self.device = batches_ahead, torch.device(device)
-        cores = _ffcv.config.NUMBA_NUM_THREADS
-        self.num_workers = cores if num_workers < 0 else min(max(num_workers, 1), cores)
-        self.decoder = Crops(img_size, recipe, train, fill)
-        limit = recipe.max_train_images if train else recipe.max_val_images
-        self.indices = choose_samples(self.info["num_samples"], limit).astype(np.uint64)
-        shape = self.info.get("label_map_shape") if train else None
-        self.label_map_shape = shape and tuple(shape)
-        self.epoch = 0
-        self._loader: Any = None
-        own = len(range(shard.rank, len(self.indices), shard.world_size))
-        self._length = max(-(-own // self.batch_size), 1)
-        if train:
-            self._length = shard.train_batches(len(self.indices), recipe)
+        self.path = Path(path)
+        self.info, self.content, self.metadata, self.sizes = open_beton(path)
+        super().__init__(self.info["num_samples"], recipe, shard, train, img_size)
+        self.num_workers = min(max(num_workers, 1), config.NUMBA_NUM_THREADS)
+        self.batches_ahead, self.fill = batches_ahead, np.array(fill)
+        self.label_map_shape = tuple(self.info.get("label_map_shape", ())) if train else ()
+        name = recipe.rand_augment if train else None
+        self.rand_augment: Any = RandAugment.parse(name) if name else None
 
-    def __len__(self) -> int:
-        return self._length
+    def draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """An epoch's order, and the seeds (uint32) of its crops."""
+        rng, order = np.random.default_rng((self.shard.seed, epoch)), super().order(epoch)
+        if self.train and self.recipe.repeated_augmentations == 1:
+            order = rng.permutation(len(order))
+        return order, rng.integers(2**32, size=len(order), dtype=np.uint64).astype(np.uint32)
 
-    @property
-    def batch_sampler(self) -> SimpleNamespace:
-        """Object on which Lightning looks for set_epoch."""
-        return SimpleNamespace(sampler=self)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def samples(self, epoch: int = 0) -> np.ndarray:
-        """Numbers of the samples that this process sees in an epoch, in order."""
-        return (self._order(epoch) & SAMPLE_MASK).astype(np.int64)
-
-    def _order(self, epoch: int) -> np.ndarray:
-        """The epoch's entries `seed << 32 | sample`, as evit.data.ffcv.decode wants them."""
-        rank, world_size, batch_size, seed = self.shard
-        if not self.train:
-            return self.indices[rank::world_size]
-        rng, repeats = np.random.default_rng((seed, epoch)), self.recipe.repeated_augmentations
-        if repeats == 1:
-            order = rng.permutation(self.indices)
-        else:
-            seed = seed * 100_003 + epoch  # neighbouring seeds have no order in common
-            order = self.indices[repeated_order(len(self.indices), repeats, seed)]
-        order |= rng.integers(2**32, size=len(order), dtype=np.uint64) << SAMPLE_BITS
-        return order[rank::world_size][: len(self) * batch_size]
+    def order(self, epoch: int) -> np.ndarray:
+        return self.draw(epoch)[0]
 
     def batches(self, start: int) -> Generator[Batch]:
-        if not self.train and self.shard.rank >= len(self.indices):
-            yield empty_batch(self.img_size, self.device)
-            return
-        self._loader = self._loader or self._open()
-        on_device = torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
-        with on_device:
-            epoch = _Epoch(self._loader, self._order(self.epoch)[start * self.batch_size :])
-        try:
-            yield from epoch
-        finally:
-            epoch.close()
-
-    def _open(self) -> Any:
-        if check_beton(self.path) != self.info:
-            raise BetonError(self.path, "written anew since this run began", "start it again")
-        to_device = [_ffcv.ToDevice(self.device)] if self.device.type == "cuda" else []
-
-        def pipeline(field: str, decoder: Decoder, *more: Any) -> Any:
-            return _ffcv.PipelineSpec(field, decoder, [_ffcv.ToTensor(), *to_device, *more])
-
-        images = Decoder(self.decoder.images, (self.img_size, self.img_size, 3), "u1")
-        pipelines: dict[str, Any] = dict(
-            image=pipeline("image", images, _ffcv.ToTorchImage()),
-            label=pipeline("label", Decoder(decode.labels, (), "i8")),
-            label_map=None,
+        order, seeds = map(self.own, self.draw(self.epoch))
+        samples, size, pool = self.indices[order], self.shard.batch_size, ThreadPoolExecutor(1)
+        begun = (
+            pool.submit(self.read, samples[i : i + size], seeds[i : i + size])
+            for i in range(start * size, len(samples), size)
         )
-        if self.label_map_shape:
-            maps = decode.label_maps(self.label_map_shape, self.info["num_classes"])
-            pipelines["label_map"] = pipeline("label_map", maps)
-            pipelines["crop"] = pipeline("image", Decoder(self.decoder.records, (5,), "f4"))
-            if self.recipe.rand_augment:
-                pipelines["warp"] = pipeline("image", Decoder(self.decoder.warps, (2, 3), "f4"))
-        # The decoders are compiled already. FFCV would compile their callers anew in every process.
-        _ffcv.Compiler.set_enabled(False)
+        ahead = deque(islice(begun, self.batches_ahead + 1))
         try:
-            return _ffcv.Loader(
-                str(self.path),
-                self.batch_size,
-                num_workers=self.num_workers,
-                os_cache=True,
-                pipelines=pipelines,
-                batches_ahead=self.batches_ahead,
-            )
+            while ahead:
+                batch = ahead.popleft().result()
+                ahead.extend(islice(begun, 1))
+                yield batch
         finally:
-            _ffcv.Compiler.set_enabled(True)
+            pool.shutdown(cancel_futures=True)
 
+    def read(self, samples: np.ndarray, seeds: np.ndarray) -> Batch:
+        """The batch of some samples of the file, made by num_workers threads."""
+        numba.set_num_threads(self.num_workers)
+        rows, size = self.metadata[samples], (self.img_size, self.img_size)
+        found, labels, *map_starts = (rows[name] for name in rows.dtype.names)
+        sides = heights, widths = [found[side].astype(np.int64) for side in ("height", "width")]
+        if self.train:
+            scale, flip = np.array(self.recipe.crop_scale, float), float(self.recipe.flip)
+            boxes, flips = decode.random_crops(heights, widths, seeds, scale, decode.RATIO, flip)
+        else:
+            boxes = decode.center_crops(heights, widths, self.img_size, self.recipe.crop_pct)
+            flips = np.zeros(len(samples), np.bool_)
+        shape, pin = (len(samples), *size, 3), torch.cuda.is_available()  # for copies to a GPU
+        images = torch.empty(shape, dtype=torch.uint8, pin_memory=pin)
+        pixels, sizes = images.numpy(), self.sizes[samples]
+        status = decode.crop_batch(self.content, found, sizes, boxes, flips, self.train, pixels)
+        self.require(status == 0, samples, "JPEG")
+        if self.rand_augment:
+            operations, arguments = augment.draw(seeds ^ SALT, *self.rand_augment)
+            steps = zip(operations.ravel().tolist(), arguments.ravel().tolist(), strict=True)
+            affines = np.array([source_of(*step, *size) for step in steps])
+            affines = affines.reshape(*operations.shape, 6)
+            augment.augment_batch(pixels, operations, arguments, affines, self.fill)
+        more = [labels]
+        if self.label_map_shape:
+            more += [self.label_maps(samples, map_starts[0]), decode.shares(sides, boxes, flips)]
+            if self.rand_augment:
+                warps = [warp_of(*steps) for steps in zip(operations, arguments, strict=True)]
+                more.append(np.stack(warps))
+        batch = [torch.from_numpy(np.ascontiguousarray(values)) for values in more]
+        return images.permute(0, 3, 1, 2), *(t.pin_memory() if pin else t for t in batch)
 
-class _Epoch(_ffcv.EpochIterator):
-    """FFCV's thread of one epoch, which on its own neither reports an error nor ends when told to,
-    and reuses the memory of the batches it has yielded."""
+    def label_maps(self, samples: np.ndarray, starts: np.ndarray) -> np.ndarray:
+        """Label maps (B, 2, 5, H, W), float16."""
+        maps = np.empty((len(samples), 2, 5, *self.label_map_shape), "<f2")
+        for start, rest in zip(starts, maps, strict=True):
+            rest[:] = self.content[start:][: rest.nbytes].view("<f2").reshape(rest.shape)
+        logits, ids = maps[:, 0], maps[:, 1]
+        good = np.isfinite(logits) & (ids >= 0) & (ids < self.info["num_classes"])
+        self.require(good.all((1, 2, 3)), samples, "label map")
+        return maps
 
-    error: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            super().run()
-        except BaseException as error:
-            self.error = error
-            self.output_queue.put(None)
-
-    def run_pipeline(self, batch: int, entries: np.ndarray, slot: int, event: Any) -> Any:
-        result = super().run_pipeline(batch, entries, slot, event)
-        if self.cuda_streams[slot] is not None:
-            # The copy to the device must have left the buffer before the buffer is used again.
-            self.cuda_streams[slot].synchronize()
-        return result
-
-    def __next__(self) -> Batch:
-        item = self.output_queue.get()
-        if item is not None:
-            return tuple(_copy(tensor) for tensor in item[1])
-        if isinstance(self.error, DamagedSample):
-            raise BetonError(self.loader.fname, str(self.error)) from self.error
-        if self.error is not None:
-            raise RuntimeError(f"reading {self.loader.fname} failed: {self.error}") from self.error
-        raise StopIteration
-
-    def close(self) -> None:
-        self.iter_ixes = iter(())
-        self.terminate_event.set()
-        while self.is_alive():
-            with suppress(queue.Empty):
-                self.output_queue.get_nowait()
-            self.join(timeout=0.02)
-
-
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.is_cuda:
-        return tensor.clone()
-    # PyTorch would wake all its threads for this, and they go on spinning when it is done.
-    return torch.from_numpy(tensor.numpy().copy(order="K"))
+    def require(self, good: np.ndarray, samples: np.ndarray, what: str) -> None:
+        if not good.all():
+            raise BetonError(self.path, f"the {what} of sample {samples[good.argmin()]} is damaged")

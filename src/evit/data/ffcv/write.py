@@ -118,7 +118,7 @@ def write_beton(
     max_resolution: int | None = 500,
     jpeg_quality: int = 95,
     mode: str = "jpg",
-    num_workers: int = -1,
+    num_workers: int = 1,
     skip_bad: bool = False,
     label_maps: Sequence[str] | None = None,
     identity: str | None = None,
@@ -129,7 +129,7 @@ def write_beton(
         samples: a map-style data set; an image is a path, the bytes of a file, a PIL image or an
             array (H, W) or (H, W, 3) of uint8.
         max_resolution, jpeg_quality, mode, skip_bad: as in conf/prepare.yaml.
-        num_workers: processes; -1: one per core.
+        num_workers: processes.
         label_maps: files (evit.data.label_maps) of the samples, in order, all of one shape.
         identity: what tells these samples from others. A file that is there already, of the same
             identity and settings, is left as it is; None: it is always written.
@@ -153,7 +153,7 @@ def write_beton(
         dataset,
         batch_size=32,
         sampler=range(count),
-        num_workers=num_workers if num_workers > 0 else len(os.sched_getaffinity(0)),
+        num_workers=num_workers,
         collate_fn=list,
         multiprocessing_context="fork",  # the samples need not be pickled
         generator=torch.Generator(),  # or it would draw from the global one
