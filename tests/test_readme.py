@@ -73,7 +73,7 @@ COMMANDS = {
     ".venv/bin/python src/predict.py checkpoint=CHECKPOINT images=DIR target=predictions.csv": "",
     ".venv/bin/python src/export.py checkpoint=CHECKPOINT keep_rate=0.5": "",
     "make sweep-keeprate DRY=1": "",
-    "make sweep-quick_keeprate": f'ARGS="{SMALL} data=folder data.root=DIR job=4 '
+    "make sweep-cifar10_keeprate": f'ARGS="{SMALL} data=folder data.root=DIR job=4 '
     'name=test-readme data.cache_dir=CACHE"',
     "make report": 'ARGS="runs=RUN target=RUN/report"',
     "make sync": "RUNS=RUN/none",
@@ -211,7 +211,7 @@ def test_the_sweep_ran_the_job_that_was_asked_for(folder):
     (path,) = (ROOT / "outputs/test-readme").glob("*/result.json")
     config = json.loads(path.read_text())["config"]
     assert (config["keep_rate"], config["seed"]) == (0.5, 0)
-    assert "1 run, of which 0 have finished before" in DONE["make sweep-quick_keeprate"]
+    assert "1 run, of which 0 have finished before" in DONE["make sweep-cifar10_keeprate"]
 
 
 def test_the_list_of_a_sweep_has_every_run_with_its_hours():

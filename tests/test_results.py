@@ -54,18 +54,41 @@ def test_the_soak_run_levelled_off_and_its_table_has_its_numbers():
     assert (RESULTS / "soak" / "table.md").read_text() == soak.markdown(samples)
 
 
-def test_the_readme_quotes_the_sweep():
-    rows = json.loads((RESULTS / "quick_keeprate" / "runs.json").read_text())
-    rows = [row for row in rows if row["fusion"] or row["keep_rate"] == 1]
-    top1, macs = (
-        {rate: mean(row[key] for row in rows if row["keep_rate"] == rate) for rate in RATES}
-        for key in ("top1", "macs")
-    )
-    shares = "{:.0f} %, {:.0f} % and {:.0f} %".format(*(100 * macs[r] / macs[1] for r in RATES[1:]))
-    lost = "{:.1f}, {:.1f} and {:.1f}".format(*(top1[1] - top1[r] for r in RATES[1:]))
-    readme = " ".join((ROOT / "README.md").read_text().split())
-    assert f"{shares} of the dense model's MACs" in readme
-    assert f"top-1 is {lost} points below its {top1[1]:.1f}" in readme
+def test_the_pages_quote_the_runs_on_cifar10():
+    rows = json.loads((RESULTS / "cifar10" / "runs.json").read_text())
+    rows = [row for row in rows if row["img_size"] == 32]
+    dense, *_ = (r["top1"] for r in rows if r["reducer"] == "none" and not r["from_checkpoint"])
+    any_rate = json.loads((RESULTS / "cifar10_any_rate" / "evaluation.json").read_text())
+    one = {row["keep_rate"][0]: row["top1"] for row in any_rate["settings"]}
+    tuned = {  # for one epoch of all images
+        rate: {
+            row["top1"]
+            for row in rows
+            if row["fusion"] and row["keep_rate"] == rate and row["from_checkpoint"]
+            if not row["max_train_images"] and row["top1"] != pytest.approx(one[0.5], abs=0.01)
+        }
+        for rate in (0.7, 0.5)
+    }
+    (at_07,), (at_05,) = tuned.values()
+    readme, page = prose("README.md"), prose("results/README.md")
+    assert f"has {dense:.1f} % top-1 when dense" in readme
+    assert f"one epoch, has {at_07:.1f} and {at_05:.1f}" in readme
+    assert f"has {one[0.7]:.1f} and {one[0.5]:.1f}" in readme
+    assert f"Dense {dense:.1f};" in page
+    for row in rows:
+        if row["from_checkpoint"] and row["keep_rate"] == 0.5 and row["max_train_images"]:
+            assert f"{row['top1']:.1f}" in page, row["reducer"]
+
+
+def test_the_pages_quote_the_speed_on_cifar10():
+    rows = json.loads((RESULTS / "cifar10_speed" / "benchmark.json").read_text())["rows"]
+    ratios = {
+        row["what"]: row["ratio"] for row in rows if row["keep_rate"][0] == 0.5 and row["fusion"]
+    }
+    said = f"infers {ratios['inference']:.2f} times and trains {ratios['training']:.2f} times"
+    assert said in prose("results/README.md")
+    assert f"infers {ratios['inference']:.1f} times as fast at 0.5" in prose("README.md")
+    assert ratios["inference"] >= 1.8 and ratios["training"] >= 1.4
 
 
 def prose(page: str) -> str:

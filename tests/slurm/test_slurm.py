@@ -72,7 +72,16 @@ def waiting_python(folder: Path) -> Path:
 
 def sweep(folder: Path, photos: Path, *more: str, python: str | Path = sys.executable) -> str:
     script = str(ROOT / "src/sweep.py")
-    words = [sys.executable, "-c", AS_PYTHON, str(python), script, "quick_keeprate", *SMALL, *more]
+    words = [
+        sys.executable,
+        "-c",
+        AS_PYTHON,
+        str(python),
+        script,
+        "cifar10_resolution",
+        *SMALL,
+        *more,
+    ]
     env = os.environ | dict(OMP_NUM_THREADS="1")
     words.append(f"data.root={photos}")
     done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=200)
@@ -83,7 +92,7 @@ def sweep(folder: Path, photos: Path, *more: str, python: str | Path = sys.execu
 def wait(folder: Path, pattern: str, count: int) -> list[Path]:
     """Until there are so many files; and fail when SLURM has nothing to do any more."""
     idle = 0
-    while len(found := list(folder.glob(f"outputs/quick_keeprate/*/{pattern}"))) < count:
+    while len(found := list(folder.glob(f"outputs/cifar10/*/{pattern}"))) < count:
         idle = 0 if slurm("squeue", "-h") else idle + 1
         logs = "".join(path.read_text() for path in folder.glob("outputs/slurm/*/*/*.err"))
         assert idle < 5, f"{len(found)} of {count}:\n{logs}"

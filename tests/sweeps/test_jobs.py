@@ -19,7 +19,6 @@ TABLES = dict(
     dynamicvit=["dynamicvit_deit_s"],
     offtheshelf=["off_the_shelf"],
     fusion=[],
-    quick_keeprate=[],
     cifar10_keeprate=[],
     cifar10_resolution=[],
     cifar10_finetune=[],
@@ -105,13 +104,6 @@ def test_a_run_in_several_sweeps_is_one_run_and_no_two_share_a_folder(sweeps):
         folders.setdefault(what, set()).add(str(job.folder))
     assert all(len(found) == 1 for found in folders.values()), folders.values()
     assert len(set.union(*folders.values())) == len(folders)
-
-
-def test_quick_keeprate_has_three_seeds_of_each_point(sweeps):
-    points: dict[tuple, list[int]] = {}
-    for job in sweeps["quick_keeprate"]:
-        points.setdefault((job.cfg.keep_rate, job.cfg.fusion), []).append(job.cfg.seed)
-    assert len(points) >= 4 and set(map(tuple, points.values())) == {(0, 1, 2)}
 
 
 def test_fusion_is_not_multiplied_into_keep_rate_1():
@@ -253,7 +245,7 @@ def test_one_line_that_cannot_be_planned_does_not_hide_the_list(capsys, monkeypa
 
     monkeypatch.setattr("evit.commands.plan.plan", plan)
     monkeypatch.setenv("COLUMNS", "200")
-    assert command.run(["quick_keeprate", "--dry-run", "keep_rate=1", "seed=0,1"]) == 1
+    assert command.run(["cifar10_resolution", "--dry-run", "keep_rate=1", "seed=0,1"]) == 1
     shown = capsys.readouterr()
     assert "seed=0" in shown.out and "missing" in shown.out and "broken" in shown.out
     assert "seed=1" in shown.err and "no such model" in shown.err and "seed=0" not in shown.err

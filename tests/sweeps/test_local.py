@@ -192,13 +192,13 @@ def test_there_is_a_line_for_each_event(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_quick_keeprate_goes_on_where_it_was_killed_and_then_runs_nothing(tmp_path):
+def test_a_sweep_goes_on_where_it_was_killed_and_then_runs_nothing(tmp_path):
     small = (
-        "recipe.max_train_images=256 recipe.max_val_images=64 recipe.epochs=1 "
+        "data=fashion_mnist recipe.max_train_images=256 recipe.max_val_images=64 recipe.epochs=1 "
         "recipe.shrink_epochs=0 trainer=cpu logger=none seed=0 keep_rate=0.5,1 job=[0,1]"
     )
     words = [*small.split(), f"data.cache_dir={tmp_path}/data"]
-    command = [sys.executable, str(ROOT / "src/sweep.py"), "quick_keeprate", *words]
+    command = [sys.executable, str(ROOT / "src/sweep.py"), "cifar10_resolution", *words]
 
     def sweep() -> subprocess.CompletedProcess:
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=400)
@@ -213,7 +213,7 @@ def test_quick_keeprate_goes_on_where_it_was_killed_and_then_runs_nothing(tmp_pa
     assert len(before) == 1
     done = sweep()
     assert done.returncode == 0, done.stdout + done.stderr
-    found = list(tmp_path.glob("outputs/quick_keeprate/*/result.json"))
+    found = list(tmp_path.glob("outputs/cifar10/*/result.json"))
     assert {json.loads(path.read_text())["config"]["keep_rate"] for path in found} == {0.5, 1}
     assert all(path.stat().st_mtime == time for path, time in before.items())
     assert "have finished before" in (again := sweep()).stdout
