@@ -42,7 +42,7 @@ def planned(name: str, *overrides: str) -> dict[str, Any]:
     loss, weights = found["loss"], {}
     if loss == "TokenLabels":
         weights = dict(token_label_weight=recipe.token_label_weight)
-    if loss == "DynamicTokens":
+    if "DynamicViT" in str(cfg.model.get("reducer")):
         distilled = recipe.teacher or found["start"] == "pretrained"
         weights = dict(ratio_weight=recipe.ratio_weight)
         weights |= dict(distill_weight=recipe.distill_weight if distilled else 0.0)

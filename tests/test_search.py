@@ -39,7 +39,7 @@ def test_what_is_found_is_what_the_printed_line_gives(search, tmp_path, capfd, p
     front, printed = json.loads(path.read_text()), capfd.readouterr().out
     assert front["overrides"] in printed and (path.parent / "front.png").is_file()
     costs = [row["cost"] for row in front["front"]]
-    assert costs == sorted(costs) and len(costs) > 2
+    assert costs == sorted(costs) and len(costs) > 1
     dense, _, found = front["searched"]
     assert front["held_out"]["dense"]["loss"] == pytest.approx(0, abs=1e-6)
     assert found["cost"] <= dense["cost"]

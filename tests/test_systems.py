@@ -59,7 +59,7 @@ def test_a_teacher_for_another_kind_of_model_is_refused(tmp_path, shared_photos)
     words = ["model=dynamicvit_deit_micro", "recipe.teacher=self"]
     done = command("train.py", *QUICK, f"data.root={shared_photos}", *words, cwd=tmp_path)
     assert done.returncode == 2
-    assert "recipe.teacher=self is for reducers without predictors" in done.stderr
+    assert "recipe.teacher=self is for reducers of keep rates" in done.stderr
 
 
 @pytest.mark.slow

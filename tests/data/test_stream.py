@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.functional import center_crop, resize
 
-from evit.data.ffcv.decode import SAMPLE_BITS, SAMPLE_MASK, center_crops, random_crops
+from evit.data.ffcv.decode import center_crops, random_crops
 from tests.data.build import stream
 
 SIZE = 32
@@ -144,9 +144,9 @@ def test_seed_epoch_and_rank_all_matter(written):
 
 @pytest.mark.parametrize("repeats", [2, 3])
 def test_each_image_of_an_epoch_has_so_many_views_each_with_a_seed_of_its_own(written, repeats):
-    entries = stream(written, repeated_augmentations=repeats)._order(0)
-    assert len(entries) == 64 == len(np.unique(entries >> SAMPLE_BITS))
-    assert len(np.unique(entries & SAMPLE_MASK)) == -(-64 // repeats)
+    order, seeds = stream(written, repeated_augmentations=repeats).draw(0)
+    assert len(order) == 64 == len(np.unique(seeds))
+    assert len(np.unique(order)) == -(-64 // repeats)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -7,7 +7,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch.nn.functional import cross_entropy
 
 import evit
-from evit.data.order import Resumable
+from evit.data.order import EpochLoader, Shard
 from evit.recipe import Recipe
 from evit.training.callbacks import KeepRateSchedule, Progress
 from evit.training.losses import make_objective
@@ -21,14 +21,12 @@ RECIPE = Recipe(
 )
 
 
-class Batches(Resumable):
+class Batches(EpochLoader):
     def __init__(self, steps: int):
+        super().__init__(8 * steps, RECIPE, Shard(0, 1, 8, 0), train=True, img_size=16)
         draw = torch.Generator().manual_seed(steps)
         self.images = torch.randn(steps, 8, 3, 16, 16, generator=draw)
         self.labels = torch.randint(0, 9, (steps, 8), generator=draw)
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def batches(self, start: int):
         yield from zip(self.images[start:], self.labels[start:], strict=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evit.commands.sweep import RANKS
+from evit.commands import sweep
 from tests.conftest import QUICK, ROOT
 
 TORCHRUN = [*("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone")]
@@ -49,8 +49,9 @@ class Pair:
         quick = [argument for argument in QUICK if argument != "trainer=cpu"]
         arguments = [*quick, *ddp, "recipe.epochs=10000", f"data.root={root}", *more]
         self.folder, self.mark = folder, f"PAIR={folder}"
-        left_out = ("IMAGENET_DIR", *RANKS)  # those of other tests
-        kept = {k: v for k, v in os.environ.items() if k not in left_out}
+        left_out = sweep.LAUNCHERS  # those of other tests
+        kept = {k: v for k, v in os.environ.items() if not left_out.match(k)}
+        kept.pop("IMAGENET_DIR", None)
         with (folder / "stderr").open("w") as stderr:
             self.popen = subprocess.Popen(
                 [sys.executable, *LAUNCHERS[launcher], str(script), *arguments],

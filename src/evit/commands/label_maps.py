@@ -114,7 +114,7 @@ def annotator(
     """Create the classifier with its weights, at keep rate 1 if it has a reducer."""
     if checkpoint is None and not pretrained:
         way = "give checkpoint=PATH, or pretrained=true"
-        raise ValueError(f"{name} without weights knows nothing: {way}")
+        raise ValueError(f"{name} would have random weights: {way}")
     options: dict[str, Any] = dict(num_classes=num_classes) if checkpoint else {}
     sized = dict(img_size=img_size) if img_size else {}
     try:

@@ -13,10 +13,10 @@ from evit.recipe import Recipe
 class Shard(NamedTuple):
     """The share of the images that one of `world_size` processes reads, in batches."""
 
-    rank: int
-    world_size: int
-    batch_size: int
-    seed: int
+    rank: int = 0
+    world_size: int = 1
+    batch_size: int = 1
+    seed: int = 0
 
 
 def choose_samples(num_samples: int, max_samples: int | None) -> np.ndarray:
