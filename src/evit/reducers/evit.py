@@ -1,13 +1,14 @@
 """EViT (Liang et al., ICLR 2022, arXiv 2202.07800): keep the tokens the class token attends to.
 
-Before the MLP of a few blocks, keep the k = ceil(keep_rate * n) of n image tokens with the highest
-class attention, and fuse the others into one token: their sum, weighted by their class attention
-(the mean over heads of the class token's softmax row). Extra cost: that row and the weighted sum.
+In a few blocks, between attention and MLP, keep the k = ceil(keep_rate * n) of n image tokens with
+the highest class attention, and fuse the others into one token: their sum, weighted by their class
+attention (the mean over heads of the class token's softmax row). Extra cost: that row and the sum.
 `drop` drops the other tokens, `random` keeps k tokens at random: the paper's baselines.
 
-EViT.plan is the whole algorithm; reducers/blocks.py calls it inside the attention of those blocks
-and applies the Reduction. Names end in their shapes (legend: reducers/tokens.py). To add a method,
-write such a class: docs/reducers.md.
+EViT.plan chooses the tokens and the weights of the fused one; reducers/blocks.py calls it in those
+blocks, once the class attention is known, and applies the Reduction. Names end in their shapes
+(legend: reducers/tokens.py). To add a method, write such a class with a name and a plan:
+docs/reducers.md.
 """
 
 from typing import Any
@@ -50,6 +51,7 @@ class EViT(Reducer):
         ranked_BN = torch.rand_like(score_BN) if self.selection == "random" else score_BN
         largest = self.selection != "inattentive"
         index_BK = ranked_BN.topk(num_kept, largest=largest, sorted=False).indices
+        # Weights of the fused token: class attention, 0 for the tokens that are kept.
         rest_BN = score_BN.scatter(1, index_BK, 0.0) if self.fusion else None
         return Reduction(index_BK, seen.num_prefix, rest_BN)
 
