@@ -144,7 +144,8 @@ def test_seed_epoch_and_rank_all_matter(written):
 
 @pytest.mark.parametrize("repeats", [2, 3])
 def test_each_image_of_an_epoch_has_so_many_views_each_with_a_seed_of_its_own(written, repeats):
-    order, seeds = stream(written, repeated_augmentations=repeats).draw(0)
+    one = stream(written, repeated_augmentations=repeats)
+    order, seeds = map(one.own, one.draw(0))
     assert len(order) == 64 == len(np.unique(seeds))
     assert len(np.unique(order)) == -(-64 // repeats)
 
