@@ -7,7 +7,7 @@ from statistics import mean
 import pytest
 
 from evit.commands import report
-from evit.report import benchmark
+from evit.report import benchmark_text
 from tests import soak
 from tests.conftest import ROOT
 
@@ -37,7 +37,7 @@ def test_the_table_of_an_evaluation_has_its_numbers(path):
 )
 def test_the_table_of_a_benchmark_is_made_from_its_numbers(path):
     result = json.loads(path.read_text())
-    assert path.with_name("table.md").read_text() == benchmark.markdown(result)
+    assert path.with_name("table.md").read_text() == benchmark_text(result)
     assert not result["commit"].endswith("-dirty")
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-from evit.report.charts import PALETTE, STYLE
+from evit.report.page import PALETTE, STYLE
 
 HERE = Path(__file__).parent
 

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from evit.commands import export, report
 from evit.commands.cli import fail
 from evit.data import Folder
-from evit.report import charts, page, results, tables
+from evit.report import page, results, tables
 from evit.report.collect import read
 from tests.conftest import write_photos
 from tests.data.build import module
@@ -70,7 +70,7 @@ def test_in_a_spreadsheet_they_are_not_computed(content):
 
 def test_in_figures_they_are_text(content, tmp_path):
     chart = page.build(content).sections[0].charts[-1]
-    charts.save(chart | dict(views=chart["views"][:1]), tmp_path)
+    page.save(chart | dict(views=chart["views"][:1]), tmp_path)
     (path,) = tmp_path.glob("*.svg")
     root = ElementTree.parse(path).getroot()
     assert not {e.tag.rpartition("}")[2] for e in root.iter()} & {"script", "img", "image", "a"}

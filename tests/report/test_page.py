@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from evit.commands import report as command
-from evit.report import charts, page, paper, settings, tables
+from evit.report import page, paper, settings, tables
 from evit.report.collect import Found, read
 from tests.conftest import ROOT
 from tests.report import fake
@@ -282,7 +282,7 @@ def test_figures_are_a_column_wide_with_letters_and_the_same_each_time(report, r
     assert width == pytest.approx(3.3, abs=0.01)
     chart = page.build(read(root)).paper
     views = [view for view in chart["views"] if view["name"] == "speed-up"]
-    charts.save(chart | dict(views=views), tmp_path)
+    page.save(chart | dict(views=views), tmp_path)
     assert (tmp_path / "imagenet-speed-up.svg").read_text() == svg
 
 

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from evit.report import charts, collect, results, settings, tables
+from evit.report import collect, page, results, settings, tables
 from evit.report.collect import read
 from tests.report import fake
 from tests.test_conf import composed, resolvers
@@ -34,7 +34,7 @@ def view(chart: dict, name: str) -> list[dict]:
 
 
 def accuracy(folder: Path, title: str = "fashion-mnist, 28 px") -> dict:
-    return charts.accuracy("key", title, settings.ours(read(folder)))
+    return page.accuracy("key", title, settings.ours(read(folder)))
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_the_baseline_is_the_mean_over_the_dense_seeds(tmp_path):
     assert sparse[:5] == ["0.7", "fused", "1", "79.00", "-2.00"]
 
 
-def test_the_spread_over_seeds_is_a_bar_and_in_the_hover_text(tmp_path):
+def test_the_spread_over_seeds_is_a_bar_and_the_keep_rate_is_the_hover_text(tmp_path):
     runs = {
         f"{rate}-{seed}": fake.fashion(rate, 80.0 + rate + seed, seed=seed)
         for rate in (1.0, 0.5)
@@ -79,7 +79,7 @@ def test_the_spread_over_seeds_is_a_bar_and_in_the_hover_text(tmp_path):
     points(tmp_path, **runs)
     dense, own = view(accuracy(tmp_path), "GMACs")
     assert own["error_y"]["array"] == [1.0] and (own["y"], dense["y"]) == ([81.5], [82.0])
-    assert own["hovertext"] == ["0.5, 28 px, 3 runs"]
+    assert own["hovertext"] == ["0.5, 28 px"]
 
 
 def test_several_seeds_of_a_row_of_the_paper_have_mean_spread_and_number_in_its_table(tmp_path):
@@ -95,7 +95,7 @@ def test_the_runs_of_a_setting_are_curves_of_one_colour(tmp_path):
     for seed, top1 in enumerate((80.0, 84.0)):
         fake.write(tmp_path / f"{seed}", fake.fashion(0.7, top1, seed=seed))
     content = read(tmp_path)
-    chart = charts.curves("key", content, settings.ours(content))
+    chart = page.curves("key", content, settings.ours(content))
     first, second = view(chart, "top-1")
     assert [line["y"][-1] for line in (first, second)] == pytest.approx([79.8, 83.79])
     assert first["line"] == second["line"] and len(first["x"]) == 4
@@ -149,7 +149,7 @@ def test_two_recipes_are_two_lines_with_names(tmp_path):
     points(tmp_path, **runs)
     found = settings.ours(read(tmp_path))
     named = set(found.recipe)
-    assert {name.split(", ")[-1] for name in charts.line_names(found)} == named
+    assert {name.split(", ")[-1] for name in page.line_names(found)} == named
     assert len(view(accuracy(tmp_path), "GMACs")) == 4
     assert set(tables.all_settings("28 px", found).frame["recipe"]) == named
 
@@ -216,7 +216,7 @@ def test_evaluations_of_fewer_images_are_rows_of_their_own_beside_their_own_dens
     assert list(found.change.round(2)) == 2 * [0, -1.26, -6.01]
     shown = tables.all_settings("photos, 224 px", settings.ours(read(tmp_path))).frame
     assert sorted(set(shown["images"])) == ["100 validation", "all"]
-    assert charts.line_names(found).nunique() == 4
+    assert page.line_names(found).nunique() == 4
 
 
 @pytest.mark.parametrize(
@@ -256,14 +256,11 @@ def test_selections_and_reducers_are_columns_and_lines(tmp_path):
     key = shown["reducer"] + " " + shown["kept"]
     assert sorted(set(key)) == [" ", "evit attentive", "evit inattentive", "evit random", "tome "]
     assert list(shown["KL to dense"]).count("0.2500") == 8
-    assert len(charts.comparable(found)) == 9
-    chart = charts.accuracy("key", "photos", found)
+    chart = page.accuracy("key", "photos", found)
     assert [shown["name"] for shown in chart["views"]] == ["GMACs", "KL"]
     lines = {trace["name"]: len(trace["x"]) for trace in view(chart, "KL")}
     assert lines.pop("dense") == 1 and set(lines.values()) == {2} and len(lines) == 4
     assert "tome" in lines and "dropped, random" in lines
-    reducers = charts.comparable(found[found.reducer != "tome"])
-    assert reducers.empty  # one reducer is no comparison
 
 
 def test_models_of_timm_are_told_apart_by_their_names(tmp_path):
@@ -274,4 +271,4 @@ def test_models_of_timm_are_told_apart_by_their_names(tmp_path):
         fake.write(tmp_path / name, run)
     found = settings.ours(read(tmp_path))
     assert set(found.model) == {"deit3_small_patch16_224", "vit_small_patch16_224"}
-    assert charts.line_names(found).nunique() == 2
+    assert page.line_names(found).nunique() == 2

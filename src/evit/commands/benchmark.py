@@ -23,11 +23,11 @@ from evit.config import CONF_DIR, counted, listed
 from evit.measure.entries import Entry, choose, compared, facts
 from evit.measure.speed import DTYPES, Group, compare, set_precision
 from evit.progress import telling
-from evit.report import benchmark, paper, results
+from evit.report import MODES, benchmark_text, paper, results
 
 ROOT = Path(__file__).parents[3]
 DEFAULTS: dict[bool, dict[str, Any]] = {  # by whether there is a GPU
-    True: dict(batch_sizes=[1, 32, 256], precisions="bf16", compile=list(benchmark.MODES)),
+    True: dict(batch_sizes=[1, 32, 256], precisions="bf16", compile=list(MODES)),
     False: dict(batch_sizes=8, precisions="fp32", compile=False),
 }
 ROWS = {"models", "checkpoint", "reducer", "keep_rates", "fusion", "img_sizes"}
@@ -35,7 +35,7 @@ CHOICES: dict[str, tuple[Any, ...]] = dict(
     device=("auto", "cpu", "cuda"),
     what=("inference", "training"),
     precisions=tuple(DTYPES),
-    compile=tuple(benchmark.MODES),
+    compile=tuple(MODES),
     paper=(None, False, True, *paper.MODELS, "gpu"),
 )
 CASES = {  # names in tests/golden, with a GPU and without
@@ -61,7 +61,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     torch.manual_seed(config["seed"])
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it looks for a GPU
     started = time.perf_counter()
-    result: dict[str, Any] = dict(rows=[], matmul=[], left_out=[], at="")
+    result: dict[str, Any] = dict(rows=[], left_out=[], at="")
     with telling(lambda: result["at"]):
         if config["paper"] == "gpu":
             measure_all(result, config, device)
@@ -74,7 +74,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     del result["at"]
     result |= dict(config=config, device=results.device_name(device))
     result |= results.provenance() | dict(seconds=round(time.perf_counter() - started, 1))
-    text = benchmark.markdown(result)
+    text = benchmark_text(result)
     print(f"\n{text}")
     for path in map(Path, filter(None, (HydraConfig.get().runtime.output_dir, config["target"]))):
         results.write_json(result, path / "benchmark.json")

@@ -13,7 +13,7 @@ from evit.commands import checkpoint
 from evit.data.batch import normalize
 from evit.models.cascade import Cascade
 from evit.progress import telling
-from evit.report import results
+from evit.report import markdown, results
 
 EVERY = 10  # one batch in ten calibrates the threshold; it is not reported
 
@@ -72,7 +72,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         | {"GMACs": f"{row['gmacs']:.4g}", "images/s": f"{row['images_per_s']:.0f}"}
         for name, row in found.items()
     ]
-    print(results.markdown(lines) + f"\nUnsure: below {cascade.thresholds[0]:.3f}.")
+    print(markdown(lines) + f"\nUnsure: below {cascade.thresholds[0]:.3f}.")
     folder = Path(HydraConfig.get().runtime.output_dir)
     results.write_json(result | dict(checkpoint=str(source.path)), folder / "cascade.json")
     return result

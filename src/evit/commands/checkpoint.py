@@ -20,8 +20,7 @@ from evit.models.patches import check_images
 from evit.models.weights import fit_state_dict, read_file, read_state_dict
 from evit.recipe import Recipe
 from evit.reducers import REDUCERS
-from evit.report import results
-from evit.report.evaluations import rate
+from evit.report import rate, results
 
 # Defaults for checkpoints that do not come from a run of ours.
 DEFAULTS = dict(keep_rate=0.7, fusion=True, img_size=224, crop_pct=0.875, max_val_images=None)

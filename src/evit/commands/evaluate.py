@@ -15,7 +15,7 @@ from evit.commands import cascade, checkpoint
 from evit.config import counted, listed
 from evit.measure.speed import keep_compiled
 from evit.progress import telling
-from evit.report import evaluations, results
+from evit.report import results, show_evaluation
 from evit.training.callbacks import progress_bar
 from evit.training.evaluator import Evaluator, setting_of
 from evit.training.trainer import Signals, build_trainer, quiet, say
@@ -92,7 +92,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     if trainer.is_global_zero:
         result |= results.provenance()
         results.write_json(result, folder / "evaluation.json")
-        evaluations.show(result, folder / "evaluation.json")
+        show_evaluation(result, folder / "evaluation.json")
     return result
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from evit.commands import checkpoint
 from evit.progress import telling
-from evit.report.evaluations import rate
+from evit.report import rate
 
 BATCHES = (1, 2, 5)  # to check the file with; it is exported with another
 TOLERANCE = 1e-4

@@ -33,8 +33,7 @@ def write(source: Path, target: Path | None, page: bool = True) -> None:
         return
     written["runs.json"] = json.dumps([*content.runs.values()], indent=1) + "\n"
     if page:
-        from evit.report.charts import save  # matplotlib, plotly, which only the page needs
-        from evit.report.page import build, html
+        from evit.report.page import build, html, save  # with matplotlib and plotly
 
         report = build(content)
         sections = [section.table for section in report.sections]

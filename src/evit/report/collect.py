@@ -12,22 +12,23 @@ from typing import Any
 from PIL import Image
 
 from evit.files import printable
-from evit.report import results
+from evit.report import Row, results
 
-Row = dict[str, Any]
-# Values in which a reduced model may differ from the dense run that it is compared with.
-OWN_MODEL = {"_target_", "model_name", "pretrained", "keep_rate", "drop_loc", "fusion", "img_size"}
-OWN_MODEL |= {"reducer"}
-OWN_RECIPE = {"shrink_start_epoch", "shrink_epochs", "token_multiple", "ratio_weight"}
-OWN_RECIPE |= {"distill_weight", "teacher", "max_batch_per_process", "eval_every"}
-# Values of overrides that are absolute paths, as the names of run folders have them.
+# A reduced model may differ in these values from the dense run that it is compared with.
+OWN = dict(
+    model="_target_ model_name pretrained keep_rate drop_loc fusion img_size reducer".split(),
+    data=results.OWN_DATA,
+    recipe="shrink_start_epoch shrink_epochs token_multiple ratio_weight distill_weight teacher "
+    "max_batch_per_process eval_every".split(),
+)
+# Absolute paths in overrides, as the names of run folders have them.
 PATHS = re.compile(r"((?:root|dir|checkpoint|teacher|label_maps|source|target)-)_[^+/]*")
 NAMES = ["result.json", "runs.json", "evaluation.json", "benchmark.json"]  # in this order
 
 
 @dataclass
 class Found:
-    """The files below a folder; rows, curves and pictures (WebP) of runs by the runs' names."""
+    """All files below a folder: rows, curves and pictures (WebP) of runs by the runs' names."""
 
     source: Path
     runs: dict[str, Row] = field(default_factory=dict)
@@ -38,12 +39,12 @@ class Found:
     problems: list[str] = field(default_factory=list)
 
     def shown(self, text: Any) -> str:
-        """Text without the machine's paths, which names of run folders repeat."""
+        """Strip text of the machine's paths, which names of run folders repeat."""
         return printable(PATHS.sub(r"\1...", str(text).replace(f"{self.source}/", "")))
 
     @contextmanager
     def reading(self, path: Path) -> Iterator[None]:
-        """A context in which a file that is not what it should be is a problem and no error."""
+        """Turn errors of a damaged file into an entry of `problems`."""
         try:
             yield
         except Exception as error:  # of json, PIL, or of what is computed from its entries
@@ -51,7 +52,7 @@ class Found:
             self.problems.append(f"{self.shown(path)} cannot be read ({reason})")
 
     def add(self, name: str, run: Row) -> bool:
-        """Add a run unless it is there; name another of its setting and seed with other numbers."""
+        """Add a run unless it is known; another result of its setting and seed is a problem."""
         keys = ("setting", "from_checkpoint", "seed")
         for other, row in self.runs.items():
             if all(run[key] == row[key] for key in keys):
@@ -77,16 +78,15 @@ def read(source: Path) -> Found:
     for path in sorted((p for p in paths if p.name in NAMES), key=lambda p: NAMES.index(p.name)):
         with found.reading(path):
             content, name = printable(json.loads(path.read_text())), found.shown(path.parent)
-            if path.name == "result.json":
-                if found.add(name, row(content)):
-                    read_more(found, name, path.parent)
+            if path.name == "result.json" and found.add(name, row(content)):
+                read_more(found, name, path.parent)
             elif path.name == "runs.json":
                 for i, one in enumerate(content, 1):
                     found.add(f"{found.shown(path)}, run {i}", one)
-            else:
-                (found.evaluations if path.stem == "evaluation" else found.benchmarks).append(
-                    content
-                )
+            elif path.name == "evaluation.json":
+                found.evaluations.append(content)
+            elif path.name == "benchmark.json":
+                found.benchmarks.append(content)
     begun = {path.parent for path in paths if path.name in ("config.json", "failed.json")}
     for folder in sorted(begun - {path.parent for path in paths if path.name in NAMES}):
         failed = results.read_json(folder / "failed.json") or dict(reason="no result.json")
@@ -116,7 +116,7 @@ def read_more(found: Found, name: str, folder: Path) -> None:
 
 
 def row(result: Row) -> Row:
-    """Make the row of a result.json; it names no folder of the machine."""
+    """Make the row of a run in runs.json from its result.json, without the machine's paths."""
     config, recipe = result["config"], result["config"]["recipe"]
     limits = {name: recipe[name] for name in ("max_train_images", "max_val_images")}
     names = ("seconds", "device", "precision", "commit", "packages")
@@ -137,11 +137,10 @@ def row(result: Row) -> Row:
 
 
 def training(config: Row, experiment: str | None) -> str:
-    """Hash how a run was trained; a dense model and its reduced variants have the same hash."""
-    own = dict(model=OWN_MODEL, data=results.OWN_DATA, recipe=OWN_RECIPE)
+    """Hash how a run was trained; a dense model and its reduced variants hash alike."""
     model, data, recipe = (
         {key: value for key, value in config[part].items() if key not in names}
-        for part, names in own.items()
+        for part, names in OWN.items()
     )
     if experiment == "deit_s" and recipe["batch_size"] == 1024:
         recipe["batch_size"] = 2048  # as published: EViT's batch, and with it lr, is twice DeiT's
@@ -153,5 +152,5 @@ def training(config: Row, experiment: str | None) -> str:
 
 
 def timm_name(model: Row) -> str | None:
-    """The model's name in timm's registry, if nothing of its architecture was changed."""
-    return model.get("model_name") if model.keys() <= OWN_MODEL - {"drop_loc"} else None
+    """Return the model's name in timm's registry, if its architecture is timm's."""
+    return model.get("model_name") if model.keys() <= {*OWN["model"]} - {"drop_loc"} else None

@@ -9,8 +9,6 @@ import yaml
 EPOCHS = 300  # of training from scratch
 BASE_SIZE = 224  # pixels: of the dense models that the tables compare with
 Row = dict[str, Any]
-
-
 # Each table has a title and rows.
 TABLES: dict[str, Any] = yaml.safe_load((resources.files("evit.report") / "paper.yaml").read_text())
 MODEL_LIST: dict[str, Row] = TABLES.pop("models")
@@ -22,7 +20,7 @@ TITLES = {key: model["title"] for key, model in MODEL_LIST.items()}
 
 
 def reducer(model: str) -> str:
-    """The reducer of a model of timm's registry, or of the tables."""
+    """Name the reducer of a model of timm's registry, or of the tables."""
     return "dynamicvit" if model.startswith("dynamicvit") else "evit"
 
 
@@ -48,33 +46,33 @@ def training_runs() -> tuple[Row, ...]:
 
 
 def dense_throughput(model: str) -> float:
-    name = model.removeprefix("dynamicvit_")
-    return TABLES[f"keep_rate_{name}"]["rows"][0]["throughput"]
+    """Return the images/s of a model's dense one at 224 px."""
+    return TABLES[f"keep_rate_{model.removeprefix('dynamicvit_')}"]["rows"][0]["throughput"]
 
 
 def costs(name: str) -> list[Row]:
-    """List the published speeds and MACs of a model, each setting once, dense models first.
-
-    Each has keep_rate, fusion, img_size, throughput (images/s), macs (of one image, 1e9) and ratio,
-    its throughput beside the dense model's at 224 px.
-    """
-    keys = ("keep_rate", "fusion", "img_size", "throughput", "macs", "ratio")
+    """List the rows of a model that differ in speed or MACs, dense models first."""
     found: dict[Any, Row] = {}
     for row in training_runs():
         if row["model"] == name and (row["table"] != "dynamicvit_deit_s" or name not in MODELS):
-            found.setdefault(tuple(map(row.get, keys[:3])), {key: row[key] for key in keys})
+            found.setdefault((row["keep_rate"], row["fusion"], row["img_size"]), row)
     return sorted(found.values(), key=lambda row: row["fusion"] is not None)
 
 
 def cost(model: str, keep_rate: float, fusion: bool | None, img_size: int) -> Row | None:
-    """The published speed and MACs of one setting of timm's or our model, or None."""
+    """Find the published speed and MACs of one setting of timm's or our model; None: there is none.
+
+    Returns:
+        throughput (images/s), macs (1e9 per image) and ratio, as in training_runs.
+    """
     name = NAMES.get(model, "")
     wanted: Row = dict(keep_rate=keep_rate, img_size=img_size)
     wanted |= dict(fusion=None if keep_rate == 1 or name not in MODELS else fusion)
-    return next((row for row in costs(name) if row.items() >= wanted.items()), None)
+    found = next((row for row in costs(name) if row.items() >= wanted.items()), None)
+    return found and wanted | {key: found[key] for key in ("throughput", "macs", "ratio")}
 
 
 def runs(model: str, epochs: int, **setting: Any) -> list[Row]:
-    """The training runs of one setting of timm's or our model."""
+    """List the training runs of one setting of timm's or our model."""
     wanted = (setting | dict(model=NAMES.get(model))).items()
     return [r for r in training_runs() if r.items() >= wanted and r["epochs"] in (None, epochs)]

@@ -19,23 +19,20 @@ FONT = 14  # pixels
 FADED = 0.25  # how much of a discarded patch's colour is left, the rest is a checkerboard
 SQUARE = 4  # pixels of its squares
 MOST = 4  # reductions that are shown; of more, some spread evenly, the last included
-LOWEST = 1e-6  # weights below it are shown as it
 
 
 @torch.no_grad()
-def follow(model: Any, images: Tensor) -> tuple[list[str], list[Tensor], Tensor, Tensor]:
+def follow(model: Any, images: Tensor) -> tuple[list[str], list[Tensor], Tensor]:
     """Follow the patches of images through the reductions of a model in evaluation mode.
 
-    Returns: a title for each place that reduces; the token (B, N) that each patch is in after it,
-        -1 where it was dropped or fused; the weight (B, N) of each patch in the final tokens; and
-        the logits.
+    Returns:
+        A title for each place that reduces; the token (B, N) that each patch is in after it, -1 if
+        it was dropped or fused; and the logits.
     """
     x = model.embed(images)  # not model(), which may be compiled, and would be again
     logits, found = model.classify(x)
-    reductions = iter(found)
-    reducer, P, tokens = model.reducer, model.num_prefix_tokens, model.patch_ids(x)
+    reductions, reducer, tokens = iter(found), model.reducer, model.patch_ids(x)
     patches = n = tokens.shape[1]
-    parts_BTN = F.pad(torch.eye(n, device=x.device), (0, 0, P, 0)).expand(len(x), -1, -1)
     when, titles, places = "before" if reducer.stage == "input" else "after", [], []
     for block, kept in zip(reducer.at, reducer.kept(n), strict=True):
         if kept < n:
@@ -43,48 +40,38 @@ def follow(model: Any, images: Tensor) -> tuple[list[str], list[Tensor], Tensor,
             tokens = moved(reduction, tokens, n)
             if reduction.rest_BN is not None:  # the last token is the fused one
                 tokens = torch.where(tokens == kept, -1, tokens)
-            parts_BTN, n = reduction(parts_BTN), kept + reducer.extra
+            n = kept + reducer.extra
         titles.append(f"{when} block {block + 1}\n{kept} of {patches} tokens")
         places.append(tokens)
-    return titles, places, parts_BTN[:, P:].sum(1), logits
+    return titles, places, logits
 
 
 def draw_kept(model: Any, images: Tensor, pixels: Tensor, *classes: list[str]) -> Image.Image:
-    """A row per image: the image, its tokens after each reduction, and weights of the rest.
+    """Draw a row for each image: the image, then its tokens after each reduction.
 
     Discarded patches fade into a checkerboard. Patches that have become one token have their mean
-    colour, within an edge. For reducers that fuse, the last column is a heat map of the weight with
-    which each patch has entered the fused tokens, on a logarithmic scale; survivors are gray in it.
+    colour, within an edge.
 
     Args:
-        images: what the model takes, (B, 3, H, W).
+        images: the model's input, (B, 3, H, W).
         pixels: the same as uint8, for drawing.
         classes: the names of all classes, to write predictions, and those of the images.
     """
-    grid, large = model.patch_embed.grid_size, enlarged(pixels)
-    titles, places, left, logits = follow(model, images)
-    tokens = [place.cpu().unflatten(1, grid) for place in places]
-    count = min(len(tokens), MOST)
-    shown = [(i + 1) * len(tokens) // count - 1 for i in range(count)]
-    columns = [large, *(draw_tokens(tokens[place], large) for place in shown)]
-    titles = [size_of(pixels), *(titles[place] for place in shown)]
-    discarded = tokens[-1] < 0
-    if model.reducer.extra and discarded.any():
-        weight = left.float().cpu().view_as(discarded).clamp(LOWEST)
-        low, high = weight[discarded].min(), weight[discarded].max()
-        share = (weight / low).log() / (1.01 * high / low).log()
-        ramp = 2.6 * share[:, None] - torch.arange(3).view(3, 1, 1)  # black, red, yellow, pale
-        heat = 255 * ramp.clamp(0, 1)
-        columns.append(upsample(torch.where(discarded[:, None], heat, 225.0), large))
-        titles.append(f"fused weight\n{low:.1g} to {high:.1g}")
-    return compose(torch.stack(columns, 1), titles, captions(logits, *classes))
+    titles, places, logits = follow(model, images)
+    count, large = min(len(places), MOST), enlarged(pixels)
+    shown = [(i + 1) * len(places) // count - 1 for i in range(count)]
+    tokens = [places[i].cpu().unflatten(1, model.patch_embed.grid_size) for i in shown]
+    cells = torch.stack([large, *(draw_tokens(found, large) for found in tokens)], 1)
+    titles = [size_of(pixels), *(titles[i] for i in shown)]
+    return compose(cells, titles, captions(logits, *classes))
 
 
 @torch.no_grad()
 def draw_features(model: Any, images: Tensor, pixels: Tensor, *classes: list[str]) -> Image.Image:
-    """A row per image: the image, and the final maps of the dense and of the reduced model.
+    """Draw a row for each image: the image, and the final maps of the dense and reduced model.
 
     Red, green and blue are the three main components of all dense maps, in both on one scale.
+    Arguments as in draw_kept.
     """
     reducer, large, maps = model.reducer, enlarged(pixels), []
     for used in (reducers.make("evit", keep_rate=1.0).attach(model), reducer):
@@ -104,7 +91,7 @@ def draw_features(model: Any, images: Tensor, pixels: Tensor, *classes: list[str
 
 
 def captions(logits: Tensor, names: Sequence[str] = (), truths: Sequence[str] = ()) -> list[str]:
-    """The class and the prediction of each image, as far as they are known."""
+    """Write the class and the prediction of each image, as far as names are known."""
     best = zip(*(v.tolist() for v in logits.float().softmax(1).max(1)), strict=True)
     said = [f"predicted {names[label]}, {share:.0%}" for share, label in best] if names else []
     return [f"{own}: {text}" for own, text in zip(truths, said, strict=True)] if truths else said
@@ -115,12 +102,12 @@ def size_of(pixels: Tensor) -> str:
 
 
 def enlarged(pixels: Tensor) -> Tensor:
-    """Images (B, 3, H, W) as floats, of at least MIN_SIDE pixels a side."""
+    """Scale images (B, 3, H, W) to floats of at least MIN_SIDE pixels a side."""
     return F.interpolate(pixels.cpu().float(), scale_factor=-(-MIN_SIDE // pixels.shape[-1]))
 
 
 def draw_tokens(tokens: Tensor, pixels: Tensor) -> Tensor:
-    """Images (B, 3, H, W), faded where a patch has no token, in mean colours where some share one.
+    """Fade the patches of images (B, 3, H, W) without a token; draw those of one token as one.
 
     Args:
         tokens: (B, rows, columns), the token of each patch, -1 for none.
@@ -146,12 +133,12 @@ def draw_tokens(tokens: Tensor, pixels: Tensor) -> Tensor:
 
 
 def upsample(values: Tensor, like: Tensor) -> Tensor:
-    """A value per patch (B, C, rows, columns) to one per pixel."""
+    """Repeat a value per patch (B, C, rows, columns) for each pixel."""
     return F.interpolate(values.float(), size=like.shape[-2:], mode="nearest").to(values.dtype)
 
 
 def compose(cells: Tensor, titles: list[str], captions: list[str]) -> Image.Image:
-    """The cells (rows, columns, 3, H, W) with titles above the columns, captions above the rows."""
+    """Join cells (rows, columns, 3, H, W), with a title per column and a caption per row."""
     cells = F.pad(cells, (0, 0, (FONT + GAP // 2) * bool(captions), 0), value=255)
     grid = make_grid(cells.flatten(0, 1), len(titles), padding=GAP, pad_value=255)
     top, width = 2 * FONT + 2 * GAP, cells.shape[-1] + GAP

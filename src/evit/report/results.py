@@ -19,14 +19,14 @@ from evit.config import CONF_DIR, counted
 from evit.files import whole_file
 
 PACKAGES = "torch torchvision timm lightning hydra-core torchmetrics wandb ffcv".split()
-START = "start.json"  # the outcome of the run that a run's first weights come from
-# Values in which runs of one setting may differ.
+START = "start.json"  # a run's note of the outcome of the run that its first weights are from
+# Runs of one setting may differ in these values.
 OWN = {"seed", "name", "logger", "checkpoint", "overwrite"}
 OWN_DATA = {"seed", "cache_dir", "num_workers", "batches_ahead"}
 
 
 def start(folder: Path, config: dict[str, Any]) -> None:
-    """Clear a run's folder of an older run's files, and write the configuration there."""
+    """Remove an older run's files from a run's folder, and write the configuration there."""
     for name in ("result.json", "metrics.jsonl", "kept_patches.png", "wandb/run_id", START):
         (folder / name).unlink(missing_ok=True)
     for path in folder.glob("hpc_ckpt_*"):  # Lightning's under SLURM, which it would go on from
@@ -38,41 +38,41 @@ def start(folder: Path, config: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; None if it is not there."""
+    """Read a JSON file; return None if there is none."""
     return json.loads(path.read_text()) if path.is_file() else None
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
-    """The result of the run that has finished in this folder, or None."""
+    """Return the result of the run that has finished in this folder, or None."""
     return read_json(folder / "result.json")
 
 
 def outcome(folder: Path | None) -> dict[str, Any] | None:
-    """The metrics that identify a run's outcome, or None if no run has finished there."""
+    """Return the metrics that identify a run's outcome; None if no run has finished there."""
     result = folder and finished(folder)
     return {name: result.get(name) for name in ("top1", "top5", "loss")} if result else None
 
 
 def check_config(folder: Path, config: dict[str, Any]) -> None:
-    """Refuse, with a ValueError, a folder that holds a run of another configuration."""
+    """Raise a ValueError if a folder holds a run of another configuration."""
     if read_json(folder / "config.json") not in (None, config):
         ways = "overwrite=true replaces it, name=NAME puts this run elsewhere"
         raise ValueError(f"{folder} holds a run of another configuration (config.json): {ways}")
 
 
 def run_folder(checkpoint: str | Path) -> Path | None:
-    """The folder of the run that a checkpoint's path belongs to; None if it is not a run's."""
+    """Return the folder of the run that a checkpoint's path belongs to, or None."""
     folder = Path(checkpoint).absolute().parent
     return folder.parent if folder.name == "checkpoints" else None
 
 
 def run_config(checkpoint: str | Path) -> dict[str, Any]:
-    """The configuration of the run that a checkpoint belongs to; {} if it is not a run's.
+    """Read the configuration of the run that a checkpoint belongs to; {} if it is not a run's.
 
-    The file may come from a stranger, and Hydra will instantiate what it names.
+    The file may come from a stranger, and Hydra will instantiate its targets.
 
     Raises:
-        ValueError: the file cannot be read, or names a target that conf/ does not.
+        ValueError: the file cannot be read, or a target in it is not in conf/.
     """
     folder = run_folder(checkpoint)
     if not folder or not (path := folder / "config.json").is_file():
@@ -85,13 +85,13 @@ def run_config(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def harmless(text: str) -> Any:
-    """Read a configuration from JSON whose targets are all in conf/, and with nothing to resolve.
+    """Read a configuration from JSON; allow only targets in conf/, and no interpolation.
 
-    A check of a target's prefix would not do: evit.report.results.os.system is os.system. And
-    ${oc.env:NAME} would put a secret of the environment into the result.
+    A target's prefix proves nothing, as evit.report.results.os.system is os.system; and
+    ${oc.env:NAME} would copy a secret of the environment into the result.
 
     Raises:
-        ValueError: it asks for what no configuration of ours does.
+        ValueError: the configuration has another target, or an interpolation.
     """
     folders, known = {CONF_DIR}, {"timm.create_model"}
     if HydraConfig.initialized():  # and those that the user has given to Hydra
@@ -115,7 +115,7 @@ def harmless(text: str) -> Any:
 
 
 def setting(config: dict[str, Any]) -> str:
-    """Hash a run's configuration; runs that differ by chance alone have the same hash."""
+    """Hash a run's configuration; runs that differ only in OWN and OWN_DATA hash alike."""
     data = {key: value for key, value in config["data"].items() if key not in OWN_DATA}
     return digest({k: v for k, v in config.items() if k not in OWN} | dict(data=data))
 
@@ -125,7 +125,7 @@ def digest(content: Any) -> str:
 
 
 def started_from(checkpoint: str | Path | None) -> str | None:
-    """Identify a run's first weights: the setting of the run they come from, else their SHA-256."""
+    """Identify first weights: by the setting of the run that they are from, else by SHA-256."""
     if not checkpoint:
         return None
     folder = run_folder(checkpoint)
@@ -143,7 +143,7 @@ def finish(result: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def provenance() -> dict[str, Any]:
-    """The commit of this code, and the versions of its dependencies."""
+    """Return the commit of this code, and the versions of Python and of the main packages."""
     return dict(
         commit=git_commit(),
         packages={d.name.lower(): d.version for d in distributions() if d.name.lower() in PACKAGES},
@@ -159,7 +159,7 @@ def write_json(content: dict[str, Any], path: Path) -> None:
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
-    """The numbers that runs are compared by; throughput: images/s of inference, None unmeasured."""
+    """Return the numbers that runs are compared by; throughput (images/s) may be None."""
     config, model = result["config"], result["model"]
     name = result["choices"]["model"]
     if name.startswith("timm_"):  # one file of conf/model for all of timm's models
@@ -178,7 +178,7 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any], folder: Path) -> None:
-    """Print a result, and where its files are."""
+    """Print a result and the names of the run's files."""
     row = summary(result)
     speeds = [row["train_images_per_s"], row["throughput"]]
     train, infer = (f"{speed:.0f} images/s" if speed else "not measured" for speed in speeds)
@@ -197,34 +197,18 @@ def show(result: dict[str, Any], folder: Path) -> None:
   {"  ".join(sorted(path.name for path in folder.iterdir()))}""")
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """A table of texts; a column without any is left out."""
-    heads = [head for head in rows[0] if any(str(row[head]) for row in rows)]
-    columns = [[plain(str(cell)) for cell in (head, *(r[head] for r in rows))] for head in heads]
-    for column in columns:
-        width = max(map(len, column))
-        column[:] = [cell.ljust(width) for cell in column]
-        column.insert(1, "-" * width)
-    return "\n".join(f"| {' | '.join(line)} |" for line in zip(*columns, strict=True))
-
-
-def plain(text: str) -> str:
-    """Text without what Markdown, or HTML in it, would take for its own."""
-    return re.sub(r"([|\[])", r"\\\1", text).replace("<", "&lt;")
-
-
 def one_rate(rates: Any) -> Any:
-    """One number where all locations have the same keep rate."""
+    """Return one number if all places have the same keep rate, else the rates."""
     return rates[0] if isinstance(rates, list) and len(set(rates)) == 1 else rates
 
 
 def trained_keep_rate(run: dict[str, Any]) -> Any:
-    """The keep rate, or rates, that a run was trained at; None: not a run's."""
+    """Return the keep rate, or rates, that a run was trained at; None for {}, no run."""
     return (run["model"]["reducer"] or dict(keep_rate=1.0)).get("keep_rate") if run else None
 
 
 def device_name(device: torch.device) -> str:
-    """The accelerator's name, or the processor's number of threads."""
+    """Name the accelerator, or the processor with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({platform.machine()}, {counted(torch.get_num_threads(), 'thread')})"
@@ -236,7 +220,7 @@ def sha256(path: Path) -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of this code, with -dirty where files differ from it; None outside a checkout."""
+    """Return the commit of this code, with -dirty if files differ; None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

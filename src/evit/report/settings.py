@@ -2,18 +2,18 @@
 
 Its columns:
 
-- section: what can be compared, "fashion-mnist, 28 px"; table: the paper's (published rows).
+- section: "fashion-mnist, 28 px"; the settings in it can be compared. table: the paper's.
 - model: of conf/model, timm's name, or a key of paper.yaml; name: timm's, the same for a dense
   model and its reduced variants; reducer: "" if dense; rate: "dense", "0.7" or "0.9,0.8,0.7";
   selection: "" for the attentive tokens; rest: "fused" or "dropped".
 - start: from scratch, fine-tuned, off the shelf, or the keep rate that the evaluated checkpoint was
   trained at; epochs; images: their limits as text; val_images: 0 for all.
-- runs: how many seeds; top1, top5 (%) and kl, their means; spread: deviation of top1; macs (1e9 per
-  image); params (1e6); images_per_s; speed: beside the dense model at the base size, measured.
+- runs: number of seeds; top1, top5 (%) and kl, their means; spread: deviation of top1; macs (1e9
+  per image); images_per_s; speed: beside the dense model at the base size, measured.
 - setting, recipe: hashes of results.py and collect.py; origin: the setting, or the SHA-256, of the
   first weights; way: how images_per_s was measured.
 - dense: the index of the dense setting that this one is compared with, or -1; and, beside that one,
-  change (points of top-1), share (% of its MACs) and faster (times its images/s).
+  change (points of top-1) and faster (times its images/s).
 """
 
 import re
@@ -22,11 +22,11 @@ from typing import Any
 import pandas as pd
 
 from evit.config import listed
-from evit.report import collect, paper
-from evit.report.collect import Found, Row
+from evit.report import REST, Row, collect, paper
+from evit.report.collect import Found
 
 DENSE, SCRATCH, TUNED, SHELF = "dense", "from scratch", "fine-tuned", "off the shelf"
-METRICS = "top1 spread top5 kl macs images_per_s speed params change share faster".split()
+METRICS = "top1 spread top5 kl macs images_per_s speed change faster".split()
 TEXTS = "section table name reducer rest selection images setting recipe origin way".split()
 DEFAULTS: Row = dict.fromkeys([*METRICS, "epochs"], float("nan")) | dict.fromkeys(TEXTS, "")
 DEFAULTS |= dict(rate=DENSE, start=SCRATCH, val_images=0, runs=1, dense=-1)
@@ -41,18 +41,17 @@ def frame(found: list[Row]) -> pd.DataFrame:
 
 
 def choices(reducer: str, rates: Any, fusion: bool | None) -> Row:
-    """The columns that say how tokens are reduced."""
+    """Make the columns that say how tokens are reduced; {} for a dense model."""
     rate = ",".join(f"{rate:g}" for rate in listed(rates))
     if len(set(rate.split(","))) == 1:
         rate = rate.split(",")[0]
     if rate in ("1", ""):
         return {}
-    rest = {True: "fused", False: "dropped", None: ""}[fusion] if reducer == "evit" else ""
-    return dict(reducer=reducer, rate=rate, rest=rest)
+    return dict(reducer=reducer, rate=rate, rest=REST[fusion] if reducer == "evit" else "")
 
 
 def published() -> pd.DataFrame:
-    """The rows of the paper's tables; in each, the dense model comes first."""
+    """Make the settings of the paper's tables; in each, the dense model comes first."""
     found = [
         {key: row[key] for key in ("table", "model", "img_size", "epochs", "top1", "macs", "top5")}
         | choices(row["reducer"], row["keep_rate"], row["fusion"])
@@ -72,7 +71,7 @@ def published() -> pd.DataFrame:
 
 
 def ours(content: Found) -> pd.DataFrame:
-    """Our runs, the mean over the seeds of each setting, and our evaluations."""
+    """Make the settings of our runs, the mean over the seeds of each, and of our evaluations."""
     runs = frame([of_run(row) for row in content.runs.values()])
     seeds = runs.groupby(["setting", "start"], sort=False)
     one_way = runs.groupby("section").way.transform("nunique") == 1
@@ -96,23 +95,19 @@ def of_run(row: Row) -> Row:
         {key: row[key] for key in ("model", "img_size", "epochs", "setting", "recipe")}
         | choices(row["reducer"], row["keep_rate"], row["fusion"])
         | place(row)
-        | dict(start=TUNED if row["from_checkpoint"] else SCRATCH)
+        | dict(start=TUNED if row["from_checkpoint"] else SCRATCH, macs=row["macs"] / 1e9)
         | dict(top1=row["top1"], top5=row["top5"], images_per_s=row["throughput"])
-        | dict(macs=row["macs"] / 1e9, params=row["params"] / 1e6)
         | dict(name=canonical(row["timm_name"] or ""), origin=row["started_from"] or "")
         | dict(way=f"{row['device']}, {row['precision']}")
     )
 
 
 def of_evaluation(result: Row) -> list[Row]:
-    """The settings of an evaluation.
-
-    Weights that no run of ours left are taken to be a dense model's, if it was evaluated too.
-    """
+    """Make the rows of an evaluation, of a run's checkpoint or else of a dense model's weights."""
     model, trained = result["model"], choices("", result["trained_keep_rate"] or [], None)
     rows = [choices(row["reducer"], row["keep_rate"], row["fusion"]) for row in result["settings"]]
     if result["trained_keep_rate"] is None and {} not in rows:
-        return []
+        return []  # nothing says that the weights are a dense model's
     limit, sha256 = result["config"]["max_val_images"], result["checkpoint_sha256"]
     limits = dict(max_train_images=None, max_val_images=limit, whole=not limit)
     given = dict(model=model["name"], img_size=model["img_size"], recipe=sha256, origin=sha256)
@@ -124,15 +119,14 @@ def of_evaluation(result: Row) -> list[Row]:
         given
         | choice
         | dict(selection="" if row["selection"] in (None, "attentive") else row["selection"])
-        | dict(params=model["params"] / 1e6, macs=row["macs"] / 1e9)
-        | {key: row[key] for key in ("top1", "top5", "kl")}
+        | dict(macs=row["macs"] / 1e9, top1=row["top1"], top5=row["top5"], kl=row["kl"])
         for row, choice in zip(result["settings"], rows, strict=True)
         if row["macs"] is not None
     ]
 
 
 def place(row: Row) -> Row:
-    """What a run is compared within: the data set, and but for ImageNet the image size."""
+    """Make the columns of what can be compared: the data set and, but for ImageNet, the size."""
     whole_imagenet = row["num_classes"] == 1000 and row["whole"]
     section = "ImageNet" if whole_imagenet else f"{row['data']}, {row['img_size']} px"
     limits = dict(training=row["max_train_images"], validation=row["max_val_images"])
@@ -142,17 +136,17 @@ def place(row: Row) -> Row:
 
 
 def canonical(timm_name: str) -> str:
-    """The same name for a dense model and its EViT."""
+    """Strip a timm name to what a dense model and its EViT share."""
     return re.sub(r"^evit_|_224$", "", timm_name)
 
 
 def base(models: pd.Series) -> pd.Series:
-    """The same name for a dense model and its reduced variants, of conf/model or the paper."""
+    """Strip names of conf/model or the paper to what dense and reduced models share."""
     return models.str.replace("^(evit|dynamicvit)_", "", regex=True)
 
 
 def recipe_names(points: pd.DataFrame) -> pd.Series:
-    """The hash of the recipe of settings that nothing else tells apart, else ""."""
+    """Take the hash of the recipe of settings that nothing else tells apart, else ""."""
     kind = base(points.model).where(points.start != TUNED, points.model)
     recipe = points.recipe.replace("", None).str[:8]
     alike = recipe.groupby([kind, points.start, points.epochs, points.img_size], dropna=False)
@@ -160,10 +154,10 @@ def recipe_names(points: pd.DataFrame) -> pd.Series:
 
 
 def beside_dense(points: pd.DataFrame) -> pd.DataFrame:
-    """Compare each setting with a dense one: dense, change, share and faster.
+    """Compare each setting with a dense one, in the columns dense, change and faster.
 
-    That was trained by the same recipe: as long, on as many images of the same size. A fine-tuned
-    run may also be compared with what it began with, and an evaluation with that alone.
+    That one was trained by the same recipe: as long, on as many images of the same size. Else, a
+    fine-tuned run is compared with the run or weights that it began with.
     """
     points = points.assign(kind=base(points.model), dense=points.index)
     dense = points[(points.rate == DENSE) & points.top1.notna()]
@@ -183,7 +177,6 @@ def beside_dense(points: pd.DataFrame) -> pd.DataFrame:
     return points.drop(columns="kind").assign(
         dense=index,
         change=points.top1 - beside.top1,
-        share=100 * points.macs / beside.macs,
         faster=points.speed.fillna(points.images_per_s / beside.images_per_s),
     )
 

@@ -5,9 +5,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from evit.report import paper, settings
+from evit.report import markdown, paper, plain, settings
 from evit.report.collect import Found
-from evit.report.results import markdown, plain
 
 NOT_RUN = "not run"
 METRICS = (  # of a table of the paper: title, column, decimals
@@ -21,19 +20,17 @@ NUMBERS = {  # of our settings: column, format
     "top-5 (%)": ("top5", ".2f"),
     "KL to dense": ("kl", ".4f"),
     "GMACs": ("macs", ".4g"),
-    "M parameters": ("params", ".2f"),
-    "% of dense": ("share", ".0f"),
     "speed-up": ("faster", ".2f"),
 }
 NOTE = (
-    "The mean over the seeds of a setting, with the standard deviation. To dense: points from the "
-    "mean of the dense runs by the same recipe; or from what was fine-tuned or evaluated. "
+    "The mean over the seeds of a setting, with the standard deviation. To dense: points above the "
+    "dense runs by the same recipe, or above what was fine-tuned or evaluated. "
     "Speed-up: images/s beside the dense model's, by src/benchmark.py, else by the runs."
 )
 
 
 class Table(NamedTuple):
-    """A table of texts whose first columns say what a row is."""
+    """A table of texts, whose first `labels` columns say what a row is."""
 
     title: str
     note: str
@@ -74,7 +71,7 @@ def beside_paper(content: Found, points: pd.DataFrame, name: str) -> Table:
 
 
 def texts(values: pd.Series, form: str, missing: str = "") -> pd.Series:
-    """Numbers as text; without -0.00."""
+    """Write numbers as text, and -0.00 as +0.00."""
     shown = values.map(lambda value: missing if pd.isna(value) else format(value, form))
     return shown.str.replace(r"^-(0\.0+)$", r"+\1", regex=True)
 
@@ -83,21 +80,19 @@ def top1_text(point: pd.Series) -> str:
     return f"{point.top1:.2f}" + ("" if pd.isna(point.spread) else f" ± {point.spread:.2f}")
 
 
-def all_settings(title: str, points: pd.DataFrame, by: str = "start") -> Table:
+def all_settings(title: str, points: pd.DataFrame) -> Table:
     """Make the table of our settings on one data set, beside their dense models.
 
-    A column whose value is the same everywhere is said below the table instead.
+    A label that is the same in all rows stands in the note instead.
     """
-    points = points.sort_values([by, "macs"], ascending=[True, False], kind="stable")
+    points = points.sort_values(["start", "macs"], ascending=[True, False], kind="stable")
     which = pd.DataFrame(
         {
             "model": points.model,
-            "reducer": points.reducer.replace("", None),
+            "reducer": points.reducer,
             "keep rate": points.rate,
             "the rest": points.rest,
-            "kept": points.selection.mask(
-                points.selection + points.reducer == "evit", "attentive"
-            ).replace("", None),
+            "kept": points.selection.mask(points.selection + points.reducer == "evit", "attentive"),
             "px": points.img_size.map(str),
             "weights": points.start,
             "epochs": texts(points.epochs, ".0f"),
@@ -106,10 +101,13 @@ def all_settings(title: str, points: pd.DataFrame, by: str = "start") -> Table:
             "runs": points.runs.map(str),
         }
     )
-    same = which.drop(columns=["keep rate", "the rest"]).loc[:, lambda f: f.nunique() < 2]
-    same = same.max().fillna("")
-    said = [f"{name}: {value}" for name, value in same.sort_index().items() if value]
-    which = which.drop(columns=same.index).fillna("")
+    others = which.drop(columns=["keep rate", "the rest"])
+    found = {name: set(others[name]) for name in sorted(others)}
+    for name in ("reducer", "kept"):  # which a dense model does not have
+        found[name].discard("")
+    same = {name: values for name, values in found.items() if len(values) < 2}
+    said = [f"{name}: {value}" for name, values in same.items() for value in values if value]
+    which = which.drop(columns=list(same))
     numbers = pd.DataFrame({"top-1 (%)": points.apply(top1_text, axis=1)})
     numbers = numbers.assign(**{k: texts(points[key], form) for k, (key, form) in NUMBERS.items()})
     numbers = numbers.loc[:, (numbers != "").any()]
@@ -118,15 +116,17 @@ def all_settings(title: str, points: pd.DataFrame, by: str = "start") -> Table:
 
 
 def provenance(content: Found) -> str:
-    """Say which devices, commits and versions of torch the runs are from."""
-    rows = content.runs.values()
-    values = [{str(row[key]) for row in rows} for key in ("device", "commit")]
-    values.append({str(row["packages"]["torch"]) for row in rows})
-    return plain("{}; commit {}; torch {}.".format(*(", ".join(sorted(v)) for v in values)))
+    """List the devices, commits and versions of torch of the runs."""
+    found = [
+        (row["device"], str(row["commit"]), str(row["packages"]["torch"]))
+        for row in content.runs.values()
+    ]
+    each = (", ".join(sorted(set(values))) for values in zip(*found, strict=True))
+    return plain("{}; commit {}; torch {}.".format(*each))
 
 
 def report(content: Found, sections: Sequence[Table], papers: Sequence[Table]) -> str:
-    """Every table as Markdown, with where the runs come from, and what could not be read."""
+    """Write every table as Markdown, with the provenance of the runs, and the problems."""
     parts = ["# Results", *(table.markdown() for table in sections)]
     parts += [provenance(content) if content.runs else "No run has finished."]
     if papers:
