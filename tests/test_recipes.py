@@ -17,7 +17,7 @@ from evit.commands.cli import register
 from evit.commands.plan import plan
 from evit.recipe import Recipe
 from evit.report import paper
-from evit.training.optimizer import lr_at
+from evit.training.module import lr_at
 from tests.conftest import ROOT
 from tests.test_conf import CONF_DIR, EXPERIMENTS, composed
 

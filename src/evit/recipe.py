@@ -11,7 +11,7 @@ FROM_1 = (  # numbers that begin at 1, the others at 0
 ).split()
 TO_1 = "ema_decay mixup_switch_prob random_erasing flip drop_path label_smoothing crop_pct".split()
 NAMES = dict(
-    lr_schedule=("plain", "timm", "deit"),  # evit.training.optimizer.lr_at says what they are
+    lr_schedule=("plain", "timm", "deit"),  # evit.training.module.lr_at says what they are
     mixup_mode=("batch", "pair", "elem"),
 )
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from evit.measure.entries import Entry, build, choose, dense, facts
+from evit.measure.speed import Entry, build, choose, dense, facts
 
 KNOBS: dict = dict(paper=None, keep_rates=[0.5], fusion=[True], img_sizes=[32])
 TINY = "evit_deit_tiny_patch16"

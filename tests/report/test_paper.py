@@ -3,7 +3,7 @@
 import pytest
 
 from evit import measure
-from evit.measure.entries import Entry, build, facts
+from evit.measure.speed import Entry, build, facts
 from evit.report import paper
 
 

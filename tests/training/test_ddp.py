@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from evit.training import trainer
+from evit import training
 from tests.conftest import ROOT
 from tests.training.two_processes import EVIT, evaluate, record
 
@@ -153,15 +153,15 @@ SLURM = dict(SLURM_NTASKS="16", SLURM_NNODES="2", SLURM_STEP_ID="0", SLURM_JOB_N
 def test_the_processes_are_those_that_were_started(environment, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert trainer.processes("auto", "auto") == dict(devices=8, num_nodes=2)
-    assert trainer.processes(8, 2) == dict(devices=8, num_nodes=2)
+    assert training.processes("auto", "auto") == dict(devices=8, num_nodes=2)
+    assert training.processes(8, 2) == dict(devices=8, num_nodes=2)
     for devices, nodes in (4, "auto"), ("auto", 1):
         with pytest.raises(ValueError, match="but 8 processes on each of 2 nodes were started"):
-            trainer.processes(devices, nodes)
+            training.processes(devices, nodes)
 
 
 def test_without_a_launcher_they_are_as_configured():
-    assert trainer.processes("auto", "auto") == dict(devices="auto", num_nodes=1)
+    assert training.processes("auto", "auto") == dict(devices="auto", num_nodes=1)
 
 
 def test_slurm_without_srun_is_refused_where_it_would_wait_for_ever(monkeypatch):
@@ -169,4 +169,4 @@ def test_slurm_without_srun_is_refused_where_it_would_wait_for_ever(monkeypatch)
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("SLURM_STEP_ID")
     with pytest.raises(ValueError, match="SLURM has 16 tasks .* begin the command with srun"):
-        trainer.processes("auto", "auto")
+        training.processes("auto", "auto")

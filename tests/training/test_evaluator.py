@@ -7,8 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import evit
 from evit import reducers
-from evit.training.evaluator import Evaluator, Setting, setting_of
-from evit.training.module import mix_seed
+from evit.training.module import Evaluator, Setting, mix_seed, setting_of
 
 RATES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 SIZE = dict(img_size=64, patch_size=8, embed_dim=48, depth=8, num_heads=2, num_classes=10)

@@ -7,7 +7,7 @@ from timm.layers import DropPath
 from evit.commands import train as training
 from evit.training.callbacks import EMA, KeepRateSchedule
 from evit.training.checkpoints import BestCheckpoint
-from evit.training.optimizer import make_optimizer
+from evit.training.module import make_optimizer
 from tests.training.conftest import Killed
 
 RECIPE = (

@@ -11,8 +11,7 @@ from evit.data.order import EpochLoader, Shard
 from evit.recipe import Recipe
 from evit.training.callbacks import KeepRateSchedule, Progress
 from evit.training.losses import make_objective
-from evit.training.module import Classifier
-from evit.training.optimizer import lr_at
+from evit.training.module import Classifier, lr_at
 
 STEPS = 4  # of an epoch
 SHAPE = dict(embed_dim=24, depth=4, num_heads=2, num_classes=9)

@@ -9,8 +9,7 @@ from torch._dynamo.testing import CompileCounter
 import evit
 from evit.recipe import Recipe
 from evit.training.losses import dense_teacher, make_objective
-from evit.training.module import Classifier
-from evit.training.optimizer import make_optimizer
+from evit.training.module import Classifier, make_optimizer
 
 RECIPE = Recipe(epochs=10, batch_size=4, lr=1e-3, warmup_lr=0.0)
 

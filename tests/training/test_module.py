@@ -9,8 +9,7 @@ from torch.utils.data import DataLoader
 import evit
 from evit.recipe import Recipe
 from evit.training.losses import make_objective
-from evit.training.module import Classifier, mix_seed
-from evit.training.optimizer import lr_at, make_optimizer
+from evit.training.module import Classifier, lr_at, make_optimizer, mix_seed
 
 RECIPE = Recipe(epochs=10, batch_size=1024, lr=5e-4, lr_batch_size=512, warmup_epochs=2)
 

@@ -20,8 +20,7 @@ from PIL import Image
 from evit.commands import checkpoint
 from evit.commands.cli import composed
 from evit.config import CONF_DIR, counted, listed
-from evit.measure.entries import Entry, choose, compared, facts
-from evit.measure.speed import DTYPES, Group, compare, set_precision
+from evit.measure.speed import DTYPES, Entry, Group, choose, compare, compared, facts, set_precision
 from evit.progress import telling
 from evit.report import MODES, benchmark_text, paper, results
 

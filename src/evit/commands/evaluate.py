@@ -16,9 +16,9 @@ from evit.config import counted, listed
 from evit.measure.speed import keep_compiled
 from evit.progress import telling
 from evit.report import results, show_evaluation
+from evit.training import Signals, build_trainer, quiet, say
 from evit.training.callbacks import progress_bar
-from evit.training.evaluator import Evaluator, setting_of
-from evit.training.trainer import Signals, build_trainer, quiet, say
+from evit.training.module import Evaluator, setting_of
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:

@@ -14,8 +14,7 @@ from evit.recipe import Recipe
 from evit.reducers.schedule import keep_rate_at
 from evit.report import paper, results
 from evit.training.losses import make_objective
-from evit.training.module import Classifier
-from evit.training.optimizer import make_optimizer
+from evit.training.module import Classifier, make_optimizer
 
 IMAGENET = dict(name="ImageNet", num_classes=1000, train_images=1_281_167, val_images=50_000)
 GPUS = 8  # of the estimate of hours

@@ -24,9 +24,8 @@ from evit.progress import telling
 from evit.recipe import Recipe
 from evit.report import results
 from evit.tracking import JsonlLogger, Tracker, wandb_logger, wandb_mode
-from evit.training import callbacks, checkpoints
+from evit.training import Signals, build_trainer, callbacks, checkpoints, quiet, say
 from evit.training.module import Classifier
-from evit.training.trainer import Signals, build_trainer, quiet, say
 
 GROUPS = ("reducer", "model", "data", "recipe", "experiment")
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -126,7 +125,7 @@ def make_callbacks(cfg: DictConfig, recipe: Recipe, folder: Path) -> list[Any]:
     """The run's callbacks in the order of their calls; Progress is first."""
     inside, every = folder / "checkpoints", cfg.checkpoint_every_n_steps
     bar = callbacks.progress_bar()
-    found: list[Any] = [callbacks.Progress(recipe.batch_size, bool(bar), bool(cfg.compile)), *bar]
+    found: list[Any] = [callbacks.Progress(recipe.batch_size, bool(bar)), *bar]
     found += [callbacks.NonFinite(), Signals()]
     found += [checkpoints.LastCheckpoint(inside, every, cfg.keep_checkpoint_every_n_epochs)]
     found += [checkpoints.BestCheckpoint(inside, recipe.full_rate_epoch)]

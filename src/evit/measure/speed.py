@@ -4,25 +4,140 @@ Machines are noisy and their speed drifts, so the compared models alternate: eve
 per round, and ratios are taken within a round.
 """
 
+import functools
+import json
 import math
 import os
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from hydra.utils import instantiate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from evit.measure.entries import Entry, build, facts
-from evit.report import paper
-from evit.report.benchmark import MODES
+from evit.measure import count_macs, count_params
+from evit.models import create_model
+from evit.models.registry import NAMES, reduced
+from evit.report import MODES, Row, paper
 
 Step = Callable[[], object]
 DTYPES = dict(fp32=torch.float32, tf32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
+
+
+class Entry(NamedTuple):
+    """One model at one setting; fusion=None and reducer=None are the model's defaults.
+
+    Args:
+        dense: timm's own model, or the LV-ViT that keeps every token.
+        options: further arguments of the model as JSON; `reducer` as in conf/reducer.
+    """
+
+    model: str
+    keep_rate: float | tuple[float, ...] = 1.0
+    fusion: bool | None = None
+    img_size: int = paper.BASE_SIZE
+    dense: bool = False
+    reducer: str | None = None
+    options: str = "{}"
+
+    def __str__(self) -> str:
+        rate = "dense" if self.dense else f"keep_rate={self.keep_rate}"
+        names = self.model, self.reducer, rate, f"img_size={self.img_size}"
+        return " ".join(filter(None, names))
+
+
+class Group(NamedTuple):
+    """Settings shared by all entries of one comparison."""
+
+    what: str
+    batch_size: int
+    precision: str
+    compile: bool | str
+
+    def __str__(self) -> str:
+        return f"{self.what}, batch {self.batch_size}, {self.precision}, {MODES[self.compile]}"
+
+
+def choose(config: Row) -> dict[Entry, Entry]:
+    """Choose the models of a configuration, or of the paper, each with its dense baseline.
+
+    config["models"] are pairs (name, options); config["reducers"] maps names to conf/reducer.
+    """
+    chosen, table = list[Entry](), config["paper"]
+    if isinstance(table, str):
+        for row in paper.costs(table):
+            entry = Entry(paper.MODELS[table], row["keep_rate"], row["fusion"], row["img_size"])
+            chosen.append(entry if row["keep_rate"] < 1 else dense(entry))
+    else:
+        knobs = [config[k] for k in ("models", "img_sizes", "reducers", "keep_rates", "fusion")]
+        for (model, options), size, name, rate, fusion in product(*knobs):
+            node = config["reducers"][name]
+            fuses = "fusion" in node if name else not model.startswith("dynamicvit")
+            rate = tuple(rate) if isinstance(rate, list) else rate
+            options = json.dumps(options | (dict(reducer=node) if name else {}))
+            chosen.append(Entry(model, rate, fusion if fuses else None, size, False, name, options))
+    return compared(chosen, at_base_size=bool(table))
+
+
+def compared(chosen: Iterable[Entry], at_base_size: bool) -> dict[Entry, Entry]:
+    """Map each entry to its dense baseline; baselines are entries too.
+
+    A baseline has the entry's image size, or 224 px with at_base_size (as in the paper). After a
+    baseline of timm's, add our model with every token kept: its faster patch embedding and shorter
+    last block are not gains of the reduction.
+    """
+    entries: dict[Entry, Entry] = {}
+    for entry in chosen:
+        base = dense(entry)
+        if at_base_size and entry.model in paper.NAMES:
+            base = base._replace(img_size=paper.BASE_SIZE)
+        entries |= {base: base}
+        if not entry.dense and base.model not in NAMES:
+            entries |= {base._replace(model=entry.model, dense=False): base}
+        if entry.dense or entry.keep_rate != 1:
+            entries |= {entry: base}
+    return entries
+
+
+def dense(entry: Entry) -> Entry:
+    """Name the dense baseline at the same image size."""
+    name = re.sub(r"^(evit|dynamicvit)_", "", entry.model)
+    name += "_224" * (name != entry.model and name.startswith("deit"))
+    options = {k: v for k, v in json.loads(entry.options).items() if k != "reducer"}
+    return Entry(name, img_size=entry.img_size, dense=True, options=json.dumps(options))
+
+
+def build(entry: Entry) -> nn.Module:
+    """Build an entry's model with random weights; a ValueError if it refuses the options."""
+    knobs: dict[str, Any] = dict(keep_rate=entry.keep_rate, fusion=entry.fusion)
+    knobs = {k: v for k, v in knobs.items() if v is not None and not entry.dense}
+    options = json.loads(entry.options)
+    if node := options.get("reducer"):
+        own = {k: v for k, v in knobs.items() if k in node}
+        knobs = dict(reducer=instantiate(node | own, _convert_="all"))
+    make = create_model if entry.dense or entry.model in NAMES else reduced
+    try:
+        return make(entry.model, img_size=entry.img_size, **options | knobs)
+    except TypeError as error:
+        raise ValueError(f"{entry}: {error}") from error
+
+
+@functools.cache
+def facts(entry: Entry) -> Row:
+    """Describe an entry, with parameters and published MACs; a baseline keeps every token."""
+    with torch.device("meta"):
+        model: Any = build(entry)
+        counted: Any = build(entry._replace(dense=False)) if entry.dense else model
+    row = entry._asdict() | dict(keep_rate=list(counted.reducer.keep_rate))
+    del row["options"]
+    return row | dict(params=count_params(model), macs=count_macs(counted))
 
 
 def keep_compiled() -> None:
@@ -31,6 +146,12 @@ def keep_compiled() -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{Path.home()}/.cache/evit-lab/inductor")
     limits: Any = torch.compiler.config
     limits.recompile_limit = limits.accumulated_recompile_limit = 4096
+
+
+def set_precision(precision: str) -> None:
+    """Use TF32 for float32 matrix products from now on, or full float32."""
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 def timed(step: Step, calls: int, device: torch.device) -> float:
@@ -64,7 +185,7 @@ def take_turns(
 
 
 def peak_memory(step: Step, device: torch.device) -> int:
-    """Peak bytes that a step allocates, as counted by PyTorch's allocator."""
+    """Measure the peak of the bytes that a step allocates by PyTorch's allocator."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -82,7 +203,7 @@ def peak_memory(step: Step, device: torch.device) -> int:
 def make_step(
     model: nn.Module, forward: Callable[[Tensor], Any], images: Tensor, dtype: torch.dtype | None
 ) -> Step:
-    """Function that runs one inference, or in training mode one AdamW step.
+    """Make a function that runs one inference, or in training mode one AdamW step.
 
     `forward` is the model or its compiled form. A training step autocasts to dtype, unless that is
     float32 or None.
@@ -102,27 +223,9 @@ def make_step(
     return step
 
 
-class Group(NamedTuple):
-    """Settings shared by all entries of one comparison."""
-
-    what: str
-    batch_size: int
-    precision: str
-    compile: bool | str
-
-    def __str__(self) -> str:
-        return f"{self.what}, batch {self.batch_size}, {self.precision}, {MODES[self.compile]}"
-
-
-def set_precision(precision: str) -> None:
-    """Use TF32 for float32 matrix products from now on, or full float32."""
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-
-
 def prepare(
     entry: Entry, group: Group, device: torch.device, min_seconds: float
-) -> tuple[Step, int, dict[str, Any]]:
+) -> tuple[Step, int, Row]:
     """Build and warm up an entry: its step, its calls per round, and its row of the result."""
     dtype, training = DTYPES[group.precision], group.what == "training"
     own: Any = dict(device=device, dtype=torch.float32 if training else dtype)
@@ -130,12 +233,14 @@ def prepare(
     images = torch.randn(group.batch_size, 3, entry.img_size, entry.img_size, **own)
     with FlopCounterMode(display=False) as counter:
         make_step(model, model, images, dtype)()
-    forward = model
+    forward, memory = model, None
     if group.compile:
         mode = group.compile if isinstance(group.compile, str) else None
         forward = torch.compile(model, mode=mode, dynamic=False, fullgraph=True)
-    step, memory = make_step(model, forward, images, dtype), None
+    step = make_step(model, forward, images, dtype)
     first, calls = timed(step, 1, device), warm_up(step, min_seconds, device)
+    if group.compile:
+        print(f"  compiled in {first:.0f} s: {entry}", flush=True)
     if group.compile != "reduce-overhead":  # the allocator does not see a CUDA graph's memory
         model.zero_grad()
         copies = 3 if training else 1  # AdamW keeps two numbers for each weight
@@ -147,11 +252,11 @@ def prepare(
 
 
 def compare(
-    result: dict[str, Any],
+    result: Row,
     entries: dict[Entry, Entry],
     group: Group,
     device: torch.device,
-    config: dict[str, Any],
+    config: Row,
     until: float = math.inf,
 ) -> None:
     """Time the entries in alternation with their dense baselines; add a row for each to result.
@@ -162,39 +267,31 @@ def compare(
     keep_compiled()
     torch.compiler.reset()
     set_precision(group.precision)
-    n = 8192 if device.type == "cuda" else 1024  # large enough to show the peak
-    a, b = torch.randn(2, n, n, device=device).to(DTYPES[group.precision])
-    steps: list[Step] = [lambda: torch.mm(a, b)]
-    calls, rows = [warm_up(steps[0], config["min_seconds"] / 5, device)], dict[Entry, Any]()
+    ready: dict[Entry, tuple[Step, int, Row]] = {}
     for i, (entry, base) in enumerate(entries.items(), 1):
         result["at"] = f"warming up {i}/{len(entries)}: {entry}"
         try:
-            if base not in (entry, *rows):
+            if base not in (entry, *ready):
                 raise RuntimeError("no dense model to compare with")
             if time.perf_counter() > until:
                 raise RuntimeError("no time left: run it again, what has been compiled is kept")
-            step, count, rows[entry] = prepare(entry, group, device, config["min_seconds"])
-            steps, calls = [*steps, step], [*calls, count]
-            if group.compile:
-                print(f"  compiled in {rows[entry]['first_seconds']:.0f} s: {entry}", flush=True)
+            ready[entry] = prepare(entry, group, device, config["min_seconds"])
         except RuntimeError as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             print(f"  left out: {entry}: {reason}", flush=True)
             result["left_out"].append(group._asdict() | facts(entry) | dict(reason=reason))
-    result["at"] = f"timing {len(rows)} models in {config['repeats']} rounds"
-    product, *each = take_turns(steps, calls, config["repeats"], device)
-    seconds = dict(zip(rows, each, strict=True))
-    result["matmul"].append(group._asdict() | dict(macs_per_s=float(np.median(n**3 / product))))
-    for entry, row in rows.items():
+    result["at"] = f"timing {len(ready)} models in {config['repeats']} rounds"
+    steps, calls = [step for step, _, _ in ready.values()], [n for _, n, _ in ready.values()]
+    each = take_turns(steps, calls, config["repeats"], device)
+    seconds = dict(zip(ready, each, strict=True))
+    for entry, (_, _, row) in ready.items():
         own, base = seconds[entry], entries[entry]
         row |= dict(compared_with=str(base), seconds=own.round(9).tolist())
-        peak_share = row["macs_executed"] * group.batch_size / own * product / n**3
-        numbers = dict(images_per_s=group.batch_size / own, latency_ms=1000 * own)
-        numbers |= dict(ratio=seconds[base] / own, peak_share=peak_share)
+        numbers = dict(images_per_s=group.batch_size / own, ratio=seconds[base] / own)
         for name, values in numbers.items():
             low, row[name], high = np.percentile(values, [25, 50, 75]).tolist()
             row[f"{name}_quartiles"] = [low, high]
         rates = set(row["keep_rate"])
         if config["paper"] and not entry.reducer and group.what == "inference" and len(rates) == 1:
             row["paper"] = paper.cost(entry.model, rates.pop(), entry.fusion, entry.img_size)
-    result["rows"] += rows.values()
+        result["rows"].append(row)

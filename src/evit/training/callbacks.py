@@ -1,4 +1,4 @@
-"""Callbacks: keep-rate schedule, pictures, progress, checks for NaN, EMA."""
+"""Lightning's callbacks: keep rate, pictures, progress, a stop at NaN, moving average (EMA)."""
 
 import math
 import random
@@ -28,10 +28,10 @@ WAY_OUT = (
 
 
 class KeepRateSchedule(L.Callback):
-    """Set the model's keep rate at every training step, down to its final value.
+    """Lower the model's keep rate at every training step, from 1 to its final value.
 
     Logs keep_rate (or keep_rate/1, /2, ... if places differ) and tokens_per_image: image tokens in
-    the MLP, averaged over the blocks. While the keep rate changes, token counts are rounded up to
+    the MLP, averaged over the blocks. Until the final rate, token counts are rounded up to
     multiples of token_multiple.
     """
 
@@ -74,9 +74,9 @@ class KeepRateSchedule(L.Callback):
 
 
 class KeptPatches(L.Callback):
-    """Draw which patches of some validation images are kept, at each evaluation.
+    """Draw which patches of some validation images are kept, anew at each evaluation.
 
-    The images are spread evenly over those of the first process. The file is overwritten.
+    The images are spread evenly over those of the first process.
     """
 
     def __init__(self, path: Path, num_images: int = 8):
@@ -108,32 +108,25 @@ class KeptPatches(L.Callback):
 class Progress(L.Callback):
     """Log training speed; print a line every 30 s (if there is no bar) and after evaluations.
 
-    Images per second count all processes; the share of time spent waiting for data is that of this
-    process. Both leave out the first step of an epoch.
+    Images per second count all processes; data_wait is the share of time in which this process
+    waits for images. Both leave out the first step of an epoch.
 
     Args:
         batch_size: images per optimizer step.
-        compiled: print the time of the first step, which compiles.
     """
 
-    def __init__(self, batch_size: int, bar: bool = False, compiled: bool = False):
-        self.batch_size, self.bar, self.compiled = batch_size, bar, compiled
+    def __init__(self, batch_size: int, bar: bool = False):
+        self.batch_size, self.bar = batch_size, bar
         self.due, self.epoch, self.numbers = time.monotonic() + 8, -1, ""
-        self.waiting = ""  # what the first step, which may take long, is said to be
+        self.waiting = ""  # "in the first step", which may take long
         self.images_per_s: float | None = None  # until two steps of an epoch were taken
 
     def on_train_start(self, trainer: Any, *_: Any) -> None:
         self.waiting = "in the first step" if trainer.is_global_zero and not self.bar else ""
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.begun = time.perf_counter()
-
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         done, total = args[-1] + 1, trainer.num_training_batches
         now = (done, time.perf_counter(), trainer.train_dataloader.waited)
-        if self.compiled and trainer.is_global_zero:
-            self.compiled = False
-            print(f"The first step took {now[1] - self.begun:.0f} s", flush=True)
         if self.epoch != trainer.current_epoch:
             self.epoch, self.start = trainer.current_epoch, now
         else:
@@ -155,18 +148,17 @@ class Progress(L.Callback):
         self.tell(trainer, f"evaluating {args[2] + 1}/{sum(trainer.num_val_batches)}")
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        names = ("train/loss", "val/loss", "val/top1", "val/top5")
-        self.tell(trainer, "", names, now=True)
+        self.tell(trainer, "", ("train/loss", "val/loss", "val/top1", "val/top5"), always=True)
 
     def tell(
-        self, trainer: Any, what: str, names: Any = (), more: str = "", now: bool = False
+        self, trainer: Any, what: str, names: Any = (), more: str = "", always: bool = False
     ) -> None:
-        """Print a line with metrics, for if one is due; reading them waits for the GPU."""
-        self.waiting = ""
-        due = not self.bar and time.monotonic() >= self.due
-        if not trainer.is_global_zero or not (due or now):
+        """Print a line with metrics if one is due; reading them waits for the GPU."""
+        self.waiting, now = "", time.monotonic()
+        due = always or (not self.bar and now >= self.due)
+        if not trainer.is_global_zero or not due:
             return
-        self.due = self.due if now else time.monotonic() + 30
+        self.due = self.due if always else now + 30
         epoch, values = min(trainer.current_epoch + 1, trainer.max_epochs), trainer.callback_metrics
         numbers = [f"{name} {float(values[name]):.3f}" for name in names if name in values]
         words = [f"epoch {epoch}/{trainer.max_epochs}", what, *numbers, more]
@@ -188,7 +180,7 @@ class NonFinite(L.Callback):
     def __init__(self) -> None:
         self.steps: list[tuple[str, int, Tensor]] = []  # since the last look
 
-    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
         lr = trainer.optimizers[0].param_groups[0]["lr"]
         self.at = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, step "
         self.at += f"{trainer.global_step + 1}, learning rate {lr:.3g}"
