@@ -6,7 +6,7 @@ python results/cifar10/figure.py
 import json
 from pathlib import Path
 
-import matplotlib
+import matplotlib.style
 from matplotlib.figure import Figure
 
 from evit.report.page import PALETTE, STYLE
@@ -51,7 +51,7 @@ def points() -> dict[str, list[tuple[float, float, str]]]:
 
 
 def draw() -> None:
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(6.4, 3.2), layout="constrained")
         axes = figure.add_subplot(
             xlabel="images/s of inference (times the dense model's)", ylabel="top-1 (%)"

@@ -95,10 +95,9 @@ def read(source: Path) -> Found:
     if not any((found.runs, found.evaluations, found.benchmarks, found.problems)):
         raise ValueError(f"no run has finished in {str(source)!r}: no result.json is below it")
 
-    def order(entry: tuple[str, Row]) -> Any:
-        return [str(entry[1][key]) for key in ("model", "keep_rate", "fusion")], entry[1]["seed"]
-
-    found.runs = dict(sorted(found.runs.items(), key=order))
+    by = ("model", "keep_rate", "fusion")
+    order = {name: ([str(run[key]) for key in by], run["seed"]) for name, run in found.runs.items()}
+    found.runs = {name: found.runs[name] for name in sorted(order, key=lambda name: order[name])}
     return found
 
 

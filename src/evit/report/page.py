@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-import matplotlib
+import matplotlib.style
 import pandas as pd
 import plotly.offline
 from matplotlib.figure import Figure
@@ -40,17 +40,7 @@ NOTE = (
 PALETTE = "#2f86e0 #e8743b #17a07a #d6498f #b08d1c #9a63d6 #c2483d #6b8794 #4fa3a5 #8c6d4f".split()
 SYMBOLS = {"circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "triangle-down": "v"}
 COLUMN = 3.3  # inches: the width of a paper's column
-STYLE: Any = {
-    "font.size": 7,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "legend.fontsize": 6,
-    "lines.linewidth": 1,
-    "lines.markersize": 4,
-    "errorbar.capsize": 1.5,
-    "svg.fonttype": "none",  # letters stay letters
-    "svg.hashsalt": "evit",  # the same file each time
-}
+STYLE = Path(__file__).parent / "template/paper.mplstyle"
 
 
 class Section(NamedTuple):
@@ -115,7 +105,7 @@ def line_names(points: pd.DataFrame, all_of_it: bool = False) -> pd.Series:
     Args:
         all_of_it: add these two, which name the setting.
     """
-    model = points.model.map(lambda name: paper.TITLES.get(name, name))
+    model = points.model.replace(paper.TITLES)
     said = [name in title.lower() for name, title in zip(points.reducer, model, strict=True)]
     parts = pd.DataFrame(
         dict(
@@ -216,7 +206,7 @@ def traces(points: pd.DataFrame, lines: list[str]) -> list[Chart]:
     return made
 
 
-@matplotlib.rc_context(STYLE)
+@matplotlib.style.context(STYLE)
 def save(chart: Chart, folder: Path) -> None:
     """Write CHART-VIEW.svg for each view of a chart, one column of a paper wide."""
     folder.mkdir(parents=True, exist_ok=True)

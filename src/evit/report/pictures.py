@@ -1,4 +1,4 @@
-"""Pictures of which patches survive, and which become one token; and of final features."""
+"""Pictures of which patches survive, and which become one token."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +10,9 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from evit import reducers
 from evit.models.follow import moved
 
-MIN_SIDE = 112  # pixels: smaller images are enlarged, so that their patches can be seen
+MIN_SIDE = 112  # pixels, of a drawn image
 GAP = 8  # pixels between images
 FONT = 14  # pixels
 FADED = 0.25  # how much of a discarded patch's colour is left, the rest is a checkerboard
@@ -58,36 +57,14 @@ def draw_kept(model: Any, images: Tensor, pixels: Tensor, *classes: list[str]) -
         classes: the names of all classes, to write predictions, and those of the images.
     """
     titles, places, logits = follow(model, images)
-    count, large = min(len(places), MOST), enlarged(pixels)
+    # Small images are enlarged, so that their patches can be seen.
+    large = F.interpolate(pixels.cpu().float(), scale_factor=-(-MIN_SIDE // pixels.shape[-1]))
+    count, grid = min(len(places), MOST), model.patch_embed.grid_size
     shown = [(i + 1) * len(places) // count - 1 for i in range(count)]
-    tokens = [places[i].cpu().unflatten(1, model.patch_embed.grid_size) for i in shown]
+    tokens = [places[i].cpu().unflatten(1, grid) for i in shown]
     cells = torch.stack([large, *(draw_tokens(found, large) for found in tokens)], 1)
-    titles = [size_of(pixels), *(titles[i] for i in shown)]
-    return compose(cells, titles, captions(logits, *classes))
-
-
-@torch.no_grad()
-def draw_features(model: Any, images: Tensor, pixels: Tensor, *classes: list[str]) -> Image.Image:
-    """Draw a row for each image: the image, and the final maps of the dense and reduced model.
-
-    Red, green and blue are the three main components of all dense maps, in both on one scale.
-    Arguments as in draw_kept.
-    """
-    reducer, large, maps = model.reducer, enlarged(pixels), []
-    for used in (reducers.make("evit", keep_rate=1.0).attach(model), reducer):
-        model.reducer = used
-        logits, found = model(images, return_map=True)
-        maps.append(found.cpu().movedim(1, -1))
-    mean = maps[0].mean((0, 1, 2))
-    centred = (maps[0] - mean).flatten(0, 2)
-    basis = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -3:].flip(1)
-    low, high = (centred @ basis).quantile(torch.tensor([0.01, 0.99]), 0)
-    shares = [((found - mean) @ basis - low) / (high - low) for found in maps]
-    shown = [255 * share.clamp(0, 1).movedim(-1, 1) for share in shares]
-    tokens = f"{model.tokens_per_block()[-1]} of {model.patch_embed.num_patches} tokens"
-    titles = [size_of(pixels), "features\ndense", f"features\n{tokens}"]
-    cells = torch.stack([large, *(upsample(s, large) for s in shown)], 1)
-    return compose(cells, titles, captions(logits, *classes))
+    size = f"{pixels.shape[-1]} x {pixels.shape[-2]} px"
+    return compose(cells, [size, *(titles[i] for i in shown)], captions(logits, *classes))
 
 
 def captions(logits: Tensor, names: Sequence[str] = (), truths: Sequence[str] = ()) -> list[str]:
@@ -95,15 +72,6 @@ def captions(logits: Tensor, names: Sequence[str] = (), truths: Sequence[str] = 
     best = zip(*(v.tolist() for v in logits.float().softmax(1).max(1)), strict=True)
     said = [f"predicted {names[label]}, {share:.0%}" for share, label in best] if names else []
     return [f"{own}: {text}" for own, text in zip(truths, said, strict=True)] if truths else said
-
-
-def size_of(pixels: Tensor) -> str:
-    return f"{pixels.shape[-1]} x {pixels.shape[-2]} px"
-
-
-def enlarged(pixels: Tensor) -> Tensor:
-    """Scale images (B, 3, H, W) to floats of at least MIN_SIDE pixels a side."""
-    return F.interpolate(pixels.cpu().float(), scale_factor=-(-MIN_SIDE // pixels.shape[-1]))
 
 
 def draw_tokens(tokens: Tensor, pixels: Tensor) -> Tensor:

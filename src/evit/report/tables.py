@@ -45,16 +45,9 @@ class Table(NamedTuple):
 def beside_paper(content: Found, points: pd.DataFrame, name: str) -> Table:
     """Make a table of the paper: each number, ours, and ours less the paper's."""
     way, theirs, own = settings.beside_paper(content, points, name)
-    which = {
-        "model": theirs.model.map(paper.TITLES),
-        "weights": theirs.start,
-        "epochs": texts(theirs.epochs, ".0f"),
-        "keep rate": theirs.rate,
-        "the rest": theirs.rest,
-        "px": theirs.img_size.map(str),
-    }
+    which = labels(theirs)[["model", "weights", "epochs", "keep rate", "the rest", "px"]]
     shown = {k: v for k, v in which.items() if k == "keep rate" or v[v != ""].nunique() > 1}
-    labels = len(shown)
+    count = len(shown)
     for title, key, digits in METRICS:
         if theirs[key].notna().any():
             shown[f"{title}: paper"] = texts(theirs[key], f".{digits}f", "-")
@@ -67,7 +60,26 @@ def beside_paper(content: Found, points: pd.DataFrame, name: str) -> Table:
     note += f", ours on {way}." if way else "; ours has not been measured (src/benchmark.py)."
     if name == "off_the_shelf":
         note = "The paper does not say what becomes of the other tokens."
-    return Table(paper.TABLES[name]["title"], note, pd.DataFrame(shown), labels)
+    return Table(paper.TABLES[name]["title"], note, pd.DataFrame(shown), count)
+
+
+def labels(points: pd.DataFrame) -> pd.DataFrame:
+    """Write as texts what settings are."""
+    return pd.DataFrame(
+        {
+            "model": points.model.replace(paper.TITLES),
+            "reducer": points.reducer,
+            "keep rate": points.rate,
+            "the rest": points.rest,
+            "kept": points.selection.mask(points.selection + points.reducer == "evit", "attentive"),
+            "px": points.img_size.map(str),
+            "weights": points.start,
+            "epochs": texts(points.epochs, ".0f"),
+            "images": points.images.replace("", "all"),
+            "recipe": settings.recipe_names(points),
+            "runs": points.runs.map(str),
+        }
+    )
 
 
 def texts(values: pd.Series, form: str, missing: str = "") -> pd.Series:
@@ -86,21 +98,7 @@ def all_settings(title: str, points: pd.DataFrame) -> Table:
     A label that is the same in all rows stands in the note instead.
     """
     points = points.sort_values(["start", "macs"], ascending=[True, False], kind="stable")
-    which = pd.DataFrame(
-        {
-            "model": points.model,
-            "reducer": points.reducer,
-            "keep rate": points.rate,
-            "the rest": points.rest,
-            "kept": points.selection.mask(points.selection + points.reducer == "evit", "attentive"),
-            "px": points.img_size.map(str),
-            "weights": points.start,
-            "epochs": texts(points.epochs, ".0f"),
-            "images": points.images.replace("", "all"),
-            "recipe": settings.recipe_names(points),
-            "runs": points.runs.map(str),
-        }
-    )
+    which = labels(points)
     others = which.drop(columns=["keep rate", "the rest"])
     found = {name: set(others[name]) for name in sorted(others)}
     for name in ("reducer", "kept"):  # which a dense model does not have
