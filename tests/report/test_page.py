@@ -148,7 +148,7 @@ def test_speeds_of_a_table_are_of_one_device_and_batch(tmp_path):
         (tmp_path / name / "benchmark.json").write_text(json.dumps(content))
     way, _, own = beside(read(tmp_path), "keep_rate_deit_s")
     assert way == "CPU (x86_64, 2 threads), batch 8, fp32"
-    assert list(own.speed.dropna()) == [1.5, 1.5]
+    assert list(own.faster.dropna()) == [1.5, 1.5]
 
 
 def test_speeds_are_never_compared_across_devices(tmp_path):

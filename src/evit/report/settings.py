@@ -9,11 +9,11 @@ Its columns:
 - start: from scratch, fine-tuned, off the shelf, or the keep rate that the evaluated checkpoint was
   trained at; epochs; images: their limits as text; val_images: 0 for all.
 - runs: number of seeds; top1, top5 (%) and kl, their means; spread: deviation of top1; macs (1e9
-  per image); images_per_s; speed: beside the dense model at the base size, measured.
+  per image); images_per_s.
 - setting, recipe: hashes of results.py and collect.py; origin: the setting, or the SHA-256, of the
   first weights; way: how images_per_s was measured.
-- dense: the index of the dense setting that this one is compared with, or -1; and, beside that one,
-  change (points of top-1) and faster (times its images/s).
+- dense: the index of the dense setting that this one is compared with, or -1; change: points of
+  top-1 above that one; faster: times its images/s, or the dense model's in the same benchmark.
 """
 
 import re
@@ -26,11 +26,11 @@ from evit.report import REST, Row, collect, paper
 from evit.report.collect import Found
 
 DENSE, SCRATCH, TUNED, SHELF = "dense", "from scratch", "fine-tuned", "off the shelf"
-METRICS = "top1 spread top5 kl macs images_per_s speed change faster".split()
+METRICS = "top1 spread top5 kl macs images_per_s change faster".split()
 TEXTS = "section table name reducer rest selection images setting recipe origin way".split()
 DEFAULTS: Row = dict.fromkeys([*METRICS, "epochs"], float("nan")) | dict.fromkeys(TEXTS, "")
 DEFAULTS |= dict(rate=DENSE, start=SCRATCH, val_images=0, runs=1, dense=-1)
-SPEEDS = ["images_per_s", "speed", "way"]
+SPEEDS = ["images_per_s", "faster", "way"]
 TIMED = ["name", "reducer", "rate", "rest", "img_size"]  # what a measured speed belongs to
 
 
@@ -55,7 +55,7 @@ def published() -> pd.DataFrame:
     found = [
         {key: row[key] for key in ("table", "model", "img_size", "epochs", "top1", "macs", "top5")}
         | choices(row["reducer"], row["keep_rate"], row["fusion"])
-        | dict(images_per_s=row["throughput"], speed=row["ratio"], faster=row["ratio"])
+        | dict(images_per_s=row["throughput"], faster=row["ratio"])
         | dict(start=TUNED if row["finetuned"] else SCRATCH)
         for row in paper.training_runs()
     ]
@@ -85,7 +85,7 @@ def ours(content: Found) -> pd.DataFrame:
     points = pd.concat(parts).drop_duplicates(ignore_index=True)
     for _, group in points.groupby("section"):
         found = measured(content, group)
-        if found.speed.notna().any():
+        if found.faster.notna().any():
             points.loc[group.index, SPEEDS] = found[SPEEDS]
     return beside_dense(points)
 
@@ -177,7 +177,7 @@ def beside_dense(points: pd.DataFrame) -> pd.DataFrame:
     return points.drop(columns="kind").assign(
         dense=index,
         change=points.top1 - beside.top1,
-        faster=points.speed.fillna(points.images_per_s / beside.images_per_s),
+        faster=points.faster.fillna(points.images_per_s / beside.images_per_s),
     )
 
 
@@ -197,7 +197,8 @@ def measured(content: Found, points: pd.DataFrame) -> pd.DataFrame:
             timed.append(
                 choices(row.get("reducer") or paper.reducer(row["model"]), rate, row["fusion"])
                 | dict(way=way, name=canonical(row["model"]), img_size=row["img_size"])
-                | dict(images_per_s=row["images_per_s"], speed=row["ratio"], macs=row["macs"] / 1e9)
+                | dict(images_per_s=row["images_per_s"], faster=row["ratio"])
+                | dict(macs=row["macs"] / 1e9)
             )
     numbers = [*SPEEDS, "macs"]
     speeds = frame(timed).drop_duplicates(["way", *TIMED], keep="last")[[*TIMED, *numbers]]
@@ -222,5 +223,6 @@ def beside_paper(content: Found, points: pd.DataFrame, table: str) -> tuple[str,
     fits = both.epochs.between(both.epochs_paper, 1.1 * both.epochs_paper)
     both = both[fits | both.epochs_paper.isna()].drop_duplicates("index").set_index("index")
     own, speeds = both[numbers].reindex(theirs.index), measured(content, theirs)
+    own["faster"] = float("nan")  # but for what was measured in one way
     own.update(speeds)
     return next(iter(speeds.way.dropna()), ""), theirs, own

@@ -12,7 +12,7 @@ NOT_RUN = "not run"
 METRICS = (  # of a table of the paper: title, column, decimals
     ("top-1 (%)", "top1", 1),
     ("top-5 (%)", "top5", 1),
-    ("speed-up (x dense)", "speed", 2),
+    ("speed-up (x dense)", "faster", 2),
     ("GMACs", "macs", 1),
 )
 NUMBERS = {  # of our settings: column, format
