@@ -12,14 +12,14 @@ STEPS = 100_000  # resolution of the keep rates that match_macs tries
 
 
 def count_params(model: nn.Module) -> int:
-    """Number of parameters, frozen ones included."""
+    """Count parameters, frozen ones included."""
     return sum(p.numel() for p in model.parameters())
 
 
 def count_macs(
     model: Any, img_size: int | tuple[int, int] | None = None, executed: bool = False
 ) -> int:
-    """Multiply-accumulates per image.
+    """Count multiply-accumulates per image.
 
     The default counts the published algorithm as the published tables do (torchprofile 0.0.4:
     matrix products, convolutions, elementwise products, affine norms; not softmax, GELU, sorting).
@@ -103,7 +103,7 @@ def _published(model: Any, size: tuple[int, int]) -> int:
 
 
 def _linear(module: nn.Module) -> int:
-    """Multiply-accumulates per token of the linear layers in a module."""
+    """Count multiply-accumulates per token of the linear layers in a module."""
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 

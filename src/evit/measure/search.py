@@ -31,7 +31,7 @@ class Found(NamedTuple):
 
 
 def gmacs(model: Any) -> float:
-    """Published count of multiply-accumulates per image, in 1e9."""
+    """Count multiply-accumulates per image as published, in 1e9."""
     return count_macs(model) / 1e9
 
 

@@ -80,7 +80,7 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 def optimizer_steps(path: Path) -> int:
-    """Number of optimizer steps in a checkpoint; a ValueError if it cannot be read."""
+    """Read the number of optimizer steps in a checkpoint; a ValueError if it cannot be read."""
     checkpoint = read_file(path, "meta")
     if not isinstance(checkpoint, dict) or "optimizer_states" not in checkpoint:
         raise ValueError(f"{path} holds weights alone: checkpoint={path} starts from them")

@@ -1,4 +1,4 @@
-"""Training losses, one class per kind of training."""
+"""The losses of training, a class for each kind."""
 
 import copy
 from typing import Any
@@ -19,7 +19,7 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def mean_of(values: Tensor, chosen: Tensor) -> Tensor:
-    """The mean of values where chosen is not 0, both (B, N); 0 where that is nowhere."""
+    """Average values (B, N) where chosen (B, N) is not 0; 0 if that is nowhere."""
     return (values * chosen).sum() / chosen.sum().clamp(1)
 
 
@@ -51,7 +51,7 @@ class Classification:
 
     @torch.no_grad()
     def taught(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The teacher's class logits and tokens, if there is one that the loss does not ask."""
+        """Ask the teacher for class logits and tokens; () if there is none, or the loss asks it."""
         if self.teacher is None or self.learns:
             return ()
         forward = self.teacher.forward_features
@@ -59,7 +59,7 @@ class Classification:
         return self.teacher.forward_head(x), self.teacher.token_outputs(x)[1]
 
     def at(self, keep_rate: float, forward: Any, images: Tensor) -> Tensor:
-        """What the model's forward gives at another keep rate than its own."""
+        """Call forward with the model at another keep rate than its own."""
         own = self.model.keep_rate
         self.model.set_keep_rate(keep_rate)
         found = forward(images)
@@ -86,7 +86,7 @@ class Classification:
         return dict(loss=loss + recipe.distill_weight * sum(parts.values()), **parts)
 
     def encoded(self, images: Tensor, *swapped: Tensor) -> tuple[Tensor, Tensor, Any]:
-        """Normalised tokens (B, T, C), the ids of their patches (B, N), -1: none; reductions."""
+        """Encode to normalised tokens (B, T, C), their patch ids (B, N; -1: none), reductions."""
         model = self.model
         x = model.embed(images, *swapped)
         ids = model.patch_ids(x)
@@ -140,7 +140,7 @@ class TokenLabels(Classification):
 
 
 def dense_teacher(model: Any) -> Any:
-    """Frozen copy of a model at keep rate 1."""
+    """Copy a model, frozen and at keep rate 1."""
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
     teacher.set_keep_rate(1.0)
     return teacher

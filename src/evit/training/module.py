@@ -56,7 +56,7 @@ def lr_at(epoch: float, recipe: Recipe) -> float:
 def make_optimizer(
     model: Any, recipe: Recipe, total_steps: int
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """AdamW and its schedule over total_steps; no decay of biases, norms and embeddings.
+    """Make AdamW and its schedule over total_steps; biases, norms and embeddings do not decay.
 
     The parameters of a reducer use recipe.lr; the backbone of such a model uses recipe.backbone_lr
     times that, after recipe.backbone_frozen_epochs.
@@ -86,7 +86,7 @@ def make_optimizer(
 
 
 class Classifier(L.LightningModule):
-    """LightningModule that trains a model by a recipe; checkpoints store `knobs` under "evit".
+    """Train a model by a recipe; checkpoints hold `knobs` under "evit".
 
     Logs train/loss and lr at steps, and val/loss, val/top1 and val/top5 (percent, over the images
     of all processes) at evaluations.
@@ -205,7 +205,7 @@ def setting_of(reducer: Reducer | None) -> Setting:
 
 
 class Evaluator(L.LightningModule):
-    """LightningModule that evaluates a model with several reducers (`chosen`, or [None] if none).
+    """Evaluate a model with several reducers: `chosen`, or [None] for a model without.
 
     The dense model runs once; each reducer continues from the first block that it reduces.
     `results` has a dict(top1, top5, loss, kl, images) per reducer, over the images of all
