@@ -52,17 +52,26 @@ def show_evaluation(result: Row, path: Path) -> None:
     """Print an evaluation, a row for each setting, and the path of its evaluation.json."""
     rows, model = result["settings"], result["model"]
     dense = next((row["top1"] for row in rows if rate(row) == "1"), None)
-    about = f"{model['name']} on {result['data']['name']}, {model['img_size']} px"
+    about = f"{model['name']} on {result['data']['name']}, {model['img_size']} px, "
+    about += counted(result["images"], "image")
+    several = {}  # choices that differ are columns, the others are said once
+    for name, head in dict(reducer="reducer", selection="kept", fusion="others").items():
+        values = [*{row[name] for row in rows} - {None}]
+        if len(values) == 1:
+            about += f"; {head}: {REST.get(values[0], values[0])}"
+        elif values:
+            several[name] = head
     shown = [
-        {"reducer": row["reducer"] or "", "rate": rate(row), "kept": row["selection"] or ""}
-        | {"others": REST[row["fusion"]], "top-1": f"{row['top1']:.2f}"}
+        {"rate": rate(row)}
+        | {head: REST.get(row[name], row[name]) for name, head in several.items()}
+        | {"top-1": f"{row['top1']:.2f}"}
         | {"change": "" if dense is None or rate(row) == "1" else f"{row['top1'] - dense:+.2f}"}
         | {"KL": f"{row['kl']:.4f}", "top-5": f"{row['top5']:.2f}", "loss": f"{row['loss']:.4f}"}
         | {"GMACs": "" if row["macs"] is None else f"{row['macs'] / 1e9:.3f}"}
         | {"done": f"{row['macs_executed'] / 1e9:.3f}"}
         for row in rows
     ]
-    print(f"""{about}, {counted(result["images"], "image")}
+    print(f"""{about}
 
 {markdown(shown)}
 
