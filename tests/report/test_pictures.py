@@ -1,4 +1,4 @@
-"""Pictures of what survives: each cell where it belongs."""
+"""Pictures of what survives: each cell where it belongs, each weight as the algorithm has it."""
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ from evit.models import DynamicViT
 from evit.models.registry import reduced
 from evit.report import pictures
 from evit.report.pictures import FADED, FONT, GAP, MIN_SIDE, SQUARE, draw_kept, follow
+from tests.models import published
 
 SMALL = dict(embed_dim=48, depth=4, num_heads=3, num_classes=5)
 GRAY = 100
@@ -108,7 +109,66 @@ def cell_row(picture: np.ndarray, row: int, side: int) -> np.ndarray:
     return picture[top : top + side]
 
 
-def test_where_every_patch_survives_nothing_fades():
+@torch.no_grad()
+def test_the_heat_map_shows_the_larger_weight_brighter_and_survivors_gray(model):
+    images, size = images_for(model), model.patch_embed.img_size
+    picture = np.asarray(draw_kept(model, images, torch.zeros(images.shape, dtype=torch.uint8)))
+    _, kept = model(images, return_kept=True)
+    left = follow(model, images)[2]
+    column = len(kept) + 1
+    end = GAP + column * (size[1] * -(-MIN_SIDE // size[1]) + GAP)
+    assert (picture.shape[1] > end) == model.fusion
+    if model.fusion:
+        shown = cell(picture, size, 1, column)
+        patch = len(shown) // model.patch_embed.grid_size[0]
+        shown = shown[patch // 2 :: patch, patch // 2 :: patch].reshape(-1, 3)
+        survives = np.isin(np.arange(len(shown)), kept[-1][1])
+        np.testing.assert_array_equal((shown == 225).all(1), survives)
+        brightness = shown[~survives].sum(1).astype(float)
+        order = left[1].numpy()[~survives].clip(pictures.LOWEST).argsort()
+        assert (np.diff(brightness[order]) > -10).all() and np.ptp(brightness) > 20
+
+
+def published_parts(model: evit.EViT, images: torch.Tensor) -> torch.Tensor:
+    """What is left of each patch by the published algorithm, (B, P): its tokens are followed."""
+    x = model.patch_embed(images)
+    parts = torch.eye(x.shape[1]).expand(len(x), -1, -1)
+    parts = torch.nn.functional.pad(parts, (0, 0, 1, 0))  # the class token has none of them
+    ids = torch.arange(x.shape[1]).expand(len(x), -1)
+    x = torch.cat([model.cls_token.expand(len(x), -1, -1), x], 1) + model.pos_embed
+    rates = dict(zip(model.drop_loc, model.keep_rate, strict=True))
+    for i, block in enumerate(model.blocks):
+        attended, attention = published.attend(block.attn, block.norm1(x))
+        x = x + block.ls1(attended)
+        if i in rates:
+            setting = (ids, attention, rates[i], model.fusion)
+            parts = published.reorganize(parts, *setting)[0]
+            x, ids, _ = published.reorganize(x, *setting)
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+    return parts[:, 1:].sum(1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model", [m for m in MODELS if m[0] not in "Dt"], indirect=True)
+def test_the_weights_are_those_of_the_published_algorithm(model):
+    images = images_for(model)
+    left = follow(model, images)[2]
+    torch.testing.assert_close(left, published_parts(model, images))
+
+
+@torch.no_grad()
+def test_of_a_surviving_patch_all_is_left_and_without_fusion_of_others_nothing(model):
+    images = images_for(model)
+    _, kept = model(images, return_kept=True)
+    left = follow(model, images)[2]
+    for ids, shares in zip(kept[-1], left, strict=True):
+        survives = np.isin(np.arange(len(shares)), ids)
+        assert (shares[survives] == 1).all()
+        rest = shares[~survives]
+        assert (rest < 1).all() and ((rest > 0).all() if model.fusion else (rest == 0).all())
+
+
+def test_where_every_patch_survives_there_is_no_heat_map():
     model = deit(32, keep_rate=1.0)
     picture = draw_kept(model, images_for(model), torch.zeros(3, 3, 32, 32, dtype=torch.uint8))
     assert picture.width == GAP + 4 * (128 + GAP)
@@ -121,7 +181,7 @@ def test_merged_patches_have_the_mean_colour_of_their_token():
     images = images_for(model)
     pixels = torch.randint(0, 255, images.shape, dtype=torch.uint8)
     picture = np.asarray(draw_kept(model, images, pixels))
-    assert picture.shape[1] == GAP + 4 * (2 * 64 + GAP)
+    assert picture.shape[1] == GAP + 4 * (2 * 64 + GAP)  # no heat map: nothing is discarded
     _, source = model(images, return_source=True)
     means = torch.nn.functional.avg_pool2d(pixels.float(), 16).flatten(2)  # (B, 3, patches)
     for i in range(3):

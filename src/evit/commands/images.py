@@ -18,18 +18,21 @@ from evit.data.folders import image_files, in_words, load_image
 from evit.data.imagefolder import evaluation_transform
 from evit.progress import telling
 from evit.report import rate
-from evit.report.pictures import draw_kept
+from evit.report.pictures import draw_features, draw_kept
 
 
 @telling(lambda: "drawing")
 def visualize(cfg: DictConfig) -> Path:
-    """Draw the kept patches of images; return the file."""
+    """Draw the kept patches, or the final feature maps, of images; return the file."""
+    if cfg.show not in ("kept", "features"):
+        raise ValueError(f"show must be kept or features, got {cfg.show!r}")
     if cfg.num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {cfg.num_images}")
     model, about, cfg, _ = checkpoint.opened(cfg)
     if not hasattr(model, "reducer"):
         raise ValueError(f"{type(model).__name__} reduces no tokens: {checkpoint.REDUCED}")
-    target = checkpoint.target_file(cfg, about, "pictures", ".png")
+    draw, suffix = dict(kept=(draw_kept, ""), features=(draw_features, "-features"))[cfg.show]
+    target = checkpoint.target_file(cfg, about, "pictures", f"{suffix}.png")
     if cfg.images is not None:
         pixels = read_pixels(image_paths(cfg.images, cfg.num_images), cfg)
         truths = []
@@ -40,7 +43,7 @@ def visualize(cfg: DictConfig) -> Path:
     print(f"Drawing {counted(len(pixels), 'image')} at keep rate {rate(about)}", flush=True)
     names = [] if cfg.random else class_names(about)
     images = normalize(pixels, about["mean"], about["std"])
-    picture = draw_kept(model, images, pixels, names, truths)
+    picture = draw(model, images, pixels, names, truths)
     target.parent.mkdir(parents=True, exist_ok=True)
     picture.save(target)
     print(f"{target} ({picture.width} x {picture.height} pixels)")

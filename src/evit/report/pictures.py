@@ -1,4 +1,4 @@
-"""Pictures of which patches survive, and which become one token."""
+"""Pictures of which patches survive, and which become one token; and of final features."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
+from evit import reducers
 from evit.models.follow import moved
 
 MIN_SIDE = 112  # pixels, of a drawn image
@@ -18,20 +19,23 @@ FONT = 14  # pixels
 FADED = 0.25  # how much of a discarded patch's colour is left, the rest is a checkerboard
 SQUARE = 4  # pixels of its squares
 MOST = 4  # reductions that are shown; of more, some spread evenly, the last included
+LOWEST = 1e-6  # weights below it are shown as it
 
 
 @torch.no_grad()
-def follow(model: Any, images: Tensor) -> tuple[list[str], list[Tensor], Tensor]:
+def follow(model: Any, images: Tensor) -> tuple[list[str], list[Tensor], Tensor, Tensor]:
     """Follow the patches of images through the reductions of a model in evaluation mode.
 
     Returns:
         A title for each place that reduces; the token (B, N) that each patch is in after it, -1 if
-        it was dropped or fused; and the logits.
+        it was dropped or fused; its weight (B, N) in the final tokens; and the logits.
     """
     x = model.embed(images)  # not model(), which may be compiled, and would be again
     logits, found = model.classify(x)
     reductions, reducer, tokens = iter(found), model.reducer, model.patch_ids(x)
-    patches = n = tokens.shape[1]
+    patches, prefix = tokens.shape[1], model.num_prefix_tokens
+    n, parts_BTN = patches, F.pad(torch.eye(patches, device=x.device), (0, 0, prefix, 0))
+    parts_BTN = parts_BTN.expand(len(x), -1, -1)
     when, titles, places = "before" if reducer.stage == "input" else "after", [], []
     for block, kept in zip(reducer.at, reducer.kept(n), strict=True):
         if kept < n:
@@ -39,32 +43,60 @@ def follow(model: Any, images: Tensor) -> tuple[list[str], list[Tensor], Tensor]
             tokens = moved(reduction, tokens, n)
             if reduction.rest_BN is not None:  # the last token is the fused one
                 tokens = torch.where(tokens == kept, -1, tokens)
-            n = kept + reducer.extra
+            parts_BTN, n = reduction(parts_BTN), kept + reducer.extra
         titles.append(f"{when} block {block + 1}\n{kept} of {patches} tokens")
         places.append(tokens)
-    return titles, places, logits
+    return titles, places, parts_BTN[:, prefix:].sum(1), logits
 
 
 def draw_kept(model: Any, images: Tensor, pixels: Tensor, *classes: list[str]) -> Image.Image:
-    """Draw a row for each image: the image, then its tokens after each reduction.
+    """Draw a row for each image: it, its tokens after each reduction, and weights of the rest.
 
     Discarded patches fade into a checkerboard. Patches that have become one token have their mean
-    colour, within an edge.
+    colour, within an edge. For reducers that fuse, the last column is a heat map of the weight with
+    which each patch has entered the fused tokens, on a logarithmic scale; survivors are gray in it.
 
     Args:
         images: the model's input, (B, 3, H, W).
         pixels: the same as uint8, for drawing.
         classes: the names of all classes, to write predictions, and those of the images.
     """
-    titles, places, logits = follow(model, images)
-    # Small images are enlarged, so that their patches can be seen.
-    large = F.interpolate(pixels.cpu().float(), scale_factor=-(-MIN_SIDE // pixels.shape[-1]))
+    titles, places, left, logits = follow(model, images)
     count, grid = min(len(places), MOST), model.patch_embed.grid_size
     shown = [(i + 1) * len(places) // count - 1 for i in range(count)]
-    tokens = [places[i].cpu().unflatten(1, grid) for i in shown]
-    cells = torch.stack([large, *(draw_tokens(found, large) for found in tokens)], 1)
-    size = f"{pixels.shape[-1]} x {pixels.shape[-2]} px"
-    return compose(cells, [size, *(titles[i] for i in shown)], captions(logits, *classes))
+    tokens, large = [places[i].cpu().unflatten(1, grid) for i in shown], enlarged(pixels)
+    columns = {titles[i]: draw_tokens(at, large) for i, at in zip(shown, tokens, strict=True)}
+    discarded = tokens[-1] < 0
+    if model.reducer.extra and discarded.any():
+        weight = left.float().cpu().view_as(discarded).clamp(LOWEST)
+        low, high = weight[discarded].min(), weight[discarded].max()
+        share = (weight / low).log() / (1.01 * high / low).log()
+        ramp = 2.6 * share[:, None] - torch.arange(3).view(3, 1, 1)  # black, red, yellow, pale
+        heat = torch.where(discarded[:, None], 255 * ramp.clamp(0, 1), 225.0)
+        columns[f"fused weight\n{low:.1g} to {high:.1g}"] = upsample(heat, large)
+    return compose(pixels, columns, captions(logits, *classes))
+
+
+@torch.no_grad()
+def draw_features(model: Any, images: Tensor, pixels: Tensor, *classes: list[str]) -> Image.Image:
+    """Draw a row for each image: it, and the final maps of the dense and of the reduced model.
+
+    Red, green and blue are the three main components of all dense maps, in both on one scale.
+    """
+    reducer, large, maps = model.reducer, enlarged(pixels), []
+    for used in (reducers.make("evit", keep_rate=1.0).attach(model), reducer):
+        model.reducer = used
+        logits, found = model(images, return_map=True)
+        maps.append(found.cpu().movedim(1, -1))
+    mean = maps[0].mean((0, 1, 2))
+    centred = (maps[0] - mean).flatten(0, 2)
+    basis = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -3:].flip(1)
+    low, high = (centred @ basis).quantile(torch.tensor([0.01, 0.99]), 0)
+    shares = [((found - mean) @ basis - low) / (high - low) for found in maps]
+    shown = [upsample(255 * share.clamp(0, 1).movedim(-1, 1), large) for share in shares]
+    tokens = f"{model.tokens_per_block()[-1]} of {model.patch_embed.num_patches} tokens"
+    columns = {"features\ndense": shown[0], f"features\n{tokens}": shown[1]}
+    return compose(pixels, columns, captions(logits, *classes))
 
 
 def captions(logits: Tensor, names: Sequence[str] = (), truths: Sequence[str] = ()) -> list[str]:
@@ -72,6 +104,11 @@ def captions(logits: Tensor, names: Sequence[str] = (), truths: Sequence[str] = 
     best = zip(*(v.tolist() for v in logits.float().softmax(1).max(1)), strict=True)
     said = [f"predicted {names[label]}, {share:.0%}" for share, label in best] if names else []
     return [f"{own}: {text}" for own, text in zip(truths, said, strict=True)] if truths else said
+
+
+def enlarged(pixels: Tensor) -> Tensor:
+    """Enlarge images (B, 3, H, W) to MIN_SIDE at least, so that their patches can be seen."""
+    return F.interpolate(pixels.cpu().float(), scale_factor=-(-MIN_SIDE // pixels.shape[-1]))
 
 
 def draw_tokens(tokens: Tensor, pixels: Tensor) -> Tensor:
@@ -105,8 +142,10 @@ def upsample(values: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(values.float(), size=like.shape[-2:], mode="nearest").to(values.dtype)
 
 
-def compose(cells: Tensor, titles: list[str], captions: list[str]) -> Image.Image:
-    """Join cells (rows, columns, 3, H, W), with a title per column and a caption per row."""
+def compose(pixels: Tensor, columns: dict[str, Tensor], captions: list[str]) -> Image.Image:
+    """Join images and the columns (B, 3, H, W) by their titles, with a caption for each row."""
+    titles = [f"{pixels.shape[-1]} x {pixels.shape[-2]} px", *columns]
+    cells = torch.stack([enlarged(pixels), *columns.values()], 1)
     cells = F.pad(cells, (0, 0, (FONT + GAP // 2) * bool(captions), 0), value=255)
     grid = make_grid(cells.flatten(0, 1), len(titles), padding=GAP, pad_value=255)
     top, width = 2 * FONT + 2 * GAP, cells.shape[-1] + GAP
