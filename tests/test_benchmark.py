@@ -69,13 +69,17 @@ def test_every_setting_is_a_row_beside_its_dense_model(benchmark, tmp_path):
 
 
 def test_the_numbers_of_a_row_belong_together(benchmark):
-    rows = benchmark(f"{SMALL} keep_rates=[0.5,[0.9,0.7,0.5]]")["rows"]
+    result = benchmark(f"{SMALL} keep_rates=[0.5,[0.9,0.7,0.5]]")
+    rows = result["rows"]
     assert [r["keep_rate"] for r in rows] == [[1] * 3, [1] * 3, [0.5] * 3, [0.9, 0.7, 0.5]]
     dense, whole, half, mixed = rows
     for row in rows:
         assert len(row["seconds"]) == 3
         speeds = sorted(2 / seconds for seconds in row["seconds"])
         assert row["images_per_s"] == pytest.approx(speeds[1], rel=1e-4)
+        assert row["latency_ms"] == pytest.approx(2000 / speeds[1], rel=1e-4)
+        done = row["macs_executed"] * row["images_per_s"] / result["matmul"][0]["macs_per_s"]
+        assert done / 5 < row["peak_share"] < 5 * done  # of each round, on a machine that is busy
         ratios = sorted(d / s for d, s in zip(dense["seconds"], row["seconds"], strict=True))
         assert row["ratio"] == pytest.approx(ratios[1], rel=1e-4)
         assert row["memory_bytes"] > 4 * row["params"]
@@ -175,7 +179,7 @@ def test_what_cannot_be_timed_is_said_before_anything_is(refused, arguments, mes
 
 def test_a_model_without_time_left_is_left_out():
     entry = speed.Entry("evit_deit_tiny_patch16", 0.5, True, 32)
-    result: dict = dict(rows=[], left_out=[])
+    result: dict = dict(rows=[], matmul=[], left_out=[])
     group, found = speed.Group("inference", 1, "fp32", False), speed.compared([entry], False)
     config = dict(repeats=1, min_seconds=1e-9, paper=None)
     speed.compare(result, found, group, torch.device("cpu"), config, until=0)

@@ -60,7 +60,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     torch.manual_seed(config["seed"])
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it looks for a GPU
     started = time.perf_counter()
-    result: dict[str, Any] = dict(rows=[], left_out=[], at="")
+    result: dict[str, Any] = dict(rows=[], matmul=[], left_out=[], at="")
     with telling(lambda: result["at"]):
         if config["paper"] == "gpu":
             measure_all(result, config, device)

@@ -49,8 +49,7 @@ class Entry(NamedTuple):
 
     def __str__(self) -> str:
         rate = "dense" if self.dense else f"keep_rate={self.keep_rate}"
-        names = self.model, self.reducer, rate, f"img_size={self.img_size}"
-        return " ".join(filter(None, names))
+        return " ".join(filter(None, (self.model, self.reducer, rate, f"img_size={self.img_size}")))
 
 
 class Group(NamedTuple):
@@ -90,8 +89,7 @@ def compared(chosen: Iterable[Entry], at_base_size: bool) -> dict[Entry, Entry]:
     """Map each entry to its dense baseline; baselines are entries too.
 
     A baseline has the entry's image size, or 224 px with at_base_size (as in the paper). After a
-    baseline of timm's, add our model with every token kept: its faster patch embedding and shorter
-    last block are not gains of the reduction.
+    baseline of timm's, add our model with every token kept: what that gains is not the reduction's.
     """
     entries: dict[Entry, Entry] = {}
     for entry in chosen:
@@ -267,31 +265,36 @@ def compare(
     keep_compiled()
     torch.compiler.reset()
     set_precision(group.precision)
-    ready: dict[Entry, tuple[Step, int, Row]] = {}
+    n = 8192 if device.type == "cuda" else 1024  # large enough to show the peak
+    a, b = torch.randn(2, n, n, device=device).to(DTYPES[group.precision])
+    steps: list[Step] = [lambda: torch.mm(a, b)]
+    calls, rows = [warm_up(steps[0], config["min_seconds"] / 5, device)], dict[Entry, Row]()
     for i, (entry, base) in enumerate(entries.items(), 1):
         result["at"] = f"warming up {i}/{len(entries)}: {entry}"
         try:
-            if base not in (entry, *ready):
+            if base not in (entry, *rows):
                 raise RuntimeError("no dense model to compare with")
             if time.perf_counter() > until:
                 raise RuntimeError("no time left: run it again, what has been compiled is kept")
-            ready[entry] = prepare(entry, group, device, config["min_seconds"])
+            step, count, rows[entry] = prepare(entry, group, device, config["min_seconds"])
+            steps, calls = [*steps, step], [*calls, count]
         except RuntimeError as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             print(f"  left out: {entry}: {reason}", flush=True)
             result["left_out"].append(group._asdict() | facts(entry) | dict(reason=reason))
-    result["at"] = f"timing {len(ready)} models in {config['repeats']} rounds"
-    steps, calls = [step for step, _, _ in ready.values()], [n for _, n, _ in ready.values()]
-    each = take_turns(steps, calls, config["repeats"], device)
-    seconds = dict(zip(ready, each, strict=True))
-    for entry, (_, _, row) in ready.items():
-        own, base = seconds[entry], entries[entry]
+    result["at"] = f"timing {len(rows)} models in {config['repeats']} rounds"
+    matmul, *each = take_turns(steps, calls, config["repeats"], device)
+    seconds, peak = dict(zip(rows, each, strict=True)), n**3 / matmul
+    result["matmul"].append(group._asdict() | dict(macs_per_s=float(np.median(peak))))
+    for entry, row in rows.items():
+        own, base, speed = seconds[entry], entries[entry], group.batch_size / seconds[entry]
         row |= dict(compared_with=str(base), seconds=own.round(9).tolist())
-        numbers = dict(images_per_s=group.batch_size / own, ratio=seconds[base] / own)
+        numbers = dict(images_per_s=speed, latency_ms=1000 * own, ratio=seconds[base] / own)
+        numbers["peak_share"] = row["macs_executed"] * speed / peak
         for name, values in numbers.items():
             low, row[name], high = np.percentile(values, [25, 50, 75]).tolist()
             row[f"{name}_quartiles"] = [low, high]
         rates = set(row["keep_rate"])
         if config["paper"] and not entry.reducer and group.what == "inference" and len(rates) == 1:
             row["paper"] = paper.cost(entry.model, rates.pop(), entry.fusion, entry.img_size)
-        result["rows"].append(row)
+    result["rows"] += rows.values()

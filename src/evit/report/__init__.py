@@ -11,17 +11,21 @@ Row = dict[str, Any]
 REST = {True: "fused", False: "dropped", None: ""}  # what becomes of the other tokens
 MODES = {False: "eager", True: "compiled", "reduce-overhead": "graphs"}
 NUMBERS = {  # columns of a benchmark: name in a row, format, divisor
+    "ms": ("latency_ms", ",.2f", 1),
     "to dense": ("ratio", ".2f", 1),
     "GMACs": ("macs", ".2f", 1e9),
     "GMACs done": ("macs_executed", ".2f", 1e9),
+    "peak %": ("peak_share", ".0f", 0.01),
     "MB": ("memory_bytes", ".0f", 1e6),
+    "M parameters": ("params", ".1f", 1e6),
 }
 NOTES = """Medians of {rounds}, in which the models take turns; IQR: between the quartiles.
-fuse, drop: the tokens that are not kept. to dense: speed beside the dense model of the same form
-and dtype, {base}, within each round. dense, this code: every token is kept, so its gain is not the
-reduction's. GMACs of one image: as the published tables count (else as done), and done by this
-code. MB: weights, images, optimizer state and the peak of other tensors; unknown for graphs.
-graphs: compiled, with CUDA graphs. bf16, fp16: weights and images; in training autocast."""
+fuse, drop: the tokens that are not kept. to dense: speed beside the dense model's of the same form
+and dtype, {base}, within each round. dense, this code: with every token kept; what it gains is not
+the reduction's. GMACs of one image: as the published tables count, or where they do
+not, those done by this code. peak: those done in the time that a large matrix product takes for as
+many. MB: weights, images, optimizer state, and other tensors at their most; of graphs it is not
+seen. graphs: compiled, with CUDA graphs. bf16, fp16: weights and images; in training autocast."""
 
 
 def markdown(rows: list[Row]) -> str:
@@ -86,7 +90,9 @@ def benchmark_text(result: Row) -> str:
     for what, batch in dict.fromkeys((row["what"], row["batch_size"]) for row in rows):
         same = dict(what=what, batch_size=batch).items()
         found = [benchmark_cells(row) for row in rows if row.items() >= same]
-        parts += [f"**{what}, batch {batch}**", markdown(found)]
+        peak = max(row["macs_per_s"] for row in result["matmul"] if row.items() >= same) / 1e9
+        title = f"{what}, batch {batch}; a large matrix product does {peak:,.0f} GMACs/s"
+        parts += [f"**{title}**", markdown(found)]
     for part in filter(None, map(result.get, ("correctness", "training_run"))):
         parts += [f"**{part['title']}**", markdown(part["rows"]), part["verdict"]]
     base = "at 224 px" if result["config"]["paper"] else "of the same image size"
