@@ -59,9 +59,9 @@ class Model(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(clock: Clock, bar: bool = False) -> Progress:
+def fit(clock: Clock, **options: bool) -> Progress:
     """Two epochs of four batches of 8 images."""
-    progress = Progress(batch_size=8, bar=bar)
+    progress = Progress(batch_size=8, **options)
     trainer = L.Trainer(
         max_epochs=2,
         accelerator="cpu",
@@ -92,6 +92,11 @@ def test_lines_are_plain_and_say_how_far_and_how_fast_training_is(clock, capsys)
         steps[0],
     )
     assert steps[1].startswith("epoch 2/2  step 3/4  train/loss")
+
+
+def test_the_first_step_of_compiled_training_says_once_how_long_it_took(clock, capsys):
+    fit(clock, compiled=True)
+    assert capsys.readouterr().out.count("The first step took 1 s\n") == 1
 
 
 def test_a_long_evaluation_says_how_far_it_is(clock, capsys):

@@ -113,10 +113,11 @@ class Progress(L.Callback):
 
     Args:
         batch_size: images per optimizer step.
+        compiled: print the time of the first step, which compiles.
     """
 
-    def __init__(self, batch_size: int, bar: bool = False):
-        self.batch_size, self.bar = batch_size, bar
+    def __init__(self, batch_size: int, bar: bool = False, compiled: bool = False):
+        self.batch_size, self.bar, self.compiled = batch_size, bar, compiled
         self.due, self.epoch, self.numbers = time.monotonic() + 8, -1, ""
         self.waiting = ""  # "in the first step", which may take long
         self.images_per_s: float | None = None  # until two steps of an epoch were taken
@@ -124,9 +125,15 @@ class Progress(L.Callback):
     def on_train_start(self, trainer: Any, *_: Any) -> None:
         self.waiting = "in the first step" if trainer.is_global_zero and not self.bar else ""
 
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.begun = time.perf_counter()
+
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         done, total = args[-1] + 1, trainer.num_training_batches
         now = (done, time.perf_counter(), trainer.train_dataloader.waited)
+        if self.compiled and trainer.is_global_zero:
+            self.compiled = False
+            print(f"The first step took {now[1] - self.begun:.0f} s", flush=True)
         if self.epoch != trainer.current_epoch:
             self.epoch, self.start = trainer.current_epoch, now
         else:
