@@ -9,11 +9,12 @@ Its columns:
 - start: from scratch, fine-tuned, off the shelf, or the keep rate that the evaluated checkpoint was
   trained at; epochs; images: their limits as text; val_images: 0 for all.
 - runs: number of seeds; top1, top5 (%) and kl, their means; spread: deviation of top1; macs (1e9
-  per image); images_per_s.
+  per image); params (1e6); images_per_s.
 - setting, recipe: hashes of results.py and collect.py; origin: the setting, or the SHA-256, of the
   first weights; way: how images_per_s was measured.
 - dense: the index of the dense setting that this one is compared with, or -1; change: points of
-  top-1 above that one; faster: times its images/s, or the dense model's in the same benchmark.
+  top-1 above that one; share: % of its MACs; faster: times its images/s, or those of the dense
+  model in the same benchmark.
 """
 
 import re
@@ -26,7 +27,7 @@ from evit.report import REST, Row, collect, paper
 from evit.report.collect import Found
 
 DENSE, SCRATCH, TUNED, SHELF = "dense", "from scratch", "fine-tuned", "off the shelf"
-METRICS = "top1 spread top5 kl macs images_per_s change faster".split()
+METRICS = "top1 spread top5 kl macs params images_per_s change share faster".split()
 TEXTS = "section table name reducer rest selection images setting recipe origin way".split()
 DEFAULTS: Row = dict.fromkeys([*METRICS, "epochs"], float("nan")) | dict.fromkeys(TEXTS, "")
 DEFAULTS |= dict(rate=DENSE, start=SCRATCH, val_images=0, runs=1, dense=-1)
@@ -97,6 +98,7 @@ def of_run(row: Row) -> Row:
         | place(row)
         | dict(start=TUNED if row["from_checkpoint"] else SCRATCH, macs=row["macs"] / 1e9)
         | dict(top1=row["top1"], top5=row["top5"], images_per_s=row["throughput"])
+        | dict(params=row["params"] / 1e6)
         | dict(name=canonical(row["timm_name"] or ""), origin=row["started_from"] or "")
         | dict(way=f"{row['device']}, {row['precision']}")
     )
@@ -119,7 +121,8 @@ def of_evaluation(result: Row) -> list[Row]:
         given
         | choice
         | dict(selection="" if row["selection"] in (None, "attentive") else row["selection"])
-        | dict(macs=row["macs"] / 1e9, top1=row["top1"], top5=row["top5"], kl=row["kl"])
+        | dict(params=model["params"] / 1e6, macs=row["macs"] / 1e9)
+        | {key: row[key] for key in ("top1", "top5", "kl")}
         for row, choice in zip(result["settings"], rows, strict=True)
         if row["macs"] is not None
     ]
@@ -154,7 +157,7 @@ def recipe_names(points: pd.DataFrame) -> pd.Series:
 
 
 def beside_dense(points: pd.DataFrame) -> pd.DataFrame:
-    """Compare each setting with a dense one, in the columns dense, change and faster.
+    """Compare each setting with a dense one, in the columns dense, change, share and faster.
 
     That one was trained by the same recipe: as long, on as many images of the same size. Else, a
     fine-tuned run is compared with the run or weights that it began with.
@@ -177,6 +180,7 @@ def beside_dense(points: pd.DataFrame) -> pd.DataFrame:
     return points.drop(columns="kind").assign(
         dense=index,
         change=points.top1 - beside.top1,
+        share=100 * points.macs / beside.macs,
         faster=points.faster.fillna(points.images_per_s / beside.images_per_s),
     )
 

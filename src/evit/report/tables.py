@@ -20,11 +20,13 @@ NUMBERS = {  # of our settings: column, format
     "top-5 (%)": ("top5", ".2f"),
     "KL to dense": ("kl", ".4f"),
     "GMACs": ("macs", ".4g"),
+    "M parameters": ("params", ".2f"),
+    "% of dense": ("share", ".0f"),
     "speed-up": ("faster", ".2f"),
 }
 NOTE = (
-    "The mean over the seeds of a setting, with the standard deviation. To dense: points above the "
-    "dense runs by the same recipe, or above what was fine-tuned or evaluated. "
+    "The mean over the seeds of a setting, with the standard deviation. To dense: points from the "
+    "mean of the dense runs by the same recipe; or from what was fine-tuned or evaluated. "
     "Speed-up: images/s beside the dense model's, by src/benchmark.py, else by the runs."
 )
 
