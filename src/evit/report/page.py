@@ -30,6 +30,7 @@ STEP = "training step (optimizer updates)"
 CURVES = {
     "top-1": ("step", STEP, "val/top1", "top-1 accuracy, validation (%)"),
     "training loss": ("step", STEP, "train/loss", "training loss (nats)"),
+    "keep rate": ("step", STEP, "keep_rate", "keep rate (share of tokens)"),
 }
 MOST = 20_000  # points in all curves of a view
 NOTE = (
