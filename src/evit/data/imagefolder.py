@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
 
+from evit.data.batch import PILRandAugment
 from evit.data.folders import cut_long
 from evit.data.label_maps import read_label_map
-from evit.data.order import EpochLoader, Shard
-from evit.data.randaugment import PILRandAugment
+from evit.data.order import EpochLoader
 from evit.recipe import Recipe
 
 
@@ -85,17 +85,15 @@ class FolderLoader(EpochLoader):
     def __init__(
         self,
         dataset: Any,
-        recipe: Recipe,
-        shard: Shard,
-        *,
-        img_size: int,
-        train: bool,
-        num_workers: int,
-        fill: tuple[int, ...] = (0, 0, 0),
         label_maps: Sequence[str] | None = None,
         num_classes: int = 0,
+        *,
+        num_workers: int,
+        fill: tuple[int, ...] = (0, 0, 0),
+        **shown: Any,
     ) -> None:
-        super().__init__(len(dataset), recipe, shard, train, img_size)
+        super().__init__(len(dataset), **shown)
+        recipe, shard, train, img_size = self.recipe, self.shard, self.train, self.img_size
         dataset, transform = copy.copy(dataset), evaluation_transform(img_size, recipe.crop_pct)
         dataset.transform = RandomResizedCropFlip(img_size, recipe, fill) if train else transform
         indices, seed = self.indices.tolist(), shard.seed if train else None

@@ -15,10 +15,8 @@ from timm.models import (
 from torch import nn
 
 from evit import reducers
-from evit.models.convert import reduce
 from evit.models.lvvit import LVViT
-from evit.models.patches import check_img_size
-from evit.models.vit import ReducedViT
+from evit.models.vit import ReducedViT, check_img_size, reduce
 from evit.models.weights import fit_state_dict
 from evit.reducers import KeepRate, Reducer
 
@@ -71,15 +69,10 @@ def _entry(name: str, defaults: dict[str, Any]) -> Callable[..., ReducedViT]:
 
 
 LV_VIT_CFG: Any = dict(
-    num_classes=1000,
-    input_size=(3, 224, 224),
-    crop_pct=0.9,
-    interpolation="bicubic",
-    fixed_input_size=True,
-    mean=IMAGENET_DEFAULT_MEAN,
-    std=IMAGENET_DEFAULT_STD,
-    first_conv="patch_embed.conv1",
-    classifier=("head", "aux_head"),
+    **dict(num_classes=1000, input_size=(3, 224, 224), fixed_input_size=True),
+    **dict(crop_pct=0.9, interpolation="bicubic"),
+    **dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD),
+    **dict(first_conv="patch_embed.conv1", classifier=("head", "aux_head")),
 )
 CFGS: Any = {name: LV_VIT_CFG for name in NAMES if "deit" not in name}
 for _size in DEIT:  # DeiT's weights are loaded unchanged
@@ -105,13 +98,12 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
             raise ValueError(f"{error}: timm.list_models() has the names") from error
         raise
     except Exception as error:  # downloads raise OSError, or httpx's own
-        network = issubclass(type(error), OSError) or type(error).__module__.startswith("httpx")
-        if not pretrained or not network:
+        if not pretrained or not (isinstance(error, OSError) or "httpx" in type(error).__module__):
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
         raise ValueError(
-            f"the pretrained weights of {model_name} cannot be downloaded ({reason[:200]}): "
-            f"connect to the network, or download them elsewhere and give checkpoint=PATH instead"
+            f"the pretrained weights of {model_name} cannot be downloaded ({reason}): connect to "
+            f"the network, or download them elsewhere and give checkpoint=PATH instead"
         ) from error
 
 

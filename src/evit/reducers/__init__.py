@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from evit.reducers.ats import ATS
-from evit.reducers.base import KeepRate, Reducer, options
+from evit.reducers.base import KeepRate, Reducer, keep_rate_at, options
 from evit.reducers.cover import Cover
 from evit.reducers.dynamicvit import DynamicViT
 from evit.reducers.evit import Drop, EViT, Random
@@ -63,17 +63,6 @@ def take(
     return make(reducer, keep_rate=keep_rate, at=drop_loc, **own)
 
 
-__all__ = [
-    *[kind.__name__ for kind in KINDS],
-    "KINDS",
-    "KeepRate",
-    "REDUCERS",
-    "Reducer",
-    "Reduction",
-    "Seen",
-    "make",
-    "merge_into",
-    "nearest",
-    "options",
-    "take",
-]
+__all__ = [kind.__name__ for kind in KINDS]
+__all__ += ["KINDS", "KeepRate", "REDUCERS", "Reducer", "Reduction", "Seen"]
+__all__ += ["keep_rate_at", "make", "merge_into", "nearest", "options", "take"]

@@ -40,10 +40,8 @@ class Predictor(nn.Module):
     def forward(self, x_BNC: Tensor, kept_BN: Tensor) -> Tensor:
         own, shared = self.in_conv(x_BNC).chunk(2, -1)
         kept_BN1 = kept_BN[:, :, None].float()
-        # In float32; clamp, as the mean over no token would be NaN.
-        mean = (shared.float() * kept_BN1).sum(1, keepdim=True) / kept_BN1.sum(
-            1, keepdim=True
-        ).clamp(1)
+        total_B1C = (shared.float() * kept_BN1).sum(1, keepdim=True)
+        mean = total_B1C / kept_BN1.sum(1, keepdim=True).clamp(1)  # of no token: 0, not NaN
         return self.out_conv(torch.cat([own, mean.to(own.dtype).expand_as(own)], -1))
 
 

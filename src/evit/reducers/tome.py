@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from evit.reducers.base import Reducer
-from evit.reducers.tokens import Reduction, Seen, merge_into, split, unit
+from evit.reducers.tokens import Reduction, Seen, merge_into, unit
 
 
 def removals(r: Any, depth: int) -> list[Any]:
@@ -31,6 +32,14 @@ def removals(r: Any, depth: int) -> list[Any]:
             f"or (r, inflect) with inflect from -1.0 to 1.0"
         )
     return given + [0] * (depth - len(given))
+
+
+def split(num_tokens: int, num_prefix: int, device: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of the image tokens in ToMe's set A (even positions of the whole sequence) and in B
+    (odd), and the position of each image token in [A, B]."""
+    first = num_prefix % 2
+    a, b = (torch.arange(start, num_tokens, 2, device=device) for start in (first, 1 - first))
+    return a, b, torch.cat([a, b]).argsort()
 
 
 class Pairing(Reducer):
@@ -82,25 +91,14 @@ class ToMe(Pairing):
         metric = unit(seen.k_BHTD.mean(1)[:, seen.num_prefix :])
         score_BA, match_BA = (metric[:, a] @ metric[:, b].mT).max(2)
         order_BA = score_BA.argsort(1, descending=True)
-        stay_BA = order_BA[:, r:].sort(1).values
-        return pair(seen, a, b, place, stay_BA, match_BA, sizes)
+        stay_BS = order_BA[:, r:].sort(1).values  # the others go into their matches in B
+        B, S = stay_BS.shape
+        own_BS = torch.arange(S, device=a.device).expand(B, S)
+        host_BA = (match_BA + S).scatter(1, stay_BS, own_BS)
+        host_BB = torch.arange(S, S + len(b), device=a.device).expand(B, -1)
+        host_BN = torch.cat([host_BA, host_BB], 1)[:, place]
+        index_BK = torch.cat([a[stay_BS], b.expand(B, -1)], 1)
+        return merge_into(seen, index_BK, host_BN, sizes, sizes)
 
     def macs(self, n: int, k: int, dim: int) -> int:
         return n * n // 4 * dim // self.num_heads + n * dim
-
-
-def pair(seen: Seen, a: Any, b: Any, place: Any, stay: Any, match: Any, sizes: Any) -> Reduction:
-    """Merge the tokens of A that are not in `stay` into their matches in B.
-
-    The new tokens are `stay`, then all of B.
-
-    Args:
-        a, b, place: as returned by `split`.
-        stay: indices (B, S) within A; match: indices (B, A) within B.
-    """
-    B, S = stay.shape
-    host_BA = (match + S).scatter(1, stay, torch.arange(S, device=stay.device).expand(B, S))
-    host_BB = torch.arange(S, S + len(b), device=stay.device).expand(B, -1)
-    host_BN = torch.cat([host_BA, host_BB], 1)[:, place]
-    index_BK = torch.cat([a[stay], b.expand(B, -1)], 1)
-    return merge_into(seen, index_BK, host_BN, sizes, sizes)

@@ -10,7 +10,7 @@ import math
 import numba
 import numpy as np
 
-from evit.data import randaugment as ra
+from evit.data import batch as ra
 
 NOTHING = -1
 CHUNK = 32

@@ -4,15 +4,24 @@ Of a JPEG no more is decoded than the crop shows, and in training at 1/2, 1/4 or
 where that leaves twice the pixels that are wanted on either side. The rest is a mean over areas.
 """
 
+import ctypes
+import os
+import platform
+import subprocess
+import tempfile
+import zlib
+from pathlib import Path
 from typing import Any
 
+import llvmlite.binding
 import numba
 import numpy as np
+from numba import types
 
-from evit.data.ffcv._ffcv import get_random_crop
+from evit.data.ffcv import get_random_crop
 from evit.data.ffcv.format import JPEG
-from evit.data.ffcv.jpeg import jpeg_crop
 
+SOURCE = Path(__file__).with_name("jpeg_crop.c")
 RATIO = np.array([3 / 4, 4 / 3])  # width / height of random crops
 _BESIDE = 8 + 2 + 32  # columns that jpeg_crop may add to a crop: margins and the widest MCU
 _ONE, _TWO, _THREE = np.uintp(1), np.uintp(2), np.uintp(3)  # numba checks signed indices for < 0
@@ -22,13 +31,47 @@ _get_random_crop = numba.njit(get_random_crop)  # torchvision's RandomResizedCro
 jit = numba.njit(cache=True, nogil=True)
 
 
+def _library() -> ctypes.CDLL:
+    """jpeg_crop.c, compiled where that has not been done yet."""
+    key = f"{platform.machine()}-{zlib.crc32(SOURCE.read_bytes()):08x}"
+    library = Path(f"~/.cache/evit-lab/jpeg_crop-{key}.so").expanduser()
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError:  # not there yet, or made on a machine with another libjpeg
+        library.parent.mkdir(parents=True, exist_ok=True)
+    options: Any = dict(check=True, capture_output=True, text=True)
+    try:
+        found = subprocess.run(["pkg-config", "--cflags", "--libs", "libjpeg"], **options)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            made = f"{folder}/{library.name}"
+            command = [*os.environ.get("CC", "cc").split(), "-O2", "-shared", "-fPIC", str(SOURCE)]
+            subprocess.run([*command, "-o", made, *found.stdout.split()], **options)
+            os.replace(made, library)  # at once: other processes may be about to do the same
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ImportError(
+            f"jpeg_crop.c could not be compiled ({getattr(error, 'stderr', None) or error}): run "
+            f"`make setup`, or install g++, pkg-config and libjpeg-dev (libjpeg-turbo's)"
+        ) from error
+    return ctypes.CDLL(str(library))
+
+
+# By name and not by ctypes, because numba does not keep functions that hold an address on disk.
+_address = ctypes.cast(_library().evit_jpeg_crop, ctypes.c_void_p).value
+llvmlite.binding.add_symbol("evit_jpeg_crop", _address)
+_pointer, _unsigned = types.uintp, types.uint32
+_jpeg_crop = types.ExternalFunction(
+    "evit_jpeg_crop",
+    types.int32(_pointer, types.ulong, *(_unsigned,) * 7, _pointer, types.ulong, _pointer),
+)
+
+
 @jit
 def _decode_jpeg(data, height, width, shrink, top, bottom, left, right):
     """Rows top to bottom and columns left to right of the shrunk image, the column in which they
     begin, and a status that is not 0 where libjpeg-turbo failed or had to guess."""
     pixels = np.empty((bottom - top, right - left + _BESIDE, 3), np.uint8)
     found = np.zeros(1, np.uint32)
-    status = jpeg_crop(
+    status = _jpeg_crop(
         *(data.ctypes.data, data.size, width, height, shrink, top, bottom, left, right),
         *(pixels.ctypes.data, pixels.shape[1] * 3, found.ctypes.data),
     )

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from evit.data.ffcv._ffcv import types
+from evit.data.ffcv import types
 
 SIDECAR_FORMAT = "evit-beton-3"
 JPEG, RAW = 0, 1

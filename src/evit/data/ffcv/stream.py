@@ -13,12 +13,10 @@ import numba
 import numpy as np
 import torch
 
-from evit.data.ffcv import augment, decode
-from evit.data.ffcv._ffcv import config
+from evit.data.batch import RandAugment, source_of, warp_of
+from evit.data.ffcv import augment, config, decode
 from evit.data.ffcv.format import BetonError, open_beton
-from evit.data.order import EpochLoader, Shard
-from evit.data.randaugment import RandAugment, source_of, warp_of
-from evit.recipe import Recipe
+from evit.data.order import EpochLoader
 
 Batch = tuple[torch.Tensor, ...]
 SALT = np.uint32(0x9E3779B9)  # crops are drawn from the seeds themselves
@@ -49,18 +47,16 @@ class FFCVStream(EpochLoader):
     def __init__(
         self,
         path: str | Path,
-        recipe: Recipe,
-        shard: Shard,
         *,
-        img_size: int,
-        train: bool,
         num_workers: int = 1,
         batches_ahead: int = 2,
         fill: tuple[int, ...] = (0, 0, 0),
+        **shown: Any,
     ) -> None:
         self.path = Path(path)
         self.info, self.content, self.metadata, self.sizes = open_beton(path)
-        super().__init__(self.info["num_samples"], recipe, shard, train, img_size)
+        super().__init__(self.info["num_samples"], **shown)
+        recipe, train = self.recipe, self.train
         self.num_workers = min(max(num_workers, 1), config.NUMBA_NUM_THREADS)
         self.batches_ahead, self.fill = batches_ahead, np.array(fill)
         self.label_map_shape = tuple(self.info.get("label_map_shape", ())) if train else ()
