@@ -123,10 +123,8 @@ class Downloaded(Images):
         self.source: Any = getattr(torchvision.datasets, dataset)
         self.name, self.num_classes, self.num_train, self.files = DOWNLOADS[dataset]
         if self.label_maps:
-            raise ValueError(
-                f"The images of {self.name} are no files, so they have no label maps: give images "
-                f"of your own with data.root=DIR, or leave data.label_maps out"
-            )
+            way = "give images of your own with data.root=DIR, or leave data.label_maps out"
+            raise ValueError(f"The images of {self.name} are no files, with no label maps: {way}")
 
     @functools.cached_property
     def classes(self) -> list[str]:  # type: ignore[override]

@@ -26,7 +26,7 @@ Colour = tuple[float, float, float]
 
 @functools.cache
 def per_channel(colour: Colour, device: torch.device) -> Tensor:
-    """A colour as (3, 1, 1); kept on the device, as every copy to a GPU waits for it."""
+    """A colour as (3, 1, 1). It stays on the device: each copy to a GPU would wait for it."""
     return torch.tensor(colour, device=device).view(3, 1, 1)
 
 
@@ -59,10 +59,8 @@ def make_mixup(recipe: Recipe, num_classes: int, batch_size: int) -> Mixup | Non
     if not (recipe.mixup > 0 or recipe.cutmix > 0):
         return None
     if batch_size % 2:
-        raise ValueError(
-            f"mixup and cutmix pair the images of a batch, and {batch_size} images per process is "
-            f"odd: choose another recipe.batch_size, or recipe.mixup=0 recipe.cutmix=0"
-        )
+        way = "choose another recipe.batch_size, or recipe.mixup=0 recipe.cutmix=0"
+        raise ValueError(f"mixup pairs images, and {batch_size} images per process is odd: {way}")
     alphas, how = (recipe.mixup, recipe.cutmix), (recipe.mixup_switch_prob, recipe.mixup_mode)
     return Mixup(*alphas, None, 1.0, *how, True, recipe.label_smoothing, num_classes)
 
@@ -104,10 +102,8 @@ class RandAugment(NamedTuple):
     def parse(cls, config: str) -> RandAugment:
         """Parsed form of timm's syntax, such as rand-m9-mstd0.5-inc1."""
         if not SYNTAX.fullmatch(config) or "inc1" not in config.split("-"):
-            raise ValueError(
-                f"recipe.rand_augment={config!r}: write it as timm does, rand-m9-mstd0.5-inc1, "
-                f"with m, n, p, mstd and mmax as you like, and with inc1"
-            )
+            way = "write it as timm does, rand-m9-mstd0.5-inc1 (m, n, p, mstd, mmax; always inc1)"
+            raise ValueError(f"recipe.rand_augment={config!r}: {way}")
         found: Any = rand_augment_transform(config, {})
         op = found.ops[0]
         numbers = op.magnitude, op.magnitude_std, op.prob, op.magnitude_max or 10
@@ -127,13 +123,10 @@ def source_of(operation: int, argument: float, width: float, height: float) -> A
         cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
         x, y = width / 2, height / 2
         return cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y
-    values = {
-        SHEAR_X: (argument, 0.0, 0.0, 0.0),
-        TRANSLATE_X: (0.0, argument * width, 0.0, 0.0),
-        SHEAR_Y: (0.0, 0.0, argument, 0.0),
-        TRANSLATE_Y: (0.0, 0.0, 0.0, argument * height),
-    }
-    b, c, d, f = values.get(operation, (0.0,) * 4)
+    b = argument if operation == SHEAR_X else 0.0
+    c = argument * width if operation == TRANSLATE_X else 0.0
+    d = argument if operation == SHEAR_Y else 0.0
+    f = argument * height if operation == TRANSLATE_Y else 0.0
     return 1.0, b, c, d, 1.0, f
 
 

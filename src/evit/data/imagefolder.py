@@ -99,14 +99,10 @@ class FolderLoader(EpochLoader):
         indices, seed = self.indices.tolist(), shard.seed if train else None
         maps = [label_maps[i] for i in indices] if train and label_maps else []
         self.keys: list[list[int]] = []  # of an epoch
-        self.loader: DataLoader = DataLoader(
-            Pictures(Subset(dataset, indices), seed, maps, num_classes),
-            shard.batch_size,
-            sampler=self.keys,
-            num_workers=num_workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=num_workers > 0,
-        )
+        pictures = Pictures(Subset(dataset, indices), seed, maps, num_classes)
+        how: Any = dict(num_workers=num_workers, persistent_workers=num_workers > 0)
+        how |= dict(sampler=self.keys, pin_memory=torch.cuda.is_available())
+        self.loader: DataLoader = DataLoader(pictures, shard.batch_size, **how)
 
     def batches(self, start: int) -> Generator[Any]:
         order, views = self.order(self.epoch), self.recipe.repeated_augmentations > 1

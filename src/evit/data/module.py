@@ -46,10 +46,8 @@ class Images(L.LightningDataModule):
     ):
         super().__init__()
         if backend not in ("ffcv", "imagefolder") or batches_ahead < 1:
-            raise ValueError(
-                f"data.backend must be ffcv or imagefolder and data.batches_ahead at least 1, got "
-                f"{backend} and {batches_ahead}"
-            )
+            wanted = "data.backend must be ffcv or imagefolder and data.batches_ahead at least 1"
+            raise ValueError(f"{wanted}, got {backend} and {batches_ahead}")
         if backend == "ffcv":
             require_ffcv()
         if recipe.rand_augment:
@@ -128,10 +126,8 @@ class Images(L.LightningDataModule):
         trainer, batch_size = self.trainer, self.recipe.batch_size
         shares = trainer.world_size * trainer.accumulate_grad_batches if trainer else 1
         if batch_size % shares:
-            raise ValueError(
-                f"recipe.batch_size {batch_size} cannot be shared by {shares} "
-                f"(processes x accumulate_grad_batches): make it a multiple"
-            )
+            how = "(processes x accumulate_grad_batches): make it a multiple"
+            raise ValueError(f"recipe.batch_size {batch_size} cannot be shared by {shares} {how}")
         return batch_size // shares
 
     def setup(self, stage: str | None = None) -> None:

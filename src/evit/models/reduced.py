@@ -15,16 +15,11 @@ from evit.reducers.tokens import put_back, source, survivors
 
 
 class PatchConv2d(nn.Conv2d):
-    """Non-overlapping convolution, computed as one matrix product on a GPU.
-
-    Same sum in another order; cuDNN's convolution takes ten times as long on an H200.
-    """
+    """Non-overlapping convolution (B, C, H, W) to (B, embed_dim, H / p, W / q), on a GPU as one
+    matrix product: the same sum in another order. cuDNN's takes ten times as long on an H200."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Images (B, C, H, W) to patches (B, embed_dim, H / p, W / q)."""
-        if not input.is_cuda:
-            return super().forward(input)
-        return self.product(input)
+        return self.product(input) if input.is_cuda else super().forward(input)
 
     def product(self, input: Tensor) -> Tensor:
         """forward() as a matrix product."""
@@ -44,11 +39,7 @@ def of_reducer(name: str, doc: str) -> Any:
 
 
 class Reduced(nn.Module):
-    """Mixin that adds a token reducer to a timm Vision Transformer.
-
-    Attributes:
-        reducer: the method, its places and keep rates.
-    """
+    """Mixin that adds a token reducer to a timm Vision Transformer."""
 
     kind: Any = None  # the timm class that this one extends
     built_from: dict[str, Any] = {}  # the arguments of timm.create_model
@@ -56,8 +47,8 @@ class Reduced(nn.Module):
     blank: Any  # makes an empty model of a timm class, to unpickle into
     embed: Any  # images (B, 3, H, W) to the tokens (B, T, C) that enter the first block
     head_reads_prefix: Any  # whether the head reads prefix tokens only: the last block skips others
-    reducer: Any
-    blocks: Any
+    reducer: Any  # the method, its places and keep rates
+    blocks: Any  # from here on timm's
     patch_embed: Any
     norm: Any
     num_prefix_tokens: int
@@ -72,9 +63,8 @@ class Reduced(nn.Module):
         for block in self.blocks:
             block.__class__ = self.block_class
         proj = getattr(self.patch_embed, "proj", None)
-        if type(proj) is nn.Conv2d and proj.kernel_size == proj.stride and proj.groups == 1:
-            if proj.padding == (0, 0) and proj.dilation == (1, 1):
-                proj.__class__ = PatchConv2d
+        if type(proj) is nn.Conv2d and proj.kernel_size == proj.stride and proj.padding == (0, 0):
+            proj.__class__ = PatchConv2d
         self.reducer: Any = reducer.attach(self).to(next(self.blocks.parameters()))
 
     drop_loc = of_reducer("at", "The blocks that reduce.")

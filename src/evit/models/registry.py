@@ -32,15 +32,10 @@ LV_VIT: dict[str, dict[str, Any]] = {
 }
 # Registered name -> default arguments of ReducedViT or LVViT.
 NAMES = {f"evit_deit_{size}_patch16": DEIT[size] for size in DEIT}
-NAMES |= {
-    f"dynamicvit_deit_{size}_patch16": DEIT[size] | dict(reducer="dynamicvit")
-    for size in ("small", "base")
-}
 NAMES |= {f"lvvit_{size}": LV_VIT[size] | dict(keep_rate=1.0) for size in LV_VIT}
 NAMES |= {f"evit_lvvit_{size}": LV_VIT[size] for size in LV_VIT}
-NAMES |= {
-    f"dynamicvit_lvvit_{size}": LV_VIT[size] | dict(reducer="dynamicvit") for size in ("s", "m")
-}
+for _name in "evit_deit_small_patch16", "evit_deit_base_patch16", "evit_lvvit_s", "evit_lvvit_m":
+    NAMES[f"dynamic{_name[1:]}"] = NAMES[_name] | dict(reducer="dynamicvit")
 
 
 def _fit(weights: dict[str, Any], model: Any) -> dict[str, Any]:
@@ -54,10 +49,8 @@ def _entry(name: str, defaults: dict[str, Any]) -> Callable[..., ReducedViT]:
         args = defaults | kwargs
         kind, filters = (ReducedViT, _fit) if "deit" in name else (LVViT, None)
         if pretrained and kind is LVViT:
-            raise ValueError(
-                f"timm has no weights of {name}: download the authors' file and give it as "
-                f"checkpoint=PATH (evit.load_checkpoint)"
-            )
+            way = "download the authors' file and give it as checkpoint=PATH (evit.load_checkpoint)"
+            raise ValueError(f"timm has no weights of {name}: {way}")
         features = dict(out_indices=args.pop("out_indices", 3), feature_cls="getter")
         return build_model_with_cfg(
             kind, name, pretrained, pretrained_filter_fn=filters, feature_cfg=features, **args

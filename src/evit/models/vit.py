@@ -22,10 +22,8 @@ def check_img_size(img_size: int | tuple[int, int], patch_size: int | tuple[int,
     for size, patch in zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True):
         if size < patch or size % patch:
             lower = max(size // patch, 1) * patch
-            raise ValueError(
-                f"img_size {size} is not a multiple of the patch size {patch}: "
-                f"take {lower} or {lower + patch}"
-            )
+            way = f"take {lower} or {lower + patch}"
+            raise ValueError(f"img_size {size} is not a multiple of the patch size {patch}: {way}")
 
 
 def check_images(model: Any, img_size: int) -> None:

@@ -1,7 +1,7 @@
 """Load checkpoints: ours, and those published by the authors of DeiT, EViT and others."""
 
 import argparse
-import warnings
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,18 +13,14 @@ from torch import Tensor, nn
 
 from evit.files import check_zip
 
-CONTAINERS = ("model", "state_dict", "model_state_dict", "module")
-AVERAGES = ("model_ema", "state_dict_ema", "ema_state_dict")  # averaged weights
+# Where checkpoints keep their weights; averaged weights are taken if there are no others.
+CONTAINERS = "model state_dict model_state_dict module model_ema state_dict_ema".split()
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
 HEADS = ("head", "aux_head", "head_dist")
 
 
 def read_file(path: str | Path, device: str = "cpu") -> Any:
-    """Read a checkpoint file without executing anything in it.
-
-    Raises:
-        ValueError: the file does not exist or cannot be read.
-    """
+    """Read a checkpoint file without executing anything in it; ValueError if that cannot be."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"checkpoint {str(path)!r} does not exist: give the path of a file")
@@ -39,22 +35,12 @@ def read_file(path: str | Path, device: str = "cpu") -> Any:
         raise ValueError(f"checkpoint {str(path)!r} cannot be read: {reason}") from error
 
 
-def read_state_dict(source: str | Path | Mapping[str, Any], ema: bool = False) -> dict[str, Tensor]:
-    """Weights of a checkpoint file (or its loaded content), by plain parameter names.
-
-    Args:
-        ema: take the averaged weights, which some checkpoints contain too.
-    """
+def read_state_dict(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
+    """Weights of a checkpoint file (or its loaded content), by plain parameter names."""
     content: Any = source if hasattr(source, "items") else read_file(source)
     content = content if hasattr(content, "items") else {}
-    inside = [n for n in CONTAINERS + AVERAGES if hasattr(content.get(n), "items")]
-    averaged = [name for name in inside if name in AVERAGES]
-    if ema and not averaged:
-        raise ValueError(f"checkpoint has no average of its weights ({', '.join(AVERAGES)})")
-    if averaged and not ema and inside[0] not in AVERAGES:
-        warnings.warn(f"{averaged[0]} is not used: ema=True takes it", stacklevel=3)
-    if inside:
-        content = content[averaged[0] if ema else inside[0]]
+    inside = (content[name] for name in CONTAINERS if hasattr(content.get(name), "items"))
+    content = next(inside, content)
     weights = {name: value for name, value in content.items() if torch.is_tensor(value)}
     if not weights:
         raise ValueError("checkpoint holds no state dict: expected weights, or them under 'model'")
@@ -83,10 +69,7 @@ def fit_state_dict(weights: Mapping[str, Any], model: Any) -> dict[str, Tensor]:
     fitted = read_state_dict(weights)
     renames = getattr(getattr(model, "reducer", None), "published_names", {})
     for theirs, ours in renames.items():
-        fitted = {
-            ours + name.removeprefix(theirs) if name.startswith(theirs) else name: value
-            for name, value in fitted.items()
-        }
+        fitted = {re.sub(f"^{re.escape(theirs)}", ours, name): w for name, w in fitted.items()}
     own, loaded = getattr(model, "pos_embed", None), fitted.get("pos_embed")
     if own is not None and loaded is not None and own.shape[1] != loaded.shape[1]:
         num_prefix = 0 if model.no_embed_class else model.num_prefix_tokens
@@ -99,7 +82,6 @@ def load_checkpoint(
     source: str | Path | Mapping[str, Any],
     new_head: bool = False,
     new_parts: bool = False,
-    ema: bool = False,
 ) -> None:
     """Load the weights of a checkpoint into a model of the same architecture.
 
@@ -109,13 +91,12 @@ def load_checkpoint(
         new_head: start a new classifier if the checkpoint has none or another number of classes.
         new_parts: keep the reducer's initial parameters if the checkpoint has none (DynamicViT's
             predictors, from a dense checkpoint).
-        ema: take the averaged weights, which some checkpoints contain too.
 
     Raises:
         ValueError: names the weights that are missing, surplus or of another shape.
     """
     model = getattr(model, "_orig_mod", model)
-    weights, own = fit_state_dict(read_state_dict(source, ema), model), model.state_dict()
+    weights, own = fit_state_dict(read_state_dict(source), model), model.state_dict()
     if new_head:
         head = [k for k in own if k.split(".")[0] in HEADS]
         if any(k not in weights or weights[k].shape != own[k].shape for k in head):
@@ -124,13 +105,11 @@ def load_checkpoint(
             print("The classifier is new: the checkpoint has none for these classes.", flush=True)
     if new_parts and not any(k.startswith("reducer.") for k in weights):
         weights |= {k: w for k, w in own.items() if k.startswith("reducer.")}
-    problems = [
-        f"{k} is {tuple(weights[k].shape)}, not {tuple(own[k].shape)}"
-        for k in own
-        if k in weights and weights[k].shape != own[k].shape
-    ]
-    problems += [f"{k} is missing" for k in own if k not in weights]
-    problems += [f"{k} is not the model's" for k in weights if k not in own]
+    theirs, ours = ({k: tuple(w.shape) for k, w in part.items()} for part in (weights, own))
+    shared = [k for k in ours if k in theirs]
+    problems = [f"{k} is {theirs[k]}, not {ours[k]}" for k in shared if theirs[k] != ours[k]]
+    problems += [f"{k} is missing" for k in ours if k not in theirs]
+    problems += [f"{k} is not the model's" for k in theirs if k not in ours]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         hint = "" if new_head else " (new_head=True starts a new classifier)"

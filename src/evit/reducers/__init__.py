@@ -32,15 +32,12 @@ def make(reducer: str | Reducer, **arguments: Any) -> Reducer:
             raise ValueError(f"{', '.join(given)} is the reducer's: give it where that is made")
         return reducer
     if reducer not in REDUCERS:
-        raise ValueError(
-            f"reducer {reducer!r} does not exist: take one of {', '.join(sorted(REDUCERS))}"
-        )
+        names = ", ".join(sorted(REDUCERS))
+        raise ValueError(f"reducer {reducer!r} does not exist: take one of {names}")
     kind = REDUCERS[reducer]
-    if unknown := sorted(set(arguments) - options(kind)):
-        raise ValueError(
-            f"reducer {reducer} has no {', '.join(unknown)}: it takes "
-            f"{', '.join(sorted(options(kind)))}"
-        )
+    if unknown := ", ".join(sorted(set(arguments) - options(kind))):
+        known = ", ".join(sorted(options(kind)))
+        raise ValueError(f"reducer {reducer} has no {unknown}: it takes {known}")
     return kind(**arguments)
 
 

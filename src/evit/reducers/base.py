@@ -124,10 +124,8 @@ class Reducer(nn.Module):
         if self.at_default:
             self.at = tuple(range(depth) if self.own else self.quarters(depth))
         if list(self.at) != sorted(set(self.at) & set(range(depth))):
-            raise ValueError(
-                f"drop_loc or at must be ascending block numbers from 0 to {depth - 1}, "
-                f"got {list(self.at)}"
-            )
+            what = f"ascending block numbers from 0 to {depth - 1}"
+            raise ValueError(f"drop_loc or at must be {what}, got {list(self.at)}")
         self.depth, self.num_patches = depth, model.patch_embed.num_patches
         self.num_heads = model.blocks[0].attn.num_heads
         self.build(model.embed_dim)
@@ -180,19 +178,16 @@ class Reducer(nn.Module):
 
     def check(self, n: int) -> None:
         """Raise a ValueError if the schedule is impossible with n patches."""
-        tokens = n
-        for i, (place, wanted) in enumerate(zip(self.at, self.kept(n), strict=True)):
-            if self.given is not None and wanted + self.extra * (wanted < tokens) != self.given[i]:
-                raise ValueError(
-                    f"counts={self.given}: {self.name} cannot leave {self.given[i]} of {tokens} "
-                    f"tokens at block {place}; at least {self.fewest(tokens) + self.extra}"
-                )
-            if wanted < self.fewest(tokens):
-                raise ValueError(
-                    f"keep_rate {list(self.keep_rate)} leaves {wanted} of {tokens} tokens at block "
-                    f"{place}, where {self.name} leaves at least {self.fewest(tokens)}: raise it"
-                )
-            tokens = wanted + self.extra * (wanted < tokens)
+        before = [n, *self.counts(n)]
+        for i, (place, kept) in enumerate(zip(self.at, self.kept(n), strict=True)):
+            tokens, fewest = before[i], self.fewest(before[i])
+            where = f"{tokens} tokens at block {place}, where {self.name} leaves at least"
+            if self.given is not None and before[i + 1] != self.given[i]:
+                way = f"counts={self.given} cannot leave {self.given[i]} of"
+                raise ValueError(f"{way} {where} {fewest + self.extra}")
+            if kept < fewest:
+                way = f"keep_rate {list(self.keep_rate)} leaves {kept} of"
+                raise ValueError(f"{way} {where} {fewest}: raise it")
 
     def fewest(self, n: int) -> int:
         """Smallest number of n image tokens that one place can keep."""
@@ -227,9 +222,8 @@ class Reducer(nn.Module):
 
     def key_bias(self, sizes_BT: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         """Attention bias log(size) of each key (B, 1, 1, T), or None if sizes do not enter it."""
-        if sizes_BT is None or not self.proportional:
-            return None
-        return sizes_BT.log().to(dtype)[:, None, None]
+        known = sizes_BT is not None and self.proportional
+        return sizes_BT.log().to(dtype)[:, None, None] if known else None  # type: ignore[union-attr]
 
     def through(self, block: Any, i: int, seen: Seen, num_kept: int) -> tuple[Tensor, Reduction]:
         """Stage "block": return the block's output for the remaining tokens, and the reduction."""

@@ -71,10 +71,9 @@ def mix(attn: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) 
 
 
 def masked_attention(attn: Any, x_BTC: Tensor, step: Any, rope_B1ND: Any) -> Tensor:
-    """Attention in which each token sees the kept tokens and itself, for training DynamicViT.
+    """Let each token see the kept tokens (step.mask_BT, ones and zeros, has gradients) and itself.
 
-    Differentiable in step.mask_BT (ones and zeros). The softmax follows the authors' code and is
-    in float32 at any precision.
+    For training DynamicViT; the softmax follows the authors' code, in float32 at any precision.
     """
     T, kept_BT = x_BTC.shape[1], step.mask_BT
     q, k, v = project(attn, x_BTC, 0, 3, rope_B1ND)
@@ -135,7 +134,6 @@ class Reducing(nn.Module):
     attn: Any
     mlp: Any
     norm1: Any
-
     whole: Any  # timm's forward pass of the whole block
     add: Any  # adds the attention's output to the residual stream
     after: Any  # the rest of timm's forward pass: norm, MLP and residual
@@ -160,10 +158,8 @@ class Reducing(nn.Module):
             x, step.reduction = step.reducer.through(self, step.place, seen, step.num_kept)
             return x
         y = self.norm1(x)
-        if step.reducer.selects and step.class_token and self.slices:
-            (q,), (k, v) = project(attn, y[:, :1], 0, 1), project(attn, y, 1, 3)
-        else:
-            q, k, v = project(attn, y, 0, 3, rope)
+        one = step.reducer.selects and step.class_token and self.slices
+        q, k, v = self.queries(y, 1 if one else y.shape[1], rope)
         seen = step.seen(x, q_BHTD=q, k_BHTD=k, v_BHTD=v, scale=attn.scale)
         if stage == "residual":
             seen.x_BTC = x = self.add(x, self.projected(mix(attn, q, k, v, seen.bias_B11T)))
@@ -185,6 +181,13 @@ class Reducing(nn.Module):
         """Whether query, key and value may be computed separately."""
         return isinstance(self.attn, Attention) and plain(self.attn.qkv, nn.Linear)
 
+    def queries(self, y: Tensor, count: int, rope: Any) -> tuple[Tensor, ...]:
+        """The query of the first `count` tokens, the key and value of all."""
+        if count < y.shape[1] and self.slices:
+            return *project(self.attn, y[:, :count], 0, 1), *project(self.attn, y, 1, 3)
+        q, k, v = project(self.attn, y, 0, 3, rope)
+        return q[:, :, :count], k, v
+
     def projected(self, out: Tensor) -> Tensor:
         """Apply the attention's output projection and dropout."""
         return self.attn.proj_drop(self.attn.proj(out))
@@ -194,12 +197,7 @@ class Reducing(nn.Module):
         attn, P = self.attn, step.num_prefix
         if not plain(self, type(self)) or not plain(attn, *ATTENTIONS):  # hooks expect all tokens
             return self.whole(x, bias, rope)
-        y = self.norm1(x)
-        if self.slices:
-            (q,), (k, v) = project(attn, y[:, :P], 0, 1), project(attn, y, 1, 3)
-        else:
-            q, k, v = project(attn, y, 0, 3, rope)
-            q = q[:, :, :P]
+        q, k, v = self.queries(self.norm1(x), P, rope)
         return self.after(self.add(x[:, :P], self.projected(mix(attn, q, k, v, bias))))
 
 

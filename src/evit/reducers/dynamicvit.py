@@ -48,9 +48,7 @@ class Predictor(nn.Module):
 class DynamicViT(Reducer):
     """Keep the tokens that a learned predictor prefers, before each block in `at`.
 
-    Args:
-        **schedule: keep_rate, at, counts, as in Reducer; place s keeps int(N * keep_rate ** s)
-            tokens (or N times the product of the first s rates).
+    Place s keeps int(N * keep_rate ** s) tokens, or N times the product of the first s rates.
     """
 
     name = "dynamicvit"
@@ -66,9 +64,7 @@ class DynamicViT(Reducer):
         return list(itertools.accumulate(self.keep_rate, operator.mul))
 
     def kept(self, n: int) -> list[int]:
-        if self.given is not None:
-            return list(self.given)
-        return [int(n * share) for share in self.kept_shares()]
+        return list(self.given) if self.given else [int(n * share) for share in self.kept_shares()]
 
     def scores(self, i: int, seen: Seen) -> Tensor:
         """Log-probability of keeping each token, by the predictor of place i, (B, N)."""

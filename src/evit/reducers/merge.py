@@ -66,19 +66,16 @@ class DiffRate(Merge):
         self.own = bool(self.prune_counts or self.merge_counts)
         pairs = itertools.zip_longest(self.prune_counts, self.merge_counts, fillvalue=0)
         if not all(pruned >= merged > 1 for pruned, merged in pairs):
-            raise ValueError(
-                f"prune_counts={self.prune_counts} must have as many entries as merge_counts="
-                f"{self.merge_counts}, each at least as large, and these at least 2"
-            )
+            given = f"prune_counts={self.prune_counts} merge_counts={self.merge_counts}"
+            raise ValueError(f"{given}: as many of each, none above the other, and at least 2")
 
     def wanted(self, i: int, n: int) -> int:
         return min(self.merge_counts[i] - 1, n) if self.own else super().wanted(i, n)
 
     def check(self, n: int) -> None:
         if self.own and len(self.merge_counts) != len(self.at):
-            raise ValueError(
-                f"merge_counts={self.merge_counts}: give one for each of {len(self.at)} places"
-            )
+            what = f"one for each of {len(self.at)} places"
+            raise ValueError(f"merge_counts={self.merge_counts} must be {what}")
         super().check(n)
 
     def plan(self, i: int, seen: Seen, num_kept: int) -> Reduction:

@@ -27,10 +27,8 @@ def removals(r: Any, depth: int) -> list[Any]:
         return [int(low + i * step) for i in range(depth)]
     given = list(r) if isinstance(r, Sequence) else [r] * depth
     if len(given) > depth or not all(isinstance(x, int | float) and x >= 0 for x in given):
-        raise ValueError(
-            f"r={r!r} must be tokens removed in every block: a number, a list of at most {depth}, "
-            f"or (r, inflect) with inflect from -1.0 to 1.0"
-        )
+        ways = f"a number, a list of at most {depth}, or (r, inflect) with inflect from -1.0 to 1.0"
+        raise ValueError(f"r={r!r} must be tokens removed in every block: {ways}")
     return given + [0] * (depth - len(given))
 
 
@@ -54,20 +52,14 @@ class Pairing(Reducer):
 
     def __init__(self, *, r: Any = None, prop_attn: bool = True, **schedule: Any):
         super().__init__(**schedule)
-        self.r, self.prop_attn = r, prop_attn
+        self.r, self.prop_attn, self.proportional = r, prop_attn, prop_attn
         self.own = r is not None
-
-    @property
-    def proportional(self) -> bool:  # type: ignore[override]
-        return self.prop_attn
 
     def fewest(self, n: int) -> int:
         return n - n // 2
 
     def wanted(self, i: int, n: int) -> int:
-        if not self.own:
-            return super().wanted(i, n)
-        return n - min(self.removed(i, n), n // 2)
+        return n - min(self.removed(i, n), n // 2) if self.own else super().wanted(i, n)
 
     def removed(self, i: int, n: int) -> int:
         """Number of n image tokens that place number i removes, by the method's own schedule."""
@@ -75,12 +67,7 @@ class Pairing(Reducer):
 
 
 class ToMe(Pairing):
-    """Merge the r most similar pairs of tokens.
-
-    Args:
-        r: image tokens that each block removes: an int, a list for the blocks, or (r, inflect).
-        prop_attn: sizes enter the attention; the paper leaves it off for MAE models off the shelf.
-    """
+    """Merge the r most similar pairs of tokens (the paper: without prop_attn for MAE's models)."""
 
     name = "tome"
 

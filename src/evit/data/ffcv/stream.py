@@ -25,15 +25,14 @@ SALT = np.uint32(0x9E3779B9)  # crops are drawn from the seeds themselves
 class FFCVStream(EpochLoader):
     """An iterable of (images uint8 (B, 3, H, W), labels int64 (B,)).
 
-    Training from a file with label maps, a batch goes on: maps float16 (B, 2, 5, h, w), and crops
-    float32 (B, 5), x0, y0, x1, y1 as shares of the source image's width and height, and 1 where
-    the crop was mirrored; and with RandAugment the maps (B, 2, 3) of its geometric operations, from
-    the unit square that is shown to the crop's.
+    If the file has label maps, a training batch has two more entries: maps float16 (B, 2, 5, h, w),
+    and crops float32 (B, 5): x0, y0, x1, y1 as shares of the source image's width and height, and 1
+    where the crop was mirrored. With RandAugment it has a third, affine maps (B, 2, 3) from the
+    unit square that is shown to that of the crop.
 
-    Evaluation resizes the short side to img_size / crop_pct and cuts out the centre, cutting first.
-    Training takes torchvision's RandomResizedCrop of crop_scale times the area, a horizontal flip
-    with probability flip, and then RandAugment. A batch depends on seed, epoch and rank, never on
-    `num_workers`: each entry of an epoch has a seed, and a crop is a function of image and seed.
+    Training: torchvision's RandomResizedCrop, a horizontal flip, then RandAugment. Evaluation: the
+    short side is resized to img_size / crop_pct, and the centre cut out; the cut comes first. Each
+    entry of an epoch has a seed, so that a batch does not depend on `num_workers`.
 
     Args:
         num_workers: threads, at most one per core.

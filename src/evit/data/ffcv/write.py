@@ -37,10 +37,8 @@ VERSION = 2  # of FFCV's format
 def encode(
     picture: Picture, mode: str = "jpg", max_resolution: int | None = 500, jpeg_quality: int = 95
 ) -> tuple[int, int, int, bytes, bool]:
-    """The mode, width, height and bytes to be stored of an image, and whether they are its own.
-
-    It is decoded whole, so that a bad one is found. EXIF orientation is left aside, as in timm.
-    """
+    """Decode an image, and return its mode, width, height, the bytes to store, and whether these
+    are the file's own. EXIF orientation is left aside, as in timm."""
     source = None
     picture = Path(picture).read_bytes() if isinstance(picture, str | Path) else picture
     if isinstance(picture, bytes):
