@@ -8,6 +8,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any, ClassVar, Self
 
 import torch
@@ -25,7 +26,7 @@ def per_place(keep_rate: Any, count: int) -> tuple[float, ...]:
         ValueError: a rate is out of range, or there are not `count` of them.
     """
     rates: Any = keep_rate if isinstance(keep_rate, Sequence) else [keep_rate] * count
-    fit = all(isinstance(r, int | float) and 0 < r <= 1 and r is not True for r in rates)
+    fit = all(isinstance(r, Real) and r is not True and 0 < float(r) <= 1 for r in rates)
     if not fit or len(rates) != count:
         raise ValueError(
             f"keep_rate must be in (0, 1], one number or one for each of {count} reorganizations, "

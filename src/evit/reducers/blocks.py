@@ -186,7 +186,7 @@ class Reducing(nn.Module):
         if count < y.shape[1] and self.slices:
             return *project(self.attn, y[:, :count], 0, 1), *project(self.attn, y, 1, 3)
         q, k, v = project(self.attn, y, 0, 3, rope)
-        return q[:, :, :count], k, v
+        return q if count == y.shape[1] else q[:, :, :count], k, v
 
     def projected(self, out: Tensor) -> Tensor:
         """Apply the attention's output projection and dropout."""
