@@ -6,6 +6,7 @@ import gc
 import os
 import shutil
 import signal
+import socket
 import struct
 import zlib
 from contextlib import contextmanager
@@ -105,7 +106,7 @@ READABLE = {
     "folder.jpg/x.png": lambda image, path: image.save(path),
     "link.png": link,
 }  # fmt: skip
-LEFT_OUT = (".DS_Store", "._x.jpg", ".ipynb_checkpoints/x.jpg", "notes.txt", "film.mp4", "x.jpg~")
+LEFT_OUT = (".DS_Store", "._x.jpg", ".ipynb_checkpoints/x.jpg", "notes.txt", "film.gif", "x.jpg~")
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +179,14 @@ def bomb(root, path):
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk)
 
 
+def listen(root, path):
+    before = os.getcwd()
+    os.chdir(path.parent)  # as the name of a socket may not be long
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(path.name)
+    os.chdir(before)
+
+
 REFUSED = {
     "truncated.jpg": truncated,
     "truncated.png": truncated_png,
@@ -186,12 +195,15 @@ REFUSED = {
     "bomb.png": bomb,
     "no width.ppm": lambda root, path: path.write_bytes(b"P6 0 5 255\n"),
     "dangling.jpg": lambda root, path: path.symlink_to("nowhere"),
+    "pipe.jpg": lambda root, path: os.mkfifo(path),
+    "socket.jpg": listen,
+    "device.jpg": lambda root, path: path.symlink_to("/dev/zero"),
 }
 
 
 @pytest.mark.parametrize(
     ("name", "backend"),
-    [*((name, "imagefolder") for name in REFUSED), ("truncated.jpg", "ffcv")],
+    [*((name, "imagefolder") for name in REFUSED), ("truncated.jpg", "ffcv"), ("pipe.jpg", "ffcv")],
 )
 def test_what_is_no_image_is_named_with_the_way_out(name, backend, photos, tmp_path):
     path = photos / "train/dog" / name
@@ -220,6 +232,15 @@ def test_all_of_it_can_be_left_out_and_the_rest_keeps_its_labels(photos, tmp_pat
     assert labels.tolist() == [0, 0, 0, 1, 1, 1]
     for image, label in zip(images, labels, strict=True):
         assert abs(image.mean() - [60, 190][label]) < 20  # as write_photos draws them
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_link_to_a_folder_around_it_is_named(backend, photos, tmp_path):
+    (photos / "val/cat/inner").mkdir()
+    (photos / "val/cat/inner/loop").symlink_to("..")
+    (photos / "val/cat/inner/again").symlink_to("..")  # two make 2^40 paths
+    with pytest.raises(ValueError, match="val/cat/inner/.*is a link to a folder that it is in"):
+        ready(photos, tmp_path, backend=backend)
 
 
 @contextmanager
@@ -284,11 +305,13 @@ def test_a_class_without_images_is_named(backend, kind, photos, tmp_path):
         ready(photos, tmp_path, backend=backend)
 
 
-ENDINGS = {"x.jfif": "JPEG", "x.gif": "GIF", "x.avif": "AVIF", "x.jp2": "JPEG2000"}
+ENDINGS = {"x.jfif": "JPEG", "x.gif": "GIF", "x.avif": "AVIF", "x.jp2": "JPEG2000", "x": "PNG"}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_images_of_rarer_formats_are_read_too(backend, photos, picture, tmp_path):
+def test_what_opens_as_an_image_is_one_whatever_its_ending(
+    backend, photos, picture, tmp_path, capfd
+):
     for name, kind in ENDINGS.items():
         picture(1, 40, 40).save(photos / "val/cat" / name, kind)
     (photos / "val/cat/notes").write_text("no image")
@@ -297,6 +320,7 @@ def test_images_of_rarer_formats_are_read_too(backend, photos, picture, tmp_path
     right = np.asarray(picture(1, 40, 40).resize((SIZE, SIZE), Image.Resampling.BOX)).astype(int)
     for image in images[3:-3]:
         assert np.abs(image - right).mean() < 12
+    assert "No images, left out: 1 files" in capfd.readouterr().out
 
 
 RAMP = np.linspace(8000, 60000, 40 * 40).reshape(40, 40)
@@ -334,6 +358,15 @@ def test_two_classes_that_differ_above_255_differ(backend, tmp_path):
     images, labels = shown(ready(tmp_path / "tree", tmp_path, backend=backend))
     means = [images[labels == label].mean() for label in (0, 1)]
     assert means[0] == pytest.approx(300 / 257, abs=1) and means[1] == pytest.approx(155.6, abs=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pixels", [RAMP.astype(np.float32), -RAMP.astype(np.int32), RAMP * np.nan])
+def test_deep_images_of_unknown_range_are_refused(backend, pixels, photos, tmp_path):
+    kind = np.int32 if pixels.dtype == np.int32 else np.float32
+    Image.fromarray(pixels.astype(kind)).save(photos / "train/cat/deep.tif")
+    with pytest.raises(ValueError, match="deep.tif is not a readable image .*expected 0 to"):
+        list(ready(photos, tmp_path, backend=backend).train_dataloader())
 
 
 def test_a_changed_image_of_the_same_size_is_seen(photos, tmp_path):

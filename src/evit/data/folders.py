@@ -3,11 +3,13 @@
 import hashlib
 import itertools
 import os
+import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from timm.data import ImageNetInfo
 from torchvision.datasets import ImageFolder
@@ -16,7 +18,6 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from evit.progress import telling
 
 SPLITS = ("train", "val")
-ENDINGS = (*IMG_EXTENSIONS, ".jfif", ".gif", ".avif", ".jp2")
 WAY_OUT = (
     "remove or replace it, or leave such images out: python src/prepare.py source=DIR skip_bad=true"
 )
@@ -56,14 +57,18 @@ def tree_classes(root: Path, needed: Sequence[str] = SPLITS) -> list[str]:
         raise ValueError(f"data folder {str(root)!r} {what}: expected {layout}")
     classes = next(iter(found.values()))
     if strange := sorted(set(found.get("val", ())) - set(classes)):
-        raise ValueError(f"{str(root / 'val')!r} has classes that train/ lacks: {strange[:5]}")
+        raise ValueError(
+            f"{str(root / 'val')!r} has classes that train/ lacks: {', '.join(strange[:5])}. "
+            f"Add them to train/, or remove them from val/"
+        )
     return classes
 
 
-def image_files(folder: str) -> list[str]:
+def image_files(folder: str, others: list[str] | None = None) -> list[str]:
     """Image files in a folder and its subfolders, in the order of torchvision's ImageFolder.
 
-    Hidden files and folders are left out: macOS and editors leave them behind.
+    Files with another ending than the usual ones are images if Pillow opens them; the rest is added
+    to `others`. Hidden files are left out: macOS and editors leave them behind.
     """
 
     def refuse(error: OSError) -> None:
@@ -71,24 +76,45 @@ def image_files(folder: str) -> list[str]:
 
     found = list[str]()
     for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if os.path.islink(where) and Path(where).resolve() in Path(where).parent.resolve().parents:
+            raise ValueError(f"{where} is a link to a folder that it is in: remove it")
         folders[:] = [name for name in folders if not name.startswith(".")]
-        images = (n for n in names if n.lower().endswith(ENDINGS) and not n.startswith("."))
-        found += [os.path.join(where, name) for name in images]
+        for path in (os.path.join(where, name) for name in names if not name.startswith(".")):
+            is_image = path.lower().endswith(IMG_EXTENSIONS) or _opens(path)
+            (found if is_image else [] if others is None else others).append(path)
     return sorted(found, key=os.path.split)
+
+
+def _opens(path: str) -> bool:
+    try:
+        with open_image(path) as file, Image.open(file):
+            return True
+    except Exception:  # Pillow raises nearly anything on what is no image
+        return False
+
+
+def open_image(path: str | Path) -> BinaryIO:
+    """Open a file for reading, unless it is no regular file: a pipe could block."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError("not a regular file")
+    return open(path, "rb")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any kind as RGB. 16 bits become 8, floats are taken as 0 to 1."""
     if image.mode[0] in "IF":
-        values = np.asarray(image).astype(np.float64) * (255 / (1 if image.mode == "F" else 65535))
-        image = Image.fromarray(np.rint(values).clip(0, 255).astype(np.uint8))
+        values, top = np.asarray(image).astype(np.float64), 1 if image.mode == "F" else 65535
+        low, high = values.min(), values.max()
+        if not 0 <= low <= high <= top:
+            raise ValueError(f"values from {low:g} to {high:g}, expected 0 to {top}")
+        image = Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
     return image.convert("RGB")
 
 
 def load_image(path: str | Path) -> Image.Image:
     """An image file as RGB, as torchvision reads it: EXIF orientation is left aside."""
     try:
-        with open(path, "rb") as file:
+        with open_image(path) as file:
             return to_rgb(Image.open(file))
     except Exception as error:  # Pillow raises nearly anything on a bad file
         reason = f"{type(error).__name__}: {error}"
@@ -120,7 +146,7 @@ def held_out(samples: Sequence[tuple[str, int]], share: float) -> set[tuple[str,
 
 class ClassFolders(ImageFolder):
     """torchvision's ImageFolder with the labels of given classes, whichever of them it holds, and
-    the images of image_files."""
+    the images of image_files. Files that are no images are counted, and left out."""
 
     def __init__(self, root: str | Path, classes: list[str]):
         self._given = classes
@@ -131,12 +157,15 @@ class ClassFolders(ImageFolder):
 
     @telling(lambda: "listing images")
     def make_dataset(self, directory: Any, class_to_idx: Any, *_: Any, **__: Any) -> Any:  # type: ignore[override]
-        found = list[tuple[str, int]]()
+        found, others = list[tuple[str, int]](), list[str]()
         for name in sorted(class_to_idx.keys() & set(class_names(Path(directory)))):
             folder = os.path.join(directory, name)
-            if not (files := image_files(folder)):
+            if not (files := image_files(folder, others)):
                 raise ValueError(f"class folder {folder} holds no images: add some, or remove it")
             found += [(path, class_to_idx[name]) for path in files]
+        if others:
+            some = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
+            rank_zero_only(print)(f"No images, left out: {len(others)} files ({some})", flush=True)
         return found
 
 

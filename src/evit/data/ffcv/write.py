@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from evit.data.ffcv import format as beton
 from evit.data.ffcv.decode import decode_jpeg
-from evit.data.folders import WAY_OUT, to_rgb
+from evit.data.folders import WAY_OUT, open_image, to_rgb
 from evit.data.label_maps import read_label_map
 from evit.files import whole_file
 from evit.progress import followed
@@ -40,7 +40,9 @@ def encode(
     """Decode an image, and return its mode, width, height, the bytes to store, and whether these
     are the file's own. EXIF orientation is left aside, as in timm."""
     source = None
-    picture = Path(picture).read_bytes() if isinstance(picture, str | Path) else picture
+    if isinstance(picture, str | Path):
+        with open_image(picture) as file:
+            picture = file.read()
     if isinstance(picture, bytes):
         source, picture = picture, Image.open(io.BytesIO(picture))
     image = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
