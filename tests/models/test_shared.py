@@ -15,7 +15,7 @@ OPTIONS = dict(
     cover=dict(attention_power=0.5, counts=[12, 6, 3], at=(1, 2, 3)),
     tome=dict(r=2),
     pitome=dict(ratio=0.9),
-    mctf=dict(prop_attn=False, at=(1, 2)),
+    mctf=dict(tau_sim=0.5, at=(1, 2)),
     diffrate=dict(prune_counts=[14] * 4, merge_counts=[10] * 4),
     squeeze=dict(score="predictor"),
 )

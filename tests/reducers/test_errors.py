@@ -25,7 +25,7 @@ def test_an_unknown_name_is_named_with_those_that_there_are(name):
         ("evit", dict(keeprate=0.5), "fusion"),
         ("tome", dict(fusion=True), "prop_attn"),
         ("drop", dict(r=3), "keep_rate"),
-        ("mctf", dict(tau=1), "prop_attn"),
+        ("mctf", dict(tau=1), "tau_sim"),
     ],
 )
 def test_an_option_that_a_method_lacks_is_named_with_those_that_it_has(name, option, known):
@@ -78,6 +78,7 @@ def test_bad_places_are_named(at):
         ("tome", dict(r="3")),
         ("pitome", dict(ratio=0)),
         ("pitome", dict(ratio=1.5)),
+        ("mctf", dict(tau_sim=0)),
         ("evit", dict(selection="best")),
         ("diffrate", dict(prune_counts=[65] * 5)),  # without merge_counts
         ("diffrate", dict(prune_counts=[65] * 4, merge_counts=[65] * 5)),

@@ -31,9 +31,8 @@ def tome(meta: dict) -> dict[str, Any]:
 
 
 def mctf(meta: dict) -> dict[str, Any]:
-    fixed = [meta[key] for key in ("one_step_ahead", "tau_sim", "tau_info", "tau_size")]
-    assert fixed == [1, 1, 20, 40]
-    return dict(r=meta["r"], prop_attn=meta["prop_attn"], at=meta["merge_loc"])
+    same = {key: meta[key] for key in ("r", "prop_attn", "tau_sim", "tau_info", "tau_size")}
+    return same | dict(at=meta["merge_loc"], one_step_ahead=bool(meta["one_step_ahead"]))
 
 
 # kind in the file: (name here, options from the file's meta)

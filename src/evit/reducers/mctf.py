@@ -16,9 +16,6 @@ from evit.reducers.blocks import project
 from evit.reducers.tokens import Reduction, Seen, merge_into, unit
 from evit.reducers.tome import Pairing, split
 
-# Exponents: one over the temperatures of the authors' code, whose temperature of similarity is 1.
-IMPORTANCE, SIZE = -1 / 20.0, -1 / 40.0
-
 
 class MCTF(Pairing):
     """Fuse tokens by similarity, importance and size, before the values are computed.
@@ -27,13 +24,28 @@ class MCTF(Pairing):
         r: image tokens removed by each block except the first; below 1, the share removed at each
             place of `at`.
         prop_attn: sizes enter the attention.
+        one_step_ahead: fuse before the attention is applied; otherwise after the MLP.
+        tau_sim, tau_info, tau_size: temperatures of the three criteria.
     """
 
     name = "mctf"
     stage = "block"
 
-    def __init__(self, **options: Any):
+    def __init__(
+        self,
+        *,
+        one_step_ahead: bool | int = True,
+        tau_sim: float = 1.0,
+        tau_info: float = 20.0,
+        tau_size: float = 40.0,
+        **options: Any,
+    ):
         super().__init__(**options)
+        taus = dict(tau_sim=tau_sim, tau_info=tau_info, tau_size=tau_size)
+        if any(not tau > 0 for tau in taus.values()):
+            raise ValueError(f"{taus} must be above 0")
+        self.one_step_ahead = bool(one_step_ahead)
+        self.tau_sim, self.tau_info, self.tau_size = tau_sim, tau_info, tau_size
         self.share = self.r if isinstance(self.r, float) and self.r < 1 else None
 
     def attach(self, model: Any) -> Any:
@@ -51,9 +63,14 @@ class MCTF(Pairing):
     def through(self, block: Any, i: int, seen: Seen, num_kept: int) -> tuple[Tensor, Reduction]:
         attn, x = block.attn, seen.x_BTC
         y = block.norm1(x)
-        q, k = project(attn, y, 0, 2, seen.rope_B1ND)
+        q, k, *v = project(attn, y, 0, 2 if self.one_step_ahead else 3, seen.rope_B1ND)
         logits = (q * attn.scale) @ k.mT
         weight_BHTT = (logits if seen.bias_B11T is None else logits + seen.bias_B11T).softmax(-1)
+        if not self.one_step_ahead:
+            out = (attn.attn_drop(weight_BHTT) @ v[0]).transpose(1, 2).flatten(2)
+            seen.x_BTC = x = block.after(block.add(x, block.projected(attn.norm(out))))
+            reduction = self.fuse(seen, weight_BHTT, num_kept)
+            return reduction(x), reduction
         reduction = self.fuse(seen, weight_BHTT, num_kept)
         x = reduction(x)
         (value,) = project(attn, block.norm1(x), 2, 3)
@@ -70,11 +87,11 @@ class MCTF(Pairing):
         sizes, P, n = seen.sizes(), seen.num_prefix, seen.x_BTC.shape[1] - seen.num_prefix
         importance_BT = weight_BHTT.detach().float().mean((1, 2))
         # The paper's shares of the largest ones differ by a factor for each image: the order stays.
-        value_BN = importance_BT[:, P:] ** IMPORTANCE * sizes**SIZE
+        value_BN = importance_BT[:, P:] ** (-1 / self.tau_info) * sizes ** (-1 / self.tau_size)
         a, b, place = split(n, P, sizes.device)
         tokens = unit(seen.image())
         cosine = (tokens[:, a] @ tokens[:, b].mT + 1) / 2
-        W = cosine * value_BN[:, a, None] * value_BN[:, None, b]
+        W = cosine ** (1 / self.tau_sim) * value_BN[:, a, None] * value_BN[:, None, b]
         r = n - num_kept
         r1, r2 = r // 2, r - r // 2
         best_BA, match_BA = W.max(2)
@@ -94,4 +111,6 @@ class MCTF(Pairing):
 
     def macs(self, n: int, k: int, dim: int) -> int:
         a, b = n + self.num_prefix, k + self.num_prefix
+        if not self.one_step_ahead:
+            return n * n // 4 * dim
         return n * n // 4 * dim - 2 * (a - b) * dim**2 - (a**2 - b**2) * dim
