@@ -148,9 +148,13 @@ class Reduced(nn.Module):
             return checkpoint(block, x, use_reentrant=False, **given)
         return block(x, **given)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Normalised tokens (B, T, C)."""
-        return self.norm(self.encode(self.embed(x))[0])
+    def forward_features(self, x: Tensor, return_kept: bool = False) -> Any:  # type: ignore[override]
+        """Normalised tokens (B, T, C); with return_kept, also the ids of the surviving patches."""
+        x = self.embed(x)
+        ids = self.patch_ids(x)
+        x, found = self.encode(x)
+        x = self.norm(x)
+        return (x, survivors(found, self.reducer, ids)) if return_kept else x
 
     def forward_intermediates(  # type: ignore[override]
         self,
@@ -161,23 +165,36 @@ class Reduced(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
+        output_dict: bool = False,
         attn_mask: Tensor | None = None,
+        is_causal: bool = False,
     ) -> Any:
         """timm's forward_intermediates at any keep rate: each patch has the token it went into.
 
         A dropped patch has its state from before the block that dropped it.
         """
-        if attn_mask is not None:
-            raise ValueError("attn_mask is not supported: tokens are removed")
+        if attn_mask is not None or is_causal:
+            raise ValueError("attn_mask and is_causal are not supported: tokens are removed")
+        assert output_fmt in ("NCHW", "NLC"), output_fmt
         take, last = feature_take_indices(len(self.blocks), indices)
         size, x = x.shape[-2:], self.embed(x)
         states: list[Any] = [x]
         self.encode(x, stop=last + 1 if stop_early else None, states=states)
         P = self.num_prefix_tokens
-        placed, found = list(put_back(states, P)), list[Any]()
-        for tokens in (self.norm(placed[i]) if norm else placed[i] for i in take):
-            map_ = self.as_grid(tokens[:, P:], size) if output_fmt == "NCHW" else tokens[:, P:]
-            found.append((map_, tokens[:, :P]) if P and return_prefix_tokens else map_)
+        placed = list(put_back(states, P))
+        chosen = [self.norm(placed[i]) if norm else placed[i] for i in take]
+        maps: list[Any] = [tokens[:, P:] for tokens in chosen]
+        if output_fmt == "NCHW":
+            maps = [self.as_grid(tokens, size) for tokens in maps]
+        prefix = [tokens[:, :P] for tokens in chosen] if P and return_prefix_tokens else None
+        if output_dict:
+            result: dict[str, Any] = dict(image_intermediates=maps)
+            if prefix:
+                result["image_intermediates_prefix"] = prefix
+            if not intermediates_only:
+                result["image_features"] = self.norm(placed[-1])
+            return result
+        found = list(zip(maps, prefix, strict=True)) if prefix else maps
         return found if intermediates_only else (self.norm(placed[-1]), found)
 
     def as_grid(self, tokens: Tensor, size: Any) -> Tensor:
