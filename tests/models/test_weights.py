@@ -131,13 +131,15 @@ def test_safetensors_load(deit_small, tmp_path):
     assert torch.equal(model.cls_token, deit_small.cls_token)
 
 
-def test_an_average_is_taken_if_there_are_no_other_weights(deit_small):
+def test_an_average_is_taken_on_request_and_not_passed_over_in_silence(deit_small):
     weights = deit_small.state_dict()
-    content = dict(model_ema={k: v + 1 for k, v in weights.items()})
-    assert torch.equal(read_state_dict(content)["cls_token"], weights["cls_token"] + 1)
-    assert torch.equal(
-        read_state_dict(content | dict(model=weights))["cls_token"], weights["cls_token"]
-    )
+    content = dict(model=weights, model_ema={k: v + 1 for k, v in weights.items()})
+    with pytest.warns(UserWarning, match="model_ema is not used: ema=True"):
+        assert torch.equal(read_state_dict(content)["cls_token"], weights["cls_token"])
+    averaged = read_state_dict(content, ema=True)["cls_token"]
+    assert torch.equal(averaged, weights["cls_token"] + 1)
+    with pytest.raises(ValueError, match="no average"):
+        read_state_dict(weights, ema=True)
 
 
 def test_a_checkpoint_without_a_head_starts_a_new_one(deit_small, capsys):

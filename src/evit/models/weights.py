@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 
 from evit.files import check_zip
 
-# Where checkpoints keep their weights; averaged weights are taken if there are no others.
-CONTAINERS = "model state_dict model_state_dict module model_ema state_dict_ema".split()
+CONTAINERS = ("model", "state_dict", "model_state_dict", "module")
+AVERAGES = ("model_ema", "state_dict_ema", "ema_state_dict")  # averaged weights
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
 HEADS = ("head", "aux_head", "head_dist")
 
@@ -35,12 +36,22 @@ def read_file(path: str | Path, device: str = "cpu") -> Any:
         raise ValueError(f"checkpoint {str(path)!r} cannot be read: {reason}") from error
 
 
-def read_state_dict(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
-    """Weights of a checkpoint file (or its loaded content), by plain parameter names."""
+def read_state_dict(source: str | Path | Mapping[str, Any], ema: bool = False) -> dict[str, Tensor]:
+    """Weights of a checkpoint file (or its loaded content), by plain parameter names.
+
+    Args:
+        ema: take the averaged weights; without it they are taken if there are no others.
+    """
     content: Any = source if hasattr(source, "items") else read_file(source)
     content = content if hasattr(content, "items") else {}
-    inside = (content[name] for name in CONTAINERS if hasattr(content.get(name), "items"))
-    content = next(inside, content)
+    inside = [n for n in CONTAINERS + AVERAGES if hasattr(content.get(n), "items")]
+    averaged = [name for name in inside if name in AVERAGES]
+    if ema and not averaged:
+        raise ValueError(f"checkpoint has no average of its weights ({', '.join(AVERAGES)})")
+    if averaged and not ema and inside[0] not in AVERAGES:
+        warnings.warn(f"{averaged[0]} is not used: ema=True takes it", stacklevel=3)
+    if inside:
+        content = content[averaged[0] if ema else inside[0]]
     weights = {name: value for name, value in content.items() if torch.is_tensor(value)}
     if not weights:
         raise ValueError("checkpoint holds no state dict: expected weights, or them under 'model'")
@@ -82,6 +93,7 @@ def load_checkpoint(
     source: str | Path | Mapping[str, Any],
     new_head: bool = False,
     new_parts: bool = False,
+    ema: bool = False,
 ) -> None:
     """Load the weights of a checkpoint into a model of the same architecture.
 
@@ -91,12 +103,13 @@ def load_checkpoint(
         new_head: start a new classifier if the checkpoint has none or another number of classes.
         new_parts: keep the reducer's initial parameters if the checkpoint has none (DynamicViT's
             predictors, from a dense checkpoint).
+        ema: take the averaged weights, which some checkpoints contain too.
 
     Raises:
         ValueError: names the weights that are missing, surplus or of another shape.
     """
     model = getattr(model, "_orig_mod", model)
-    weights, own = fit_state_dict(read_state_dict(source), model), model.state_dict()
+    weights, own = fit_state_dict(read_state_dict(source, ema), model), model.state_dict()
     if new_head:
         head = [k for k in own if k.split(".")[0] in HEADS]
         if any(k not in weights or weights[k].shape != own[k].shape for k in head):
