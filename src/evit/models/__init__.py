@@ -3,8 +3,8 @@
 from evit.models.cascade import Cascade
 from evit.models.lvvit import LVViT
 from evit.models.registry import create_model
-from evit.models.vit import DynamicViT, EViT, ReducedViT, reduce
+from evit.models.vit import DynamicViT, EViT, ReducedViT, reduce, reorganize
 from evit.models.weights import load_checkpoint
 
 __all__ = ["Cascade", "DynamicViT", "EViT", "LVViT", "ReducedViT"]
-__all__ += ["create_model", "load_checkpoint", "reduce"]
+__all__ += ["create_model", "load_checkpoint", "reduce", "reorganize"]
