@@ -54,6 +54,23 @@ def test_the_soak_run_levelled_off_and_its_table_has_its_numbers():
     assert (RESULTS / "soak" / "table.md").read_text() == soak.markdown(samples)
 
 
+def test_the_page_quotes_the_runs_at_any_rate():
+    points = json.loads((RESULTS / "any_rate" / "any_rate.json").read_text())["points"]
+    page, found = prose("results/README.md"), dict[str, dict[float, float]]()
+    for point in points:
+        found.setdefault(point["line"], {})[point["keep_rate"][0]] = mean(point["top1"])
+    for line in ("one", "any 1", "any 4"):
+        high, *rest, last = (f"{found[line][rate]:.1f}" for rate in (0.9, 0.7, 0.5, 0.3))
+        assert re.search(rf"{high}(?: %)?, {', '.join(rest)} and {last}", page), line
+    better = [found["any 4"][rate] - top1 for rate, top1 in found["one"].items()]
+    assert f"{min(better):.1f} to {max(better):.1f} points better" in page
+    assert f"{min(better):.1f} to {max(better):.1f} points better" in prose("README.md")
+    worse = [top1 - found["any 1"][rate] for rate, top1 in found["one"].items()]
+    assert f"{min(worse):.1f} to {max(worse):.1f} points behind" in page
+    for line in ("self", "teacher", "places", "search"):
+        assert all(f"{top1:.1f}" in page for top1 in found[line].values()), line
+
+
 def test_the_pages_quote_the_runs_on_cifar10():
     rows = json.loads((RESULTS / "cifar10" / "runs.json").read_text())
     rows = [row for row in rows if row["img_size"] == 32]

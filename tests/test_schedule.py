@@ -3,7 +3,7 @@
 import pytest
 
 import evit
-from evit.reducers.schedule import keep_rate_at
+from evit.reducers import keep_rate_at
 
 STEPS = 625  # per epoch: ImageNet in batches of 2048
 

@@ -41,4 +41,5 @@ def stream(path, train=True, *, rank=0, world_size=1, seed=0, **options):
     size = knobs.pop("batch_size", 8)
     recipe = recipe_of(**knobs, batch_size=size * world_size)
     shard = Shard(rank, world_size, size, seed)
-    return FFCVStream(path, recipe, shard, train=train, **dict(img_size=32) | rest)
+    rest = dict(img_size=32) | rest
+    return FFCVStream(path, recipe=recipe, shard=shard, train=train, **rest)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evit.data.ffcv import _ffcv  # noqa: F401  (before any other import of FFCV)
+import evit.data.ffcv  # noqa: F401  (before any other import of FFCV)
 from evit.data.ffcv.format import sidecar_path
 from evit.data.ffcv.write import write_beton
 

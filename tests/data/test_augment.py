@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from timm.data import auto_augment
 
+from evit.data.batch import PILRandAugment, RandAugment, fill_color, source_of, warp_of
 from evit.data.ffcv.augment import NOTHING, apply_operation, argument_of, draw
 from evit.data.order import repeated_order
-from evit.data.randaugment import PILRandAugment, RandAugment, fill_color, source_of, warp_of
 from tests.data import build
 from tests.data.test_pixels import photo
 

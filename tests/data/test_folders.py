@@ -6,8 +6,8 @@ import os
 import numpy as np
 import pytest
 
-from evit.data import datasets, folders
-from evit.data.datasets import FashionMNIST
+import evit.data as datasets
+from evit.data import FashionMNIST, folders
 from tests.data.build import module
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from evit.data.batch import warp_of
 from evit.data.label_maps import label_map_paths, read_label_map, token_targets
-from evit.data.randaugment import warp_of
 
 K = 7
 

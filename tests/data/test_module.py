@@ -45,7 +45,7 @@ def test_betons_are_opened_in_one_place_which_checks_them():
     opened = [path.name for path, text in found.items() if "memmap(" in text]
     assert opened == ["format.py"]
     from_ffcv = [path.name for path, text in found.items() if re.search("(from|import) ffcv", text)]
-    assert from_ffcv == ["_ffcv.py"]
+    assert from_ffcv == ["__init__.py"]
 
 
 def test_a_changed_folder_or_another_way_of_writing_gets_files_of_its_own(
@@ -133,7 +133,8 @@ def loader(photos, train=True, rank=0, world_size=1, seed=0, **options):
     size = knobs.pop("batch_size", 4)
     recipe = build.recipe_of(**knobs, batch_size=size * world_size)
     rest = dict(img_size=28, num_workers=0) | rest
-    return FolderLoader(dataset, recipe, Shard(rank, world_size, size, seed), train=train, **rest)
+    shard = Shard(rank, world_size, size, seed)
+    return FolderLoader(dataset, recipe=recipe, shard=shard, train=train, **rest)
 
 
 def epoch(loader, number=0):

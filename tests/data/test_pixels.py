@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from evit.data.ffcv import jpeg as _jpeg
+from evit.data.ffcv import decode as _decode
 from evit.data.ffcv.decode import _decode_jpeg, crop_image, decode_jpeg
 
 SUBSAMPLINGS = {"4:4:4": 0, "4:2:2": 1, "4:2:0": 2, "gray": 3, "4:4:0": 4, "4:1:1": 5}
@@ -175,7 +175,7 @@ def mutated(data, rng):
 @pytest.mark.parametrize("count", [300, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_no_damaged_jpeg_is_written_beyond_its_buffer(count):
     """What is before and behind the pixels stays, whatever libjpeg reads and whatever is asked."""
-    function, rng = _jpeg._load().evit_jpeg_crop, np.random.default_rng(0)
+    function, rng = _decode._library().evit_jpeg_crop, np.random.default_rng(0)
     function.argtypes = [ctypes.c_char_p, ctypes.c_ulong, *[ctypes.c_uint32] * 7]
     function.argtypes += [ctypes.c_void_p, ctypes.c_ulong, ctypes.c_void_p]
     whole = [
@@ -205,10 +205,10 @@ def test_no_damaged_jpeg_is_written_beyond_its_buffer(count):
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
     """A copy of the C source that nothing has been made of yet."""
-    source = tmp_path / "package" / _jpeg.SOURCE.name
+    source = tmp_path / "package" / _decode.SOURCE.name
     source.parent.mkdir()
-    source.write_bytes(_jpeg.SOURCE.read_bytes())
-    monkeypatch.setattr(_jpeg, "SOURCE", source)
+    source.write_bytes(_decode.SOURCE.read_bytes())
+    monkeypatch.setattr(_decode, "SOURCE", source)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     return source.parent
 
@@ -216,7 +216,7 @@ def elsewhere(tmp_path, monkeypatch):
 def test_without_a_compiler_it_is_said_what_to_install(elsewhere, monkeypatch):
     monkeypatch.setenv("CC", "no-such-compiler")
     with pytest.raises(ImportError, match="no-such-compiler.*make setup.*libjpeg-dev"):
-        _jpeg._load()
+        _decode._library()
 
 
 @pytest.fixture(scope="module")

@@ -232,10 +232,13 @@ def test_what_is_encoded_anew_keeps_its_colours(tmp_path, quality):
     ("options", "reason"),
     [
         ({"samples": []}, "nothing to write"),
-        ({"samples": [("none.jpg", 0)], "skip_bad": True}, "nothing to write, it has no readable"),
-        ({"mode": "png"}, "mode=png, .*: jpg or raw"),
-        ({"max_resolution": 0}, "max_resolution=0"),
-        ({"jpeg_quality": 101}, "jpeg_quality=101"),
+        (
+            {"samples": [("none.jpg", 0)], "skip_bad": True},
+            "nothing to write, there is no readable",
+        ),
+        ({"mode": "png"}, "'mode': 'png', .* mode is jpg or raw"),
+        ({"max_resolution": 0}, "'max_resolution': 0, .* pixels or null"),
+        ({"jpeg_quality": 101}, "'jpeg_quality': 101.* jpeg_quality 1 to 100"),
         ({"classes": ["a", "b"]}, "02.jpg: label 2 is outside 0 to 1"),
     ],
 )

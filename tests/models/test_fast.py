@@ -10,7 +10,7 @@ from timm.layers import PatchEmbed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import evit
-from evit.models.patches import PatchConv2d
+from evit.models.reduced import PatchConv2d
 from evit.reducers.blocks import Step
 from tests.models.published import attend, reorganize
 
@@ -47,7 +47,7 @@ def published_block(block, x, keep_rate, fusion):
 def test_a_reducing_block_has_as_few_operations_as_the_published_one(fusion, frozen):
     model = evit.EViT(**SIZE, keep_rate=0.5, fusion=fusion, drop_loc=[1]).eval()
     block, x = model.blocks[1], torch.randn(2, 65, 48)
-    ours = operations(lambda: block(x, None, False, Step(1, model.reducer, 0, 32)))
+    ours = operations(lambda: block(x, step=Step(1, model.reducer, 0, 32)))
     assert ours == frozen
     assert ours <= operations(lambda: published_block(block, x, 0.5, fusion))
 

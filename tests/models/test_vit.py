@@ -169,7 +169,7 @@ def test_what_does_not_go_with_reorganization_is_refused(kwargs, message):
 
 
 def test_a_keep_rate_for_each_reorganization_needs_as_many():
-    with pytest.raises(ValueError, match="2 entries for 3 reorganizations"):
+    with pytest.raises(ValueError, match=r"each of 3 reorganizations, got \[0.5, 0.5\]"):
         tiny(keep_rate=[0.5, 0.5])
 
 

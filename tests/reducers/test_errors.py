@@ -38,7 +38,7 @@ def test_an_option_that_a_method_lacks_is_named_with_those_that_it_has(name, opt
         ([24, 40, 14], "descend|ascend|grow|more"),
         ([40, 24, 0], r"\b0\b"),
         ([40, 24, -1], "-1"),
-        ([40, 24], "2 entries for 3"),
+        ([40, 24], r"\[40, 24\] .* each of 3 places"),
         ([65, 24, 14], "64"),
         ([40, 24.5, 14], "24.5"),
         ("lots", "lots"),
@@ -61,7 +61,7 @@ def test_a_bad_keep_rate_is_named(name, rate):
 
 
 def test_a_rate_for_each_place_needs_as_many():
-    refused("2 entries for 3", evit.reduce, vit(), "tome", keep_rate=[0.5, 0.5], at=AT)
+    refused("each of 3 reorganizations", evit.reduce, vit(), "tome", keep_rate=[0.5, 0.5], at=AT)
 
 
 @pytest.mark.parametrize("at", [[3, 3], [4, 1], [5], [-1], ["last"]])

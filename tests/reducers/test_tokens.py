@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from evit.reducers import EViT, Reduction, Seen
-from evit.reducers.tokens import class_rows
 
 B, H, D, P, N, C = 3, 4, 8, 2, 11, 16
 
@@ -49,13 +48,13 @@ def test_sizes_enter_the_scores_as_repeated_tokens_would(qk, x_BTC):
     sizes = torch.ones(B, 1, 1, P + N)
     sizes[..., -1] = 2
     twice = torch.cat([k, k[:, :, -1:]], 2)
-    rows = class_rows(q, k, bias_B11T=sizes.log())
-    torch.testing.assert_close(rows[..., :-1], class_rows(q, twice)[..., :-2])
+    rows = Seen(x_BTC, P, q, k, bias_B11T=sizes.log()).rows()
+    torch.testing.assert_close(rows[..., :-1], Seen(x_BTC, P, q, twice).rows()[..., :-2])
 
 
-def test_scores_of_bfloat16_are_in_float32(qk):
+def test_scores_of_bfloat16_are_in_float32(qk, x_BTC):
     q, k = qk.bfloat16()
-    assert class_rows(q, k).dtype == torch.float32
+    assert Seen(x_BTC, P, q, k).scores().dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from torch import Tensor
 from evit import load_checkpoint, reduce
 from evit.config import OUTPUTS, folder_name, listed, overridden
 from evit.data.batch import MEAN, STD
-from evit.models.patches import check_images
+from evit.models.vit import check_images
 from evit.models.weights import fit_state_dict, read_file, read_state_dict
 from evit.recipe import Recipe
 from evit.reducers import REDUCERS

@@ -11,7 +11,7 @@ from evit.commands.build import build_data, build_model
 from evit.config import listed
 from evit.data.order import epoch_length
 from evit.recipe import Recipe
-from evit.reducers.schedule import keep_rate_at
+from evit.reducers import keep_rate_at
 from evit.report import paper, results
 from evit.training.losses import make_objective
 from evit.training.module import Classifier, make_optimizer

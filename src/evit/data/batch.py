@@ -1,13 +1,21 @@
-"""Operations on a whole batch on the training device: normalise, erase, mix."""
+"""Augmentation that both backends share: RandAugment (arXiv 1909.13719) as timm configures and
+draws it; and of whole batches on the training device: normalise, erase, mix."""
+
+from __future__ import annotations
 
 import functools
-from typing import Any
+import math
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
 from timm.data import IMAGENET_DEFAULT_STD as STD
 from timm.data import Mixup
+from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
@@ -18,7 +26,7 @@ Colour = tuple[float, float, float]
 
 @functools.cache
 def per_channel(colour: Colour, device: torch.device) -> Tensor:
-    """A colour as (3, 1, 1); kept on the device, as every copy to a GPU waits for it."""
+    """A colour as (3, 1, 1). It stays on the device: each copy to a GPU would wait for it."""
     return torch.tensor(colour, device=device).view(3, 1, 1)
 
 
@@ -51,10 +59,8 @@ def make_mixup(recipe: Recipe, num_classes: int, batch_size: int) -> Mixup | Non
     if not (recipe.mixup > 0 or recipe.cutmix > 0):
         return None
     if batch_size % 2:
-        raise ValueError(
-            f"mixup and cutmix pair the images of a batch, and {batch_size} images per process is "
-            f"odd: choose another recipe.batch_size, or recipe.mixup=0 recipe.cutmix=0"
-        )
+        way = "choose another recipe.batch_size, or recipe.mixup=0 recipe.cutmix=0"
+        raise ValueError(f"mixup pairs images, and {batch_size} images per process is odd: {way}")
     alphas, how = (recipe.mixup, recipe.cutmix), (recipe.mixup_switch_prob, recipe.mixup_mode)
     return Mixup(*alphas, None, 1.0, *how, True, recipe.label_smoothing, num_classes)
 
@@ -73,3 +79,87 @@ def mix_token_box(grid: tuple[int, int]) -> Tensor:
         box.append(slice(max(centre - half, 0), centre + half))
     inside[tuple(box)] = True
     return inside
+
+
+# The operations of timm's "inc1", whose severity increases with the magnitude, in timm's order.
+NUM_OPERATIONS = 15
+AUTO_CONTRAST, EQUALIZE, INVERT, ROTATE, POSTERIZE, SOLARIZE, SOLARIZE_ADD = range(7)
+COLOR, CONTRAST, BRIGHTNESS, SHARPNESS, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y = range(7, 15)
+SYNTAX = re.compile(r"rand(-(m\d+|n\d+|p\d*\.?\d+|mstd\d*\.?\d+|mmax\d+|inc1))*")
+
+
+class RandAugment(NamedTuple):
+    """`layers` operations are drawn for an image, each applied with `probability`, at a magnitude
+    from N(magnitude, mstd), or from 0 to magnitude if mstd is infinite, within 0 to `maximum`."""
+
+    layers: int
+    magnitude: float
+    mstd: float
+    probability: float
+    maximum: float
+
+    @classmethod
+    def parse(cls, config: str) -> RandAugment:
+        """Parsed form of timm's syntax, such as rand-m9-mstd0.5-inc1."""
+        if not SYNTAX.fullmatch(config) or "inc1" not in config.split("-"):
+            way = "write it as timm does, rand-m9-mstd0.5-inc1 (m, n, p, mstd, mmax; always inc1)"
+            raise ValueError(f"recipe.rand_augment={config!r}: {way}")
+        found: Any = rand_augment_transform(config, {})
+        op = found.ops[0]
+        numbers = op.magnitude, op.magnitude_std, op.prob, op.magnitude_max or 10
+        return cls(found.num_layers, *map(float, numbers))  # of one type: it is compiled once
+
+
+def fill_color(mean: Sequence[float]) -> tuple[int, ...]:
+    """What timm puts where a geometric operation leaves nothing: the mean of the normalisation."""
+    return tuple(min(255, round(255 * value)) for value in mean)
+
+
+def source_of(operation: int, argument: float, width: float, height: float) -> Any:
+    """The affine map (a, b, c, d, e, f) from a pixel to where it comes from, as PIL wants it:
+    x, y -> a x + b y + c, d x + e y + f. The identity if the operation moves nothing."""
+    if operation == ROTATE:
+        angle = -math.radians(argument % 360.0)
+        cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
+        x, y = width / 2, height / 2
+        return cos, sin, cos * -x + sin * -y + x, -sin, cos, -sin * -x + cos * -y + y
+    b = argument if operation == SHEAR_X else 0.0
+    c = argument * width if operation == TRANSLATE_X else 0.0
+    d = argument if operation == SHEAR_Y else 0.0
+    f = argument * height if operation == TRANSLATE_Y else 0.0
+    return 1.0, b, c, d, 1.0, f
+
+
+def warp_of(operations: Sequence[int], arguments: Sequence[float]) -> np.ndarray:
+    """The affine map (2, 3) from the unit square of a square image to that of the image before
+    these operations, in the order in which they were applied."""
+    warp = np.eye(3)
+    for operation, argument in zip(operations, arguments, strict=True):
+        step = np.array(source_of(operation, argument, 1.0, 1.0)).reshape(2, 3)
+        warp = warp @ np.vstack([step, [0, 0, 1]])
+    return warp[:2].astype(np.float32)
+
+
+class PILRandAugment:
+    """timm's RandAugment of PIL images: an image gives an image, and the map of warp_of.
+
+    Draws from the global generators of `random` and numpy. Bicubic, as in DeiT's training.
+    """
+
+    def __init__(self, config: str, fill: tuple[int, ...]):
+        options = dict(img_mean=fill, interpolation=Image.Resampling.BICUBIC)
+        self.transform: Any = rand_augment_transform(config, options)
+        self.applied: list[tuple[int, float]] = []
+        for operation, op in enumerate(self.transform.ops):
+            op.aug_fn = functools.partial(self._apply, operation, op.aug_fn)
+
+    def _apply(self, operation: int, function: Any, image: Any, *arguments: Any, **more: Any):
+        self.applied.append((operation, arguments[0] if arguments else 0.0))
+        if operation == POSTERIZE and arguments[0] < 1:
+            return Image.new(image.mode, image.size)  # Pillow 13 refuses 0 bits, earlier: black
+        return function(image, *arguments, **more)
+
+    def __call__(self, image: Image.Image) -> tuple[Image.Image, np.ndarray]:
+        self.applied = []
+        image = self.transform(image)
+        return image, warp_of([op for op, _ in self.applied], [value for _, value in self.applied])

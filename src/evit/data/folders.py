@@ -49,9 +49,8 @@ def tree_classes(root: Path, needed: Sequence[str] = SPLITS) -> list[str]:
     found = {split: class_names(root / split) for split in splits_there(root, needed)}
     if missing := [split for split, names in found.items() if not names]:
         layout = " and ".join(f"{root}/{split}/CLASS/*.jpg" for split in needed)
-        layout += "; data.val_fraction=0.1 holds out some of train/" * (
-            missing == ["val"] and root.is_dir()
-        )
+        if root.is_dir() and missing == ["val"]:
+            layout += "; data.val_fraction=0.1 holds out some of train/"
         if any(root.glob("ILSVRC*")) or any(root.glob("val/ILSVRC2012_*")):
             layout += f". ImageNet as downloaded can be prepared: make imagenet ROOT={root}"
         what = f"has no class folders in {missing[0]}/" if root.is_dir() else "does not exist"
@@ -80,11 +79,9 @@ def image_files(folder: str, others: list[str] | None = None) -> list[str]:
         if os.path.islink(where) and Path(where).resolve() in Path(where).parent.resolve().parents:
             raise ValueError(f"{where} is a link to a folder that it is in: remove it")
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            path = os.path.join(where, name)
-            if not name.startswith("."):
-                is_image = name.lower().endswith(IMG_EXTENSIONS) or _opens(path)
-                (found if is_image else [] if others is None else others).append(path)
+        for path in (os.path.join(where, name) for name in names if not name.startswith(".")):
+            is_image = path.lower().endswith(IMG_EXTENSIONS) or _opens(path)
+            (found if is_image else [] if others is None else others).append(path)
     return sorted(found, key=os.path.split)
 
 
@@ -97,7 +94,7 @@ def _opens(path: str) -> bool:
 
 
 def open_image(path: str | Path) -> BinaryIO:
-    """A file, open for reading. One that is no regular file is refused: a pipe could block."""
+    """Open a file for reading, unless it is no regular file: a pipe could block."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         raise OSError("not a regular file")
     return open(path, "rb")
@@ -105,11 +102,11 @@ def open_image(path: str | Path) -> BinaryIO:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any kind as RGB. 16 bits become 8, floats are taken as 0 to 1."""
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image).astype(np.float64)
-        low, high, top = values.min(), values.max(), 1.0 if image.mode == "F" else 65535.0
+    if image.mode[0] in "IF":
+        values, top = np.asarray(image).astype(np.float64), 1 if image.mode == "F" else 65535
+        low, high = values.min(), values.max()
         if not 0 <= low <= high <= top:
-            raise ValueError(f"values from {low:g} to {high:g}, expected 0 to {top:g}")
+            raise ValueError(f"values from {low:g} to {high:g}, expected 0 to {top}")
         image = Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
     return image.convert("RGB")
 
@@ -159,10 +156,8 @@ class ClassFolders(ImageFolder):
         return self._given, {name: label for label, name in enumerate(self._given)}
 
     @telling(lambda: "listing images")
-    def make_dataset(  # type: ignore[override]
-        self, directory: Any, class_to_idx: Any, *_: Any, **__: Any
-    ) -> Any:
-        found, others = [], list[str]()
+    def make_dataset(self, directory: Any, class_to_idx: Any, *_: Any, **__: Any) -> Any:  # type: ignore[override]
+        found, others = list[tuple[str, int]](), list[str]()
         for name in sorted(class_to_idx.keys() & set(class_names(Path(directory)))):
             folder = os.path.join(directory, name)
             if not (files := image_files(folder, others)):
@@ -181,7 +176,7 @@ def fingerprint(samples: Sequence[tuple[str, int]], root: Path) -> str:
     digest, inside = hashlib.sha256(), f"{root}/"
     for path, label in samples:
         found = os.stat(path) if os.path.exists(path) else os.lstat(path)  # a dangling link
-        # relpath would be most of the wait for a folder of a million images.
+        # relpath takes long, and is needed only for what lies beside the root.
         name = path[len(inside) :] if path.startswith(inside) else os.path.relpath(path, root)
         said = f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0{label}\n"
         digest.update(os.fsencode(said))

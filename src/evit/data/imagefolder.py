@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
 
+from evit.data.batch import PILRandAugment
 from evit.data.folders import cut_long
 from evit.data.label_maps import read_label_map
-from evit.data.order import EpochLoader, Shard
-from evit.data.randaugment import PILRandAugment
+from evit.data.order import EpochLoader
 from evit.recipe import Recipe
 
 
@@ -85,30 +85,24 @@ class FolderLoader(EpochLoader):
     def __init__(
         self,
         dataset: Any,
-        recipe: Recipe,
-        shard: Shard,
-        *,
-        img_size: int,
-        train: bool,
-        num_workers: int,
-        fill: tuple[int, ...] = (0, 0, 0),
         label_maps: Sequence[str] | None = None,
         num_classes: int = 0,
+        *,
+        num_workers: int,
+        fill: tuple[int, ...] = (0, 0, 0),
+        **shown: Any,
     ) -> None:
-        super().__init__(len(dataset), recipe, shard, train, img_size)
+        super().__init__(len(dataset), **shown)
+        recipe, shard, train, img_size = self.recipe, self.shard, self.train, self.img_size
         dataset, transform = copy.copy(dataset), evaluation_transform(img_size, recipe.crop_pct)
         dataset.transform = RandomResizedCropFlip(img_size, recipe, fill) if train else transform
         indices, seed = self.indices.tolist(), shard.seed if train else None
         maps = [label_maps[i] for i in indices] if train and label_maps else []
         self.keys: list[list[int]] = []  # of an epoch
-        self.loader: DataLoader = DataLoader(
-            Pictures(Subset(dataset, indices), seed, maps, num_classes),
-            shard.batch_size,
-            sampler=self.keys,
-            num_workers=num_workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=num_workers > 0,
-        )
+        pictures = Pictures(Subset(dataset, indices), seed, maps, num_classes)
+        how: Any = dict(num_workers=num_workers, persistent_workers=num_workers > 0)
+        how |= dict(sampler=self.keys, pin_memory=torch.cuda.is_available())
+        self.loader: DataLoader = DataLoader(pictures, shard.batch_size, **how)
 
     def batches(self, start: int) -> Generator[Any]:
         order, views = self.order(self.epoch), self.recipe.repeated_augmentations > 1

@@ -16,7 +16,7 @@ from torch import Tensor
 
 TOP = 5
 MAX_ID = 2048  # up to here float16 holds every integer
-WAY_OUT = "python src/label_maps.py source=DIR target=LABELS"
+WAY_OUT = "make it with python src/label_maps.py source=DIR target=LABELS"
 
 Shape = tuple[int, int]
 
@@ -33,15 +33,11 @@ def label_map_paths(
         stem, _ = os.path.splitext(os.path.relpath(image, root))
         path = os.path.join(label_maps, f"{stem}.pt")
         if path in found:
-            raise ValueError(
-                f"{found[path]} and {image} would share the label map {path}: rename one of them"
-            )
+            raise ValueError(f"{found[path]} and {image} would share {path}: rename one of them")
         found[path] = image
     if missing := [path for path in found if needed and not os.path.isfile(path)]:
-        raise ValueError(
-            f"{len(missing)} of {len(found)} training images have no label map, {missing[0]} is "
-            f"the first: make the maps with {WAY_OUT}"
-        )
+        count = f"{len(missing)} of {len(found)}"
+        raise ValueError(f"{count} training images have no label map, as {missing[0]}: {WAY_OUT}")
     return list(found)
 
 
@@ -59,10 +55,8 @@ def read_label_map(path: str | Path, num_classes: int, shape: Any = None) -> Ten
         if not ((ids >= 0) & (ids < min(num_classes, MAX_ID + 1)) & (ids % 1 == 0)).all():
             raise ValueError(f"ids that are not classes, 0 to {num_classes - 1}")
     except Exception as error:  # pickle and zip raise nearly anything on a bad file
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise ValueError(
-            f"label map {path} cannot be read ({reason}): delete it and make it again, {WAY_OUT}"
-        ) from None
+        reason = f"cannot be read ({type(error).__name__}: {error})".splitlines()[0]
+        raise ValueError(f"label map {path} {reason}: delete it, and {WAY_OUT}") from None
     return found.contiguous()
 
 
@@ -113,11 +107,10 @@ def token_targets(
 
 
 def patch_logits(logits_BKHW: Tensor, boxes: Tensor, warps: Tensor, grid: Shape) -> Tensor:
-    """The mean logits of each patch of the crops `boxes` (B, 4), (B, K, rows, columns).
+    """Mean the logits over each patch of the crops `boxes` (B, 4): (B, K, rows, columns).
 
-    A patch is the mean of the points that RoIAlign takes: equally far apart, as many as the cells
-    that it covers on either side, bilinear between the cells' centres. Points outside the crop
-    count as 0.
+    A patch is the mean of RoIAlign's points: equally far apart, on each side as many as the cells
+    that it covers, bilinear between the cells' centres. Points outside the crop count as 0.
     """
     B, K, H, W = logits_BKHW.shape
     start, extent = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]

@@ -12,10 +12,9 @@ import lightning as L
 import numpy as np
 from torch import Tensor
 
-from evit.data.batch import MEAN, STD, normalize
+from evit.data.batch import MEAN, STD, RandAugment, fill_color, normalize
 from evit.data.folders import SPLITS
 from evit.data.order import Shard
-from evit.data.randaugment import RandAugment, fill_color
 from evit.recipe import Recipe
 
 
@@ -27,8 +26,9 @@ class Images(L.LightningDataModule):
     evit.data.ffcv.stream describes them.
     """
 
-    name = "images"
+    name: str
     classes: Any  # names, in the order of their labels
+    num_classes: int
     mean, std = MEAN, STD
 
     def __init__(
@@ -46,18 +46,15 @@ class Images(L.LightningDataModule):
     ):
         super().__init__()
         if backend not in ("ffcv", "imagefolder") or batches_ahead < 1:
-            raise ValueError(
-                f"data.backend must be ffcv or imagefolder and data.batches_ahead at least 1, got "
-                f"{backend} and {batches_ahead}"
-            )
+            wanted = "data.backend must be ffcv or imagefolder and data.batches_ahead at least 1"
+            raise ValueError(f"{wanted}, got {backend} and {batches_ahead}")
         if backend == "ffcv":
             require_ffcv()
         if recipe.rand_augment:
-            RandAugment.parse(recipe.rand_augment)  # what is wrong with it is said here
+            RandAugment.parse(recipe.rand_augment)  # says what is wrong with it
         self.img_size, self.recipe, self.seed = img_size, recipe, seed
         self.cache_dir, self.backend = Path(cache_dir), backend
-        default: dict[str, Any] = dict(mode="jpg", max_resolution=640, jpeg_quality=95)
-        self.write_options = default | write_options
+        self.write_options = dict(mode="jpg", max_resolution=640, jpeg_quality=95) | write_options
         self.num_workers, self.batches_ahead = num_workers, batches_ahead
         self.splits = tuple(splits)
         used = label_maps if "train" in self.splits else None
@@ -69,10 +66,6 @@ class Images(L.LightningDataModule):
         """Normalise images as timm says that the model wants them; ImageNet's way otherwise."""
         wanted = getattr(model, "pretrained_cfg", None) or {}
         self.mean, self.std = wanted.get("mean", MEAN), wanted.get("std", STD)
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.classes)
 
     def dataset(self, split: str) -> Any:
         """One of torchvision's data sets, of a split."""
@@ -91,7 +84,6 @@ class Images(L.LightningDataModule):
 
     def map_paths(self) -> list[str] | None:
         """The label map of each training image, or None."""
-        return None
 
     def identity(self) -> dict[str, Any]:
         """Values that change whenever the content of the source changes."""
@@ -116,22 +108,17 @@ class Images(L.LightningDataModule):
         from evit.data.ffcv.format import check_beton
         from evit.data.ffcv.write import write_beton
 
+        options = dict(classes=self.classes, identity=self.beton_dir.name, **self.write_options)
+        options |= dict(num_workers=self.num_workers or available_cores())
         for split in self.splits:
             path = self.beton_dir / f"{split}.beton"
             if path.exists():
                 check_beton(path)
                 continue
             print(f"Writing {path} once, for FFCV to stream", flush=True)
-            write_beton(
-                path,
-                self.samples(split),
-                classes=self.classes,
-                source=f"{self.name}/{split}",
-                num_workers=self.num_workers or available_cores(),
-                label_maps=self.map_paths() if split == "train" else None,
-                identity=self.beton_dir.name,
-                **self.write_options,
-            )
+            options |= dict(source=f"{self.name}/{split}")
+            options |= dict(label_maps=self.map_paths() if split == "train" else None)
+            write_beton(path, self.samples(split), **options)
 
     @property
     def local_batch_size(self) -> int:
@@ -139,10 +126,8 @@ class Images(L.LightningDataModule):
         trainer, batch_size = self.trainer, self.recipe.batch_size
         shares = trainer.world_size * trainer.accumulate_grad_batches if trainer else 1
         if batch_size % shares:
-            raise ValueError(
-                f"recipe.batch_size {batch_size} cannot be shared by {shares} "
-                f"(processes x accumulate_grad_batches): make it a multiple"
-            )
+            how = "(processes x accumulate_grad_batches): make it a multiple"
+            raise ValueError(f"recipe.batch_size {batch_size} cannot be shared by {shares} {how}")
         return batch_size // shares
 
     def setup(self, stage: str | None = None) -> None:
@@ -152,9 +137,9 @@ class Images(L.LightningDataModule):
         """Numbers of the images of a training batch of this process: at most 8 of them."""
         loader = self._loaders["train"]
         size = loader.shard.batch_size
-        samples = loader.samples(epoch)[batch * size : (batch + 1) * size]
+        samples = loader.samples(epoch)[batch * size : (batch + 1) * size].tolist()
         file = f" of {loader.path}" if self.backend == "ffcv" else ""
-        return ", ".join(f"{i}" for i in samples[:8]) + ", ..." * (len(samples) > 8) + file
+        return ", ".join(map(str, samples[:8])) + ", ..." * (len(samples) > 8) + file
 
     def train_dataloader(self) -> Any:
         return self._loaders["train"]
@@ -180,15 +165,15 @@ class Images(L.LightningDataModule):
         shard = Shard(rank, world_size, self.local_batch_size, self.seed)
         common: dict[str, Any] = dict(recipe=self.recipe, shard=shard, img_size=self.img_size)
         common |= dict(train=train, num_workers=workers, fill=fill_color(self.mean))
-        if self.backend == "imagefolder":
-            from evit.data.imagefolder import FolderLoader
+        if self.backend == "ffcv":
+            from evit.data.ffcv.stream import FFCVStream
 
-            common |= dict(label_maps=self.map_paths() if train else None)
-            return FolderLoader(self.dataset(split), **common, num_classes=self.num_classes)
-        from evit.data.ffcv.stream import FFCVStream
+            path = self.beton_dir / f"{split}.beton"
+            return FFCVStream(path, **common, batches_ahead=self.batches_ahead)
+        from evit.data.imagefolder import FolderLoader
 
-        path = self.beton_dir / f"{split}.beton"
-        return FFCVStream(path, **common, batches_ahead=self.batches_ahead)
+        maps = self.map_paths() if train else None
+        return FolderLoader(self.dataset(split), maps, self.num_classes, **common)
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, ...], _: int) -> Any:
         return normalize(batch[0], self.mean, self.std), *batch[1:]

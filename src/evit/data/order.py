@@ -1,7 +1,7 @@
 """Which images an epoch shows to which process, in which order, and how far it has come."""
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,6 +54,7 @@ class EpochLoader:
         waited: seconds that consumers have waited for batches since the loader was made.
     """
 
+    batches: Any  # batches(start) generates batches start, start + 1, ... of the epoch
     epoch = position = _start = 0
     waited = 0.0
     batch_sampler = sampler = property(lambda self: self)  # where Lightning looks for set_epoch
@@ -69,14 +70,10 @@ class EpochLoader:
             length = epoch_length(count, recipe.repeated_augmentations)
             self._length = length // world_size // (batch_size * per_step) * per_step
             if not self._length:
+                what = f"one batch of {batch_size} x {per_step} on {world_size} processes"
                 raise ValueError(
-                    f"{count} training images do not fill one batch of {batch_size} x {per_step} "
-                    f"on {world_size} processes: lower recipe.batch_size"
+                    f"{count} training images do not fill {what}: lower recipe.batch_size"
                 )
-
-    def batches(self, start: int) -> Generator[Any]:
-        """Batches `start`, `start` + 1, ... of the epoch of a process that has images."""
-        raise NotImplementedError
 
     def order(self, epoch: int) -> np.ndarray:
         """Positions in `indices` that an epoch shows, dealt out to the processes one by one."""
@@ -106,9 +103,8 @@ class EpochLoader:
         self.position, self._start = self._start, 0
         batches = self.batches(self.position)
         if self.shard.rank >= len(self.indices):  # Lightning needs a batch of each process
-            shape = 0, 3, self.img_size, self.img_size
-            empty = torch.zeros(shape, dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
-            batches = (batch for batch in [empty])
+            images = torch.zeros(0, 3, self.img_size, self.img_size, dtype=torch.uint8)
+            batches = (batch for batch in [(images, torch.zeros(0, dtype=torch.int64))])
         try:
             while True:
                 asked = time.perf_counter()
@@ -131,6 +127,6 @@ class EpochLoader:
         if self._start and length != then:
             raise ValueError(
                 f"the checkpoint is from within an epoch of {then} batches for each process, which "
-                f"has {length} now: go on with as many processes as before, or from the end of an "
-                f"epoch (checkpoints/previous.ckpt may be one), or overwrite=true"
+                f"has {length} now: use as many processes as before, the checkpoint of the end of "
+                f"an epoch (checkpoints/previous.ckpt may be one), or overwrite=true"
             )

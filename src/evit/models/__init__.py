@@ -1,20 +1,10 @@
 """Models. Importing this package registers them with timm."""
 
 from evit.models.cascade import Cascade
-from evit.models.convert import reduce, reorganize
 from evit.models.lvvit import LVViT
 from evit.models.registry import create_model
-from evit.models.vit import DynamicViT, EViT, ReducedViT
+from evit.models.vit import DynamicViT, EViT, ReducedViT, reduce, reorganize
 from evit.models.weights import load_checkpoint
 
-__all__ = [
-    "Cascade",
-    "DynamicViT",
-    "EViT",
-    "LVViT",
-    "ReducedViT",
-    "create_model",
-    "load_checkpoint",
-    "reduce",
-    "reorganize",
-]
+__all__ = ["Cascade", "DynamicViT", "EViT", "LVViT", "ReducedViT"]
+__all__ += ["create_model", "load_checkpoint", "reduce", "reorganize"]

@@ -24,27 +24,24 @@ class Cascade(nn.Module):
         super().__init__()
         wanted = [thresholds] if isinstance(thresholds, int | float) else list(thresholds)
         if len(rates) < 2 or len(wanted) != len(rates) - 1:
-            raise ValueError(
-                f"a cascade has two keep rates or more and a threshold between each two: got "
-                f"rates={list(rates)} and thresholds={wanted}"
-            )
+            needed = "two keep rates or more and a threshold between each two"
+            raise ValueError(f"a cascade has {needed}: got {list(rates)} and {wanted}")
         self.model, self.rates, self.thresholds = model, list(rates), wanted
         self.images = [0] * len(rates)
 
-    def at(self, step: int, images: Tensor) -> Tensor:
-        """Logits at the keep rate of one step."""
+    def _at(self, step: int, images: Tensor) -> Tensor:
         self.model.set_keep_rate(self.rates[step])
         self.images[step] += len(images)
         return self.model(images)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes) of images (B, 3, H, W)."""
-        logits = self.at(0, images)
+        logits = self._at(0, images)
         for step, threshold in enumerate(self.thresholds, 1):
             unsure = (logits.softmax(1).amax(1) < threshold).nonzero().flatten()
             if not len(unsure):
                 break
-            logits = logits.index_copy(0, unsure, self.at(step, images[unsure]).to(logits.dtype))
+            logits = logits.index_copy(0, unsure, self._at(step, images[unsure]).to(logits.dtype))
         return logits
 
     def macs(self, costs: Sequence[float]) -> float:

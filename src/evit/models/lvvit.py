@@ -63,12 +63,8 @@ class LVViT(ReducedViT):
     """
 
     def __init__(self, *args: Any, skip_lam: float = 2.0, **kwargs: Any):
-        defaults: dict[str, Any] = dict(
-            embed_layer=ConvStem,
-            norm_layer=partial(nn.LayerNorm, eps=1e-5),
-            mlp_ratio=3.0,
-            qkv_bias=False,
-        )
+        defaults: dict[str, Any] = dict(embed_layer=ConvStem, mlp_ratio=3.0, qkv_bias=False)
+        defaults["norm_layer"] = partial(nn.LayerNorm, eps=1e-5)
         super().__init__(*args, **defaults | kwargs)
         for block in self.blocks:
             block.ls1, block.ls2 = Scale(1 / skip_lam), Scale(1 / skip_lam)
@@ -97,8 +93,7 @@ class LVViT(ReducedViT):
         """Logits of the class token (B, K) and the image tokens (B, N, K)."""
         return super().forward_head(x), self.aux_head(x[:, 1:])
 
-    def token_outputs(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.heads(x)
+    token_outputs = heads
 
     def token_distance(self, own: Tensor, teacher: Tensor) -> Tensor:
         return divergence(own, teacher)

@@ -4,14 +4,29 @@ import bisect
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from evit.models import follow
-from evit.models.patches import PatchConv2d
 from evit.reducers import KeepRate, Reducer, Reduction
 from evit.reducers.blocks import ReducedBlock, Step
+from evit.reducers.tokens import put_back, source, survivors
+
+
+class PatchConv2d(nn.Conv2d):
+    """Non-overlapping convolution (B, C, H, W) to (B, embed_dim, H / p, W / q), on a GPU as one
+    matrix product: the same sum in another order. cuDNN's takes ten times as long on an H200."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.product(input) if input.is_cuda else super().forward(input)
+
+    def product(self, input: Tensor) -> Tensor:
+        """forward() as a matrix product."""
+        (p, q), (H, W) = self.kernel_size, input.shape[2:]
+        x = input[:, :, : H // p * p, : W // q * q].unflatten(3, (-1, q)).unflatten(2, (-1, p))
+        patches = x.permute(0, 2, 4, 1, 3, 5).flatten(3)
+        return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 def of_reducer(name: str, doc: str) -> Any:
@@ -24,18 +39,16 @@ def of_reducer(name: str, doc: str) -> Any:
 
 
 class Reduced(nn.Module):
-    """Mixin that adds a token reducer to a timm Vision Transformer.
-
-    Attributes:
-        reducer: the method, its places and keep rates.
-    """
+    """Mixin that adds a token reducer to a timm Vision Transformer."""
 
     kind: Any = None  # the timm class that this one extends
     built_from: dict[str, Any] = {}  # the arguments of timm.create_model
     block_class: Any = ReducedBlock
     blank: Any  # makes an empty model of a timm class, to unpickle into
-    reducer: Any
-    blocks: Any
+    embed: Any  # images (B, 3, H, W) to the tokens (B, T, C) that enter the first block
+    head_reads_prefix: Any  # whether the head reads prefix tokens only: the last block skips others
+    reducer: Any  # the method, its places and keep rates
+    blocks: Any  # from here on timm's
     patch_embed: Any
     norm: Any
     num_prefix_tokens: int
@@ -50,9 +63,8 @@ class Reduced(nn.Module):
         for block in self.blocks:
             block.__class__ = self.block_class
         proj = getattr(self.patch_embed, "proj", None)
-        if type(proj) is nn.Conv2d and proj.kernel_size == proj.stride and proj.groups == 1:
-            if proj.padding == (0, 0) and proj.dilation == (1, 1):
-                proj.__class__ = PatchConv2d
+        if type(proj) is nn.Conv2d and proj.kernel_size == proj.stride and proj.padding == (0, 0):
+            proj.__class__ = PatchConv2d
         self.reducer: Any = reducer.attach(self).to(next(self.blocks.parameters()))
 
     drop_loc = of_reducer("at", "The blocks that reduce.")
@@ -90,18 +102,9 @@ class Reduced(nn.Module):
         ids_N = torch.arange(x.shape[1] - self.num_prefix_tokens, device=x.device)
         return ids_N.expand(x.shape[0], -1)
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to the tokens (B, T, C) that enter the first block."""
-        raise NotImplementedError
-
     def rotary(self, num_patches: int) -> Tensor | None:
         """Rotary positions (1, 1, N, 2 D) for the blocks, or None if the model has none."""
         return None
-
-    @property
-    def head_reads_prefix(self) -> bool:
-        """Whether the classifier reads prefix tokens only: the last block then skips the others."""
-        raise NotImplementedError
 
     def encode(
         self,
@@ -151,7 +154,7 @@ class Reduced(nn.Module):
         ids = self.patch_ids(x)
         x, found = self.encode(x)
         x = self.norm(x)
-        return (x, follow.survivors(found, self.reducer, ids)) if return_kept else x
+        return (x, survivors(found, self.reducer, ids)) if return_kept else x
 
     def forward_intermediates(  # type: ignore[override]
         self,
@@ -177,19 +180,21 @@ class Reduced(nn.Module):
         size, x = x.shape[-2:], self.embed(x)
         states: list[Any] = [x]
         self.encode(x, stop=last + 1 if stop_early else None, states=states)
-        placed = list(follow.put_back(states, self.num_prefix_tokens))
-        chosen = [self.norm(placed[i]) if norm else placed[i] for i in take]
         P = self.num_prefix_tokens
+        placed = list(put_back(states, P))
+        chosen = [self.norm(placed[i]) if norm else placed[i] for i in take]
         maps: list[Any] = [tokens[:, P:] for tokens in chosen]
         if output_fmt == "NCHW":
             maps = [self.as_grid(tokens, size) for tokens in maps]
         prefix = [tokens[:, :P] for tokens in chosen] if P and return_prefix_tokens else None
         if output_dict:
-            result = dict(image_intermediates=maps, image_intermediates_prefix=prefix)
+            result: dict[str, Any] = dict(image_intermediates=maps)
+            if prefix:
+                result["image_intermediates_prefix"] = prefix
             if not intermediates_only:
                 result["image_features"] = self.norm(placed[-1])
-            return {name: value for name, value in result.items() if value is not None}
-        found = maps if prefix is None else list(zip(maps, prefix, strict=True))
+            return result
+        found = list(zip(maps, prefix, strict=True)) if prefix else maps
         return found if intermediates_only else (self.norm(placed[-1]), found)
 
     def as_grid(self, tokens: Tensor, size: Any) -> Tensor:
@@ -222,11 +227,11 @@ class Reduced(nn.Module):
         logits, found = self.classify(x, states=states)
         results: list[Any] = [logits]
         if return_kept:
-            results.append(follow.survivors(found, self.reducer, self.patch_ids(x)))
+            results.append(survivors(found, self.reducer, self.patch_ids(x)))
         if return_source:
-            results.append(follow.source(found, self.patch_ids(x), self.num_prefix_tokens))
+            results.append(source(found, self.patch_ids(x), self.num_prefix_tokens))
         if states is not None:
-            *_, last = follow.put_back(states, self.num_prefix_tokens)
+            *_, last = put_back(states, self.num_prefix_tokens)
             results.append(self.as_grid(self.norm(last)[:, self.num_prefix_tokens :], size))
         return tuple(results) if more else logits
 
@@ -240,9 +245,11 @@ class Reduced(nn.Module):
 
     def logits(self, x: Tensor, found: list[Reduction]) -> Tensor:
         """Logits of normalised tokens; their mean counts each for the patches in it."""
-        sizes_BT = found[-1].sizes_BT if found else None
+        sizes_BT, P = found[-1].sizes_BT if found else None, self.num_prefix_tokens
         if self.global_pool == "avg" and sizes_BT is not None and sizes_BT.shape[1] == x.shape[1]:
-            x = follow.weigh(x, sizes_BT, self.num_prefix_tokens)
+            sizes = sizes_BT[:, P:, None]
+            share = (sizes * (sizes.shape[1] / sizes.sum(1, keepdim=True))).to(x.dtype)
+            x = torch.cat([x[:, :P], x[:, P:] * share], 1)
         return self.forward_head(x)
 
     def token_outputs(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,10 +15,8 @@ from timm.models import (
 from torch import nn
 
 from evit import reducers
-from evit.models.convert import reduce
 from evit.models.lvvit import LVViT
-from evit.models.patches import check_img_size
-from evit.models.vit import ReducedViT
+from evit.models.vit import ReducedViT, check_img_size, reduce
 from evit.models.weights import fit_state_dict
 from evit.reducers import KeepRate, Reducer
 
@@ -34,15 +32,10 @@ LV_VIT: dict[str, dict[str, Any]] = {
 }
 # Registered name -> default arguments of ReducedViT or LVViT.
 NAMES = {f"evit_deit_{size}_patch16": DEIT[size] for size in DEIT}
-NAMES |= {
-    f"dynamicvit_deit_{size}_patch16": DEIT[size] | dict(reducer="dynamicvit")
-    for size in ("small", "base")
-}
 NAMES |= {f"lvvit_{size}": LV_VIT[size] | dict(keep_rate=1.0) for size in LV_VIT}
 NAMES |= {f"evit_lvvit_{size}": LV_VIT[size] for size in LV_VIT}
-NAMES |= {
-    f"dynamicvit_lvvit_{size}": LV_VIT[size] | dict(reducer="dynamicvit") for size in ("s", "m")
-}
+for _name in "evit_deit_small_patch16", "evit_deit_base_patch16", "evit_lvvit_s", "evit_lvvit_m":
+    NAMES[f"dynamic{_name[1:]}"] = NAMES[_name] | dict(reducer="dynamicvit")
 
 
 def _fit(weights: dict[str, Any], model: Any) -> dict[str, Any]:
@@ -56,10 +49,8 @@ def _entry(name: str, defaults: dict[str, Any]) -> Callable[..., ReducedViT]:
         args = defaults | kwargs
         kind, filters = (ReducedViT, _fit) if "deit" in name else (LVViT, None)
         if pretrained and kind is LVViT:
-            raise ValueError(
-                f"timm has no weights of {name}: download the authors' file and give it as "
-                f"checkpoint=PATH (evit.load_checkpoint)"
-            )
+            way = "download the authors' file and give it as checkpoint=PATH (evit.load_checkpoint)"
+            raise ValueError(f"timm has no weights of {name}: {way}")
         features = dict(out_indices=args.pop("out_indices", 3), feature_cls="getter")
         return build_model_with_cfg(
             kind, name, pretrained, pretrained_filter_fn=filters, feature_cfg=features, **args
@@ -71,15 +62,10 @@ def _entry(name: str, defaults: dict[str, Any]) -> Callable[..., ReducedViT]:
 
 
 LV_VIT_CFG: Any = dict(
-    num_classes=1000,
-    input_size=(3, 224, 224),
-    crop_pct=0.9,
-    interpolation="bicubic",
-    fixed_input_size=True,
-    mean=IMAGENET_DEFAULT_MEAN,
-    std=IMAGENET_DEFAULT_STD,
-    first_conv="patch_embed.conv1",
-    classifier=("head", "aux_head"),
+    **dict(num_classes=1000, input_size=(3, 224, 224), fixed_input_size=True),
+    **dict(crop_pct=0.9, interpolation="bicubic"),
+    **dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD),
+    **dict(first_conv="patch_embed.conv1", classifier=("head", "aux_head")),
 )
 CFGS: Any = {name: LV_VIT_CFG for name in NAMES if "deit" not in name}
 for _size in DEIT:  # DeiT's weights are loaded unchanged
@@ -105,13 +91,12 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
             raise ValueError(f"{error}: timm.list_models() has the names") from error
         raise
     except Exception as error:  # downloads raise OSError, or httpx's own
-        network = issubclass(type(error), OSError) or type(error).__module__.startswith("httpx")
-        if not pretrained or not network:
+        if not pretrained or not (isinstance(error, OSError) or "httpx" in type(error).__module__):
             raise
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
         raise ValueError(
-            f"the pretrained weights of {model_name} cannot be downloaded ({reason[:200]}): "
-            f"connect to the network, or download them elsewhere and give checkpoint=PATH instead"
+            f"the pretrained weights of {model_name} cannot be downloaded ({reason}): connect to "
+            f"the network, or download them elsewhere and give checkpoint=PATH instead"
         ) from error
 
 

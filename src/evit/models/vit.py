@@ -1,19 +1,40 @@
-"""timm's VisionTransformer and Eva with a token reducer."""
+"""timm's VisionTransformer and Eva with a token reducer; `reduce` converts a model in place."""
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
 
+from timm.layers import to_2tuple
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.eva import Eva
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.eva import Eva, EvaBlock
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
 from evit import reducers
-from evit.models.patches import check_img_size
 from evit.models.reduced import Reduced
 from evit.reducers import KeepRate, Reducer
-from evit.reducers.blocks import ReducedEvaBlock
+from evit.reducers.blocks import ATTENTIONS, ReducedBlock, ReducedEvaBlock
+
+
+def check_img_size(img_size: int | tuple[int, int], patch_size: int | tuple[int, int]) -> None:
+    """Raise a ValueError unless the image size is a multiple of the patch size."""
+    for size, patch in zip(to_2tuple(img_size), to_2tuple(patch_size), strict=True):
+        if size < patch or size % patch:
+            lower = max(size // patch, 1) * patch
+            way = f"take {lower} or {lower + patch}"
+            raise ValueError(f"img_size {size} is not a multiple of the patch size {patch}: {way}")
+
+
+def check_images(model: Any, img_size: int) -> None:
+    """Raise a ValueError unless the model takes square RGB images of img_size."""
+    embed = getattr(model, "patch_embed", None)
+    first = getattr(embed, "conv1", getattr(embed, "proj", None))  # LV-ViT's stem, or the patches
+    if (channels := getattr(first, "in_channels", 3)) != 3:
+        raise ValueError(f"model.in_chans={channels}: images are read as RGB, gray ones too: 3")
+    size = getattr(embed, "img_size", None)
+    if size not in (None, (img_size, img_size)):
+        raise ValueError(f"model.img_size={list(size)}: images are squares, of img_size={img_size}")
 
 
 class ReducedViT(Reduced, VisionTransformer):  # type: ignore[misc]
@@ -89,6 +110,7 @@ class ReducedEva(Reduced, Eva):  # type: ignore[misc]
         return self.global_pool == "token" and self.attn_pool is None
 
 
+BLOCKS = Block, EvaBlock, ReducedBlock, ReducedEvaBlock  # the kinds that are served
 CLASSES: dict[Any, Any] = {VisionTransformer: ReducedViT, Eva: ReducedEva}
 
 
@@ -110,6 +132,72 @@ Reduced.blank = staticmethod(blank)
 EViT = ReducedViT
 
 
-def DynamicViT(*args: Any, **kwargs: Any) -> ReducedViT:
-    """ReducedViT with the reducer "dynamicvit"."""
-    return ReducedViT(*args, reducer="dynamicvit", **kwargs)
+DynamicViT: Any = functools.partial(ReducedViT, reducer="dynamicvit")
+
+
+def reduce(
+    model: Any,
+    name: str | Reducer = "evit",
+    keep_rate: KeepRate | None = None,
+    *,
+    at: Sequence[int] | None = None,
+    counts: Sequence[int] | None = None,
+    **options: Any,
+) -> ReducedViT:
+    """Add a token reducer to a timm VisionTransformer or Eva, in place, and return the model.
+
+    Weights are untouched. Prefix tokens (class, distillation, registers) are never reduced.
+
+    Args:
+        name: a name in evit.reducers.REDUCERS, or a Reducer.
+        keep_rate: share of the image tokens kept at each place; default 0.7.
+        at: blocks (0-based) that reduce. Default: a quarter, half and three quarters of the depth,
+            or every block if `options` contain the method's own schedule (r, ratio, ...).
+        counts: image tokens left after each place, instead of keep_rate.
+        **options: options of the reducer.
+
+    Raises:
+        ValueError: the reducer, its options or the model are not supported.
+    """
+    check_model(model)
+    given = dict(keep_rate=keep_rate, at=at, counts=counts)
+    reducer = reducers.make(name, **given, **options)
+    if not hasattr(model, "reducer"):
+        built_from = model.__dict__.pop("_model_args", {})
+        cfg = dict(getattr(model, "pretrained_cfg", {}))
+        model.__class__ = reduced_class(type(model))
+        model.built_from = built_from | dict(base=cfg.get("architecture"))
+        model.pretrained_cfg = cfg | dict(architecture="reduced_vit")  # in models/registry.py
+    model._attach(reducer)
+    return model
+
+
+def reorganize(
+    model: Any,
+    keep_rate: KeepRate = 0.7,
+    fusion: bool = True,
+    drop_loc: Sequence[int] | None = None,
+) -> ReducedViT:
+    """Turn a timm VisionTransformer into an EViT, in place: reduce(model, "evit")."""
+    return reduce(model, "evit", keep_rate, at=drop_loc, fusion=fusion)
+
+
+def check_model(model: Any) -> None:
+    """Raise a ValueError unless this is a timm VisionTransformer or Eva with plain blocks."""
+    kind = type(model).__name__
+    if not isinstance(model, VisionTransformer | Eva):
+        raise ValueError(
+            f"{kind} of {type(model).__module__.split('.')[0]} is not a timm VisionTransformer or "
+            f"Eva: make one with timm.create_model('vit_...'), or hand over the model that this "
+            f"wraps, such as model.module, model._orig_mod or model.model"
+        )
+    if getattr(model, "rope_mixed", False):
+        raise ValueError(f"{kind} has its own rotary positions in each block: not supported")
+    for i, block in enumerate(model.blocks):
+        attn: Any = getattr(block, "attn", None)
+        if type(block) not in BLOCKS or type(attn) not in ATTENTIONS:
+            what = f"a {type(block).__name__}"
+            raise ValueError(f"block {i} of {kind} is {what}, which is not supported")
+        shares = getattr(attn, "num_kv_heads", attn.num_heads) != attn.num_heads
+        if shares or getattr(attn, "gate", None) is not None:
+            raise ValueError(f"block {i} of {kind} has an attention with a gate or shared keys")

@@ -1,6 +1,7 @@
 """Load checkpoints: ours, and those published by the authors of DeiT, EViT and others."""
 
 import argparse
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,11 +21,7 @@ HEADS = ("head", "aux_head", "head_dist")
 
 
 def read_file(path: str | Path, device: str = "cpu") -> Any:
-    """Read a checkpoint file without executing anything in it.
-
-    Raises:
-        ValueError: the file does not exist or cannot be read.
-    """
+    """Read a checkpoint file without executing anything in it; ValueError if that cannot be."""
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"checkpoint {str(path)!r} does not exist: give the path of a file")
@@ -43,7 +40,7 @@ def read_state_dict(source: str | Path | Mapping[str, Any], ema: bool = False) -
     """Weights of a checkpoint file (or its loaded content), by plain parameter names.
 
     Args:
-        ema: take the averaged weights, which some checkpoints contain too.
+        ema: take the averaged weights; without it they are taken if there are no others.
     """
     content: Any = source if hasattr(source, "items") else read_file(source)
     content = content if hasattr(content, "items") else {}
@@ -83,10 +80,7 @@ def fit_state_dict(weights: Mapping[str, Any], model: Any) -> dict[str, Tensor]:
     fitted = read_state_dict(weights)
     renames = getattr(getattr(model, "reducer", None), "published_names", {})
     for theirs, ours in renames.items():
-        fitted = {
-            ours + name.removeprefix(theirs) if name.startswith(theirs) else name: value
-            for name, value in fitted.items()
-        }
+        fitted = {re.sub(f"^{re.escape(theirs)}", ours, name): w for name, w in fitted.items()}
     own, loaded = getattr(model, "pos_embed", None), fitted.get("pos_embed")
     if own is not None and loaded is not None and own.shape[1] != loaded.shape[1]:
         num_prefix = 0 if model.no_embed_class else model.num_prefix_tokens
@@ -124,13 +118,11 @@ def load_checkpoint(
             print("The classifier is new: the checkpoint has none for these classes.", flush=True)
     if new_parts and not any(k.startswith("reducer.") for k in weights):
         weights |= {k: w for k, w in own.items() if k.startswith("reducer.")}
-    problems = [
-        f"{k} is {tuple(weights[k].shape)}, not {tuple(own[k].shape)}"
-        for k in own
-        if k in weights and weights[k].shape != own[k].shape
-    ]
-    problems += [f"{k} is missing" for k in own if k not in weights]
-    problems += [f"{k} is not the model's" for k in weights if k not in own]
+    theirs, ours = ({k: tuple(w.shape) for k, w in part.items()} for part in (weights, own))
+    shared = [k for k in ours if k in theirs]
+    problems = [f"{k} is {theirs[k]}, not {ours[k]}" for k in shared if theirs[k] != ours[k]]
+    problems += [f"{k} is missing" for k in ours if k not in theirs]
+    problems += [f"{k} is not the model's" for k in theirs if k not in ours]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         hint = "" if new_head else " (new_head=True starts a new classifier)"

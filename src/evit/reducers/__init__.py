@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from evit.reducers.ats import ATS
-from evit.reducers.base import KeepRate, Reducer, options
+from evit.reducers.base import KeepRate, Reducer, keep_rate_at, options
 from evit.reducers.cover import Cover
 from evit.reducers.dynamicvit import DynamicViT
 from evit.reducers.evit import Drop, EViT, Random
@@ -32,15 +32,12 @@ def make(reducer: str | Reducer, **arguments: Any) -> Reducer:
             raise ValueError(f"{', '.join(given)} is the reducer's: give it where that is made")
         return reducer
     if reducer not in REDUCERS:
-        raise ValueError(
-            f"reducer {reducer!r} does not exist: take one of {', '.join(sorted(REDUCERS))}"
-        )
+        names = ", ".join(sorted(REDUCERS))
+        raise ValueError(f"reducer {reducer!r} does not exist: take one of {names}")
     kind = REDUCERS[reducer]
-    if unknown := sorted(set(arguments) - options(kind)):
-        raise ValueError(
-            f"reducer {reducer} has no {', '.join(unknown)}: it takes "
-            f"{', '.join(sorted(options(kind)))}"
-        )
+    if unknown := ", ".join(sorted(set(arguments) - options(kind))):
+        known = ", ".join(sorted(options(kind)))
+        raise ValueError(f"reducer {reducer} has no {unknown}: it takes {known}")
     return kind(**arguments)
 
 
@@ -63,17 +60,6 @@ def take(
     return make(reducer, keep_rate=keep_rate, at=drop_loc, **own)
 
 
-__all__ = [
-    *[kind.__name__ for kind in KINDS],
-    "KINDS",
-    "KeepRate",
-    "REDUCERS",
-    "Reducer",
-    "Reduction",
-    "Seen",
-    "make",
-    "merge_into",
-    "nearest",
-    "options",
-    "take",
-]
+__all__ = [kind.__name__ for kind in KINDS]
+__all__ += ["KINDS", "KeepRate", "REDUCERS", "Reducer", "Reduction", "Seen"]
+__all__ += ["keep_rate_at", "make", "merge_into", "nearest", "options", "take"]

@@ -1,4 +1,4 @@
-"""The interface of a token reducer: `plan` decides where each token of an image goes.
+"""The interface of a token reducer: `plan` decides where each token of an image goes; schedules.
 
 A plan (a Reduction) is a linear map over the tokens. The framework does the rest: fewer queries,
 projecting after the reduction, indices, pictures, MACs, compilation, export.
@@ -25,28 +25,44 @@ def per_place(keep_rate: Any, count: int) -> tuple[float, ...]:
     Raises:
         ValueError: a rate is out of range, or there are not `count` of them.
     """
-    rates = list(keep_rate) if isinstance(keep_rate, Sequence) else [keep_rate] * count
-    numbers = all(isinstance(r, Real) and not isinstance(r, bool) for r in rates)
-    if isinstance(keep_rate, str) or not numbers or not all(0 < r <= 1 for r in rates):
+    rates: Any = keep_rate if isinstance(keep_rate, Sequence) else [keep_rate] * count
+    fit = all(isinstance(r, Real) and r is not True and 0 < float(r) <= 1 for r in rates)
+    if not fit or len(rates) != count:
         raise ValueError(
-            f"keep_rate must be in (0, 1], one number or one for each reorganization, "
+            f"keep_rate must be in (0, 1], one number or one for each of {count} reorganizations, "
             f"got {keep_rate!r}: 0.7 is the paper's main setting, 1 keeps every token"
-        )
-    if len(rates) != count:
-        raise ValueError(
-            f"keep_rate {list(rates)} has {len(rates)} entries for {count} reorganizations: "
-            f"give one number, or {count}"
         )
     return tuple(float(r) for r in rates)
 
 
-def options(kind: type) -> set[str]:
+def keep_rate_at(
+    step: int,
+    steps_per_epoch: int,
+    keep_rate: Sequence[float],
+    shrink_start_epoch: int,
+    shrink_epochs: int,
+) -> tuple[float, ...]:
+    """Keep rate of each place at a training step, as EViT's authors anneal it.
+
+    It is 1 before epoch shrink_start_epoch, keep_rate after shrink_epochs more epochs, and in
+    between rate + (1 - rate) * (1 + cos(pi * progress)) / 2. Each place moves to its own rate.
+    """
+    epoch = step // steps_per_epoch
+    if epoch < shrink_start_epoch:
+        dense = 1.0
+    elif epoch >= shrink_start_epoch + shrink_epochs:
+        dense = 0.0
+    else:
+        progress = (step / steps_per_epoch - shrink_start_epoch) / shrink_epochs
+        dense = (1 + math.cos(math.pi * progress)) / 2
+    return tuple(rate + (1 - rate) * dense for rate in keep_rate)
+
+
+def options(kind: Any) -> set[str]:
     """Names of the arguments that a reducer takes."""
     inits = [base.__init__ for base in kind.__mro__ if issubclass(base, Reducer)]
-    named = inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters = [p for init in inits for p in inspect.signature(init).parameters.values()]
-    fixed = {"self", *getattr(kind, "fixed", ())}
-    return {p.name for p in parameters if p.kind in named} - fixed
+    specs = [inspect.getfullargspec(init) for init in inits]
+    return {name for s in specs for name in s.args + s.kwonlyargs} - {"self", *kind.fixed}
 
 
 class Reducer(nn.Module):
@@ -92,11 +108,7 @@ class Reducer(nn.Module):
     ):
         super().__init__()
         self.wanted_rate: Any = 0.7 if keep_rate is None else keep_rate
-        if isinstance(counts, str) or not isinstance(counts, Sequence | None):
-            raise ValueError(
-                f"counts={counts!r} must be a list of whole numbers, one for each place"
-            )
-        self.given = None if counts is None else list(counts)
+        self.given: Any = counts
         self.own = False  # whether the method's own schedule (such as r) is used
         self.at: tuple[int, ...] = () if at is None else tuple(at)
         self.at_default = at is None
@@ -113,22 +125,19 @@ class Reducer(nn.Module):
         if self.at_default:
             self.at = tuple(range(depth) if self.own else self.quarters(depth))
         if list(self.at) != sorted(set(self.at) & set(range(depth))):
-            raise ValueError(
-                f"drop_loc or at must be ascending block numbers from 0 to {depth - 1}, "
-                f"got {list(self.at)}"
-            )
+            what = f"ascending block numbers from 0 to {depth - 1}"
+            raise ValueError(f"drop_loc or at must be {what}, got {list(self.at)}")
         self.depth, self.num_patches = depth, model.patch_embed.num_patches
         self.num_heads = model.blocks[0].attn.num_heads
         self.build(model.embed_dim)
-        if self.own or self.given is not None:
-            n = self.num_patches
-            if self.given is not None:
-                self._check_counts(n)
-            left = [n, *self.counts(n)]
-            self.keep_rate = tuple(b / a for a, b in itertools.pairwise(left))
-            self.check(n)
-        else:
+        if self.given is not None:
+            self._check_counts(self.num_patches)
+        elif not self.own:
             self.set_keep_rate(self.wanted_rate)
+            return self
+        left = [self.num_patches, *self.counts(self.num_patches)]
+        self.keep_rate = tuple(b / a for a, b in itertools.pairwise(left))
+        self.check(self.num_patches)
         return self
 
     def quarters(self, depth: int) -> list[int]:
@@ -159,34 +168,27 @@ class Reducer(nn.Module):
             raise
 
     def _check_counts(self, n: int) -> None:
-        assert self.given is not None
-        whole = all(isinstance(c, int) and c > 0 for c in self.given)
-        if not whole or self.given != sorted(self.given, reverse=True) or self.given[0] > n:
+        given = list(self.given) if isinstance(self.given, Sequence) else []
+        whole = len(given) == len(self.at) and all(isinstance(c, int) and c > 0 for c in given)
+        if not whole or given != sorted(given, reverse=True) or max(given, default=0) > n:
             raise ValueError(
-                f"counts={self.given} must be the image tokens left after each place: whole "
-                f"numbers from {n} to 1, none more than the one before"
+                f"counts={self.given} must be the image tokens left after each of {len(self.at)} "
+                f"places: whole numbers from {n} to 1, none more than the one before"
             )
-        if len(self.given) != len(self.at):
-            raise ValueError(
-                f"counts={self.given} has {len(self.given)} entries for {len(self.at)} places "
-                f"{list(self.at)}: give one for each"
-            )
+        self.given = given
 
     def check(self, n: int) -> None:
         """Raise a ValueError if the schedule is impossible with n patches."""
-        tokens = n
-        for i, (place, wanted) in enumerate(zip(self.at, self.kept(n), strict=True)):
-            if self.given is not None and wanted + self.extra * (wanted < tokens) != self.given[i]:
-                raise ValueError(
-                    f"counts={self.given}: {self.name} cannot leave {self.given[i]} of {tokens} "
-                    f"tokens at block {place}; at least {self.fewest(tokens) + self.extra}"
-                )
-            if wanted < self.fewest(tokens):
-                raise ValueError(
-                    f"keep_rate {list(self.keep_rate)} leaves {wanted} of {tokens} tokens at block "
-                    f"{place}, where {self.name} leaves at least {self.fewest(tokens)}: raise it"
-                )
-            tokens = wanted + self.extra * (wanted < tokens)
+        before = [n, *self.counts(n)]
+        for i, (place, kept) in enumerate(zip(self.at, self.kept(n), strict=True)):
+            tokens, fewest = before[i], self.fewest(before[i])
+            where = f"{tokens} tokens at block {place}, where {self.name} leaves at least"
+            if self.given is not None and before[i + 1] != self.given[i]:
+                way = f"counts={self.given} cannot leave {self.given[i]} of"
+                raise ValueError(f"{way} {where} {fewest + self.extra}")
+            if kept < fewest:
+                way = f"keep_rate {list(self.keep_rate)} leaves {kept} of"
+                raise ValueError(f"{way} {where} {fewest}: raise it")
 
     def fewest(self, n: int) -> int:
         """Smallest number of n image tokens that one place can keep."""
@@ -220,13 +222,9 @@ class Reducer(nn.Module):
         raise NotImplementedError
 
     def key_bias(self, sizes_BT: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        """Attention bias log(size) of each key (ToMe's proportional attention).
-
-        Returns: (B, 1, 1, T), or None if sizes do not enter the attention.
-        """
-        if sizes_BT is None or not self.proportional:
-            return None
-        return sizes_BT.log().to(dtype)[:, None, None]
+        """Attention bias log(size) of each key (B, 1, 1, T), or None if sizes do not enter it."""
+        known = sizes_BT is not None and self.proportional
+        return sizes_BT.log().to(dtype)[:, None, None] if known else None  # type: ignore[union-attr]
 
     def through(self, block: Any, i: int, seen: Seen, num_kept: int) -> tuple[Tensor, Reduction]:
         """Stage "block": return the block's output for the remaining tokens, and the reduction."""

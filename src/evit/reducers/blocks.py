@@ -19,17 +19,8 @@ from torch import Tensor, nn
 from evit.reducers.base import Reducer
 from evit.reducers.tokens import Reduction, Seen, plain
 
-ROTATED = (EvaAttention, AttentionRope)
-
-
-def eager_cpu(x: Tensor) -> bool:
-    """Whether this is eager inference on a CPU (not compiled, exported or traced)."""
-    return (
-        x.device.type == "cpu"
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-    )
+ROTATED = EvaAttention, AttentionRope
+ATTENTIONS = Attention, *ROTATED  # the kinds that are served
 
 
 def parts(attn: Any, flat_BTX: Tensor, first: int, last: int) -> list[Tensor]:
@@ -64,9 +55,7 @@ def project(
     """Compute query (0), key (1), value (2) from first to last - 1, (B, H, T, D) each."""
     if isinstance(attn, ROTATED):
         return rotated(attn, x_BTC, rope_B1ND)[first:last]
-    if last - first == 3:
-        return parts(attn, attn.qkv(x_BTC), 0, 3)
-    if not plain(attn.qkv, nn.Linear):
+    if last - first == 3 or not plain(attn.qkv, nn.Linear):
         return parts(attn, attn.qkv(x_BTC), 0, 3)[first:last]
     weight, bias, dim = attn.qkv.weight, attn.qkv.bias, attn.attn_dim
     rows = slice(first * dim, last * dim)
@@ -82,10 +71,9 @@ def mix(attn: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) 
 
 
 def masked_attention(attn: Any, x_BTC: Tensor, step: Any, rope_B1ND: Any) -> Tensor:
-    """Attention in which each token sees the kept tokens and itself, for training DynamicViT.
+    """Let each token see the kept tokens (step.mask_BT, ones and zeros, has gradients) and itself.
 
-    Differentiable in step.mask_BT (ones and zeros). The softmax follows the authors' code and is
-    in float32 at any precision.
+    For training DynamicViT; the softmax follows the authors' code, in float32 at any precision.
     """
     T, kept_BT = x_BTC.shape[1], step.mask_BT
     q, k, v = project(attn, x_BTC, 0, 3, rope_B1ND)
@@ -99,8 +87,10 @@ def masked_attention(attn: Any, x_BTC: Tensor, step: Any, rope_B1ND: Any) -> Ten
 
 
 def feed_forward(mlp: Any, x_BTC: Tensor) -> Tensor:
-    """mlp(x); on a CPU the GELU overwrites its input, as allocating memory costs more than it."""
-    inside = eager_cpu(x_BTC) and plain(mlp, Mlp) and plain(mlp.act, nn.GELU)
+    """mlp(x); in eager inference on a CPU the GELU overwrites its input: memory costs more."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    eager = x_BTC.is_cpu and not torch.is_grad_enabled() and not traced
+    inside = eager and plain(mlp, Mlp) and plain(mlp.act, nn.GELU)
     if not inside or not plain(mlp.fc1, nn.Linear) or not plain(mlp.drop1, nn.Dropout):
         return mlp(x_BTC)
     wide = torch.ops.aten.gelu_(mlp.fc1(x_BTC), approximate=mlp.act.approximate)
@@ -144,41 +134,32 @@ class Reducing(nn.Module):
     attn: Any
     mlp: Any
     norm1: Any
+    whole: Any  # timm's forward pass of the whole block
+    add: Any  # adds the attention's output to the residual stream
+    after: Any  # the rest of timm's forward pass: norm, MLP and residual
 
-    def whole(self, x: Tensor, bias: Tensor | None, is_causal: bool, rope: Any) -> Tensor:
-        """timm's forward pass of the whole block."""
-        raise NotImplementedError
-
-    def add(self, x: Tensor, out: Tensor) -> Tensor:
-        """Add the attention's output to the residual stream."""
-        raise NotImplementedError
-
-    def after(self, x: Tensor) -> Tensor:
-        """The rest of timm's forward pass: norm, MLP and residual."""
-        raise NotImplementedError
-
-    def go(self, x: Tensor, bias: Tensor | None, is_causal: bool, step: Any, rope: Any) -> Tensor:
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, step: Any = None, rope: Any = None
+    ) -> Tensor:
         """Map tokens (B, T, C) to (B, T, C), or with a step to the remaining tokens."""
         if step is None:
-            return self.whole(x, bias, is_causal, rope)
+            return self.whole(x, attn_mask, rope)
         if step.mask_BT is not None:
             return self.after(self.add(x, masked_attention(self.attn, self.norm1(x), step, rope)))
         if step.num_kept is None:
-            return self.prefix_alone(x, step, bias, rope)
+            return self.prefix_alone(x, step, attn_mask, rope)
         stage, attn = step.reducer.stage, self.attn
         if stage == "input":
             reduction = step.reduce(step.seen(x))
             bias = step.reducer.key_bias(reduction.sizes_BT, x.dtype)
-            return self.whole(reduction(x), bias, False, reduction.positions(rope))
+            return self.whole(reduction(x), bias, reduction.positions(rope))
         if stage == "block":
             seen = step.seen(x, rope_B1ND=rope)
             x, step.reduction = step.reducer.through(self, step.place, seen, step.num_kept)
             return x
         y = self.norm1(x)
-        if step.reducer.selects and step.class_token and self.slices:
-            (q,), (k, v) = project(attn, y[:, :1], 0, 1), project(attn, y, 1, 3)
-        else:
-            q, k, v = project(attn, y, 0, 3, rope)
+        one = step.reducer.selects and step.class_token and self.slices
+        q, k, v = self.queries(y, 1 if one else y.shape[1], rope)
         seen = step.seen(x, q_BHTD=q, k_BHTD=k, v_BHTD=v, scale=attn.scale)
         if stage == "residual":
             seen.x_BTC = x = self.add(x, self.projected(mix(attn, q, k, v, seen.bias_B11T)))
@@ -200,40 +181,31 @@ class Reducing(nn.Module):
         """Whether query, key and value may be computed separately."""
         return isinstance(self.attn, Attention) and plain(self.attn.qkv, nn.Linear)
 
+    def queries(self, y: Tensor, count: int, rope: Any) -> tuple[Tensor, ...]:
+        """The query of the first `count` tokens, the key and value of all."""
+        if count < y.shape[1] and self.slices:
+            return *project(self.attn, y[:, :count], 0, 1), *project(self.attn, y, 1, 3)
+        q, k, v = project(self.attn, y, 0, 3, rope)
+        return q if count == y.shape[1] else q[:, :, :count], k, v
+
     def projected(self, out: Tensor) -> Tensor:
         """Apply the attention's output projection and dropout."""
         return self.attn.proj_drop(self.attn.proj(out))
 
     def prefix_alone(self, x: Tensor, step: Step, bias: Tensor | None, rope: Any) -> Tensor:
         """Compute the block's output for the prefix tokens only, (B, P, C)."""
-        attn, P, kinds = self.attn, step.num_prefix, (Attention, *ROTATED)
-        seen = not any(plain(attn, kind) for kind in kinds)
-        if not plain(self, type(self)) or seen:  # hooks expect all tokens
-            return self.whole(x, bias, False, rope)
-        y = self.norm1(x)
-        if self.slices:
-            (q,), (k, v) = project(attn, y[:, :P], 0, 1), project(attn, y, 1, 3)
-        else:
-            q, k, v = project(attn, y, 0, 3, rope)
-            q = q[:, :, :P]
+        attn, P = self.attn, step.num_prefix
+        if not plain(self, type(self)) or not plain(attn, *ATTENTIONS):  # hooks expect all tokens
+            return self.whole(x, bias, rope)
+        q, k, v = self.queries(self.norm1(x), P, rope)
         return self.after(self.add(x[:, :P], self.projected(mix(attn, q, k, v, bias))))
 
 
 class ReducedBlock(Reducing, Block):
     """timm's Block; reduces tokens if forward gets a step."""
 
-    def forward(
-        self,
-        x: Tensor,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        step: Step | None = None,
-    ) -> Tensor:
-        return self.go(x, attn_mask, is_causal, step, None)
-
-    def whole(self, x: Tensor, bias: Tensor | None, is_causal: bool, rope: Any) -> Tensor:
-        out = self.attn(self.norm1(x), attn_mask=bias, is_causal=is_causal)
-        return self.after(self.add(x, out))
+    def whole(self, x: Tensor, bias: Tensor | None, rope: Any) -> Tensor:
+        return self.after(self.add(x, self.attn(self.norm1(x), attn_mask=bias)))
 
     def add(self, x: Tensor, out: Tensor) -> Tensor:
         return x + self.drop_path1(self.ls1(out))
@@ -242,21 +214,11 @@ class ReducedBlock(Reducing, Block):
         return x + self.drop_path2(self.ls2(feed_forward(self.mlp, self.norm2(x))))
 
 
-class ReducedEvaBlock(Reducing, EvaBlock):
+class ReducedEvaBlock(Reducing, EvaBlock):  # type: ignore[misc]
     """timm's EvaBlock with rotary positions; reduces tokens if forward gets a step."""
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
-        step: Step | None = None,
-    ) -> Tensor:
-        return self.go(x, attn_mask, is_causal, step, rope)
-
-    def whole(self, x: Tensor, bias: Tensor | None, is_causal: bool, rope: Any) -> Tensor:
-        return EvaBlock.forward(self, x, rope, bias, is_causal)
+    def whole(self, x: Tensor, bias: Tensor | None, rope: Any) -> Tensor:
+        return EvaBlock.forward(self, x, rope, bias)
 
     def add(self, x: Tensor, out: Tensor) -> Tensor:
         return x + self.drop_path1(out if self.gamma_1 is None else self.gamma_1 * out)

@@ -40,19 +40,15 @@ class Predictor(nn.Module):
     def forward(self, x_BNC: Tensor, kept_BN: Tensor) -> Tensor:
         own, shared = self.in_conv(x_BNC).chunk(2, -1)
         kept_BN1 = kept_BN[:, :, None].float()
-        # In float32; clamp, as the mean over no token would be NaN.
-        mean = (shared.float() * kept_BN1).sum(1, keepdim=True) / kept_BN1.sum(
-            1, keepdim=True
-        ).clamp(1)
+        total_B1C = (shared.float() * kept_BN1).sum(1, keepdim=True)
+        mean = total_B1C / kept_BN1.sum(1, keepdim=True).clamp(1)  # of no token: 0, not NaN
         return self.out_conv(torch.cat([own, mean.to(own.dtype).expand_as(own)], -1))
 
 
 class DynamicViT(Reducer):
     """Keep the tokens that a learned predictor prefers, before each block in `at`.
 
-    Args:
-        **schedule: keep_rate, at, counts, as in Reducer; place s keeps int(N * keep_rate ** s)
-            tokens (or N times the product of the first s rates).
+    Place s keeps int(N * keep_rate ** s) tokens, or N times the product of the first s rates.
     """
 
     name = "dynamicvit"
@@ -68,9 +64,7 @@ class DynamicViT(Reducer):
         return list(itertools.accumulate(self.keep_rate, operator.mul))
 
     def kept(self, n: int) -> list[int]:
-        if self.given is not None:
-            return list(self.given)
-        return [int(n * share) for share in self.kept_shares()]
+        return list(self.given) if self.given else [int(n * share) for share in self.kept_shares()]
 
     def scores(self, i: int, seen: Seen) -> Tensor:
         """Log-probability of keeping each token, by the predictor of place i, (B, N)."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from evit.reducers.blocks import project
-from evit.reducers.tokens import Reduction, Seen, merge_into, split, unit
-from evit.reducers.tome import Pairing
+from evit.reducers.tokens import Reduction, Seen, merge_into, unit
+from evit.reducers.tome import Pairing, split
 
 
 class MCTF(Pairing):
@@ -76,8 +76,10 @@ class MCTF(Pairing):
         (value,) = project(attn, block.norm1(x), 2, 3)
         rows = reduction(weight_BHTT.transpose(1, 2).flatten(2))  # (B, T', H T): a mean
         rows = rows.unflatten(2, weight_BHTT.shape[1:4:2]).permute(0, 3, 1, 2)  # (B, T, T', H)
-        members = reduction.members(rows.shape[1])
-        fused = members(rows.flatten(2)).unflatten(2, rows.shape[2:]).permute(0, 3, 2, 1)
+        groups = torch.arange(num_kept, device=x.device)[:, None]
+        member_BKN = (reduction.hosts(rows.shape[1])[:, None] == groups).float()
+        summed = Reduction(reduction.index_BK, seen.num_prefix, None, member_BKN)(rows.flatten(2))
+        fused = summed.unflatten(2, rows.shape[2:]).permute(0, 3, 2, 1)
         out = (attn.attn_drop(fused) @ value).transpose(1, 2).flatten(2)
         return block.after(block.add(x, block.projected(attn.norm(out)))), reduction
 

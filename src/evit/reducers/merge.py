@@ -6,6 +6,7 @@ N K C products. DiffRate also prunes, with two token counts per block. Sizes are
 the authors' training code and unlike their inference code.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,23 +64,18 @@ class DiffRate(Merge):
         super().__init__(**schedule)
         self.prune_counts, self.merge_counts = list(prune_counts or ()), list(merge_counts or ())
         self.own = bool(self.prune_counts or self.merge_counts)
-        pairs = list(zip(self.prune_counts, self.merge_counts, strict=False))
-        if len(self.prune_counts) != len(self.merge_counts) or any(
-            not p >= g > 1 for p, g in pairs
-        ):
-            raise ValueError(
-                f"prune_counts={self.prune_counts} must have as many entries as merge_counts="
-                f"{self.merge_counts}, each at least as large, and these at least 2"
-            )
+        pairs = itertools.zip_longest(self.prune_counts, self.merge_counts, fillvalue=0)
+        if not all(pruned >= merged > 1 for pruned, merged in pairs):
+            given = f"prune_counts={self.prune_counts} merge_counts={self.merge_counts}"
+            raise ValueError(f"{given}: as many of each, none above the other, and at least 2")
 
     def wanted(self, i: int, n: int) -> int:
         return min(self.merge_counts[i] - 1, n) if self.own else super().wanted(i, n)
 
     def check(self, n: int) -> None:
         if self.own and len(self.merge_counts) != len(self.at):
-            raise ValueError(
-                f"merge_counts={self.merge_counts}: give one for each of {len(self.at)} places"
-            )
+            what = f"one for each of {len(self.at)} places"
+            raise ValueError(f"merge_counts={self.merge_counts} must be {what}")
         super().check(n)
 
     def plan(self, i: int, seen: Seen, num_kept: int) -> Reduction:

@@ -6,18 +6,9 @@ similar to it, with weight exp(cosine). Sizes are not tracked. Cost: N K C produ
 
 from typing import Any
 
-from torch import Tensor
-
 from evit.reducers.base import Reducer
 from evit.reducers.dynamicvit import DynamicViT
 from evit.reducers.tokens import Reduction, Seen, merge_into, nearest
-
-
-def squeeze(seen: Seen, score_BN: Tensor, num_kept: int) -> Reduction:
-    """Keep the num_kept best tokens; merge every other one into the kept one most similar to it."""
-    index_BK = score_BN.detach().topk(num_kept, sorted=False).indices
-    cosine_BN, host_BN = nearest(seen.image(), index_BK, eps=1e-6)
-    return merge_into(seen, index_BK, host_BN, cosine_BN.exp())
 
 
 class Squeeze(DynamicViT):
@@ -50,7 +41,10 @@ class Squeeze(DynamicViT):
         return super().kept(n) if self.masked else Reducer.kept(self, n)
 
     def plan(self, i: int, seen: Seen, num_kept: int) -> Reduction:
-        return squeeze(seen, self.scores(i, seen) if self.masked else seen.scores(), num_kept)
+        score_BN = self.scores(i, seen) if self.masked else seen.scores()
+        index_BK = score_BN.detach().topk(num_kept, sorted=False).indices
+        cosine_BN, host_BN = nearest(seen.image(), index_BK, eps=1e-6)
+        return merge_into(seen, index_BK, host_BN, cosine_BN.exp())
 
     def macs(self, n: int, k: int, dim: int) -> int:
         predictor = super().macs(n, k, dim) if self.masked else n

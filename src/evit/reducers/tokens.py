@@ -1,10 +1,11 @@
-"""What a reducer sees (Seen) and returns (Reduction: where each token goes, and its weight).
+"""What a reducer sees (Seen), what it returns (Reduction), and where each patch goes by that.
 
 Names end in their shapes:
     B images, H heads, D channels of a head, C channels of a token,
     P prefix tokens (the class token first), N image tokens, T = P + N, K image tokens left.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,43 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
-def plain(module: nn.Module, kind: type) -> bool:
-    """Whether a module is of exactly this type, without hooks, wrappers or parametrizations."""
+
+def plain(module: nn.Module, *kinds: type) -> bool:
+    """Whether a module is of exactly such a type, without hooks, wrappers or parametrizations."""
     own = module.__dict__
-    return (
-        type(module) is kind
-        and not own["_forward_hooks"]
-        and not own["_forward_pre_hooks"]
-        and not own["_backward_hooks"]
-        and not own["_backward_pre_hooks"]
-        and "forward" not in own
-    )
+    return type(module) in kinds and "forward" not in own and not any(own[name] for name in HOOKS)
 
 
 def wide(x: Tensor) -> torch.dtype:
     """The tensor's dtype, but at least float32."""
     return x.dtype if x.dtype.itemsize > 4 else torch.float32
-
-
-def class_rows(
-    q_BHTD: Tensor, k_BHTD: Tensor, scale: float | None = None, bias_B11T: Tensor | None = None
-) -> Tensor:
-    """Attention of the class token to every token, in each head.
-
-    Computes one row of the softmax attention, not the T x T matrix.
-
-    Returns: (B, H, T), in float32 or wider.
-    """
-    scale = q_BHTD.shape[-1] ** -0.5 if scale is None else scale
-    q_BHD1 = q_BHTD[:, :, 0, :, None] * scale
-    if k_BHTD.is_cuda and torch.compiler.is_compiling():  # fuses; a matrix-vector product does not
-        row_BHT = (k_BHTD * q_BHD1.mT).sum(-1)
-    else:
-        row_BHT = (k_BHTD @ q_BHD1).squeeze(-1)
-    if bias_B11T is not None:
-        row_BHT = row_BHT + bias_B11T[:, 0]
-    return row_BHT.softmax(-1, dtype=wide(row_BHT))
 
 
 @dataclass
@@ -74,12 +50,20 @@ class Seen:
     def rows(self) -> Tensor:
         """Attention that each token receives in each head, (B, H, T), in float32 or wider.
 
-        From the class token, or averaged over all queries if the model has no class token.
+        From the class token: one row of the softmax, not the T x T matrix. Without a class token
+        averaged over all queries.
         """
-        if self.class_token:
-            return class_rows(self.q_BHTD, self.k_BHTD, self.scale, self.bias_B11T)
-        logits = ((self.q_BHTD * self.scale) @ self.k_BHTD.mT).float()
-        return (logits if self.bias_B11T is None else logits + self.bias_B11T).softmax(-1).mean(2)
+        k_BHTD, bias_B11T = self.k_BHTD, self.bias_B11T
+        if not self.class_token:
+            logits = ((self.q_BHTD * self.scale) @ k_BHTD.mT).float()
+            return (logits if bias_B11T is None else logits + bias_B11T).softmax(-1).mean(2)
+        q_BHD1 = self.q_BHTD[:, :, 0, :, None] * self.scale
+        if k_BHTD.is_cuda and torch.compiler.is_compiling():  # fuses; a product with a row does not
+            row_BHT = (k_BHTD * q_BHD1.mT).sum(-1)
+        else:
+            row_BHT = (k_BHTD @ q_BHD1).squeeze(-1)
+        row_BHT = row_BHT if bias_B11T is None else row_BHT + bias_B11T[:, 0]
+        return row_BHT.softmax(-1, dtype=wide(row_BHT))
 
     def scores(self) -> Tensor:
         """Class attention of the image tokens, averaged over the heads, (B, N).
@@ -100,6 +84,7 @@ class Seen:
         return self.x_BTC.new_ones(B, T - self.num_prefix, dtype=torch.float32)
 
 
+@dataclass(eq=False)
 class Reduction:
     """Linear map from N image tokens to K; prefix tokens stay first and unchanged.
 
@@ -114,17 +99,12 @@ class Reduction:
         sizes_BT: number of patches in each new token, prefix tokens included.
     """
 
-    def __init__(
-        self,
-        index_BK: Tensor,
-        num_prefix: int,
-        rest_BN: Tensor | None = None,
-        weight_BKN: Tensor | None = None,
-        host_BN: Tensor | None = None,
-        sizes_BT: Tensor | None = None,
-    ):
-        self.index_BK, self.num_prefix, self.sizes_BT = index_BK, num_prefix, sizes_BT
-        self.rest_BN, self.weight_BKN, self.host_BN = rest_BN, weight_BKN, host_BN
+    index_BK: Tensor
+    num_prefix: int
+    rest_BN: Tensor | None = None
+    weight_BKN: Tensor | None = None
+    host_BN: Tensor | None = None
+    sizes_BT: Tensor | None = None
 
     def __call__(self, x_BTC: Tensor) -> Tensor:
         """Apply the map to tokens (B, P + N, C); returns (B, P + K, C)."""
@@ -154,12 +134,6 @@ class Reduction:
     def num_left(self) -> int:
         """Number of image tokens after the reduction: K, or K + 1 with a fused token."""
         return self.index_BK.shape[1] + (self.rest_BN is not None)
-
-    def members(self, num_tokens: int) -> "Reduction":
-        """The same groups with every weight 1, as sums instead of means."""
-        groups_K1 = torch.arange(self.index_BK.shape[1], device=self.index_BK.device)[:, None]
-        member_BKN = (self.hosts(num_tokens - self.num_prefix)[:, None] == groups_K1).float()
-        return Reduction(self.index_BK, self.num_prefix, None, member_BKN)
 
     def ids(self, ids_BN: Tensor) -> Tensor:
         """Select the ids of the remaining tokens, (B, K); -1 for a fused token or padding."""
@@ -225,16 +199,55 @@ def nearest(tokens_BNC: Tensor, index_BK: Tensor, eps: float = 1e-12) -> tuple[T
     return cosine_BN.scatter(1, index_BK, 1.0), host_BN.scatter(1, index_BK, own)
 
 
-def split(num_tokens: int, num_prefix: int, device: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Split image tokens into ToMe's sets A (even positions of the whole sequence) and B (odd).
-
-    Returns: indices of A, indices of B, and the position of each image token in [A, B].
-    """
-    first = num_prefix % 2
-    a, b = (torch.arange(start, num_tokens, 2, device=device) for start in (first, 1 - first))
-    return a, b, torch.cat([a, b]).argsort()
-
-
 def unit(x_BTC: Tensor, eps: float = 1e-12) -> Tensor:
     """Normalise tokens to length 1 for comparisons, in float32 or wider, without gradients."""
     return F.normalize(x_BTC.detach().to(wide(x_BTC)), dim=-1, eps=eps)
+
+
+def moved(reduction: Reduction, place_BN: Tensor, num_tokens: int) -> Tensor:
+    """Update the token index of each patch by a reduction of num_tokens tokens; -1: dropped."""
+    host_BN = reduction.hosts(num_tokens).gather(1, place_BN.clamp(0))
+    return torch.where(place_BN >= 0, host_BN, place_BN)
+
+
+def source(found: list[Reduction], ids_BN: Tensor, num_prefix: int) -> Tensor:
+    """Index of the final token of each patch, prefix tokens included, (B, N); -1: dropped."""
+    place_BN, n = ids_BN, ids_BN.shape[1]
+    for reduction in found:
+        place_BN, n = moved(reduction, place_BN, n), reduction.num_left
+    return torch.where(place_BN >= 0, place_BN + num_prefix, place_BN)
+
+
+def survivors(found: list[Reduction], reducer: Any, ids_BN: Tensor) -> list[Tensor]:
+    """Ids of the patches kept at each place (also if all are kept); -1 is a fused token."""
+    n, kept, left = ids_BN.shape[1], [], iter(found)
+    for k in reducer.kept(n):
+        if k < n:
+            reduction = next(left)
+            ids_BN, n = reduction.ids(ids_BN), reduction.num_left
+        kept.append(ids_BN[:, :k])
+    return kept
+
+
+def put_back(states: list[Any], num_prefix: int) -> Iterator[Tensor]:
+    """Yield dense tokens (B, P + N, C) after each block: each patch has the token it went into.
+
+    A dropped patch has its state from before the block that dropped it. `states` are the embedded
+    tokens, then for each block its reduction (if any) and its tokens.
+    """
+    first, *later = states
+    map_BNC = first[:, num_prefix:]
+    n = map_BNC.shape[1]
+    place_BN = torch.arange(n, device=first.device).expand(first.shape[0], -1)
+    reduced = False
+    for state in later:
+        if type(state) is Reduction:
+            place_BN, n, reduced = moved(state, place_BN, n), state.num_left, True
+            continue
+        if reduced:
+            index = place_BN.clamp(0)[..., None].expand_as(map_BNC)
+            tokens = state[:, num_prefix:].gather(1, index)
+            map_BNC = torch.where(place_BN[..., None] >= 0, tokens, map_BNC)
+        else:
+            map_BNC = state[:, num_prefix:]
+        yield torch.cat([state[:, :num_prefix], map_BNC], 1)

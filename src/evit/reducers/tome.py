@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from evit.reducers.base import Reducer
-from evit.reducers.tokens import Reduction, Seen, merge_into, split, unit
+from evit.reducers.tokens import Reduction, Seen, merge_into, unit
 
 
 def removals(r: Any, depth: int) -> list[Any]:
@@ -26,11 +27,17 @@ def removals(r: Any, depth: int) -> list[Any]:
         return [int(low + i * step) for i in range(depth)]
     given = list(r) if isinstance(r, Sequence) else [r] * depth
     if len(given) > depth or not all(isinstance(x, int | float) and x >= 0 for x in given):
-        raise ValueError(
-            f"r={r!r} must be tokens removed in every block: a number, a list of at most {depth}, "
-            f"or (r, inflect) with inflect from -1.0 to 1.0"
-        )
+        ways = f"a number, a list of at most {depth}, or (r, inflect) with inflect from -1.0 to 1.0"
+        raise ValueError(f"r={r!r} must be tokens removed in every block: {ways}")
     return given + [0] * (depth - len(given))
+
+
+def split(num_tokens: int, num_prefix: int, device: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Indices of the image tokens in ToMe's set A (even positions of the whole sequence) and in B
+    (odd), and the position of each image token in [A, B]."""
+    first = num_prefix % 2
+    a, b = (torch.arange(start, num_tokens, 2, device=device) for start in (first, 1 - first))
+    return a, b, torch.cat([a, b]).argsort()
 
 
 class Pairing(Reducer):
@@ -45,20 +52,14 @@ class Pairing(Reducer):
 
     def __init__(self, *, r: Any = None, prop_attn: bool = True, **schedule: Any):
         super().__init__(**schedule)
-        self.r, self.prop_attn = r, prop_attn
+        self.r, self.prop_attn, self.proportional = r, prop_attn, prop_attn
         self.own = r is not None
-
-    @property
-    def proportional(self) -> bool:  # type: ignore[override]
-        return self.prop_attn
 
     def fewest(self, n: int) -> int:
         return n - n // 2
 
     def wanted(self, i: int, n: int) -> int:
-        if not self.own:
-            return super().wanted(i, n)
-        return n - min(self.removed(i, n), n // 2)
+        return n - min(self.removed(i, n), n // 2) if self.own else super().wanted(i, n)
 
     def removed(self, i: int, n: int) -> int:
         """Number of n image tokens that place number i removes, by the method's own schedule."""
@@ -66,12 +67,7 @@ class Pairing(Reducer):
 
 
 class ToMe(Pairing):
-    """Merge the r most similar pairs of tokens.
-
-    Args:
-        r: image tokens that each block removes: an int, a list for the blocks, or (r, inflect).
-        prop_attn: sizes enter the attention; the paper leaves it off for MAE models off the shelf.
-    """
+    """Merge the r most similar pairs of tokens (the paper: without prop_attn for MAE's models)."""
 
     name = "tome"
 
@@ -82,25 +78,14 @@ class ToMe(Pairing):
         metric = unit(seen.k_BHTD.mean(1)[:, seen.num_prefix :])
         score_BA, match_BA = (metric[:, a] @ metric[:, b].mT).max(2)
         order_BA = score_BA.argsort(1, descending=True)
-        stay_BA = order_BA[:, r:].sort(1).values
-        return pair(seen, a, b, place, stay_BA, match_BA, sizes)
+        stay_BS = order_BA[:, r:].sort(1).values  # the others go into their matches in B
+        B, S = stay_BS.shape
+        own_BS = torch.arange(S, device=a.device).expand(B, S)
+        host_BA = (match_BA + S).scatter(1, stay_BS, own_BS)
+        host_BB = torch.arange(S, S + len(b), device=a.device).expand(B, -1)
+        host_BN = torch.cat([host_BA, host_BB], 1)[:, place]
+        index_BK = torch.cat([a[stay_BS], b.expand(B, -1)], 1)
+        return merge_into(seen, index_BK, host_BN, sizes, sizes)
 
     def macs(self, n: int, k: int, dim: int) -> int:
         return n * n // 4 * dim // self.num_heads + n * dim
-
-
-def pair(seen: Seen, a: Any, b: Any, place: Any, stay: Any, match: Any, sizes: Any) -> Reduction:
-    """Merge the tokens of A that are not in `stay` into their matches in B.
-
-    The new tokens are `stay`, then all of B.
-
-    Args:
-        a, b, place: as returned by `split`.
-        stay: indices (B, S) within A; match: indices (B, A) within B.
-    """
-    B, S = stay.shape
-    host_BA = (match + S).scatter(1, stay, torch.arange(S, device=stay.device).expand(B, S))
-    host_BB = torch.arange(S, S + len(b), device=stay.device).expand(B, -1)
-    host_BN = torch.cat([host_BA, host_BB], 1)[:, place]
-    index_BK = torch.cat([a[stay], b.expand(B, -1)], 1)
-    return merge_into(seen, index_BK, host_BN, sizes, sizes)

@@ -11,7 +11,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from evit import reducers
-from evit.models.follow import moved
+from evit.reducers.tokens import moved
 
 MIN_SIDE = 112  # pixels, of a drawn image
 GAP = 8  # pixels between images

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from evit.data.batch import denormalize
 from evit.data.folders import in_words
 from evit.files import whole_file
-from evit.reducers.schedule import keep_rate_at
+from evit.reducers import keep_rate_at
 from evit.report.pictures import draw_kept
 from evit.tracking import Tracker
 

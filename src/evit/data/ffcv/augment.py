@@ -10,7 +10,7 @@ import math
 import numba
 import numpy as np
 
-from evit.data import randaugment as ra
+from evit.data import batch as ra
 
 NOTHING = -1
 CHUNK = 32
@@ -59,7 +59,7 @@ def _stretch(counts, equalize, table):
 
 @jit
 def _tables(pixels, operation, argument):
-    """The value (3, 256) that takes the place of each, by the operations that look at no place."""
+    """Tabulate (3, 256) the new value of each old one, for an operation that ignores places."""
     tables = np.empty((3, 256), np.uint8)
     tables[:] = np.arange(256)
     if operation == ra.AUTO_CONTRAST or operation == ra.EQUALIZE:
@@ -131,7 +131,7 @@ def _cubic(v1, v2, v3, v4, d):
 
 @jit
 def _shift_rows(source, image, slope, offset, fill):
-    """Fill image with what lies slope * y + offset to the right in the source, both (H, W, 3)."""
+    """Shift each row of source by slope * y + offset to the left, into image, both (H, W, 3)."""
     height, width, _ = source.shape
     rows, output = source.reshape(height, 3 * width), image.reshape(height, 3 * width)
     line, distances = np.empty(3 * width + 12), np.empty((width, 3))
@@ -169,9 +169,9 @@ def _row(neighbours, first, shift, d):
 
 @jit
 def _rotate(image, affine, fill):
-    """Let every pixel of an image (H, W, 3) come from an affine map of its place.
+    """Move the pixels of an image (H, W, 3): an affine map says where each comes from.
 
-    The 16 neighbours of CHUNK pixels are collected first: the compiler can then take several pixels
+    The 16 neighbours of CHUNK pixels are collected first, so that the compiler takes several pixels
     at once.
     """
     height, width, _ = image.shape
@@ -216,7 +216,7 @@ def _rotate(image, affine, fill):
 
 @jit
 def apply_operation(image, operation, argument, affine, fill):
-    """Change image (H, W, 3), uint8; affine is what source_of says of the operation."""
+    """Apply an operation to image (H, W, 3), uint8, in place; `affine` is source_of(operation)."""
     if operation == NOTHING:
         return
     if operation == ra.ROTATE:

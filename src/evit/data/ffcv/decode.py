@@ -4,15 +4,24 @@ Of a JPEG no more is decoded than the crop shows, and in training at 1/2, 1/4 or
 where that leaves twice the pixels that are wanted on either side. The rest is a mean over areas.
 """
 
+import ctypes
+import os
+import platform
+import subprocess
+import tempfile
+import zlib
+from pathlib import Path
 from typing import Any
 
+import llvmlite.binding
 import numba
 import numpy as np
+from numba import types
 
-from evit.data.ffcv._ffcv import get_random_crop
+from evit.data.ffcv import get_random_crop
 from evit.data.ffcv.format import JPEG
-from evit.data.ffcv.jpeg import jpeg_crop
 
+SOURCE = Path(__file__).with_name("jpeg_crop.c")
 RATIO = np.array([3 / 4, 4 / 3])  # width / height of random crops
 _BESIDE = 8 + 2 + 32  # columns that jpeg_crop may add to a crop: margins and the widest MCU
 _ONE, _TWO, _THREE = np.uintp(1), np.uintp(2), np.uintp(3)  # numba checks signed indices for < 0
@@ -22,13 +31,50 @@ _get_random_crop = numba.njit(get_random_crop)  # torchvision's RandomResizedCro
 jit = numba.njit(cache=True, nogil=True)
 
 
+def _library() -> ctypes.CDLL:
+    """jpeg_crop.c, compiled where that has not been done yet."""
+    key = f"{platform.machine()}-{zlib.crc32(SOURCE.read_bytes()):08x}"
+    library = Path(f"~/.cache/evit-lab/jpeg_crop-{key}.so").expanduser()
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError:  # not there yet, or made on a machine with another libjpeg
+        library.parent.mkdir(parents=True, exist_ok=True)
+    options: Any = dict(check=True, capture_output=True, text=True)
+    try:
+        found = subprocess.run(["pkg-config", "--cflags", "--libs", "libjpeg"], **options)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            made = f"{folder}/{library.name}"
+            command = [*os.environ.get("CC", "cc").split(), "-O2", "-shared", "-fPIC", str(SOURCE)]
+            subprocess.run([*command, "-o", made, *found.stdout.split()], **options)
+            os.replace(made, library)  # at once: other processes may be about to do the same
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ImportError(
+            f"jpeg_crop.c could not be compiled ({getattr(error, 'stderr', None) or error}): run "
+            f"`make setup`, or install g++, pkg-config and libjpeg-dev (libjpeg-turbo's)"
+        ) from error
+    return ctypes.CDLL(str(library))
+
+
+# By name and not by ctypes, because numba does not keep functions that hold an address on disk.
+_address = ctypes.cast(_library().evit_jpeg_crop, ctypes.c_void_p).value
+llvmlite.binding.add_symbol("evit_jpeg_crop", _address)
+_pointer, _unsigned = types.uintp, types.uint32
+_jpeg_crop = types.ExternalFunction(
+    "evit_jpeg_crop",
+    types.int32(_pointer, types.ulong, *(_unsigned,) * 7, _pointer, types.ulong, _pointer),
+)
+
+
 @jit
 def _decode_jpeg(data, height, width, shrink, top, bottom, left, right):
-    """Rows top to bottom and columns left to right of the shrunk image, the column in which they
-    begin, and a status that is not 0 where libjpeg-turbo failed or had to guess."""
+    """Decode the rows top to bottom and the columns left to right of the shrunk image.
+
+    Returns: the pixels; in which column of them `left` is; 0, or -1 if libjpeg-turbo failed or
+    had to guess.
+    """
     pixels = np.empty((bottom - top, right - left + _BESIDE, 3), np.uint8)
     found = np.zeros(1, np.uint32)
-    status = jpeg_crop(
+    status = _jpeg_crop(
         *(data.ctypes.data, data.size, width, height, shrink, top, bottom, left, right),
         *(pixels.ctypes.data, pixels.shape[1] * 3, found.ctypes.data),
     )
@@ -37,8 +83,10 @@ def _decode_jpeg(data, height, width, shrink, top, bottom, left, right):
 
 @jit
 def _areas(start, length, scale, size):
-    """What `size` equal parts of start to start + length cover, in pixels `scale` wide: the first
-    pixel of each part, and the shares (size, n) that it and the next ones have in the part."""
+    """Cut start to start + length into `size` equal parts, over pixels that are `scale` wide.
+
+    Returns: the first pixel of each part; the shares (size, n) that it and the next have in it.
+    """
     pixel = scale * size  # in units of 1 / size, everything is whole
     firsts = np.empty(size, np.int64)
     shares = np.zeros((size, -(-length // pixel) + 1), np.float32)
@@ -54,7 +102,7 @@ def _areas(start, length, scale, size):
 
 @numba.njit(cache=True, nogil=True, error_model="numpy")
 def _resize(pixels, rows, row_shares, columns, column_shares, mirror, output):
-    """Fill output (H, W, 3) with sums of the pixels that _areas names."""
+    """Fill output (H, W, 3) with means over areas, whose pixels and shares are those of _areas."""
     taps = np.uintp(column_shares.shape[1])
     begin = 3 * columns[0]
     end = min(3 * (columns[-1] + column_shares.shape[1]), 3 * pixels.shape[1])
@@ -86,11 +134,10 @@ def _resize(pixels, rows, row_shares, columns, column_shares, mirror, output):
 
 @jit
 def crop_image(data, is_jpeg, size, box, flip, shrinks, output):
-    """Fill output (H, W, 3) with the box (top, left, height, width) of an image whose size is
-    (height, width), and return a status that is not 0 for a damaged JPEG.
+    """Fill output (H, W, 3) with the box (top, left, height, width) of an image of size (height,
+    width). Returns 0, or another status for a damaged JPEG.
 
-    `shrinks`: whether a JPEG may be decoded at a fraction of its size, the least that leaves twice
-    the output's pixels.
+    If it `shrinks`, a JPEG is decoded at the smallest size that has twice the output's pixels.
     """
     top, left, height, width = box
     enough = min(height // (2 * output.shape[0]), width // (2 * output.shape[1]))
@@ -117,10 +164,8 @@ def crop_image(data, is_jpeg, size, box, flip, shrinks, output):
 
 @numba.njit(cache=True, nogil=True, parallel=True)
 def crop_batch(file, images, sizes, boxes, flips, shrinks, output):
-    """Fill output (B, H, W, 3) and return the statuses (B,) of crop_image.
-
-    Images (B,) are FFCV's metadata of them, sizes (B,) those of their data in bytes.
-    """
+    """Fill output (B, H, W, 3) from images (B,), as FFCV's metadata say where they are, and sizes
+    (B,), their bytes. Returns the statuses (B,) of crop_image."""
     status = np.zeros(len(images), np.int32)
     for k in numba.prange(len(images)):
         image = images[k]
@@ -132,7 +177,7 @@ def crop_batch(file, images, sizes, boxes, flips, shrinks, output):
 
 
 def decode_jpeg(data: bytes, height: int, width: int) -> np.ndarray | None:
-    """The pixels (H, W, 3) that a crop is taken from, None if libjpeg-turbo fails or guesses."""
+    """Decode a whole JPEG to (H, W, 3), as crops see it; None if libjpeg-turbo fails or guesses."""
     whole = 0, height, 0, width
     pixels, _, status = _decode_jpeg(np.frombuffer(data, np.uint8), height, width, 1, *whole)
     return None if status else pixels[:, :width]
@@ -140,7 +185,7 @@ def decode_jpeg(data: bytes, height: int, width: int) -> np.ndarray | None:
 
 @jit
 def random_crops(heights, widths, seeds, scale, ratio, flip):
-    """Boxes (B, 4) of top, left, height, width, and flips (B,), each from its own seed."""
+    """Draw boxes (B, 4), top, left, height, width, and flips (B,), each from its own seed."""
     boxes = np.empty((len(seeds), 4), np.int64)
     flips = np.empty(len(seeds), np.bool_)
     for k in range(len(seeds)):
@@ -153,8 +198,8 @@ def random_crops(heights, widths, seeds, scale, ratio, flip):
 def center_crops(
     heights: np.ndarray, widths: np.ndarray, img_size: int, crop_pct: float
 ) -> np.ndarray:
-    """Boxes (B, 4) of top, left, height, width that torchvision's Resize(int(img_size / crop_pct))
-    and CenterCrop(img_size) leave of each image, to the nearest pixel."""
+    """Find the boxes (B, 4), top, left, height, width, that torchvision's Resize(int(img_size /
+    crop_pct)) and CenterCrop(img_size) leave of each image, to the nearest pixel."""
     sizes = np.stack([heights, widths]).astype(np.int64)
     short = sizes.min(0)
     resized_short = int(img_size / crop_pct)
@@ -166,8 +211,8 @@ def center_crops(
 
 
 def shares(sizes: Any, boxes: np.ndarray, flips: np.ndarray) -> np.ndarray:
-    """Crops (B, 5), float32: x0, y0, x1, y1 as shares of the image's width and height, and 1 where
-    it is mirrored. sizes are (2, B), heights and widths."""
+    """Turn boxes into crops (B, 5), float32, as FFCVStream gives them; sizes (2, B) are heights
+    and widths."""
     starts, ends = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
     corners = [found / np.stack(sizes, 1) for found in (starts, ends)]
     return np.column_stack([*(found[:, ::-1] for found in corners), flips]).astype(np.float32)

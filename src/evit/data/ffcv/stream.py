@@ -13,12 +13,10 @@ import numba
 import numpy as np
 import torch
 
-from evit.data.ffcv import augment, decode
-from evit.data.ffcv._ffcv import config
+from evit.data.batch import RandAugment, source_of, warp_of
+from evit.data.ffcv import augment, config, decode
 from evit.data.ffcv.format import BetonError, open_beton
-from evit.data.order import EpochLoader, Shard
-from evit.data.randaugment import RandAugment, source_of, warp_of
-from evit.recipe import Recipe
+from evit.data.order import EpochLoader
 
 Batch = tuple[torch.Tensor, ...]
 SALT = np.uint32(0x9E3779B9)  # crops are drawn from the seeds themselves
@@ -27,15 +25,14 @@ SALT = np.uint32(0x9E3779B9)  # crops are drawn from the seeds themselves
 class FFCVStream(EpochLoader):
     """An iterable of (images uint8 (B, 3, H, W), labels int64 (B,)).
 
-    Training from a file with label maps, a batch goes on: maps float16 (B, 2, 5, h, w), and crops
-    float32 (B, 5), x0, y0, x1, y1 as shares of the source image's width and height, and 1 where
-    the crop was mirrored; and with RandAugment the maps (B, 2, 3) of its geometric operations, from
-    the unit square that is shown to the crop's.
+    If the file has label maps, a training batch has two more entries: maps float16 (B, 2, 5, h, w),
+    and crops float32 (B, 5): x0, y0, x1, y1 as shares of the source image's width and height, and 1
+    where the crop was mirrored. With RandAugment it has a third, affine maps (B, 2, 3) from the
+    unit square that is shown to that of the crop.
 
-    Evaluation resizes the short side to img_size / crop_pct and cuts out the centre, cutting first.
-    Training takes torchvision's RandomResizedCrop of crop_scale times the area, a horizontal flip
-    with probability flip, and then RandAugment. A batch depends on seed, epoch and rank, never on
-    `num_workers`: each entry of an epoch has a seed, and a crop is a function of image and seed.
+    Training: torchvision's RandomResizedCrop, a horizontal flip, then RandAugment. Evaluation: the
+    short side is resized to img_size / crop_pct, and the centre cut out; the cut comes first. Each
+    entry of an epoch has a seed, so that a batch does not depend on `num_workers`.
 
     Args:
         num_workers: threads, at most one per core.
@@ -49,18 +46,16 @@ class FFCVStream(EpochLoader):
     def __init__(
         self,
         path: str | Path,
-        recipe: Recipe,
-        shard: Shard,
         *,
-        img_size: int,
-        train: bool,
         num_workers: int = 1,
         batches_ahead: int = 2,
         fill: tuple[int, ...] = (0, 0, 0),
+        **shown: Any,
     ) -> None:
         self.path = Path(path)
         self.info, self.content, self.metadata, self.sizes = open_beton(path)
-        super().__init__(self.info["num_samples"], recipe, shard, train, img_size)
+        super().__init__(self.info["num_samples"], **shown)
+        recipe, train = self.recipe, self.train
         self.num_workers = min(max(num_workers, 1), config.NUMBA_NUM_THREADS)
         self.batches_ahead, self.fill = batches_ahead, np.array(fill)
         self.label_map_shape = tuple(self.info.get("label_map_shape", ())) if train else ()

@@ -37,10 +37,8 @@ VERSION = 2  # of FFCV's format
 def encode(
     picture: Picture, mode: str = "jpg", max_resolution: int | None = 500, jpeg_quality: int = 95
 ) -> tuple[int, int, int, bytes, bool]:
-    """The mode, width, height and bytes to be stored of an image, and whether they are its own.
-
-    It is decoded whole, so that a bad one is found. EXIF orientation is left aside, as in timm.
-    """
+    """Decode an image, and return its mode, width, height, the bytes to store, and whether these
+    are the file's own. EXIF orientation is left aside, as in timm."""
     source = None
     if isinstance(picture, str | Path):
         with open_image(picture) as file:
@@ -55,9 +53,7 @@ def encode(
         raise ValueError(f"a side of {max(size)} px, more than {MAX_SIDE}: set max_resolution")
     if mode == "jpg" and source and size == image.size and _is_sound_jpeg(image, source):
         return beton.JPEG, width, height, source, True
-    image = to_rgb(image)
-    if size != image.size:
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    image = to_rgb(image).resize((width, height), Image.Resampling.BICUBIC)
     if mode == "raw":
         return beton.RAW, width, height, image.tobytes(), False
     buffer = io.BytesIO()
@@ -95,13 +91,11 @@ class _Encoded(Dataset):
             return f"{type(error).__name__}: {error}", name
         if label not in range(self.num_classes):
             return f"{name}: label {label!r} is outside 0 to {self.num_classes - 1}", None
-        if not self.maps:
-            return encoded, int(label), b""
         try:
-            found = read_label_map(self.maps[index], self.num_classes, self.map_shape)
+            map_ = self.maps and read_label_map(self.maps[index], self.num_classes, self.map_shape)
         except ValueError as error:
             return str(error), None
-        return encoded, int(label), found.numpy().tobytes()
+        return encoded, int(label), map_.numpy().tobytes() if map_ is not None else b""
 
 
 def _end_with_parent(_: int) -> None:
@@ -139,26 +133,19 @@ def write_beton(
             process that died. `path` is as it was before.
     """
     path, count = Path(path), len(samples)
-    if mode not in ("jpg", "raw") or not 1 <= jpeg_quality <= 100:
-        raise ValueError(f"mode={mode}, jpeg_quality={jpeg_quality}: jpg or raw, 1 to 100")
-    if max_resolution is not None and not 1 <= max_resolution <= MAX_SIDE:
-        raise ValueError(f"max_resolution={max_resolution}: give pixels, or null for no limit")
-    if not count:
-        raise ValueError(f"{path}: nothing to write, {source} has no images")
     options = dict(mode=mode, max_resolution=max_resolution, jpeg_quality=jpeg_quality)
+    sides = max_resolution is None or 1 <= max_resolution <= MAX_SIDE
+    if mode not in ("jpg", "raw") or not 1 <= jpeg_quality <= 100 or not sides:
+        raise ValueError(
+            f"{options}: mode is jpg or raw, max_resolution pixels or null, jpeg_quality 1 to 100"
+        )
     head: dict[str, Any] = dict(format=beton.SIDECAR_FORMAT, source=source, classes=list(classes))
     head |= dict(num_classes=len(classes), identity=identity, **options)
     dataset = _Encoded(samples, options, len(classes), label_maps)
-    loader: Any = DataLoader(
-        dataset,
-        batch_size=32,
-        sampler=range(count),
-        num_workers=num_workers,
-        collate_fn=list,
-        multiprocessing_context="fork",  # the samples need not be pickled
-        generator=torch.Generator(),  # or it would draw from the global one
-        worker_init_fn=_end_with_parent,
-    )
+    how: Any = dict(batch_size=32, sampler=range(count), num_workers=num_workers, collate_fn=list)
+    how |= dict(multiprocessing_context="fork")  # the samples need not be pickled
+    how |= dict(generator=torch.Generator())  # or it would draw from the global one
+    loader: Any = DataLoader(dataset, **how, worker_init_fn=_end_with_parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -172,8 +159,7 @@ def write_beton(
                 return there
         with whole_file(path) as file:
             shown = followed(loader, f"Writing {path.name}", len(loader))
-            encoded = itertools.chain.from_iterable(shown)
-            sidecar = head | _write(file, encoded, count, dataset.map_shape, skip_bad)
+            sidecar = head | _write(file, shown, count, dataset.map_shape, skip_bad)
             sidecar["crc32"] = beton.sidecar_crc32(sidecar)
             # It is there before its file: until then the pair does not match, and is refused.
             with whole_file(beton.sidecar_path(path)) as description:
@@ -184,14 +170,14 @@ def write_beton(
 
 
 def _write(
-    file: BinaryIO, encoded: Iterable[Any], count: int, shape: Any, skip_bad: bool
+    file: BinaryIO, batches: Iterable[Any], count: int, shape: Any, skip_bad: bool
 ) -> dict[str, Any]:
-    """Write the file, and say what the sidecar tells of its content."""
+    """Write the file, and return what the sidecar says of its content."""
     fields, metadata = beton.layout(shape)
     at = beton.HEADER.itemsize + fields.nbytes + count * metadata.itemsize
     skipped, kept = list[dict[str, str]](), 0
-    records, table = list[tuple[Any, ...]](), list[tuple[int, int, int]]()
-    for image, *rest in encoded:
+    records, table = list[Any](), list[tuple[int, int, int]]()
+    for image, *rest in itertools.chain.from_iterable(batches):
         if isinstance(image, str):
             if rest[0] is None:
                 raise ValueError(image)
@@ -211,7 +197,7 @@ def _write(
             at += len(data)
         records.append(((*size, starts[0]), label, *starts[1:]))
     if not records:
-        raise ValueError("nothing to write, it has no readable image")
+        raise ValueError("nothing to write, there is no readable image")
     # Where images were left out, unused bytes lie between the metadata and the data.
     head = np.array([(VERSION, len(fields), PAGE, len(records), at)], beton.HEADER).tobytes()
     head += fields.tobytes() + np.array(records, metadata).tobytes()
@@ -219,10 +205,6 @@ def _write(
     file.write(end)
     file.seek(0)
     file.write(head)
-    return (dict(label_map_shape=list(shape)) if shape else {}) | dict(
-        num_samples=len(records),
-        bytes=at + len(end),
-        index_crc32=zlib.crc32(end, zlib.crc32(head)),
-        kept_original=kept,
-        skipped=skipped,
-    )
+    said: dict[str, Any] = dict(label_map_shape=list(shape)) if shape else {}
+    said |= dict(num_samples=len(records), bytes=at + len(end), kept_original=kept)
+    return said | dict(skipped=skipped, index_crc32=zlib.crc32(end, zlib.crc32(head)))
