@@ -60,9 +60,9 @@ def test_the_cache_of_torch_compile_is_in_the_home_folder(monkeypatch, tmp_path)
 
 def test_what_is_compiled_of_ours_is_loaded_from_no_folder_of_all_users():
     from evit.data.ffcv import augment as operations
-    from evit.data.ffcv import jpeg as _jpeg
+    from evit.data.ffcv import decode
 
-    library = re.search(r"'(\S+\.so)'", str(_jpeg._load()))[1]
+    library = re.search(r"'(\S+\.so)'", str(decode._library()))[1]
     for path in (Path(library), Path(operations.augment_batch._cache.cache_path)):
         for folder in (path, *path.parents):
             mode = folder.stat().st_mode

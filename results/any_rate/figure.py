@@ -10,11 +10,12 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import matplotlib
+import matplotlib.style
 from matplotlib.figure import Figure
 
-from evit.report.charts import PALETTE, STYLE
-from evit.report.results import markdown, provenance
+from evit.report import markdown
+from evit.report.page import PALETTE, STYLE
+from evit.report.results import provenance
 
 HERE = Path(__file__).parent
 NAMES = {  # in the order of the legend
@@ -114,7 +115,7 @@ def table_of_searches(searches: list[dict[str, Any]]) -> str:
 
 def draw(points: list[dict[str, Any]]) -> None:
     """Draw top-1 against GMACs, with the deviation over the seeds."""
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.style.context(STYLE):
         figure = Figure(figsize=(6.4, 3.2), layout="constrained")
         axes = figure.add_subplot(xlabel="GMACs (per image)", ylabel="top-1 (%)", ylim=(67, 82))
         for i, (line, name) in enumerate(NAMES.items()):
