@@ -11,7 +11,7 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from evit.commands import cli
+from evit import commands as cli
 from evit.config import CONF_DIR, overridden
 from tests.conftest import HEARD, ROOT
 

@@ -13,9 +13,9 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from evit.commands.cli import register
+from evit.commands import register
 from evit.commands.plan import plan
-from evit.recipe import Recipe
+from evit.config import Recipe
 from evit.report import paper
 from evit.training.optimizer import lr_at
 from tests.conftest import ROOT

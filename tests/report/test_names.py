@@ -9,8 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from evit.commands import export, report
-from evit.commands.cli import fail
+from evit.commands import export, fail, report
 from evit.data import Folder
 from evit.report import charts, page, results, tables
 from evit.report.collect import read

@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from evit.commands import ended_in_a_line, sweep
 from evit.commands import jobs as made
-from evit.commands import sweep
-from evit.commands.cli import ended_in_a_line
 from evit.commands.jobs import Job
 from tests.conftest import ROOT
 

@@ -17,12 +17,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from evit.commands import checkpoint
-from evit.commands.cli import composed
+from evit.commands import checkpoint, composed
 from evit.config import CONF_DIR, counted, listed
+from evit.files import telling
 from evit.measure.entries import Entry, choose, compared, facts
 from evit.measure.speed import DTYPES, Group, compare, set_precision
-from evit.progress import telling
 from evit.report import benchmark, paper, results
 
 ROOT = Path(__file__).parents[3]

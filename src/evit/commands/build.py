@@ -7,11 +7,11 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from evit import load_checkpoint
+from evit.config import Recipe
 from evit.data import Images
 from evit.measure.speed import keep_compiled
 from evit.models.patches import check_images
 from evit.models.weights import read_state_dict
-from evit.recipe import Recipe
 from evit.training.losses import dense_teacher, make_objective
 from evit.training.module import Classifier, mix_seed
 

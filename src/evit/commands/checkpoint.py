@@ -14,11 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from evit import load_checkpoint, reduce
-from evit.config import OUTPUTS, folder_name, listed, overridden
+from evit.config import OUTPUTS, Recipe, folder_name, listed, overridden
 from evit.data.batch import MEAN, STD
 from evit.models.patches import check_images
 from evit.models.weights import fit_state_dict, read_file, read_state_dict
-from evit.recipe import Recipe
 from evit.reducers import REDUCERS
 from evit.report import results
 from evit.report.evaluations import rate

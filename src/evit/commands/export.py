@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from evit.commands import checkpoint
-from evit.progress import telling
+from evit.files import telling
 from evit.report.evaluations import rate
 
 BATCHES = (1, 2, 5)  # to check the file with; it is exported with another

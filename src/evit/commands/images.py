@@ -16,7 +16,7 @@ from evit.config import counted, listed
 from evit.data.batch import normalize
 from evit.data.folders import image_files, in_words, load_image
 from evit.data.imagefolder import evaluation_transform
-from evit.progress import telling
+from evit.files import telling
 from evit.report.evaluations import rate
 from evit.report.pictures import draw_features, draw_kept
 

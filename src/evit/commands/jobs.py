@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from evit.commands.cli import check_spelling, composed
+from evit.commands import check_spelling, composed
 from evit.config import CONF_DIR, listed, overridden, plain, scale_for
 from evit.report import results
 

@@ -19,9 +19,8 @@ from evit import load_checkpoint
 from evit.data.folders import ClassFolders, class_names, cut_long
 from evit.data.label_maps import MAX_ID, TOP, label_map_paths, read_label_map
 from evit.data.module import available_cores
-from evit.files import whole_file
+from evit.files import followed, whole_file
 from evit.models import create_model
-from evit.progress import followed
 
 
 def make_label_maps(

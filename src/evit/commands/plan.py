@@ -8,9 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from evit import measure
 from evit.commands.build import build_data, build_model
-from evit.config import listed
+from evit.config import Recipe, listed
 from evit.data.order import epoch_length
-from evit.recipe import Recipe
 from evit.reducers.schedule import keep_rate_at
 from evit.report import paper, results
 from evit.training.losses import make_objective

@@ -12,9 +12,9 @@ from omegaconf import DictConfig
 
 from evit.commands import checkpoint
 from evit.data.batch import normalize
+from evit.files import telling
 from evit.measure.search import Found, Search, gmacs
 from evit.measure.speed import timed
-from evit.progress import telling
 from evit.report import results
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from evit.commands.cli import check_spelling
+from evit.commands import check_spelling
 from evit.commands.jobs import FAILED, PROGRAMS, Job, make_jobs, names, one_line, read, stop
 from evit.config import CONF_DIR, counted, listed, overridden
 from evit.report import results

@@ -17,11 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from evit import measure
 from evit.commands.build import build_data, build_module
-from evit.config import counted, overridden, plain
+from evit.config import Recipe, counted, overridden, plain
 from evit.data import Images
+from evit.files import telling
 from evit.measure import speed
-from evit.progress import telling
-from evit.recipe import Recipe
 from evit.report import results
 from evit.tracking import JsonlLogger, Tracker, wandb_logger, wandb_mode
 from evit.training import callbacks, checkpoints

@@ -11,7 +11,7 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from evit.recipe import Recipe
+from evit.config import Recipe
 
 Colour = tuple[float, float, float]
 

@@ -12,11 +12,11 @@ import lightning as L
 import numpy as np
 from torch import Tensor
 
+from evit.config import Recipe
 from evit.data.batch import MEAN, STD, normalize
 from evit.data.folders import SPLITS
 from evit.data.order import Shard
 from evit.data.randaugment import RandAugment, fill_color
-from evit.recipe import Recipe
 
 
 class Images(L.LightningDataModule):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from evit.config import Recipe
 from evit.data.batch import augment_batch
-from evit.recipe import Recipe
 from evit.training.callbacks import WAY_OUT
 from evit.training.losses import Classification
 from evit.training.optimizer import make_optimizer

@@ -8,7 +8,7 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch.optim.lr_scheduler import LambdaLR
 
-from evit.recipe import Recipe
+from evit.config import Recipe
 
 
 def lr_at(epoch: float, recipe: Recipe) -> float:

@@ -13,12 +13,12 @@ import numba
 import numpy as np
 import torch
 
+from evit.config import Recipe
 from evit.data.ffcv import augment, decode
 from evit.data.ffcv._ffcv import config
 from evit.data.ffcv.format import BetonError, open_beton
 from evit.data.order import EpochLoader, Shard
 from evit.data.randaugment import RandAugment, source_of, warp_of
-from evit.recipe import Recipe
 
 Batch = tuple[torch.Tensor, ...]
 SALT = np.uint32(0x9E3779B9)  # crops are drawn from the seeds themselves
