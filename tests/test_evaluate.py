@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import evit
+from evit import files
 from evit.commands import evaluate as command
 from evit.report import results
 from tests.conftest import QUICK

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from evit import measure
-from evit.commands.build import build_data, build_module
+from evit.commands.plan import build_module
 from evit.config import Recipe, counted, overridden, plain
 from evit.data import Images
 from evit.files import telling
@@ -62,7 +62,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     trainer = build_trainer(cfg.trainer, folder, beside, **options)
     if cfg.trainer.accumulate_grad_batches is None:
         trainer.accumulate_grad_batches = recipe.accumulation(trainer.world_size)
-    data = build_data(cfg, recipe)
+    data = instantiate(cfg.data, recipe=recipe, _convert_="object")
     data.trainer = trainer
     module = build_module(cfg, recipe, data, config)
     announce(cfg, recipe, data, module)
