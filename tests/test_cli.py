@@ -25,7 +25,7 @@ def start(monkeypatch, tmp_path, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("IMAGENET_DIR", raising=False)
 
-    real, task = importlib.import_module, SimpleNamespace(run=run, predict=run, visualize=run)
+    real, task = importlib.import_module, SimpleNamespace(**dict.fromkeys(["run", *cli.FILES], run))
     ours = "evit.commands."
 
     def find(name: str, *more: str):

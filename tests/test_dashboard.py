@@ -10,7 +10,7 @@ import wandb
 import wandb_workspaces.reports.v2.interface as reports
 from omegaconf import OmegaConf
 
-from evit.commands import dashboard
+from evit.commands import report as dashboard
 from evit.config import CONF_DIR
 from evit.report import paper
 from tests.conftest import ROOT
@@ -44,7 +44,7 @@ def test_the_workspace_serialises_with_its_panels_and_columns():
 
 
 def test_the_report_shows_runs_and_the_paper_apart(offline):
-    report = dashboard.report("me", "mine")
+    report = dashboard.wandb_report("me", "mine")
     content = json.loads(report._to_model().spec.model_dump_json(by_alias=True))
     grids = [block for block in content["blocks"] if block["type"] == "panel-grid"]
     names = [[runs["name"] for runs in grid["metadata"]["runSets"]] for grid in grids]
@@ -110,11 +110,11 @@ def test_logged_in_both_are_saved_and_with_paper_the_rows_first(monkeypatch, cap
     import dashboard as command
 
     calls: list = []
-    monkeypatch.setattr(dashboard, "wandb_mode", lambda _: "online")
+    monkeypatch.setattr("evit.tracking.wandb_mode", lambda _: "online")
     monkeypatch.setattr(wandb, "Api", lambda: type("Api", (), dict(default_entity="me")))
     monkeypatch.setattr(dashboard, "log_paper", lambda rows, **k: calls.append((len(rows), k)))
     monkeypatch.setattr(dashboard, "workspace", lambda *a: saved(calls, "workspace"))
-    monkeypatch.setattr(dashboard, "report", lambda *a: saved(calls, "report"))
+    monkeypatch.setattr(dashboard, "wandb_report", lambda *a: saved(calls, "report"))
     monkeypatch.setattr(sys, "argv", ["dashboard.py", "paper=true", "project=mine"])
     command.main()
     count = len(dashboard.paper_runs())
@@ -131,7 +131,7 @@ def test_without_wandb_it_is_said_what_to_do(monkeypatch, capsys, reason):
         raise wandb.errors.CommError("no network")
 
     logged_in = reason == "unreachable"
-    monkeypatch.setattr(dashboard, "wandb_mode", lambda _: "online" if logged_in else "offline")
+    monkeypatch.setattr("evit.tracking.wandb_mode", lambda _: "online" if logged_in else "offline")
     monkeypatch.setattr(wandb, "Api", unreachable)
     monkeypatch.setattr(sys, "argv", ["dashboard.py"])
     with pytest.raises(SystemExit) as ended:

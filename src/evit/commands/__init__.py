@@ -38,6 +38,8 @@ from evit.config import (
     scale_for,
 )
 
+# Commands that are a function in a file of another name; the others are `run` in their own.
+FILES = dict(visualize="use", predict="use", export="use", dashboard="report", label_maps="prepare")
 LOOSE = ("keep_rate", "compile")  # numbers or true by default, and more
 NOT_COMPOSED = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
@@ -53,7 +55,6 @@ def main() -> None:
 
 def start(command: str, config: str) -> None:
     """Compose conf/CONFIG.yaml with the command line; then import the command and run it."""
-    images = command in ("predict", "visualize")
 
     def run(cfg: DictConfig) -> Any:
         if missing := [str(knob) for knob in cfg if OmegaConf.is_missing(cfg, knob)]:
@@ -61,11 +62,11 @@ def start(command: str, config: str) -> None:
         if str(cfg.get("name")).startswith(("/", "~")):
             way = f"a folder of your own is hydra.run.dir={cfg.name}"
             fail(f"name={cfg.name} would be a folder in outputs/: {way}")
-        name = "plan" if cfg.get("dry_run") else "images" if images else command
+        name = "plan" if cfg.get("dry_run") else FILES.get(command, command)
         work = importlib.import_module(f"evit.commands.{name}")
         gc.enable()
         with ended_in_a_line():  # or Hydra adds a line of its own
-            return getattr(work, command if images else "run")(cfg)
+            return getattr(work, command if command in FILES else "run")(cfg)
 
     gc.disable()  # imports leave no garbage: 25 % less time until the work begins
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints errors itself

@@ -18,7 +18,17 @@ from rich.markup import escape
 from rich.table import Table
 
 from evit.commands import check_spelling
-from evit.commands.jobs import FAILED, PROGRAMS, Job, make_jobs, names, one_line, read, stop
+from evit.commands.jobs import (
+    FAILED,
+    PROGRAMS,
+    Job,
+    make_jobs,
+    names,
+    one_line,
+    read,
+    stop,
+    submit,
+)
 from evit.config import CONF_DIR, counted, listed, overridden
 from evit.report import results
 
@@ -27,7 +37,7 @@ KNOBS = CONF_DIR / "sweep.yaml"
 LAUNCHERS = re.compile(
     "(LOCAL_|NODE_)?(RANK|WORLD_SIZE)$|MASTER_(ADDR|PORT)$|(SLURM|TORCHELASTIC|PMIX?|OMPI|GROUP|ROLE)_"
 )
-LOG = "run.log"
+LOG = "run.log"  # in the folder of a run
 
 
 def run(arguments: list[str]) -> int:
@@ -60,9 +70,7 @@ def run(arguments: list[str]) -> int:
             raise ValueError(f"sweeps/{name}.yaml needs {knob}=PATH{hint}")
     todo = [job for job in jobs if job.state() not in ("finished", "broken")]
     if cfg.launcher == "slurm":
-        from evit.commands import slurm
-
-        slurm.submit(name, todo, cfg.slurm)
+        submit(name, todo, cfg.slurm)
         return bool(failed)
     folders = {job.folder for job in todo}  # a job whose source runs may have to run after it
     todo = [job for job in jobs if job in todo or job.source in folders]
@@ -135,14 +143,10 @@ class Process(NamedTuple):
     offset: int  # in the log
 
 
-def make_slots(slots: Any) -> list[dict[str, str]]:
-    """Make the environment of each slot from a number of slots, or a list of their GPUs."""
-    if isinstance(slots, list) and slots:
-        return [{"CUDA_VISIBLE_DEVICES": ",".join(map(str, listed(gpus)))} for gpus in slots]
+def make_slots(slots: int) -> list[dict[str, str]]:
+    """Make the environment of each slot: its share of the GPUs, or of the cores."""
     if not isinstance(slots, int) or slots < 1:
-        raise ValueError(
-            f"slots must be a number, or GPUs as in [0,1] or [[0,1],[2,3]], got {slots!r}"
-        )
+        raise ValueError(f"slots must be a number from 1, got {slots!r}")
     if slots == 1:
         return [{}]
     import torch
@@ -174,10 +178,10 @@ def start(job: Job, slot: dict[str, str]) -> Process:
 def why(process: Process) -> str:
     """Say how a process has ended, with the last error or line in its log."""
     status = process.popen.returncode
-    number, ended = -status if status < 0 else status - 128, f"exit status {status}"  # a shell's
-    if number in set(signal.Signals):
-        ended = f"killed by signal {number} ({signal.Signals(number).name})"
-    if number == signal.SIGKILL:
+    ended = f"exit status {status}"
+    if status < 0:
+        ended = f"killed by signal {-status} ({signal.Signals(-status).name})"
+    if status == -signal.SIGKILL:
         return f"{ended}: out of memory?"
     log = (process.job.folder / LOG).read_bytes()[process.offset :].decode(errors="replace")
     lines = [line.strip() for line in log.splitlines() if line.strip()]
@@ -185,7 +189,7 @@ def why(process: Process) -> str:
     return ": ".join([ended, *(errors or lines)[-1:]])
 
 
-def run_all(jobs: list[Job], slots: Any) -> list[tuple[Job, str]]:
+def run_all(jobs: list[Job], slots: int) -> list[tuple[Job, str]]:
     """Run jobs, telling of each on a line; return those that failed, with the reason.
 
     Args:
@@ -198,8 +202,7 @@ def run_all(jobs: list[Job], slots: Any) -> list[tuple[Job, str]]:
     def tell(job: Job, what: str, reason: str = "") -> None:
         if what == "failed":
             failed[job.folder] = job, reason
-        more = f" ({reason})" if reason else ""
-        print(f"job {job.number} {what}: {job.name}{more}", flush=True)
+        print(f"job {job.number} {what}: {job.name}" + f" ({reason})" * bool(reason), flush=True)
 
     try:
         while running or waiting:
