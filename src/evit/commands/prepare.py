@@ -43,10 +43,7 @@ def prepare(
     """Write SOURCE's images to TARGET/train.beton and TARGET/val.beton, and return TARGET.
 
     conf/prepare.yaml says what the arguments are.
-
-    Raises:
-        ValueError: the tree or an image in it is not as it should be. A file that was whole
-            before stays.
+    ValueError: the tree or an image is not as it should be. A file that was whole before stays.
     """
     require_ffcv()
     from evit.data.ffcv.write import write_beton
@@ -56,7 +53,6 @@ def prepare(
     folder = Path(target).expanduser() if target else root.with_name(root.name + "-ffcv")
     if own and label_maps:
         raise ValueError("label_maps needs image files: a source in Python has none")
-    samples: dict[str, Any]
     classes, samples = python_dataset(*own.groups()) if own else find_images(root)
     if imagenet:
         folders.require_imagenet(classes, root)
@@ -122,9 +118,7 @@ def find_images(root: Path) -> tuple[list[str], dict[str, Any]]:
     train/ and val/ hold class folders. Or it is ImageNet: as downloaded, ILSVRC2012_img_train.tar
     and ILSVRC2012_img_val.tar, which are unpacked there, with the devkit; or val/ is flat, with the
     devkit; or as Kaggle has it, ILSVRC/Data/CLS-LOC/ and LOC_val_solution.csv.
-
-    Raises:
-        ValueError: something is missing or damaged; it says what, and what would be accepted.
+    ValueError: something is missing or damaged; it says what, and what would be accepted.
     """
     base = tree_of(root)
     for split in SPLITS:
@@ -200,31 +194,29 @@ def make_label_maps(
     features, and the five best classes of each position are kept (evit.data.label_maps).
 
     conf/label_maps.yaml says what the arguments are; the model's own mean, std and interpolation
-    are used. Maps that are there already, and not older than their images, are kept.
+    are used. Maps that are there already, whole and not older than their images, are kept.
     """
     source, target = (Path(path).expanduser().resolve() for path in (source, target))
     if crop_mode not in ("center", "squash") or not 0 < crop_pct <= 1:
         raise ValueError(f"crop_mode={crop_mode}, crop_pct={crop_pct}: center or squash, in (0, 1]")
     classes = folders.class_names(source / "train")
     if not TOP <= len(classes) <= MAX_ID + 1:
-        raise ValueError(
-            f"{source}/train has {len(classes)} classes: a label map holds the {TOP} best of at "
-            f"least {TOP} and at most {MAX_ID + 1}, of {source}/train/CLASS/*.jpg"
-        )
+        way = f"label maps are for {TOP} to {MAX_ID + 1} classes, of train/CLASS/*.jpg"
+        raise ValueError(f"{source}/train has {len(classes)} classes: {way}")
     data = ClassFolders(source / "train", classes)
     images = [path for path, _ in data.samples]
     paths = label_map_paths(images, source / "train", target, needed=False)
     model = annotator(model_name, len(classes), pretrained, checkpoint, img_size)
     fixed = bool(getattr(model, "pretrained_cfg", {}).get("fixed_input_size"))
     config = resolve_model_data_config(model, dict(img_size=img_size), use_test_size=not fixed)
-    config |= dict(crop_pct=crop_pct, crop_mode=crop_mode)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval().requires_grad_(False)
     _, high, wide = config["input_size"]
     shape = tuple(dense_logits(model, torch.zeros(1, 3, high, wide, device=device)).shape[2:])
-    weights = str(Path(checkpoint).expanduser().resolve()) if checkpoint else "timm's"
-    facts: dict[str, Any] = dict(model_name=model_name, weights=weights, img_size=[high, wide])
-    facts |= dict(crop_pct=crop_pct, crop_mode=crop_mode, classes=len(classes), cells=list(shape))
+    weights = checkpoint and str(Path(checkpoint).expanduser().resolve())
+    crop: dict[str, Any] = dict(crop_pct=crop_pct, crop_mode=crop_mode)
+    facts = dict(model_name=model_name, weights=weights, img_size=[high, wide]) | crop
+    facts |= dict(classes=len(classes), cells=list(shape))
     said = target / "label_maps.json"
     if said.is_file() and (before := json.loads(said.read_text())) != facts:
         way = "choose another target, or delete it"
@@ -232,22 +224,18 @@ def make_label_maps(
     target.mkdir(parents=True, exist_ok=True)
     said.write_text(json.dumps(facts, indent=1))
 
-    def is_good(image: str, path: str) -> bool:
+    missing = list[int]()
+    for i, (image, path) in enumerate(zip(images, paths, strict=True)):
         try:
             read_label_map(path, len(classes), shape)
-            return os.path.getmtime(path) >= os.path.getmtime(image)
+            missing += [i] * (os.path.getmtime(path) < os.path.getmtime(image))
         except (ValueError, OSError):
-            return False
-
-    missing = [i for i, path in enumerate(paths) if not is_good(images[i], path)]
-    print(
-        f"{len(paths)} images in {len(classes)} classes, {len(paths) - len(missing)} have their "
-        f"label maps already: {model_name} at {high} x {wide} px gives maps of {shape[0]} x "
-        f"{shape[1]} cells",
-        flush=True,
-    )
+            missing.append(i)
+    text = f"{len(paths)} images in {len(classes)} classes, {len(paths) - len(missing)} have their "
+    text += f"label maps already: {model_name} at {high} x {wide} px gives {shape} cells"
+    print(text, flush=True)
     cut = [folders.cut_long] * (crop_mode == "center")
-    data.transform = Compose([*cut, create_transform(**config)])
+    data.transform = Compose([*cut, create_transform(**config | crop)])
     workers = available_cores() if num_workers is None else num_workers
     loader: Any = DataLoader(Subset(data, missing), batch_size, num_workers=workers)
     names = iter(missing)
@@ -256,9 +244,8 @@ def make_label_maps(
         if not maps.isfinite().all():
             raise ValueError("the model's logits are not finite, or too large for float16")
         for label_map, i in zip(maps, names, strict=False):
-            path = Path(paths[i])
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with whole_file(path) as file:
+            Path(paths[i]).parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(Path(paths[i])) as file:
                 torch.save(label_map.clone(), file)
     return target
 
@@ -268,8 +255,7 @@ def annotator(
 ) -> Any:
     """Create the classifier with its weights, at keep rate 1 if it has a reducer."""
     if not checkpoint and not pretrained:
-        way = "give checkpoint=PATH, or pretrained=true"
-        raise ValueError(f"{name} would have random weights: {way}")
+        raise ValueError(f"{name} would have random weights: checkpoint=PATH, or pretrained=true")
     options = dict(num_classes=num_classes if checkpoint else None)  # timm leaves out what is None
     try:
         model: Any = create_model(name, not checkpoint, img_size=img_size, **options)
@@ -280,10 +266,9 @@ def annotator(
     if checkpoint:
         load_checkpoint(model, checkpoint)
     elif model.num_classes != num_classes:
-        raise ValueError(
-            f"{name} has {model.num_classes} classes and the images have {num_classes}: give "
-            f"checkpoint=PATH of one that was trained on these classes"
-        )
+        way = "give checkpoint=PATH of one that was trained on these classes"
+        text = f"{name} has {model.num_classes} classes and the images have {num_classes}: {way}"
+        raise ValueError(text)
     if hasattr(model, "set_keep_rate"):
         model.set_keep_rate(1.0)
     return model
@@ -308,8 +293,7 @@ def dense_logits(model: Any, images: Tensor) -> Tensor:
         logits = model.aux_head(x) if hasattr(model, "aux_head") else model.forward_head(one)
         return logits.reshape(*x.shape[:3], model.num_classes).movedim(-1, 1)
     except (AttributeError, RuntimeError) as error:
-        name = type(model).__name__
-        raise ValueError(f"{name} keeps no grid of features: take another ({error})") from error
+        raise ValueError(f"{type(model).__name__} keeps no grid of features: {error}") from error
 
 
 def label_maps(cfg: Any) -> None:

@@ -1,14 +1,13 @@
 """Every finished run beside the paper: src/report.py here, src/dashboard.py on W&B."""
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from omegaconf import DictConfig
 
-from evit.report import collect, paper, settings, tables
+from evit.report import collect, settings, tables
 from evit.report.collect import Found
 
 KEYS = ("model", "reducer", "keep_rate", "fusion", "img_size", "macs", "throughput", "top1", "top5")
@@ -63,7 +62,7 @@ def as_csv(content: Found) -> str:
 
 
 def dashboard(cfg: DictConfig) -> None:
-    """Save a workspace and a report of a project; with cfg.paper the published rows too, as runs.
+    """Save a workspace and a report of a project on W&B.
 
     Raises:
         ValueError: the user is not logged in, a package is missing, or W&B cannot be reached.
@@ -78,50 +77,12 @@ def dashboard(cfg: DictConfig) -> None:
         raise ValueError(f"you are not logged in to W&B: {way}")
     try:
         entity: str = cfg.entity or wandb.Api().default_entity or ""
-        if cfg.paper:
-            rows = paper_runs()
-            log_paper(rows, project=cfg.project, entity=entity, mode="online")
-            print(f"{len(rows)} rows of the paper are in {entity}/{cfg.project}, group paper")
         for made in workspace(entity, cfg.project), wandb_report(entity, cfg.project):
             print(made.save().url)
     except ImportError as error:
         raise ValueError(f"{error}: pip install 'evit-lab[dashboard]'") from error
     except Exception as error:  # W&B raises many types
         raise ValueError(f"W&B refuses, or cannot be reached: {error}") from error
-
-
-def paper_runs() -> list[dict[str, Any]]:
-    """The published rows, with the summary keys of runs and a name, each once."""
-    found: dict[str, dict[str, Any]] = {}
-    for row in paper.training_runs():
-        dense, fusion = row["keep_rate"] == 1, row["fusion"]
-        own = dict(model=paper.MODEL_LIST[row["model"]]["conf"][0 if dense else -1])
-        own |= dict(reducer="none" if dense else row["reducer"])
-        own |= dict(fusion=bool(fusion), macs=row["macs"] * 1e9)
-        name = f"{row['model']} {row['keep_rate']} {row['img_size']} px"
-        name = name if fusion is None else f"evit_{name}"
-        name += "" if dense else " fused" if fusion else " dropped"
-        if "params" in row:  # only in the table of fine-tuned models
-            start = "from DeiT" if row["finetuned"] else "from scratch"
-            name += f" {row['epochs']} epochs {start}"
-        found.setdefault(name, {key: row.get(key) for key in KEYS} | own | dict(name=name))
-    return list(found.values())
-
-
-def log_paper(rows: list[dict[str, Any]], **where: Any) -> None:
-    """Add rows to a project as runs of group paper; a second time they are replaced."""
-    import wandb
-
-    kind: Any = dict(group="paper", job_type="paper", resume="allow", reinit="finish_previous")
-    kind |= where | dict(settings=wandb.Settings(silent=True))
-    with tempfile.TemporaryDirectory() as folder:
-        for row in rows:
-            name = row["name"]
-            config = {key: row[key] for key in ("keep_rate", "fusion", "img_size")}
-            key = "paper-" + "-".join(name.replace(".", "").split())
-            tracked = wandb.init(id=key, name=name, config=config, dir=folder, **kind)
-            tracked.summary.update({k: value for k, value in row.items() if k != "name"})
-            tracked.finish()
 
 
 def panels() -> dict[str, list[Any]]:
@@ -160,15 +121,12 @@ def workspace(entity: str, project: str) -> Any:
 
 
 def wandb_report(entity: str, project: str) -> Any:
-    """Build the report of a project, not saved: our runs and the paper's, in two colours."""
+    """Build the report of a project, not saved."""
     import wandb_workspaces.reports.v2 as wr
 
     where: Any = dict(entity=entity, project=project)
-    ours = wr.Runset(**where, name="runs", filters="JobType != 'paper'")
-    theirs = wr.Runset(**where, name="paper", filters="JobType = 'paper'")
     blocks: list[Any] = [wr.TableOfContents()]
-    for i, (name, grid) in enumerate(panels().items()):
-        runs = [ours] if i else [ours, theirs]  # the paper has no curves
-        blocks += [wr.H1(name), wr.PanelGrid(runsets=runs, panels=grid)]
-    about = "Accuracy and cost of every run, beside the rows of the paper."
+    for name, grid in panels().items():
+        blocks += [wr.H1(name), wr.PanelGrid(runsets=[wr.Runset(**where)], panels=grid)]
+    about = "Accuracy and cost of every run."
     return wr.Report(**where, title="EViT Lab", description=about, blocks=blocks, width="fluid")

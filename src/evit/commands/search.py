@@ -1,4 +1,4 @@
-"""Search the keep rates that lose least at a cost; write front.json and front.png."""
+"""Search the keep rates that lose least at a cost; write front.json."""
 
 from functools import partial
 from pathlib import Path
@@ -7,20 +7,19 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
-from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from evit.commands import checkpoint
 from evit.data.batch import normalize
 from evit.files import telling
-from evit.measure.search import Found, Search, gmacs
+from evit.measure.search import Search, gmacs
 from evit.measure.speed import timed
 from evit.report import results
 
 
 @telling(lambda: "searching")
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Run a search; write front.json and front.png into the run folder, print the overrides.
+    """Run a search; write front.json into the run folder, print the overrides.
 
     Schedules are searched on one half of the images and reported on the other.
 
@@ -53,9 +52,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     unit, dense = "s" if timing else "GMACs", search.dense.cost
     budget = dense / (cfg.images_per_s or 1) if timing else float(cfg.gmacs or dense)
     if not 0 < budget <= dense:
-        raise ValueError(
-            f"{budgets} is no limit: the dense model takes {dense:.4g} {unit}, give less"
-        )
+        text = f"{budgets} is no limit: the dense model takes {dense:.4g} {unit}, give less"
+        raise ValueError(text)
     search.uniform(budget)  # or it cannot be met
     search.sensitivities()
     print(f"{len(search.known)} schedules measured; now those of several places", flush=True)
@@ -70,9 +68,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     at, rates = search.keep_rates(found)
     rows = dict(dense=search.dense, uniform=uniform, found=found)
     held = {name: held_out.measure(row.counts) for name, row in rows.items()}
-    print(
-        f"{len(search.known)} schedules measured\n\n{'':8} {unit:>8}  KL: searched  held out  top-1"
-    )
+    print(f"{len(search.known)} schedules measured\n")
+    print(f"{'':8} {unit:>8}  KL: searched  held out  top-1")
     for name, row in rows.items():
         other: Any = held[name]
         print(f"{name:8} {row.cost:8.4g} {row.loss:13.4f} {other.loss:9.4f}  {other.top1:5.2f}")
@@ -84,8 +81,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         result[name] = [row._asdict() for row in group]
     result["held_out"] = {name: row and row._asdict() for name, row in held.items()}
     results.write_json(result, folder / "front.json")
-    draw(dict(searched=front, uniform=uniforms), found, unit, folder / "front.png")
-    print(f"{folder}/front.json, front.png")
+    print(folder / "front.json")
     return result
 
 
@@ -93,16 +89,3 @@ def seconds(model: Any, images: torch.Tensor) -> float:
     """Seconds per image, the median of 5 batches."""
     step = torch.no_grad()(partial(model, images))
     return median(timed(step, 1, images.device) for _ in range(5)) / len(images)
-
-
-def draw(lines: dict[str, list[Found]], found: Found, unit: str, path: Path) -> None:
-    """Draw divergence against cost, of the searched and the uniform schedules."""
-    figure = Figure(figsize=(5, 3.3), layout="constrained")
-    axes = figure.add_subplot(xlabel=f"{unit} per image", ylabel="KL(dense || reduced)")
-    axes.set_yscale("log")
-    for (name, rows), marker in zip(lines.items(), "os", strict=True):
-        rows = sorted((row for row in rows if row.loss > 0), key=lambda row: row.cost)
-        axes.plot([r.cost for r in rows], [r.loss for r in rows], marker=marker, label=name)
-    axes.plot([found.cost], [found.loss], "*", markersize=12, label="chosen")
-    axes.legend(frameon=False)
-    figure.savefig(path, dpi=200)
