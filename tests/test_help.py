@@ -1,6 +1,9 @@
 """--help of every command: short, and begins with examples that compose."""
 
 import re
+import signal
+import subprocess
+import sys
 from string import Template
 
 import pytest
@@ -33,3 +36,16 @@ def test_the_help_has_every_knob_with_its_default():
     shown = cli.composed("config", []).hydra.help.template
     assert re.search(r"^keep_rate: 0\.7 +# share", shown, re.M)
     assert "recipe: cifar10, deit, deit_finetune, dynamicvit," in shown
+
+
+@pytest.mark.parametrize("words", [["train", "--help"], ["sweep", "cifar10_any_rate", "--dry-run"]])
+def test_a_reader_that_ends_early_ends_the_command_without_a_traceback(words):
+    name, *rest = words
+    with subprocess.Popen(
+        [sys.executable, ROOT / f"src/{name}.py", *rest],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == ("", 128 + signal.SIGPIPE)

@@ -5,6 +5,7 @@ import gc
 import importlib
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -211,6 +212,9 @@ def ended_in_a_line() -> Iterator[None]:
     except KeyboardInterrupt:
         terminate(signal.SIGINT)
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and nobody_reads():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to print goes nowhere
+            sys.exit(128 + signal.SIGPIPE)
         text = mistake(error)
         if "TORCHELASTIC_RUN_ID" in os.environ and (os.environ["RANK"] != "0" or not text):
             time.sleep(20)  # torchrun ends this process where another has said why
@@ -224,6 +228,13 @@ def ended_in_a_line() -> Iterator[None]:
                     path.rmdir()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader, such as head, has ended."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return bool(poll.poll(0))
 
 
 def mistake(error: BaseException) -> str | None:
