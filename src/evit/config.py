@@ -13,10 +13,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 # Of the checkout, or within an installed package.
 CONF_DIR = next(conf for up in Path(__file__).parents if (conf := up / "conf").is_dir())
 OUTPUTS = Path(os.environ.get("EVIT_OUTPUT", "outputs"))
-HOW = (  # say how a run is run, not what is trained: they are not in its config.json
-    *("overwrite", "resume", "checkpoint_every_n_steps", "keep_checkpoint_every_n_epochs"),
-    "dry_run",
-)
+# How a run is run, not what is trained: these knobs are not in its config.json.
+HOW = "overwrite resume checkpoint_every_n_steps keep_checkpoint_every_n_epochs dry_run".split()
 FROM_1 = (  # numbers that begin at 1, the others at 0
     "epochs batch_size lr_batch_size eval_every repeated_augmentations token_multiple "
     "max_train_images max_val_images max_batch_per_process"
@@ -167,6 +165,9 @@ def folder_name(overrides: str) -> str:
         return name
     name = "+".join(sorted(name.split("+"), key=len))
     return f"{name[:90]}-{hashlib.sha256(overrides.encode()).hexdigest()[:8]}"
+
+
+RESOLVERS = (folder_name, of, knob_lines, choices)  # that conf/ uses
 
 
 def overridden(overrides: list[str]) -> set[str]:

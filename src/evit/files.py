@@ -57,8 +57,7 @@ def sync_folder(folder: Path) -> None:
 def refused(error: BaseException, folder: Path) -> str | None:
     """Message for the user if a disk is full or cannot be used; None for other errors.
 
-    Args:
-        folder: where the program writes, for an error that names no file.
+    folder: where the program writes, for an error that names no file.
     """
     if not isinstance(error, OSError) or errno.errorcode.get(error.errno or 0) not in REFUSED:
         return None

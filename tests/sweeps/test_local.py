@@ -175,12 +175,12 @@ def test_a_signal_stops_the_jobs_and_leaves_them_to_be_taken_up_again(tmp_path):
 
 def test_a_job_that_outlives_its_sweep_is_not_begun_twice(tmp_path):
     job = script(tmp_path / "alive", "time.sleep(600)")
-    process = sweep.start(job, {})
+    sweep.start(job, {})
     try:
         ((_, reason),) = run([job])
         assert "runs already" in reason
     finally:
-        made.stop([process.popen])
+        made.stop([job.popen])
 
 
 def test_there_is_a_line_for_each_event(tmp_path, capsys):

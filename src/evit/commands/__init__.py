@@ -28,16 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from evit import files
-from evit.config import (
-    CONF_DIR,
-    Recipe,
-    choices,
-    folder_name,
-    knob_lines,
-    of,
-    overridden,
-    scale_for,
-)
+from evit.config import CONF_DIR, RESOLVERS, Recipe, overridden, scale_for
 
 # Commands that are a function in a file of another name; the others are `run` in their own.
 FILES = dict(visualize="use", predict="use", export="use", dashboard="report", label_maps="prepare")
@@ -61,8 +52,7 @@ def start(command: str, config: str) -> None:
         if missing := [str(knob) for knob in cfg if OmegaConf.is_missing(cfg, knob)]:
             fail(f"{missing[0]}=... is needed: conf/{config}.yaml says what it is for")
         if str(cfg.get("name")).startswith(("/", "~")):
-            way = f"a folder of your own is hydra.run.dir={cfg.name}"
-            fail(f"name={cfg.name} would be a folder in outputs/: {way}")
+            fail(f"name={cfg.name} is a folder in outputs/: for another, hydra.run.dir={cfg.name}")
         name = "plan" if cfg.get("dry_run") else FILES.get(command, command)
         work = importlib.import_module(f"evit.commands.{name}")
         gc.enable()
@@ -87,16 +77,12 @@ def start(command: str, config: str) -> None:
 def register() -> None:
     """Tell Hydra the schema of a recipe, and OmegaConf the resolvers of conf/."""
     ConfigStore.instance().store(name="schema", node=dict(recipe=Recipe))
-    for resolver in (folder_name, of, knob_lines, choices):
+    for resolver in RESOLVERS:
         OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
 
 
 def arguments(given: list[str], config: str) -> list[str]:
-    """Prepare the command line for Hydra: quote and check overrides, add the scale.
-
-    Raises:
-        ValueError: names an unknown knob and the nearest known one.
-    """
+    """Prepare the command line for Hydra: quote and check overrides, add the scale."""
     parts = [word.split("=", 1) if word.startswith("--") else [word] for word in given]
     words = ["dry_run=true" if word == "--dry-run" else word for p in parts for word in p]
     words.sort(key=lambda word: "=" in word)  # argparse wants flags before all overrides, or after
@@ -161,11 +147,10 @@ def knobs(config: str) -> dict[str, Any]:
 
 
 def check_spelling(overrides: list[str], config: str) -> None:
-    """Refuse unknown knobs and values of a wrong type; added with +, they would do nothing."""
+    """Refuse unknown knobs, with the nearest known one, and values of a wrong type."""
     known, wrong = knobs(config), str | list if config == "config" else str
     for override in overrides:
-        found = re.match(r"[+~]*(([\w-]+)[\w./@-]*)=", override)
-        if not found:
+        if not (found := re.match(r"[+~]*(([\w-]+)[\w./@-]*)=", override)):
             continue
         path, root = found.groups()
         if root not in known:

@@ -13,10 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from evit import measure
 from evit.commands import checkpoint
 from evit.config import counted, listed
-from evit.data.batch import normalize
 from evit.files import telling
 from evit.measure.speed import keep_compiled
-from evit.models.cascade import Cascade
 from evit.report import evaluations, results
 from evit.training.callbacks import progress_bar
 from evit.training.evaluator import Evaluator, setting_of
@@ -28,8 +26,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     quiet()
     if {"keep_rate", "keep_rates"} <= checkpoint.given():
         raise ValueError("keep_rate has no effect beside keep_rates: give one of them")
-    if cfg.cascade:
-        return evaluate_cascade(cfg)
     folder = Path(HydraConfig.get().runtime.output_dir)
     nodes = list(checkpoint.reducer_nodes(cfg).values())
     if nodes:  # the model is built with the first
@@ -49,8 +45,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     ours, theirs = list(data.classes), about["classes"] or [*range(about["num_classes"])]
     if len(ours) != len(theirs) or about["classes"] and ours != theirs:
         text = f"the checkpoint has {len(theirs)} classes, {theirs[0]} to {theirs[-1]}, and "
-        text += f"{data.name} has {len(ours)}, {ours[0]} to {ours[-1]}"
-        raise ValueError(f"{text}: give the data that it was trained on, data.root=DIR")
+        text += f"{data.name} has {len(ours)}, {ours[0]} to {ours[-1]}: give its own, data.root=DIR"
+        raise ValueError(text)
     chosen = choose(config, nodes or [config["reducer"]], model, source)
     costs = [cost(model, reducer) for reducer in chosen]
     evaluator = Evaluator(model, chosen, data.num_classes, cfg.seed)
@@ -136,66 +132,3 @@ def cost(model: Any, reducer: Any) -> dict[str, Any]:
         model.reducer = reducer
     published = None if reducer is None else measure.count_macs(model)
     return dict(macs=published, macs_executed=measure.count_macs(model, executed=True))
-
-
-@telling(lambda: "evaluating")
-@torch.no_grad()
-def evaluate_cascade(cfg: DictConfig) -> dict[str, Any]:
-    """Evaluate a cascade: all images at a low keep rate, the unsure ones again at a higher one.
-
-    One batch in ten chooses the threshold for a budget of cfg.gmacs, the others are reported. For
-    comparison, the fixed keep rate of the same cost alternates with it, batch by batch.
-    """
-    rates, budget = [float(rate) for rate in cfg.cascade], cfg.gmacs
-    model, about, cfg, source = checkpoint.opened(cfg)
-    data = checkpoint.validation(cfg, cfg.batch_size, cfg.max_val_images, ready=True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    costs = []
-    for rate in rates:
-        model.set_keep_rate(rate)
-        costs.append(measure.count_macs(model) / 1e9)
-    if len(rates) != 2 or not isinstance(budget, int | float) or not costs[0] < budget < sum(costs):
-        text = f"from {costs[0]:.4g} to {sum(costs):.4g}, got cascade={rates} gmacs={budget}"
-        raise ValueError(f"a cascade needs two keep rates and one budget of gmacs, {text}")
-    fixed = measure.match_macs(model, min(budget, costs[1]))
-    cost = measure.count_macs(model) / 1e9
-    cascade, tops = Cascade(model.to(device), rates, 0.0), list[Any]()
-    counts = {name: [0, 0.0, 0] for name in ("cascade", "fixed")}  # right, seconds, images
-    for i, (pixels, labels, *_) in enumerate(data.val_dataloader()):
-        images = normalize(pixels, about["mean"], about["std"]).to(device)
-        if i % 10 == 0:
-            model.set_keep_rate(rates[0])
-            tops.append(model(images).softmax(1).amax(1))
-            share = (budget - costs[0]) / costs[1]
-            cascade.thresholds = [torch.cat(tops).quantile(share).item()]
-            if i == 0:
-                cascade(images)  # warm
-                cascade.images = [0, 0]
-            continue
-        for name in ("cascade", "fixed") if i % 2 else ("fixed", "cascade"):
-            if name == "fixed":
-                model.set_keep_rate(fixed)
-            started = time.perf_counter()
-            logits = cascade(images) if name == "cascade" else model(images)
-            right = (logits.argmax(1).cpu() == labels).sum().item()
-            new = right, time.perf_counter() - started, len(labels)
-            counts[name] = [a + b for a, b in zip(counts[name], new, strict=True)]
-    if not counts["fixed"][2]:
-        raise ValueError(f"one batch of {cfg.batch_size} holds all images: lower batch_size")
-    macs = dict(cascade=cascade.macs(costs), fixed=cost)
-    found = {
-        name: dict(top1=100 * right / n, gmacs=macs[name], images_per_s=n / seconds, images=n)
-        for name, (right, seconds, n) in counts.items()
-    }
-    titles = dict(cascade=f"{rates[0]:g}, unsure ones {rates[1]:g}", fixed=f"{fixed:.3g} for all")
-    forms = {"top-1": "{top1:.2f}", "GMACs": "{gmacs:.4g}", "images/s": "{images_per_s:.0f}"}
-    lines = [
-        {"keep rate": titles[name]} | {key: form.format(**row) for key, form in forms.items()}
-        for name, row in found.items()
-    ]
-    threshold = cascade.thresholds[0]
-    print(results.markdown(lines) + f"\nUnsure: below {threshold:.3f}.")
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    result = dict(rates=rates, threshold=threshold, fixed_rate=fixed, **found)
-    results.write_json(result | dict(checkpoint=str(source.path)), folder / "cascade.json")
-    return result

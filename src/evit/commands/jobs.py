@@ -21,8 +21,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from evit.commands import check_spelling, composed
-from evit.config import CONF_DIR, OUTPUTS, counted, listed, overridden, plain, scale_for
+from evit.commands import check_spelling, composed, with_scale
+from evit.config import CONF_DIR, OUTPUTS, counted, listed, overridden, plain
 from evit.report import results
 
 SWEEPS = CONF_DIR.parent / "sweeps"
@@ -46,6 +46,11 @@ class Job:
     source: Path | None = None  # folder of the run whose best checkpoint this one starts from
     number: int = 0
     error: str = ""  # why it does not compose
+    hours: float = 0  # on the paper's GPUs, as estimated
+    paper: str = ""  # its top-1 in the paper
+    slot: dict[str, str] = field(default_factory=dict)  # environment of its own while it runs
+    popen: Any = None
+    log_offset: int = 0  # where in its log this try begins
 
     @property
     def name(self) -> str:
@@ -116,10 +121,7 @@ def expand(line: str, more: list[str]) -> list[list[str]]:
 def make_jobs(name: str, sweep: Sweep, more: list[str]) -> list[Job]:
     """Make the runs of a sweep, each once, with more overrides for all of them.
 
-    A run that does not compose becomes a job with an error.
-
-    Raises:
-        ValueError: no run composes.
+    A run that does not compose becomes a job with an error; ValueError: none composes.
     """
     found: dict[Path, Job] = {}
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
@@ -166,10 +168,7 @@ def compose_job(program: str, overrides: list[str]) -> tuple[Any, dict[str, Any]
     """A run's configuration, and what its result will say of it."""
     config_name, _ = PROGRAMS[program]
     check_spelling(overrides, config_name)
-    cfg = composed(config_name, overrides)
-    if program == "train" and "scale" not in overridden(overrides):
-        if (scale := scale_for(cfg)) != "published":
-            cfg = composed(config_name, [*overrides, f"scale={scale}"])
+    cfg = composed(config_name, with_scale(overrides) if program == "train" else overrides)
     HydraConfig.instance().set_config(cfg)
     if program == "train":
         return cfg, json.loads(json.dumps(plain(cfg)))

@@ -80,13 +80,12 @@ def build_module(
 def compile_all(model: Any, objective: Any, how: Any = True) -> None:
     """Compile model and losses in place, one graph for each combination of token counts.
 
-    Args:
-        how: True, or the name of one of torch.compile's modes.
+    how: True, or the name of one of torch.compile's modes.
     """
     keep_compiled()
-    mode = None if how is True else how
-    model.compile(fullgraph=True, dynamic=False, mode=mode)
-    objective.losses = torch.compile(objective.losses, fullgraph=True, dynamic=False, mode=mode)
+    options: Any = dict(fullgraph=True, dynamic=False, mode=None if how is True else how)
+    model.compile(**options)
+    objective.losses = torch.compile(objective.losses, **options)
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -117,10 +116,8 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
     data = data_facts(cfg, recipe)
     images = epoch_length(data["train_images"], recipe.repeated_augmentations)
     if not (steps := images // recipe.batch_size):
-        raise ValueError(
-            f"{data['train_images']} training images do not fill one step of {recipe.batch_size}: "
-            f"lower recipe.batch_size"
-        )
+        text = f"{data['train_images']} training images do not fill one step of "
+        raise ValueError(f"{text}{recipe.batch_size}: lower recipe.batch_size")
     with torch.device("meta"):
         model = build_model(cfg, recipe, data["num_classes"], pretrained=False)
     parts = (model, recipe, data["num_classes"])

@@ -21,11 +21,7 @@ def run(cfg: DictConfig) -> None:
 def write(source: Path, target: Path | None, page: bool = True) -> None:
     """Print the tables of the runs below a folder, or of a runs.json; write the report to target.
 
-    Args:
-        page: whether to write the page and figures, or table.md and runs.json alone.
-
-    Raises:
-        ValueError: nothing has finished there.
+    Without `page`, that is table.md and runs.json alone. ValueError: nothing has finished there.
     """
     content = collect.read(source)
     groups = settings.ours(content).groupby("section", sort=False)
@@ -62,19 +58,14 @@ def as_csv(content: Found) -> str:
 
 
 def dashboard(cfg: DictConfig) -> None:
-    """Save a workspace and a report of a project on W&B.
-
-    Raises:
-        ValueError: the user is not logged in, a package is missing, or W&B cannot be reached.
-    """
+    """Save a workspace and a report of a project on W&B; a ValueError if that cannot be."""
     import wandb
 
     from evit.tracking import wandb_mode
 
     if wandb_mode("auto") != "online":
-        way = "run wandb login (.venv/bin/wandb), then this again; make sync uploads the runs that "
-        way += "were tracked offline. Without W&B, src/report.py compares runs"
-        raise ValueError(f"you are not logged in to W&B: {way}")
+        way = "run wandb login (.venv/bin/wandb), then this again; make sync uploads offline runs"
+        raise ValueError(f"you are not logged in to W&B: {way}. src/report.py compares without it")
     try:
         entity: str = cfg.entity or wandb.Api().default_entity or ""
         for made in workspace(entity, cfg.project), wandb_report(entity, cfg.project):

@@ -22,16 +22,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """Run a search; write front.json into the run folder, print the overrides.
 
     Schedules are searched on one half of the images and reported on the other.
-
-    Raises:
-        ValueError: the budget is invalid or cannot be met, or the reducer has no keep rates.
+    ValueError: the budget is invalid or cannot be met, or the reducer has no keep rates.
     """
     budgets = {k: cfg[k] for k in ("gmacs", "images_per_s", "accuracy") if cfg[k] is not None}
     if len(budgets) != 1 or cfg.images < 2:
-        raise ValueError(
-            f"give one budget: gmacs=3.0, images_per_s=1.5 (times the dense model's) or "
-            f"accuracy=-0.5 (points of top-1), and images=2 or more; got {budgets}"
-        )
+        ways = "gmacs=3.0, images_per_s=1.5 (times the dense model's) or accuracy=-0.5 (points)"
+        raise ValueError(f"give one budget: {ways}, and images=2 or more; got {budgets}")
     folder = Path(HydraConfig.get().runtime.output_dir)
     model, about, cfg, _ = checkpoint.opened(cfg)
     reducer = getattr(model, "reducer", None)

@@ -32,18 +32,17 @@ Compute = Callable[[Tensor], np.ndarray]
 @telling(lambda: "drawing")
 def visualize(cfg: DictConfig) -> Path:
     """Draw the kept patches, or the final feature maps, of images; return the file."""
-    if cfg.show not in ("kept", "features"):
+    kinds = dict(kept=(draw_kept, ".png"), features=(draw_features, "-features.png"))
+    if cfg.show not in kinds:
         raise ValueError(f"show must be kept or features, got {cfg.show!r}")
     if cfg.num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {cfg.num_images}")
-    model, about, cfg, _ = checkpoint.opened(cfg)
+    (draw, suffix), (model, about, cfg, _) = kinds[cfg.show], checkpoint.opened(cfg)
     if not hasattr(model, "reducer"):
         raise ValueError(f"{type(model).__name__} reduces no tokens: {checkpoint.REDUCED}")
-    draw, suffix = dict(kept=(draw_kept, ""), features=(draw_features, "-features"))[cfg.show]
-    target = checkpoint.target_file(cfg, about, "pictures", f"{suffix}.png")
+    target, truths = checkpoint.target_file(cfg, about, "pictures", suffix), list[str]()
     if cfg.images is not None:
         pixels = read_pixels(image_paths(cfg.images, cfg.num_images), cfg)
-        truths = []
     else:
         data = checkpoint.validation(cfg, cfg.num_images, cfg.num_images, ready=True)
         pixels, labels = next(iter(data.val_dataloader()))
@@ -126,24 +125,24 @@ def export(cfg: DictConfig) -> Path:
     print(f"Exporting {about['model']}, {kind}, keep rate {rate(about)}, {size} px", flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     unchecked = target.with_name(f"unchecked-{target.name}")
-    generator, largest = torch.Generator().manual_seed(cfg.seed), 0.0
+    generator, differences = torch.Generator().manual_seed(cfg.seed), list[float]()
     try:
         compute = write(model, about, unchecked)
         for batch in BATCHES:
             images = torch.randn(batch, 3, size, size, generator=generator)
-            difference = float(np.abs(compute(images) - model(images).numpy()).max())
-            if not difference <= TOLERANCE:  # NaN is not
-                raise RuntimeError(
-                    f"at batch size {batch} the exported logits differ by {difference:.1e}; where "
-                    f"two tokens score alike that can be: another seed= has other images"
-                )
-            largest = max(largest, difference)
+            differences.append(float(np.abs(compute(images) - model(images).numpy()).max()))
+            if not differences[-1] <= TOLERANCE:  # NaN is not
+                text = f"at batch size {batch} the exported logits differ by {differences[-1]:.1e}"
+                way = "where two tokens score alike that can be: another seed= has other images"
+                raise RuntimeError(f"{text}; {way}")
         unchecked.replace(target)
     finally:
         unchecked.unlink(missing_ok=True)
     sizes, norm = ", ".join(map(str, BATCHES)), f"mean {about['mean']}, std {about['std']}"
     print(f"{target}: float32 images (batch, 3, {size}, {size}), normalised by {norm}, to logits")
-    print(f"Compared with PyTorch at batch sizes {sizes}: largest difference {largest:.1e}")
+    print(
+        f"Compared with PyTorch at batch sizes {sizes}: largest difference {max(differences):.1e}"
+    )
     return target
 
 
