@@ -39,11 +39,12 @@ def measure(target: Path, gpu: bool, repeats: int, min_seconds: float) -> dict[s
     started = time.perf_counter()
     device = torch.device("cuda" if gpu else "cpu")
     config = dict(paper="gpu", repeats=repeats, min_seconds=min_seconds)
-    result: dict[str, Any] = dict(rows=[], matmul=[], left_out=[], at="")
+    result: dict[str, Any] = dict(rows=[], matmul=[], left_out=[], config=config, at="")
     with telling(lambda: result["at"]):
         measure_all(result, config, device, started)
     target.mkdir(parents=True, exist_ok=True)
-    write(result, config, device, started, [target])
+    result |= dict(seconds=round(time.perf_counter() - started, 1))
+    write(result, device, [target])
     return result
 
 

@@ -7,21 +7,11 @@ import sys
 
 import pytest
 import wandb
-import wandb_workspaces.reports.v2.interface as reports
 from omegaconf import OmegaConf
 
 from evit.commands import report as dashboard
 from evit.config import CONF_DIR
 from tests.conftest import ROOT
-
-
-@pytest.fixture
-def offline(monkeypatch):
-    """A report asks the server for the project's id when it is serialised: the answer."""
-    monkeypatch.setattr(reports, "_get_api", lambda: None)
-    monkeypatch.setattr(
-        reports, "execute_graphql", lambda *_: {"project": {"id": "1", "internalId": "2"}}
-    )
 
 
 def test_the_workspace_serialises_with_its_panels_and_columns():
@@ -42,14 +32,6 @@ def test_the_workspace_serialises_with_its_panels_and_columns():
     assert all(f"summary:{key}" in text for key in dashboard.KEYS)
 
 
-def test_the_report_has_the_panels_of_the_workspace(offline):
-    content = json.loads(dashboard.wandb_report("me", "mine")._to_model().spec.model_dump_json())
-    grids = [block for block in content["blocks"] if block["type"] == "panel-grid"]
-    assert [len(grid["metadata"]["panels"]) for grid in grids] == [
-        len(panels) for panels in dashboard.panels().values()
-    ]
-
-
 def saved(calls: list, what: str) -> object:
     class Saved:
         url = f"https://example.org/{what}"
@@ -61,18 +43,17 @@ def saved(calls: list, what: str) -> object:
     return Saved()
 
 
-def test_logged_in_both_are_saved(monkeypatch, capsys):
+def test_logged_in_it_is_saved(monkeypatch, capsys):
     import dashboard as command
 
     calls: list = []
     monkeypatch.setattr("evit.tracking.wandb_mode", lambda _: "online")
     monkeypatch.setattr(wandb, "Api", lambda: type("Api", (), dict(default_entity="me")))
     monkeypatch.setattr(dashboard, "workspace", lambda *a: saved(calls, "workspace"))
-    monkeypatch.setattr(dashboard, "wandb_report", lambda *a: saved(calls, "report"))
     monkeypatch.setattr(sys, "argv", ["dashboard.py", "project=mine"])
     command.main()
-    assert calls == ["workspace", "report"]
-    assert "https://example.org/report" in capsys.readouterr().out
+    assert calls == ["workspace"]
+    assert "https://example.org/workspace" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("reason", ["not logged in", "unreachable"])

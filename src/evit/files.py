@@ -2,7 +2,6 @@
 
 import errno
 import os
-import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
@@ -98,13 +97,8 @@ def telling(text: Callable[[], str], every: float = 30) -> Iterator[None]:
 
 
 def followed(items: Iterable[T], text: str, total: int) -> Iterator[T]:
-    """Go through items with a bar on a terminal, and with lines elsewhere."""
+    """Go through items, and print how many are done."""
     items, done = iter(items), 0  # workers are forked before there is a thread
-    if sys.stdout.isatty():
-        from rich.progress import track  # this file is imported where there is no rich
-
-        yield from track(items, text, total)
-        return
     with telling(lambda: f"{text}: {done} of {total} batches"):
         for item in items:
             yield item

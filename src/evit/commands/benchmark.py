@@ -34,10 +34,7 @@ CHOICES: dict[str, tuple[Any, ...]] = dict(
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Run a benchmark; write benchmark.json into Hydra's run folder.
-
-    Raises: ValueError for an invalid configuration, before anything is written.
-    """
+    """Run a benchmark; write benchmark.json into Hydra's run folder."""
     reducers = checkpoint.reducer_nodes(cfg)
     config: Any = {knob: OmegaConf.select(cfg, str(knob)) for knob in cfg if knob != "reducer"}
     config = OmegaConf.to_container(OmegaConf.create(config))
@@ -49,7 +46,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     torch.manual_seed(config["seed"])
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it looks for a GPU
     started = time.perf_counter()
-    result: dict[str, Any] = dict(rows=[], matmul=[], left_out=[], at="")
+    result: dict[str, Any] = dict(rows=[], matmul=[], left_out=[], config=config, at="")
     names = ("what", "batch_sizes", "precisions", "compile")
     with telling(lambda: result["at"]):
         for values in product(*(config[name] for name in names)):
@@ -57,21 +54,15 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             print(f"{group}: {counted(len(entries), 'model')}", flush=True)
             compare(result, entries, group, device, config)
     folders = map(Path, filter(None, (HydraConfig.get().runtime.output_dir, config["target"])))
-    write(result, config, device, started, folders)
+    result |= dict(seconds=round(time.perf_counter() - started, 1))
+    write(result, device, folders)
     return result
 
 
-def write(
-    result: dict[str, Any],
-    config: dict[str, Any],
-    device: torch.device,
-    started: float,
-    folders: Iterable[Path],
-) -> None:
-    """Print the tables of what was measured since `started`; write them into folders."""
+def write(result: dict[str, Any], device: torch.device, folders: Iterable[Path]) -> None:
+    """Print the tables of what was measured; write them into folders."""
     del result["at"]
-    result |= dict(config=config, device=results.device_name(device)) | results.provenance()
-    result |= dict(seconds=round(time.perf_counter() - started, 1))
+    result |= dict(device=results.device_name(device)) | results.provenance()
     text = benchmark.markdown(result)
     print(f"\n{text}")
     for folder in folders:
@@ -81,10 +72,7 @@ def write(
 
 
 def complete(config: dict[str, Any]) -> torch.device:
-    """Choose the device, fill in what depends on it, turn single values into lists.
-
-    Raises: ValueError if a knob is out of range, or has no effect beside another.
-    """
+    """Choose the device, fill in what depends on it, turn single values into lists; check all."""
     gpu = torch.cuda.is_available() and config["device"] != "cpu"
     for knob, value in (DEFAULTS[gpu] | dict(min_seconds=0.1 if gpu else 0.5)).items():
         config[knob] = value if config[knob] is None else config[knob]

@@ -58,7 +58,7 @@ def as_csv(content: Found) -> str:
 
 
 def dashboard(cfg: DictConfig) -> None:
-    """Save a workspace and a report of a project on W&B; a ValueError if that cannot be."""
+    """Save a workspace of a project on W&B; a ValueError if that cannot be."""
     import wandb
 
     from evit.tracking import wandb_mode
@@ -68,20 +68,21 @@ def dashboard(cfg: DictConfig) -> None:
         raise ValueError(f"you are not logged in to W&B: {way}. src/report.py compares without it")
     try:
         entity: str = cfg.entity or wandb.Api().default_entity or ""
-        for made in workspace(entity, cfg.project), wandb_report(entity, cfg.project):
-            print(made.save().url)
+        print(workspace(entity, cfg.project).save().url)
     except ImportError as error:
         raise ValueError(f"{error}: pip install 'evit-lab[dashboard]'") from error
     except Exception as error:  # W&B raises many types
         raise ValueError(f"W&B refuses, or cannot be reached: {error}") from error
 
 
-def panels() -> dict[str, list[Any]]:
-    """The panels of each section."""
+def workspace(entity: str, project: str) -> Any:
+    """Build the workspace of a project, not saved."""
     import wandb_workspaces.reports.v2 as wr
+    import wandb_workspaces.workspaces as ws
 
     wide, metrics = wr.Layout(w=24, h=9), "val/top1 val/loss train/loss keep_rate tokens_per_image"
     columns = [wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(key)) for key in KEYS]
+    x_axes = dict(macs="multiply-accumulates of an image", throughput="images/s")
     cost: list[Any] = [
         wr.ScatterPlot(
             title=f"top-1 by {title}",
@@ -89,35 +90,17 @@ def panels() -> dict[str, list[Any]]:
             y=wr.SummaryMetric("top1"),
             layout=wr.Layout(w=12, h=9),
         )
-        for x, title in (("macs", "multiply-accumulates of an image"), ("throughput", "images/s"))
+        for x, title in x_axes.items()
     ]
     pictures = wr.MediaBrowser(media_keys=["kept_patches"], gallery_axis="step", layout=wide)
-    return {
+    panels: dict[str, list[Any]] = {
         "Accuracy and cost": [*cost, wr.ParallelCoordinatesPlot(columns=columns, layout=wide)],
         "Training": [wr.LinePlot(title=m, x="trainer/global_step", y=[m]) for m in metrics.split()],
         "Patches that survive": [pictures],
     }
-
-
-def workspace(entity: str, project: str) -> Any:
-    """Build the workspace of a project, not saved."""
-    import wandb_workspaces.workspaces as ws
-
-    columns = ["run:displayName", "run:group", *(f"summary:{key}" for key in KEYS)]
+    sections = [ws.Section(name=n, panels=p, is_open=True) for n, p in panels.items()]
+    pinned = ["run:displayName", "run:group", *(f"summary:{key}" for key in KEYS)]
     order = [ws.Ordering(ws.Summary("top1"), ascending=False)]
-    sections = [ws.Section(name=n, panels=p, is_open=True) for n, p in panels().items()]
-    runs = ws.RunsetSettings(order=order, pinned_columns=columns)
+    runs = ws.RunsetSettings(order=order, pinned_columns=pinned)
     where: Any = dict(entity=entity, project=project, name="EViT Lab")
     return ws.Workspace(**where, sections=sections, runset_settings=runs)
-
-
-def wandb_report(entity: str, project: str) -> Any:
-    """Build the report of a project, not saved."""
-    import wandb_workspaces.reports.v2 as wr
-
-    where: Any = dict(entity=entity, project=project)
-    blocks: list[Any] = [wr.TableOfContents()]
-    for name, grid in panels().items():
-        blocks += [wr.H1(name), wr.PanelGrid(runsets=[wr.Runset(**where)], panels=grid)]
-    about = "Accuracy and cost of every run."
-    return wr.Report(**where, title="EViT Lab", description=about, blocks=blocks, width="fluid")
