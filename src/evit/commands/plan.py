@@ -116,8 +116,8 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
     data = data_facts(cfg, recipe)
     images = epoch_length(data["train_images"], recipe.repeated_augmentations)
     if not (steps := images // recipe.batch_size):
-        text = f"{data['train_images']} training images do not fill one step of "
-        raise ValueError(f"{text}{recipe.batch_size}: lower recipe.batch_size")
+        size = f"{recipe.batch_size}: lower recipe.batch_size"
+        raise ValueError(f"{data['train_images']} training images do not fill one step of {size}")
     with torch.device("meta"):
         model = build_model(cfg, recipe, data["num_classes"], pretrained=False)
     parts = (model, recipe, data["num_classes"])

@@ -156,8 +156,7 @@ def _val_wnids(root: Path) -> dict[str, str]:
     """The classes of the validation images: ILSVRC2012_val_00000001 -> n01751748, ..."""
     if (root / SOLUTION).is_file():
         with open(root / SOLUTION, newline="") as file:
-            rows = csv.DictReader(file)
-            return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
+            return {r["ImageId"]: r["PredictionString"].split()[0] for r in csv.DictReader(file)}
     try:
         if not (root / META_FILE).is_file():
             torchvision_imagenet.parse_devkit_archive(root)
@@ -204,7 +203,7 @@ def make_label_maps(
         way = f"label maps are for {TOP} to {MAX_ID + 1} classes, of train/CLASS/*.jpg"
         raise ValueError(f"{source}/train has {len(classes)} classes: {way}")
     data = ClassFolders(source / "train", classes)
-    images = [path for path, _ in data.samples]
+    images = [image for image, _ in data.samples]
     paths = label_map_paths(images, source / "train", target, needed=False)
     model = annotator(model_name, len(classes), pretrained, checkpoint, img_size)
     fixed = bool(getattr(model, "pretrained_cfg", {}).get("fixed_input_size"))
@@ -225,10 +224,10 @@ def make_label_maps(
     said.write_text(json.dumps(facts, indent=1))
 
     missing = list[int]()
-    for i, (image, path) in enumerate(zip(images, paths, strict=True)):
+    for i, path in enumerate(paths):
         try:
             read_label_map(path, len(classes), shape)
-            missing += [i] * (os.path.getmtime(path) < os.path.getmtime(image))
+            missing += [i] * (os.path.getmtime(path) < os.path.getmtime(images[i]))
         except (ValueError, OSError):
             missing.append(i)
     text = f"{len(paths)} images in {len(classes)} classes, {len(paths) - len(missing)} have their "
@@ -238,12 +237,12 @@ def make_label_maps(
     data.transform = Compose([*cut, create_transform(**config | crop)])
     workers = available_cores() if num_workers is None else num_workers
     loader: Any = DataLoader(Subset(data, missing), batch_size, num_workers=workers)
-    names = iter(missing)
+    left = iter(missing)
     for batch, _ in followed(loader, f"Writing {len(missing)} label maps", len(loader)):
         maps = torch.stack(dense_logits(model, batch.to(device)).topk(TOP, dim=1), 1).half().cpu()
         if not maps.isfinite().all():
             raise ValueError("the model's logits are not finite, or too large for float16")
-        for label_map, i in zip(maps, names, strict=False):
+        for label_map, i in zip(maps, left, strict=False):
             Path(paths[i]).parent.mkdir(parents=True, exist_ok=True)
             with whole_file(Path(paths[i])) as file:
                 torch.save(label_map.clone(), file)
