@@ -71,7 +71,7 @@ def test_prepare_composes():
 def test_the_knobs_of_an_evaluation_are_these():
     assert set(OmegaConf.load(CONF_DIR / "evaluate.yaml")) - {"defaults", "hydra"} == {
         *("checkpoint", "name", "keep_rate", "keep_rates", "fusion", "selection", "img_size"),
-        *("crop_pct", "max_val_images", "batch_size", "seed", "gmacs", "compile"),
+        *("crop_pct", "max_val_images", "batch_size", "seed", "gmacs", "cascade", "compile"),
         "model",
     }
 

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from evit import measure
-from evit.commands import checkpoint
+from evit.commands import cascade, checkpoint
 from evit.config import counted, listed
 from evit.files import telling
 from evit.measure.speed import keep_compiled
@@ -26,6 +26,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     quiet()
     if {"keep_rate", "keep_rates"} <= checkpoint.given():
         raise ValueError("keep_rate has no effect beside keep_rates: give one of them")
+    if cfg.cascade:
+        return cascade.run(cfg)
     folder = Path(HydraConfig.get().runtime.output_dir)
     nodes = list(checkpoint.reducer_nodes(cfg).values())
     if nodes:  # the model is built with the first
