@@ -37,7 +37,7 @@ def test_what_is_found_is_what_the_printed_line_gives(search, tmp_path, capfd, p
     search(budget)
     (path,) = tmp_path.glob("outputs/search/*/front.json")
     front, printed = json.loads(path.read_text()), capfd.readouterr().out
-    assert front["overrides"] in printed
+    assert front["overrides"] in printed and (path.parent / "front.png").is_file()
     costs = [row["cost"] for row in front["front"]]
     assert costs == sorted(costs) and len(costs) > 1
     dense, _, found = front["searched"]

@@ -1,4 +1,4 @@
-"""Search the keep rates that lose least at a cost; write front.json."""
+"""Search the keep rates that lose least at a cost; write front.json and front.png."""
 
 from functools import partial
 from pathlib import Path
@@ -7,19 +7,20 @@ from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
+from matplotlib.figure import Figure
 from omegaconf import DictConfig
 
 from evit.commands import checkpoint
 from evit.data.batch import normalize
 from evit.files import telling
-from evit.measure.search import Search, gmacs
+from evit.measure.search import Found, Search, gmacs
 from evit.measure.speed import timed
 from evit.report import results
 
 
 @telling(lambda: "searching")
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Run a search; write front.json into the run folder, print the overrides.
+    """Run a search; write front.json and front.png into the run folder, print the overrides.
 
     Schedules are searched on one half of the images and reported on the other.
     ValueError: the budget is invalid or cannot be met, or the reducer has no keep rates.
@@ -77,7 +78,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         result[name] = [row._asdict() for row in group]
     result["held_out"] = {name: row and row._asdict() for name, row in held.items()}
     results.write_json(result, folder / "front.json")
-    print(folder / "front.json")
+    draw(dict(searched=front, uniform=uniforms), found, unit, folder / "front.png")
+    print(f"{folder}/front.json, front.png")
     return result
 
 
@@ -85,3 +87,16 @@ def seconds(model: Any, images: torch.Tensor) -> float:
     """Seconds per image, the median of 5 batches."""
     step = torch.no_grad()(partial(model, images))
     return median(timed(step, 1, images.device) for _ in range(5)) / len(images)
+
+
+def draw(lines: dict[str, list[Found]], found: Found, unit: str, path: Path) -> None:
+    """Draw divergence against cost, of the searched and the uniform schedules."""
+    figure = Figure(figsize=(5, 3.3), layout="constrained")
+    axes = figure.add_subplot(xlabel=f"{unit} per image", ylabel="KL(dense || reduced)")
+    axes.set_yscale("log")
+    for (name, rows), marker in zip(lines.items(), "os", strict=True):
+        rows = sorted((row for row in rows if row.loss > 0), key=lambda row: row.cost)
+        axes.plot([r.cost for r in rows], [r.loss for r in rows], marker=marker, label=name)
+    axes.plot([found.cost], [found.loss], "*", markersize=12, label="chosen")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=200)
