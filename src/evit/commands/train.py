@@ -145,7 +145,12 @@ def announce(cfg: DictConfig, recipe: Recipe, data: Images, module: Classifier) 
         "fusion": dense or not hasattr(reducer, "fusion"),
         "recipe.shrink_epochs recipe.shrink_start_epoch recipe.token_multiple": dense
         or (masked or reducer.own or reducer.given or recipe.any_rate),
+        "recipe.ratio_weight": not masked,
+        "recipe.distill_weight": module.objective.teacher is None,
+        "recipe.token_label_weight": not data.has_label_maps,
         "data.label_maps": not hasattr(model, "heads"),
+        "recipe.mixup_mode recipe.mixup_switch_prob": not recipe.mixup and not recipe.cutmix,
+        "recipe.ema_evaluated": recipe.ema_decay is None,
         "pretrained": cfg.checkpoint,
     }
     given = overridden(HydraConfig.get().overrides.task)
