@@ -132,10 +132,16 @@ def show(name: str, jobs: list[Job], estimated: bool = False) -> None:
         print(f"{total:.0f} GPU hours in all, as estimated (docs/imagenet.md, Hours)")
 
 
-def make_slots(slots: int) -> list[dict[str, str]]:
-    """Make the environment of each slot: its share of the GPUs, or of the cores."""
+def make_slots(slots: Any) -> list[dict[str, str]]:
+    """Make the environment of each slot: the GPUs of a list, or its share of all, or of the cores.
+
+    slots: how many, or the GPUs of each.
+    """
+    if isinstance(slots, list) and slots:
+        return [{"CUDA_VISIBLE_DEVICES": ",".join(map(str, listed(gpus)))} for gpus in slots]
     if not isinstance(slots, int) or slots < 1:
-        raise ValueError(f"slots must be a number from 1, got {slots!r}")
+        text = f"a number, or GPUs as in [0,1] or [[0,1],[2,3]], got {slots!r}"
+        raise ValueError(f"slots must be {text}")
     if slots == 1:
         return [{}]
     import torch
@@ -178,7 +184,7 @@ def why(job: Job) -> str:
     return ": ".join([ended, *(errors or lines)[-1:]])
 
 
-def run_all(jobs: list[Job], slots: int) -> list[tuple[Job, str]]:
+def run_all(jobs: list[Job], slots: Any) -> list[tuple[Job, str]]:
     """Run jobs in this order, telling of each on a line; return those that failed, and why.
 
     A job that starts from another of them waits for it.
