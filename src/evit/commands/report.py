@@ -1,16 +1,18 @@
 """Every finished run beside the paper: src/report.py here, src/dashboard.py on W&B."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from omegaconf import DictConfig
 
-from evit.report import collect, settings, tables
+from evit.report import collect, paper, settings, tables
 from evit.report.collect import Found
 
 KEYS = ("model", "reducer", "keep_rate", "fusion", "img_size", "macs", "throughput", "top1", "top5")
+ACCURACY = "Accuracy and cost"
 
 
 def run(cfg: DictConfig) -> None:
@@ -58,7 +60,10 @@ def as_csv(content: Found) -> str:
 
 
 def dashboard(cfg: DictConfig) -> None:
-    """Save a workspace of a project on W&B; a ValueError if that cannot be."""
+    """Save a workspace and a report of a project on W&B; with cfg.paper the published rows too.
+
+    ValueError: the user is not logged in, a package is missing, or W&B cannot be reached.
+    """
     import wandb
 
     from evit.tracking import wandb_mode
@@ -68,39 +73,97 @@ def dashboard(cfg: DictConfig) -> None:
         raise ValueError(f"you are not logged in to W&B: {way}. src/report.py compares without it")
     try:
         entity: str = cfg.entity or wandb.Api().default_entity or ""
-        print(workspace(entity, cfg.project).save().url)
+        if cfg.paper:
+            rows = paper_runs()
+            log_paper(rows, project=cfg.project, entity=entity, mode="online")
+            print(f"{len(rows)} rows of the paper are in {entity}/{cfg.project}, group paper")
+        for made in workspace(entity, cfg.project), report(entity, cfg.project):
+            print(made.save().url)
     except ImportError as error:
         raise ValueError(f"{error}: pip install 'evit-lab[dashboard]'") from error
     except Exception as error:  # W&B raises many types
         raise ValueError(f"W&B refuses, or cannot be reached: {error}") from error
 
 
+def paper_runs() -> list[dict[str, Any]]:
+    """The published rows, with the summary keys of runs and a name, each once."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in paper.training_runs():
+        dense, fusion = row["keep_rate"] == 1, row["fusion"]
+        own = dict(model=paper.MODEL_LIST[row["model"]]["conf"][0 if dense else -1])
+        own |= dict(reducer="none" if dense else row["reducer"])
+        own |= dict(fusion=bool(fusion), macs=row["macs"] * 1e9)
+        name = f"{row['model']} {row['keep_rate']} {row['img_size']} px"
+        name = name if fusion is None else f"evit_{name}"
+        name += "" if dense else " fused" if fusion else " dropped"
+        if "params" in row:  # only in the table of fine-tuned models
+            start = "from DeiT" if row["finetuned"] else "from scratch"
+            name += f" {row['epochs']} epochs {start}"
+        found.setdefault(name, {key: row.get(key) for key in KEYS} | own | dict(name=name))
+    return list(found.values())
+
+
+def log_paper(rows: list[dict[str, Any]], **where: Any) -> None:
+    """Add rows to a project as runs of group paper; a second time they are replaced."""
+    import wandb
+
+    kind: Any = dict(group="paper", job_type="paper", resume="allow", reinit="finish_previous")
+    kind |= where | dict(settings=wandb.Settings(silent=True))
+    with tempfile.TemporaryDirectory() as folder:
+        for row in rows:
+            name = row["name"]
+            config = {key: row[key] for key in ("keep_rate", "fusion", "img_size")}
+            key = "paper-" + "-".join(name.replace(".", "").split())
+            tracked = wandb.init(id=key, name=name, config=config, dir=folder, **kind)
+            tracked.summary.update({k: value for k, value in row.items() if k != "name"})
+            tracked.finish()
+
+
 def workspace(entity: str, project: str) -> Any:
     """Build the workspace of a project, not saved."""
-    import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 
-    wide, metrics = wr.Layout(w=24, h=9), "val/top1 val/loss train/loss keep_rate tokens_per_image"
-    columns = [wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(key)) for key in KEYS]
-    x_axes = dict(macs="multiply-accumulates of an image", throughput="images/s")
-    cost: list[Any] = [
-        wr.ScatterPlot(
-            title=f"top-1 by {title}",
-            x=wr.SummaryMetric(x),
-            y=wr.SummaryMetric("top1"),
-            layout=wr.Layout(w=12, h=9),
-        )
-        for x, title in x_axes.items()
-    ]
-    pictures = wr.MediaBrowser(media_keys=["kept_patches"], gallery_axis="step", layout=wide)
-    panels: dict[str, list[Any]] = {
-        "Accuracy and cost": [*cost, wr.ParallelCoordinatesPlot(columns=columns, layout=wide)],
-        "Training": [wr.LinePlot(title=m, x="trainer/global_step", y=[m]) for m in metrics.split()],
-        "Patches that survive": [pictures],
-    }
-    sections = [ws.Section(name=n, panels=p, is_open=True) for n, p in panels.items()]
-    pinned = ["run:displayName", "run:group", *(f"summary:{key}" for key in KEYS)]
+    columns = ["run:displayName", "run:group", *(f"summary:{key}" for key in KEYS)]
     order = [ws.Ordering(ws.Summary("top1"), ascending=False)]
-    runs = ws.RunsetSettings(order=order, pinned_columns=pinned)
+    sections = [ws.Section(name=n, panels=p, is_open=True) for n, p in all_panels().items()]
+    runs = ws.RunsetSettings(order=order, pinned_columns=columns)
     where: Any = dict(entity=entity, project=project, name="EViT Lab")
     return ws.Workspace(**where, sections=sections, runset_settings=runs)
+
+
+def report(entity: str, project: str) -> Any:
+    """Build the report of a project, not saved: our runs and the paper's, in two colours."""
+    import wandb_workspaces.reports.v2 as wr
+
+    where: Any = dict(entity=entity, project=project)
+    ours = wr.Runset(**where, name="runs", filters="JobType != 'paper'")
+    theirs = wr.Runset(**where, name="paper", filters="JobType = 'paper'")
+    blocks: list[Any] = [wr.TableOfContents()]
+    for name, panels in all_panels().items():
+        runs = [ours, theirs] if name == ACCURACY else [ours]
+        blocks += [wr.H1(name), wr.PanelGrid(runsets=runs, panels=panels)]
+    about = "Accuracy and cost of every run, beside the rows of the paper."
+    return wr.Report(**where, title="EViT Lab", description=about, blocks=blocks, width="fluid")
+
+
+def all_panels() -> dict[str, list[Any]]:
+    """The panels of each section."""
+    import wandb_workspaces.reports.v2 as wr
+
+    def scatter(x: str, title: str) -> Any:
+        metrics: Any = dict(x=wr.SummaryMetric(x), y=wr.SummaryMetric("top1"))
+        return wr.ScatterPlot(title=title, layout=wr.Layout(w=12, h=9), **metrics)
+
+    metrics = ("val/top1", "val/loss", "train/loss", "keep_rate", "tokens_per_image")
+    columns = [wr.ParallelCoordinatesPlotColumn(wr.SummaryMetric(key)) for key in KEYS]
+    wide = wr.Layout(w=24, h=9)
+    pictures = wr.MediaBrowser(media_keys=["kept_patches"], gallery_axis="step", layout=wide)
+    return {
+        ACCURACY: [
+            scatter("macs", "top-1 by multiply-accumulates of an image"),
+            scatter("throughput", "top-1 by images/s"),
+            wr.ParallelCoordinatesPlot(columns=columns, layout=wide),
+        ],
+        "Training": [wr.LinePlot(title=m, x="trainer/global_step", y=[m]) for m in metrics],
+        "Patches that survive": [pictures],
+    }
