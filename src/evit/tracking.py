@@ -116,6 +116,9 @@ class Tracker(OwnLogger):
         self.log(lambda: {key: [wandb.Image(image, file_type="jpg")], STEP: step})
 
     def log_summary(self, summary: dict[str, Any]) -> None:
+        """Log the compared metrics as the run's summary and as a table of one row."""
+        row = [str(value) if isinstance(value, list) else value for value in summary.values()]
+        self.log(lambda: {"result": wandb.Table(columns=list(summary), data=[row])})
         if self.run:
             self.attempt(lambda run: run.summary.update(summary))
 
