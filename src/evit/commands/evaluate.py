@@ -47,8 +47,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     ours, theirs = list(data.classes), about["classes"] or [*range(about["num_classes"])]
     if len(ours) != len(theirs) or about["classes"] and ours != theirs:
         text = f"the checkpoint has {len(theirs)} classes, {theirs[0]} to {theirs[-1]}, and "
-        text += f"{data.name} has {len(ours)}, {ours[0]} to {ours[-1]}: give its own, data.root=DIR"
-        raise ValueError(text)
+        text += f"{data.name} has {len(ours)}, {ours[0]} to {ours[-1]}"
+        raise ValueError(f"{text}: give the data that it was trained on, data.root=DIR")
     chosen = choose(config, nodes or [config["reducer"]], model, source)
     costs = [cost(model, reducer) for reducer in chosen]
     evaluator = Evaluator(model, chosen, data.num_classes, cfg.seed)
