@@ -45,7 +45,7 @@ benchmark: setup  ## images/s, memory and MACs beside the dense model's; ARGS="p
 	$(PYTHON) src/benchmark.py $(ARGS)
 
 benchmark-gpu: setup  ## all GPU measurements into results/speed_gpu, in 8 minutes on one card
-	$(PYTHON) src/benchmark.py paper=gpu $(ARGS)
+	$(PYTHON) tests/measure_gpu.py $(ARGS)
 
 dashboard: setup  ## a W&B workspace and report of your runs; ARGS="paper=true" adds the paper's rows
 	$(PYTHON) src/dashboard.py $(ARGS)

@@ -1,6 +1,6 @@
 """Write class folders as FFCV files: python src/prepare.py source=DIR"""
 
-from evit.commands.cli import main
+from evit.commands import main
 
 if __name__ == "__main__":
     main()

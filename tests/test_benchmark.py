@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from evit.measure import speed
+from tests.measure_gpu import measure
 from tests.test_predict import sent
 
 SMALL = "models=evit_deit_tiny_patch16 img_sizes=32 batch_sizes=2 "
@@ -187,10 +188,8 @@ def test_a_model_without_time_left_is_left_out():
     assert reasons == ["no time left"] + ["no dense mod"] * 2 and not result["rows"]
 
 
-def test_all_gpu_measurements_run_on_a_cpu_with_tiny_models(benchmark, tmp_path):
-    result = benchmark(
-        f"paper=gpu device=cpu repeats=1 min_seconds=0.001 threads=1 target={tmp_path}/kept"
-    )
+def test_all_gpu_measurements_run_on_a_cpu_with_tiny_models(tmp_path):
+    result = measure(tmp_path / "kept", gpu=False, repeats=1, min_seconds=0.001)
     assert {p.name for p in (tmp_path / "kept").iterdir()} == {"table.md", "benchmark.json"}
     assert all(row["same_patches"] for row in result["correctness"]["rows"])
     assert result["training_run"]["rows"][0]["data_wait"] < 1

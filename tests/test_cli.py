@@ -11,7 +11,7 @@ import pytest
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
-from evit.commands import cli
+from evit import commands as cli
 from evit.config import CONF_DIR, overridden
 from tests.conftest import HEARD, ROOT
 
@@ -25,7 +25,7 @@ def start(monkeypatch, tmp_path, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("IMAGENET_DIR", raising=False)
 
-    real, task = importlib.import_module, SimpleNamespace(run=run, predict=run, visualize=run)
+    real, task = importlib.import_module, SimpleNamespace(**dict.fromkeys(["run", *cli.FILES], run))
     ours = "evit.commands."
 
     def find(name: str, *more: str):

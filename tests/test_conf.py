@@ -9,9 +9,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from evit.commands import cli
-from evit.config import CONF_DIR, folder_name
-from evit.recipe import Recipe
+from evit import commands as cli
+from evit.config import CONF_DIR, Recipe, folder_name
 
 GROUP_FILES = sorted(CONF_DIR.glob("*/[a-z]*.yaml"))
 SCALES = sorted(CONF_DIR.glob("scale/*/*.yaml"))

@@ -10,7 +10,7 @@ import wandb
 import wandb_workspaces.reports.v2.interface as reports
 from omegaconf import OmegaConf
 
-from evit.commands import dashboard
+from evit.commands import report as dashboard
 from evit.config import CONF_DIR
 from evit.report import paper
 from tests.conftest import ROOT
@@ -110,7 +110,7 @@ def test_logged_in_both_are_saved_and_with_paper_the_rows_first(monkeypatch, cap
     import dashboard as command
 
     calls: list = []
-    monkeypatch.setattr(dashboard, "wandb_mode", lambda _: "online")
+    monkeypatch.setattr("evit.tracking.wandb_mode", lambda _: "online")
     monkeypatch.setattr(wandb, "Api", lambda: type("Api", (), dict(default_entity="me")))
     monkeypatch.setattr(dashboard, "log_paper", lambda rows, **k: calls.append((len(rows), k)))
     monkeypatch.setattr(dashboard, "workspace", lambda *a: saved(calls, "workspace"))
@@ -131,7 +131,7 @@ def test_without_wandb_it_is_said_what_to_do(monkeypatch, capsys, reason):
         raise wandb.errors.CommError("no network")
 
     logged_in = reason == "unreachable"
-    monkeypatch.setattr(dashboard, "wandb_mode", lambda _: "online" if logged_in else "offline")
+    monkeypatch.setattr("evit.tracking.wandb_mode", lambda _: "online" if logged_in else "offline")
     monkeypatch.setattr(wandb, "Api", unreachable)
     monkeypatch.setattr(sys, "argv", ["dashboard.py"])
     with pytest.raises(SystemExit) as ended:

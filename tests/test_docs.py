@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from evit.commands import cli, jobs, sweep
+from evit import commands as cli
+from evit.commands import jobs, sweep
 from tests.conftest import ROOT
 from tests.test_readme import commands
 

@@ -29,10 +29,7 @@ def test_a_published_run_is_shown_without_its_images_and_leaves_nothing(dry_run,
     shown = dry_run("experiment=evit_deit_s", "keep_rate=0.5")
     assert shown["data"]["name"] == "ImageNet" and shown["data"]["train_images"] == 1281167
     assert shown["steps_per_epoch"] == 625
-    assert dict(processes=16, per_process=128, accumulation=1) in shown["batches"]
-    assert shown["optimizer"]["groups"][0] | dict(tensors=102, weight_decay=0.0) == dict(
-        tensors=102, parameters=138088, weight_decay=0.0, lr_scale=1.0
-    )
+    assert shown["start"] == "random" and shown["loss"] == "Classification"
     assert "78.5 top-1 (keep_rate_deit_s)" in shown["paper"]
     assert shown["hours"] == "about 9 h on 8 A100, from the paper's images/s"
     assert not list(tmp_path.iterdir())
@@ -74,10 +71,13 @@ def test_fine_tuning_says_what_it_starts_from(dry_run):
 
 
 def test_no_weights_are_made(dry_run, monkeypatch):
+    made = []
+
     def refuse(tensor, *_, **__):
         assert tensor.is_meta
+        made.append(tensor.numel())
         return tensor
 
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", refuse)
-    groups = dry_run("experiment=lvvit_s")["optimizer"]["groups"]
-    assert 26016960 in [group["parameters"] for group in groups]
+    assert dry_run("experiment=lvvit_s")["steps_per_epoch"] == 1251
+    assert made

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import evit
-from evit import progress
+from evit import files
 from evit.commands import evaluate as command
 from evit.report import results
 from tests.conftest import QUICK
@@ -271,7 +271,7 @@ def test_off_a_terminal_it_tells_how_far_it_is_in_each_batch(
         return real(*args, **kwargs)
 
     monkeypatch.setattr(F, "cross_entropy", slow)
-    monkeypatch.setattr(command, "telling", lambda text: progress.telling(text, 0.01))
+    monkeypatch.setattr(command, "telling", lambda text: files.telling(text, 0.01))
     arguments = [f"checkpoint={weights}", f"data.root={shared_photos}", *MICRO, "batch_size=4"]
     told = evaluate(*arguments, "keep_rates=[1,0.5]", "reducer=[evit,drop]")["printed"]
     for batch in (1, 2):

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 
-from evit.commands import export as command
+from evit.commands import use as command
 from evit.models import create_model
 from evit.models.registry import reduced
 from tests.test_predict import sent

@@ -8,7 +8,8 @@ from string import Template
 
 import pytest
 
-from evit.commands import cli, sweep
+from evit import commands as cli
+from evit.commands import sweep
 from tests.conftest import ROOT
 
 NAMES = sorted(path.stem for path in (ROOT / "src").glob("*.py"))

@@ -5,7 +5,7 @@ import sys
 import tomllib
 
 import evit
-from evit.commands import cli
+from evit import commands as cli
 from evit.config import CONF_DIR
 from tests.conftest import ROOT
 
@@ -30,7 +30,7 @@ def test_each_installed_command_is_one_of_src(monkeypatch):
     started = []
     monkeypatch.setattr(cli, "start", lambda *names: started.append(names))
     for name, function in scripts.items():
-        assert function == "evit.commands.cli:main"
+        assert function == "evit.commands:main"
         monkeypatch.setattr(sys, "argv", [f"/venv/bin/{name}"])
         cli.main()
     for name, config in started:

@@ -1,4 +1,4 @@
-"""The recipes: what --dry-run prints is what was published, and every row of the paper has one."""
+"""The recipes: what a run would do is what was published, and every row of the paper has one."""
 
 import copy
 import functools
@@ -13,11 +13,12 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
-from evit.commands.cli import register
-from evit.commands.plan import plan
-from evit.recipe import Recipe
+from evit.commands import register
+from evit.commands.plan import build_model, plan
+from evit.config import Recipe
 from evit.report import paper
-from evit.training.module import lr_at
+from evit.training.losses import Classification
+from evit.training.module import Classifier, lr_at, make_optimizer
 from tests.conftest import ROOT
 from tests.test_conf import CONF_DIR, EXPERIMENTS, composed
 
@@ -36,9 +37,11 @@ AUGMENTATION = (
 
 
 def planned(name: str, *overrides: str) -> dict[str, Any]:
-    """The plan of a run, and what its recipe says."""
+    """The plan of a run, what its recipe says, its optimizer and its batches."""
     cfg = composed(f"experiment={name}", *overrides)
     found, recipe = plan(cfg), OmegaConf.to_object(cfg.recipe)
+    optimizer, rates = optimized(cfg, recipe, found["data"]["num_classes"])
+    backbone = {} if rates == found["schedule"]["lr"] else dict(backbone_lr=rates)
     loss, weights = found["loss"], {}
     if loss == "TokenLabels":
         weights = dict(token_label_weight=recipe.token_label_weight)
@@ -58,9 +61,37 @@ def planned(name: str, *overrides: str) -> dict[str, Any]:
         augmentation={name: value for name, value in augmentation.items() if value},
         ema=dict(decay=recipe.ema_decay, evaluated=recipe.ema_decay and recipe.ema_evaluated),
         loss=dict(name=loss) | weights,
-        optimizer=found["optimizer"] | dict(clip_grad=recipe.clip_grad),
-        schedule=found["schedule"] | dict(name=recipe.lr_schedule),
+        optimizer=optimizer | dict(clip_grad=recipe.clip_grad),
+        schedule=found["schedule"] | backbone | dict(name=recipe.lr_schedule),
+        batches=batches(cfg, recipe),
     )
+
+
+def optimized(cfg: Any, recipe: Recipe, num_classes: int) -> tuple[dict[str, Any], list[float]]:
+    """What the optimizer of a run is, and the learning rate of its last group in every epoch."""
+    with torch.device("meta"):
+        model = build_model(cfg, recipe, num_classes, pretrained=False)
+    objective = Classification(model, recipe, num_classes, recipe.batch_size)
+    Classifier(model, recipe, num_classes, objective)  # freezes what the recipe says
+    optimizer, scheduler = make_optimizer(model, recipe, total_steps=recipe.epochs)
+    groups = [
+        dict(tensors=len(group["params"]), parameters=sum(p.numel() for p in group["params"]))
+        | {name: group[name] for name in ("weight_decay", "lr_scale")}
+        for group in optimizer.param_groups
+    ]
+    found = dict(name=type(optimizer).__name__, betas=list(optimizer.defaults["betas"]))
+    rates = [scheduler.lr_lambdas[-1](epoch) for epoch in range(recipe.epochs)]
+    return found | dict(eps=optimizer.defaults["eps"], groups=groups), rates
+
+
+def batches(cfg: Any, recipe: Recipe) -> list[dict[str, int]]:
+    found = []
+    for processes in (1, 4, 8, 16):
+        count = cfg.trainer.accumulate_grad_batches or recipe.accumulation(processes)
+        share, left = divmod(recipe.batch_size, processes * count)
+        if not left:
+            found.append(dict(processes=processes, per_process=share, accumulation=count))
+    return found
 
 
 def differences(expected: Any, found: Any, path: str = "") -> list[str]:

@@ -8,7 +8,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from evit import measure
-from evit.commands.cli import register
+from evit.commands import register
 from evit.config import CONF_DIR
 
 RANDOM = (

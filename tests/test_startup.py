@@ -47,7 +47,7 @@ def begin(tmp_path_factory):
 # Only FFCV needs numba; the others are for reports, exports and sweeps.
 UNUSED = (
     "numba ffcv cv2 plotly wandb_workspaces onnx onnxruntime onnxscript submitit sklearn "
-    "IPython tensorboard evit.report.page evit.commands.export evit.commands.sweep "
+    "IPython tensorboard evit.report.page evit.commands.use evit.commands.sweep "
     "torch._inductor.compile_fx"
 )
 

@@ -48,12 +48,12 @@ def test_a_folder_s_name_is_not_run_by_who_copies_a_command(tmp_path):
 
 def test_the_cache_of_torch_compile_is_in_the_home_folder(monkeypatch, tmp_path):
     """And not in /tmp, under a name that other users can guess."""
-    from evit.commands import build
+    from evit.commands import plan
 
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     model = torch.nn.Linear(1, 1)
-    build.compile_all(model, mock.Mock(losses=model.forward))
+    plan.compile_all(model, mock.Mock(losses=model.forward))
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"].startswith(f"{tmp_path}/")
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
 

@@ -55,6 +55,16 @@ def test_label_maps_of_a_model_that_learns_from_none_are_not_looked_for(tmp_path
     assert "Without effect here (model=evit_deit_micro): data.label_maps." in printed
 
 
+def test_knobs_of_parts_that_are_off_are_named(tmp_path, shared_photos):
+    idle = ["ratio_weight=1", "distill_weight=1", "token_label_weight=2", "mixup_mode=pair"]
+    idle = [f"recipe.{knob}" for knob in [*idle, "mixup_switch_prob=0.1", "ema_evaluated=true"]]
+    off = ["recipe.mixup=0", "recipe.cutmix=0", "recipe.ema_decay=null"]
+    words = [*SMALL, *idle, *off, "model=evit_deit_micro", "img_size=28"]
+    printed, _, _ = trained(tmp_path, *words, f"data.root={shared_photos}")
+    names = ", ".join(knob.partition("=")[0] for knob in idle)
+    assert f"Without effect here (model=evit_deit_micro): {names}." in printed
+
+
 def test_a_teacher_for_another_kind_of_model_is_refused(tmp_path, shared_photos):
     words = ["model=dynamicvit_deit_micro", "recipe.teacher=self"]
     done = command("train.py", *QUICK, f"data.root={shared_photos}", *words, cwd=tmp_path)

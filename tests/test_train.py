@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import evit
-from evit.commands.dashboard import KEYS
+from evit.commands.report import KEYS
 from tests.conftest import QUICK, command
 
 

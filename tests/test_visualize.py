@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from evit.commands import images as command
+from evit.commands import use as command
 from evit.data.batch import normalize
 from evit.data.folders import load_image
 from evit.data.imagefolder import evaluation_transform

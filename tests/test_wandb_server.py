@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import wandb
 
-from evit.commands.dashboard import KEYS, paper_runs
+from evit.commands.report import KEYS, paper_runs
 from tests.conftest import QUICK, ROOT, command
 
 pytestmark = pytest.mark.slow
@@ -191,7 +191,7 @@ def test_the_dashboard_adds_the_papers_rows_and_says_what_the_server_refuses(
     import dashboard as script
 
     rows = paper_runs()[:2]  # of 33: each takes seconds
-    monkeypatch.setattr("evit.commands.dashboard.paper_runs", lambda: rows)
+    monkeypatch.setattr("evit.commands.report.paper_runs", lambda: rows)
     monkeypatch.setattr(sys, "argv", ["dashboard.py", "paper=true", "entity=default"])
     monkeypatch.chdir(tmp_path)
     for name, value in server.env.items():

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
+from evit.config import Recipe
 from evit.data import Folder
 from evit.data.batch import augment_batch, make_mixup, normalize
-from evit.recipe import Recipe
 
 PLAIN = "crop and flip"
 AUGMENTATIONS: dict[str, dict[str, Any]] = {

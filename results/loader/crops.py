@@ -13,11 +13,11 @@ from torch import Tensor
 from torchvision import transforms as T
 from torchvision.datasets import ImageFolder
 
+from evit.config import Recipe
 from evit.data import Folder
 from evit.data.folders import SPLITS
 from evit.data.module import require_ffcv
 from evit.data.order import choose_samples
-from evit.recipe import Recipe
 
 PAIRS = ("decoded in part", "decoded whole"), ("Pillow bilinear", "Pillow bicubic")
 

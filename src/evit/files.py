@@ -1,13 +1,15 @@
-"""Write files atomically, and explain errors of the disk."""
+"""Write files atomically, explain errors of the disk, and say where a long work is."""
 
 import errno
 import os
+import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
+T = TypeVar("T")
 REFUSED = "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENOTDIR EEXIST EISDIR EIO ESTALE".split()
 
 
@@ -54,8 +56,7 @@ def sync_folder(folder: Path) -> None:
 def refused(error: BaseException, folder: Path) -> str | None:
     """Message for the user if a disk is full or cannot be used; None for other errors.
 
-    Args:
-        folder: where the program writes, for an error that names no file.
+    folder: where the program writes, for an error that names no file.
     """
     if not isinstance(error, OSError) or errno.errorcode.get(error.errno or 0) not in REFUSED:
         return None
@@ -74,3 +75,31 @@ def check_zip(path: Path) -> None:
         raise ValueError(f"damaged: {error}") from error
     if changed:
         raise ValueError(f"damaged: {changed} is not as it was written")
+
+
+@contextmanager
+def telling(text: Callable[[], str], every: float = 30) -> Iterator[None]:
+    """Print where a long work is, if there is something to say: after 8 s, and then every 30 s."""
+    ended = threading.Event()
+
+    def tell() -> None:
+        wait = min(8, every)
+        while not ended.wait(wait):
+            if said := text():
+                print(f"  {said}", flush=True)
+            wait = every
+
+    threading.Thread(target=tell, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def followed(items: Iterable[T], text: str, total: int) -> Iterator[T]:
+    """Go through items, and print how many are done."""
+    items, done = iter(items), 0  # workers are forked before there is a thread
+    with telling(lambda: f"{text}: {done} of {total} batches"):
+        for item in items:
+            yield item
+            done += 1

@@ -22,14 +22,19 @@ STEP = "trainer/global_step"  # as Lightning's own logger names it
 WAITS = dict(init_timeout=30, finish_timeout=30)  # seconds; WANDB_FINISH_TIMEOUT=300 for others
 
 
-class JsonlLogger(Logger):
+class OwnLogger(Logger):
+    name, version = "", ""  # type: ignore[assignment]
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """The configuration is kept elsewhere."""
+
+
+class JsonlLogger(OwnLogger):
     """Append each logged row to a file as one line of JSON, flushed at once.
 
     Rows survive any kill. A run that resumes after a number of steps drops the rows of later
     steps. `seconds` covers all parts of the run.
     """
-
-    name, version = "metrics", ""  # type: ignore[assignment]
 
     def __init__(self, path: Path, steps: int | None = None):
         super().__init__()
@@ -39,15 +44,12 @@ class JsonlLogger(Logger):
 
     @rank_zero_only
     def cut(self, steps: int) -> None:
-        lines = [line for line in self.path.read_text().splitlines(True) if line.endswith("\n")]
+        *lines, _ = self.path.read_text().split("\n")  # the last one is empty, or cut
         rows = [json.loads(line) for line in lines]
         self.earlier = rows[-1]["seconds"] if rows else 0.0
-        kept = [line for line, row in zip(lines, rows, strict=True) if row["step"] < steps]
+        kept = [f"{line}\n" for line, row in zip(lines, rows, strict=True) if row["step"] < steps]
         with whole_file(self.path) as file:
             file.write("".join(kept).encode())
-
-    def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """The configuration is in result.json."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -70,15 +72,8 @@ def wandb_mode(mode: str) -> str:
         return "online"
 
 
-class Tracker(Logger):
-    """Copy a run to W&B; if W&B fails, the run continues without it and prints a line.
-
-    Args:
-        start: begins W&B's run.
-        run_id: of that run.
-    """
-
-    name, version = "wandb", ""  # type: ignore[assignment]
+class Tracker(OwnLogger):
+    """Copy a run, begun by `start`, to W&B; if W&B fails, print a line and go on without it."""
 
     def __init__(self, start: Callable[[], wandb.Run], run_id: str):
         super().__init__()
@@ -113,9 +108,6 @@ class Tracker(Logger):
         if self.run:
             self.attempt(lambda run: run.log(content()))
 
-    def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """The configuration is given at the start."""
-
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         self.log(lambda: {**metrics, STEP: step})
@@ -135,10 +127,8 @@ class Tracker(Logger):
 def wandb_logger(directory: Path, *, mode: str, config: dict[str, Any], **options: Any) -> Any:
     """Create the Tracker of a run's folder; None if disabled, or not in the first process.
 
-    The id of the W&B run is kept in wandb/run_id, so a resumed run stays the same run.
-
-    Args:
-        options: wandb.init's name, project, entity, group, tags.
+    The id of the W&B run is kept in wandb/run_id, so a resumed run stays the same run. options are
+    wandb.init's: name, project, entity, group, tags.
     """
     if mode == "disabled":
         return None

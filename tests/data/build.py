@@ -2,8 +2,8 @@
 
 from dataclasses import fields
 
+from evit.config import Recipe
 from evit.data import Folder
-from evit.recipe import Recipe
 
 KNOBS = {field.name for field in fields(Recipe)}
 

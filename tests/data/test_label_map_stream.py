@@ -9,13 +9,13 @@ from PIL import Image
 
 import evit
 from evit.commands.prepare import prepare
+from evit.config import Recipe
 from evit.data import FashionMNIST, Folder, auto
 from evit.data.ffcv import augment
 from evit.data.ffcv import format as beton
 from evit.data.ffcv.format import BetonError, sidecar_path
 from evit.data.ffcv.write import write_beton
 from evit.data.order import choose_samples
-from evit.recipe import Recipe
 from evit.training.losses import make_objective
 from tests.conftest import write_photos
 from tests.data import build

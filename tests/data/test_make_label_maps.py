@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import evit  # noqa: F401
-from evit.commands.label_maps import dense_logits, make_label_maps
+from evit.commands.prepare import dense_logits, make_label_maps
 from evit.data.label_maps import read_label_map
 from tests.data.build import folder
 
@@ -185,7 +185,7 @@ def test_what_cannot_serve_is_named(tree, checkpoint, tmp_path, options, reason)
 
 def test_pretrained_for_other_classes_is_named(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "evit.commands.label_maps.create_model", lambda name, _, **options: build(name, 1000)
+        "evit.commands.prepare.create_model", lambda name, _, **options: build(name, 1000)
     )
     with pytest.raises(ValueError, match="has 1000 classes and the images have 6"):
         make(tree, tmp_path / "maps", None, img_size=None)

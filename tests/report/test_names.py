@@ -9,8 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from evit.commands import export, report
-from evit.commands.cli import fail
+from evit.commands import fail, report, use
 from evit.data import Folder
 from evit.report import page, results, tables
 from evit.report.collect import read
@@ -115,7 +114,7 @@ def test_the_name_of_a_model_is_no_path(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     about = dict(model="../../../owned", keep_rate=[0.7], fusion=True, img_size=32)
     about |= dict(mean=[], std=[], num_classes=2, reducer=None)
-    monkeypatch.setattr(export.checkpoint, "opened", lambda cfg: (logits, about, cfg, None))
+    monkeypatch.setattr(use.checkpoint, "opened", lambda cfg: (logits, about, cfg, None))
 
     def logits(images):
         return torch.zeros(len(images), 2)
@@ -124,7 +123,7 @@ def test_the_name_of_a_model_is_no_path(tmp_path, monkeypatch):
         path.write_text("it")
         return lambda images: logits(images).numpy()
 
-    monkeypatch.setitem(export.FORMATS, "torch_export", (".pt2", write))
+    monkeypatch.setitem(use.FORMATS, "torch_export", (".pt2", write))
     knobs = dict(format="torch_export", random=True, pretrained=False, checkpoint=None, seed=0)
-    path = export.run(OmegaConf.create(knobs | dict(model={"_target_": "x"}, target=None)))
+    path = use.export(OmegaConf.create(knobs | dict(model={"_target_": "x"}, target=None)))
     assert (tmp_path / path).parent == tmp_path / "outputs/export" and path.is_file()

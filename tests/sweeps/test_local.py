@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from evit.commands import ended_in_a_line, sweep
 from evit.commands import jobs as made
-from evit.commands import sweep
-from evit.commands.cli import ended_in_a_line
 from evit.commands.jobs import Job
 from tests.conftest import ROOT
 
@@ -177,12 +176,12 @@ def test_a_signal_stops_the_jobs_and_leaves_them_to_be_taken_up_again(tmp_path):
 
 def test_a_job_that_outlives_its_sweep_is_not_begun_twice(tmp_path):
     job = script(tmp_path / "alive", "time.sleep(600)")
-    process = sweep.start(job, {})
+    sweep.start(job, {})
     try:
         ((_, reason),) = run([job])
         assert "runs already" in reason
     finally:
-        made.stop([process.popen])
+        made.stop([job.popen])
 
 
 def test_there_is_a_line_for_each_event(tmp_path, capsys):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from evit.recipe import Recipe
+from evit.config import Recipe
 from evit.reducers import REDUCERS
 from evit.training.callbacks import KeepRateSchedule
 from evit.training.losses import dense_teacher, make_objective

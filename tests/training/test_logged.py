@@ -7,8 +7,8 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch.nn.functional import cross_entropy
 
 import evit
+from evit.config import Recipe
 from evit.data.order import EpochLoader, Shard
-from evit.recipe import Recipe
 from evit.training.callbacks import KeepRateSchedule, Progress
 from evit.training.losses import make_objective
 from evit.training.module import Classifier, lr_at

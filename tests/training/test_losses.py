@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
 
 import evit
-from evit.recipe import Recipe
+from evit.config import Recipe
 from evit.training.losses import dense_teacher, make_objective
 from evit.training.module import Classifier, make_optimizer
 

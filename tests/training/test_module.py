@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import evit
-from evit.recipe import Recipe
+from evit.config import Recipe
 from evit.training.losses import make_objective
 from evit.training.module import Classifier, lr_at, make_optimizer, mix_seed
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 import evit
 from evit.commands import train as training
-from evit.recipe import Recipe
+from evit.config import Recipe
 from evit.tracking import Tracker
 from evit.training.callbacks import NonFinite
 from evit.training.losses import Classification, make_objective

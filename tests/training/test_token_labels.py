@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import evit
+from evit.config import Recipe
 from evit.data.label_maps import token_targets
-from evit.recipe import Recipe
 from evit.training import losses as objectives
 from evit.training.losses import make_objective, mix_token_box, soft_cross_entropy
 

@@ -1,1 +1,261 @@
-"""The commands, one file each; src/*.py start them."""
+"""Start and end of every command: compose its knobs; turn usage errors into one line."""
+
+import difflib
+import gc
+import importlib
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from evit import files
+from evit.config import CONF_DIR, RESOLVERS, Recipe, overridden, scale_for
+
+# Commands that are a function in a file of another name; the others are `run` in their own.
+FILES = dict(visualize="use", predict="use", export="use", dashboard="report", label_maps="prepare")
+LOOSE = ("keep_rate", "compile")  # numbers or true by default, and more
+NOT_COMPOSED = (HydraException, OmegaConfBaseException, yaml.YAMLError)
+
+
+def main() -> None:
+    """Run the command whose script was started: src/NAME.py or evit-NAME."""
+    name = Path(sys.argv[0]).stem.removeprefix("evit-").replace("-", "_")
+    if name == "sweep":  # it composes the configurations of many runs
+        with ended_in_a_line():
+            sys.exit(importlib.import_module("evit.commands.sweep").run(sys.argv[1:]))
+    start(name, "config" if name == "train" else name)
+
+
+def start(command: str, config: str) -> None:
+    """Compose conf/CONFIG.yaml with the command line; then import the command and run it."""
+
+    def run(cfg: DictConfig) -> Any:
+        if missing := [str(knob) for knob in cfg if OmegaConf.is_missing(cfg, knob)]:
+            fail(f"{missing[0]}=... is needed: conf/{config}.yaml says what it is for")
+        if str(cfg.get("name")).startswith(("/", "~")):
+            fail(f"name={cfg.name} is a folder in outputs/: for another, hydra.run.dir={cfg.name}")
+        name = "plan" if cfg.get("dry_run") else FILES.get(command, command)
+        work = importlib.import_module(f"evit.commands.{name}")
+        gc.enable()
+        with ended_in_a_line():  # or Hydra adds a line of its own
+            return getattr(work, command if command in FILES else "run")(cfg)
+
+    gc.disable()  # imports leave no garbage: 25 % less time until the work begins
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints errors itself
+    given = sys.argv[1:]
+    with ended_in_a_line():
+        register()
+        try:
+            sys.argv[1:] = arguments(given, config)
+            hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config)(run)()
+        except NOT_COMPOSED as error:
+            raise explained(error, config) from error
+        finally:
+            sys.argv[1:] = given
+            gc.enable()
+
+
+def register() -> None:
+    """Tell Hydra the schema of a recipe, and OmegaConf the resolvers of conf/."""
+    ConfigStore.instance().store(name="schema", node=dict(recipe=Recipe))
+    for resolver in RESOLVERS:
+        OmegaConf.register_new_resolver(resolver.__name__, resolver, replace=True)
+
+
+def arguments(given: list[str], config: str) -> list[str]:
+    """Prepare the command line for Hydra: quote and check overrides, add the scale."""
+    parts = [word.split("=", 1) if word.startswith("--") else [word] for word in given]
+    words = ["dry_run=true" if word == "--dry-run" else word for p in parts for word in p]
+    words.sort(key=lambda word: "=" in word)  # argparse wants flags before all overrides, or after
+    words = [word if word.startswith("-") else quoted(word) for word in words]
+    check_spelling(words, config)
+    asks = {"--help", "-h", "--hydra-help", "--info", "--shell-completion"} & set(words)
+    return words if config != "config" or asks else with_scale(words)
+
+
+def quoted(override: str) -> str:
+    """Quote the value of an override if Hydra's grammar would refuse or trim it."""
+    knob, equals, value = override.partition("=")
+    with suppress(HydraException):
+        OverridesParser.create().parse_override(override)
+        if value == value.strip():
+            return override
+    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), value)
+    return f"{knob}='{escaped}'" if equals else override
+
+
+def with_scale(words: list[str]) -> list[str]:
+    """Add scale=own or scale=demo to a run's overrides, if none is given and the data need it.
+
+    In a multirun the first values decide.
+    """
+    overrides = [word for word in words if not word.startswith("-") and "=" in word]
+    if "scale" in overridden(overrides):
+        return words
+    for option, folder in zip(words, words[1:], strict=False):
+        if option in ("--config-dir", "-cd"):
+            overrides.append(f"hydra.searchpath=['file://{Path(folder).absolute()}']")
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    first = [
+        f"{o.key_or_group}={next(o.sweep_string_iterator())}" if o.is_sweep_override() else line
+        for o, line in zip(parsed, overrides, strict=True)
+    ]
+    scale = scale_for(composed("config", first))
+    return words if scale == "published" else [*words, f"scale={scale}"]
+
+
+def composed(config: str, overrides: list[str]) -> DictConfig:
+    """A configuration of conf/, with `hydra` in it; a ValueError of one line if none."""
+    register()
+    begun = GlobalHydra.instance().is_initialized()
+    with nullcontext() if begun else initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        try:
+            return compose(config, overrides, return_hydra_config=True)
+        except NOT_COMPOSED as error:
+            raise explained(error, config) from error
+
+
+def knobs(config: str) -> dict[str, Any]:
+    """The knobs of conf/CONFIG.yaml, its groups, and the knobs in these, with their defaults."""
+    content: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / f"{config}.yaml"))
+    chosen = (entry for entry in content.pop("defaults", []) if not isinstance(entry, str))
+    groups = {str(group) for entry in chosen for group in entry if " " not in str(group)}
+    inside = {f"recipe.{field.name}" for field in fields(Recipe)} if "recipe" in groups else set()
+    for file in CONF_DIR.glob("*/*.yaml"):
+        if (group := file.parent.name) in groups - {"experiment", "scale"}:
+            inside |= {f"{group}.{n}" for n in re.findall(r"(?m)^([a-z]\w+):", file.read_text())}
+    return dict.fromkeys(inside | groups) | content
+
+
+def check_spelling(overrides: list[str], config: str) -> None:
+    """Refuse unknown knobs, with the nearest known one, and values of a wrong type."""
+    known, wrong = knobs(config), str | list if config == "config" else str
+    for override in overrides:
+        if not (found := re.match(r"[+~]*(([\w-]+)[\w./@-]*)=", override)):
+            continue
+        path, root = found.groups()
+        if root not in known:
+            raise ValueError(f"unknown knob {root!r} in {override!r}: {nearest(root, known)}")
+        default = known.get(path)
+        if not isinstance(default, int | float) or path in LOOSE:
+            continue
+        parsed = OverridesParser.create().parse_override(override)
+        if not parsed.is_sweep_override() and isinstance(value := parsed.value(), wrong):
+            kind = "true or false" if isinstance(default, bool) else "a number"
+            raise ValueError(f"{path} must be {kind}, got {value!r}")
+
+
+def nearest(name: str, known: Any) -> str:
+    """Suggest the known name nearest to a misspelt one, else list its neighbours."""
+    inside = [other for other in known if other.endswith(f".{name}")]
+    if near := inside or difflib.get_close_matches(name, known, 1):
+        return f"did you mean {near[0]}?"
+    group, _, _ = name.rpartition(".")
+    return f"there are {', '.join(sorted(n for n in known if n.rpartition('.')[0] == group))}"
+
+
+def explained(error: BaseException, config: str) -> ValueError:
+    """Turn an error of composing into a ValueError of one line, with the way out."""
+    if isinstance(error, MissingConfigException) and error.options:
+        wanted = str(error.missing_cfg_file).replace("/", "=")
+        options = [name for name in error.options if not name.startswith("_")]
+        return ValueError(f"there is no {wanted}: {nearest(wanted.split('=')[-1], options)}")
+    if found := re.match(r"Could not override '([\w.]+)'", str(error)):
+        known = knobs(config)
+        hint = f"+{found[1]}=... adds it" if found[1] in known else nearest(found[1], known)
+        return ValueError(f"unknown knob {found[1]!r}: {hint}")
+    texts = dict.fromkeys(str(e) for e in (error, error.__cause__) if e)
+    return ValueError(" ".join(" ".join(texts).split()))
+
+
+@contextmanager
+def ended_in_a_line() -> Iterator[None]:
+    """End the program with one line for a signal, a full disk, or a usage error."""
+    numbers = [n for n in (signal.SIGTERM, signal.SIGUSR1) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, terminate) for number in numbers}
+    try:
+        yield
+    except KeyboardInterrupt:
+        terminate(signal.SIGINT)
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and nobody_reads():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to print goes nowhere
+            sys.exit(128 + signal.SIGPIPE)
+        text = mistake(error)
+        if "TORCHELASTIC_RUN_ID" in os.environ and (os.environ["RANK"] != "0" or not text):
+            time.sleep(20)  # torchrun ends this process where another has said why
+        if not text:
+            raise
+        fail(text)
+    finally:
+        with suppress(OSError):  # remove Hydra's folders if they are empty
+            for path in (run_folder(), *run_folder().parents):
+                if Path.cwd() in path.parents:
+                    path.rmdir()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader, such as head, has ended."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return bool(poll.poll(0))
+
+
+def mistake(error: BaseException) -> str | None:
+    """The message of an error that the user can correct; None for others (traceback)."""
+    kinds: tuple[type[BaseException], ...] = (ValueError, FloatingPointError, ChildProcessError)
+    if isinstance(error, InstantiationException) and error.__cause__:  # from a constructor
+        error, kinds = error.__cause__, (ValueError, TypeError, ImportError)
+    if isinstance(error, OmegaConfBaseException):  # a missing value, for example
+        return " ".join(str(error).split())
+    return files.refused(error, run_folder()) or (str(error) if isinstance(error, kinds) else None)
+
+
+def terminate(number: int, _: Any = None) -> NoReturn:
+    """End the program after a signal, with one line for all processes of a machine.
+
+    SIGUSR1 in a SLURM job requeues the job first.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if number == signal.SIGUSR1 and job and os.environ.get("SLURM_PROCID") == "0":
+        with suppress(OSError):  # some containers have no scontrol
+            subprocess.run(["scontrol", "requeue", job])
+    if "TORCHELASTIC_RUN_ID" not in os.environ and os.environ.get("SLURM_LOCALID", "0") == "0":
+        goes_on = (run_folder() / "checkpoints/last.ckpt").is_file()
+        text = f"stopped by {signal.Signals(number).name}" + ": the same command goes on" * goes_on
+        with suppress(OSError):  # the terminal may be gone
+            print(text, file=sys.stderr, flush=True)
+    sys.exit(128 + number)
+
+
+def fail(text: str) -> NoReturn:
+    """End the program with a user's mistake."""
+    print("error:", "\n".join(map(files.printable, text.split("\n"))), file=sys.stderr)
+    sys.exit(2)
+
+
+def run_folder() -> Path:
+    """Hydra's folder for this run; the current folder before there is one."""
+    known: Any = HydraConfig.get().runtime if HydraConfig.initialized() else {}
+    return Path() if "output_dir" not in known else Path(known["output_dir"])

@@ -11,8 +11,8 @@ from omegaconf import DictConfig
 from evit import measure
 from evit.commands import checkpoint
 from evit.data.batch import normalize
+from evit.files import telling
 from evit.models.cascade import Cascade
-from evit.progress import telling
 from evit.report import markdown, results
 
 EVERY = 10  # one batch in ten calibrates the threshold; it is not reported

@@ -14,11 +14,10 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from evit import load_checkpoint, reduce
-from evit.config import OUTPUTS, folder_name, listed, overridden
+from evit.config import OUTPUTS, Recipe, folder_name, listed, overridden
 from evit.data.batch import MEAN, STD
 from evit.models.vit import check_images
 from evit.models.weights import fit_state_dict, read_file, read_state_dict
-from evit.recipe import Recipe
 from evit.reducers import REDUCERS
 from evit.report import rate, results
 
@@ -69,10 +68,7 @@ def reducer_nodes(cfg: DictConfig) -> dict[str, Any]:
 
 
 def complete(cfg: DictConfig, source: Source) -> DictConfig:
-    """Fill in the model, reducer, data and null knobs, from the run or by default.
-
-    Raises: ValueError if no model is given, or crop_pct is out of range.
-    """
+    """Fill in the model, reducer, data and null knobs, from the run or by default."""
     cfg, names, run = cfg.copy(), given(), source.run
 
     def merged(group: str, own: dict[str, Any]) -> Any:
@@ -110,8 +106,9 @@ def validation(cfg: DictConfig, batch_size: int, most: int | None, ready: bool =
     """The data module of `most` validation images; `ready`: set up, else nothing is read yet."""
     recipe = Recipe(1, batch_size, lr=1, max_val_images=most, crop_pct=cfg.crop_pct)
     data = instantiate(cfg.data, recipe=recipe, splits=["val"], _convert_="object")
-    for step in (data.prepare_data, data.setup) if ready else ():
-        step()
+    if ready:
+        data.prepare_data()
+        data.setup()
     return data
 
 
@@ -125,10 +122,7 @@ def attach(model: Any, reducer: dict[str, Any], source: Source) -> Any:
 
 
 def load(model: Any, source: Source) -> None:
-    """Load the weights, without those of a reducer that the model does not have.
-
-    Raises: ValueError if they do not fit, or the reducer has parameters that they lack.
-    """
+    """Load the weights, without those of a reducer that the model does not have."""
     weights, reducer = fit_state_dict(source.weights, model), getattr(model, "reducer", None)
     if reducer is None or not reducer.state_dict():
         others = ("reducer.", *chain(*(kind.published_names for kind in REDUCERS.values())))
@@ -139,7 +133,7 @@ def load(model: Any, source: Source) -> None:
     try:
         load_checkpoint(model, weights)
     except ValueError as error:
-        had = f"; the run had model={source.model}" if source.model else ""
+        had = f"; the run had model={source.model}" * bool(source.model)
         raise ValueError(f"{error}{had}") from error
 
 
@@ -192,6 +186,5 @@ def target_file(cfg: DictConfig, about: dict[str, Any], folder: str, suffix: str
     reducer = [about["reducer"]] if about["reducer"] else []
     key = results.digest(OmegaConf.to_yaml(cfg))
     parts = (about["model"], *reducer, rate(about), about["img_size"], key)
-    return Path(
-        cfg.target or OUTPUTS / folder / f"{folder_name('-'.join(map(str, parts)))}{suffix}"
-    )
+    name = folder_name("-".join(map(str, parts)))
+    return Path(cfg.target or OUTPUTS / folder / f"{name}{suffix}")

@@ -13,8 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from evit import measure
 from evit.commands import cascade, checkpoint
 from evit.config import counted, listed
+from evit.files import telling
 from evit.measure.speed import keep_compiled
-from evit.progress import telling
 from evit.report import results, show_evaluation
 from evit.training import Signals, build_trainer, quiet, say
 from evit.training.callbacks import progress_bar

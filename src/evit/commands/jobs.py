@@ -1,4 +1,4 @@
-"""Read sweeps/*.yaml as jobs: their runs, result folders and states."""
+"""Read sweeps/*.yaml as jobs: their runs, result folders and states; submit them to SLURM."""
 
 import itertools
 import json
@@ -21,14 +21,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from evit.commands.cli import check_spelling, composed
-from evit.config import CONF_DIR, listed, overridden, plain, scale_for
+from evit.commands import check_spelling, composed, with_scale
+from evit.config import CONF_DIR, OUTPUTS, counted, listed, overridden, plain
 from evit.report import results
 
 SWEEPS = CONF_DIR.parent / "sweeps"
 # The programs: their configuration, and the file that a run of them leaves.
 PROGRAMS = {"train": ("config", "result.json"), "evaluate": ("evaluate", "evaluation.json")}
 FAILED = "failed.json"  # in the folder of a job that failed: why, for the report
+JOB_ID = "slurm_job"  # in the folder of a run: its id in SLURM
 GRACE = 60  # seconds for a run to end after SIGTERM
 NOT_COMPOSED = (HydraException, OmegaConfBaseException, ValueError, OSError)
 
@@ -45,6 +46,11 @@ class Job:
     source: Path | None = None  # folder of the run whose best checkpoint this one starts from
     number: int = 0
     error: str = ""  # why it does not compose
+    hours: float = 0  # on the paper's GPUs, as estimated
+    paper: str = ""  # its top-1 in the paper
+    slot: dict[str, str] = field(default_factory=dict)  # environment of its own while it runs
+    popen: Any = None
+    log_offset: int = 0  # where in its log this try begins
 
     @property
     def name(self) -> str:
@@ -92,7 +98,7 @@ def names() -> list[str]:
 def read(name: str) -> Sweep:
     """Read a file of sweeps/; a ValueError if there is none, or it has an unknown entry."""
     path = SWEEPS / f"{name}.yaml"
-    if not path.is_file():
+    if name not in names():
         raise ValueError(f"there is no sweep {name!r} in sweeps/, but {', '.join(names())}")
     try:
         return Sweep(**yaml.safe_load(path.read_text()))
@@ -115,10 +121,7 @@ def expand(line: str, more: list[str]) -> list[list[str]]:
 def make_jobs(name: str, sweep: Sweep, more: list[str]) -> list[Job]:
     """Make the runs of a sweep, each once, with more overrides for all of them.
 
-    A run that does not compose becomes a job with an error.
-
-    Raises:
-        ValueError: no run composes.
+    A run that does not compose becomes a job with an error; ValueError: none composes.
     """
     found: dict[Path, Job] = {}
     with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
@@ -165,10 +168,7 @@ def compose_job(program: str, overrides: list[str]) -> tuple[Any, dict[str, Any]
     """A run's configuration, and what its result will say of it."""
     config_name, _ = PROGRAMS[program]
     check_spelling(overrides, config_name)
-    cfg = composed(config_name, overrides)
-    if program == "train" and "scale" not in overridden(overrides):
-        if (scale := scale_for(cfg)) != "published":
-            cfg = composed(config_name, [*overrides, f"scale={scale}"])
+    cfg = composed(config_name, with_scale(overrides) if program == "train" else overrides)
     HydraConfig.instance().set_config(cfg)
     if program == "train":
         return cfg, json.loads(json.dumps(plain(cfg)))
@@ -191,3 +191,79 @@ def stop(popens: list[subprocess.Popen]) -> None:
         until = time.monotonic() + seconds
         while any(popen.poll() is None for popen in popens) and time.monotonic() < until:
             time.sleep(0.05)
+
+
+class Task:
+    """The work of one SLURM task: the run's command. The tasks are the run's processes."""
+
+    def __init__(self, command: list[str]):
+        self.command = command
+        self.popen: subprocess.Popen | None = None
+
+    def __call__(self) -> None:
+        """Run the command; after a requeue, continue the run."""
+        if os.environ.get("SLURM_RESTART_COUNT", "0") != "0":
+            self.command = [part for part in self.command if part != "overwrite=true"]
+        print(" ".join(self.command), flush=True)
+        # In a session of its own, or the signal that asks for a checkpoint would end it.
+        self.popen = subprocess.Popen(self.command, start_new_session=True)
+        status = self.popen.wait()
+        if status == 128 + signal.SIGTERM:
+            time.sleep(GRACE)  # SLURM preempts this job, and is about to end it
+        if status:
+            raise RuntimeError(f"exit status {status}: {' '.join(self.command)}")
+
+    def checkpoint(self) -> Any:
+        """Stop before the end of time or preemption; submitit requeues the job."""
+        import submitit
+
+        if self.popen:
+            stop([self.popen])
+        self.popen = None
+        return submitit.helpers.DelayedSubmission(self)
+
+
+def submit(name: str, jobs: list[Job], options: dict[str, Any]) -> None:
+    """Submit the jobs that are not in the queue, through submitit, as an array NAME.
+
+    options are each job's, as submitit's AutoExecutor names them; a ValueError if it has no such.
+    """
+    import submitit
+
+    def job_id(folder: Path | None) -> str:
+        """The id under which the run of a folder was last submitted."""
+        path = (folder or Path()) / JOB_ID
+        return path.read_text().strip() if folder and path.is_file() else ""
+
+    def note(job: Job, sent: Any) -> None:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        (job.folder / JOB_ID).write_text(f"{sent.job_id}\n")
+        print(f"job {job.number} submitted as {sent.job_id}: {job.name}")
+
+    queue = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
+    source = shlex.quote(str(CONF_DIR.parent / "src"))
+    own: dict[str, Any] = dict(name=name, slurm_setup=[f'export PYTHONPATH={source}:"$PYTHONPATH"'])
+    own |= {key: value for key, value in options.items() if value is not None}
+    more = dict(requeue=True) | own.pop("slurm_additional_parameters", {})
+    try:
+        there = subprocess.run(queue, capture_output=True, text=True, check=True).stdout.split()
+        todo = [job for job in jobs if job_id(job.folder) not in there]
+        folders = {job.folder for job in todo}
+        later = [job for job in todo if job.source in folders or job_id(job.source) in there]
+        first = [job for job in todo if job not in later]
+        logs = OUTPUTS / "slurm" / name / "%j"
+        executor = submitit.AutoExecutor(logs, cluster="slurm", slurm_max_num_timeout=1000)
+        executor.update_parameters(**own, slurm_additional_parameters=more)
+        with executor.batch():  # one job array
+            array = [executor.submit(Task(job.command)) for job in first]
+        for job, sent in zip(first, array, strict=True):
+            note(job, sent)
+        for job in later:
+            after = more | dict(dependency=f"afterok:{job_id(job.source)}")
+            executor.update_parameters(slurm_additional_parameters=after)
+            note(job, executor.submit(Task(job.command)))
+    except (OSError, submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
+        raise ValueError(f"launcher=slurm needs a working SLURM: {error}") from error
+    except (NameError, TypeError) as error:
+        raise ValueError(f"slurm: {error}") from error
+    print(f"{counted(len(todo), 'run')} submitted, {len(jobs) - len(todo)} in the queue before")

@@ -1,27 +1,97 @@
-"""The plan of a run, printed as YAML by --dry-run: nothing is trained, downloaded or written."""
+"""Build the data, model and loss of a configuration; and the plan of a run, for --dry-run."""
 
 from typing import Any
 
 import torch
 import yaml
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from evit import measure
-from evit.commands.build import build_data, build_model
-from evit.config import listed
+from evit import load_checkpoint, measure
+from evit.config import Recipe, listed
+from evit.data import Images
 from evit.data.order import epoch_length
-from evit.recipe import Recipe
+from evit.measure.speed import keep_compiled
+from evit.models.vit import check_images
+from evit.models.weights import read_state_dict
 from evit.reducers import keep_rate_at
 from evit.report import paper, results
-from evit.training.losses import make_objective
-from evit.training.module import Classifier, make_optimizer
+from evit.training.losses import dense_teacher, make_objective
+from evit.training.module import Classifier, lr_at, mix_seed
 
 IMAGENET = dict(name="ImageNet", num_classes=1000, train_images=1_281_167, val_images=50_000)
 GPUS = 8  # of the estimate of hours
 
 
+def build_model(cfg: DictConfig, recipe: Recipe, num_classes: int, **options: Any) -> Any:
+    """Build the model of a configuration, initialised from its seed."""
+    torch.manual_seed(mix_seed(cfg.seed))
+    options |= dict(num_classes=num_classes, drop_path_rate=recipe.drop_path)
+    return instantiate(cfg.model, **options, _convert_="all")
+
+
+def build_teacher(cfg: DictConfig, model: Any) -> Any:
+    """Build the dense teacher, or return None; DynamicViT's is the model that it starts from."""
+    source, reducer = cfg.recipe.teacher, getattr(model, "reducer", None)
+    rates = reducer is not None and not (reducer.masked or reducer.own or reducer.given)
+    if source and (reducer is None or (source == "self" and not rates)):
+        kind = "models with a reducer" if reducer is None else "reducers of keep rates"
+        raise ValueError(f"recipe.teacher={source} is for {kind}: leave it out, or give a PATH")
+    if source == "self" or reducer is None or not (source or reducer.masked):
+        return source
+    source = source or cfg.checkpoint
+    if not source and not cfg.pretrained:
+        return None
+    weights = read_state_dict(source) if source else {}
+    own = getattr(model, "pretrained_cfg", None) or {}
+    classes = len(weights["head.weight"]) if "head.weight" in weights else own.get("num_classes")
+    if classes != model.num_classes and not cfg.recipe.teacher:
+        return None  # its logits are of other classes
+    teacher = dense_teacher(model)
+    if source:
+        load_checkpoint(teacher, weights, new_parts=True)
+    return teacher
+
+
+def build_module(
+    cfg: DictConfig, recipe: Recipe, data: Images, config: dict[str, Any]
+) -> Classifier:
+    """Build the LightningModule: model, weights, loss, and the knobs that checkpoints store."""
+    model = build_model(cfg, recipe, data.num_classes)
+    check_images(model, cfg.img_size)
+    data.normalize_for(model)
+    if not hasattr(model, "heads"):
+        data.label_maps = None  # LV-ViT alone learns from them: announce() says so
+    if cfg.checkpoint:
+        load_checkpoint(model, cfg.checkpoint, new_head=True, new_parts=True)
+    teacher, sizes = build_teacher(cfg, model), (data.num_classes, data.local_batch_size)
+    objective = make_objective(model, recipe, *sizes, data.has_label_maps, teacher)
+    names = ("model", "keep_rate", "fusion", "img_size", "crop_pct")
+    knobs: dict[str, Any] = {name: config[name] for name in names} | dict(
+        data=data.name, classes=list(data.classes), mean=list(data.mean), std=list(data.std)
+    )
+    module = Classifier(model, recipe, data.num_classes, objective, cfg.seed, knobs)
+    if cfg.compile:
+        compile_all(model, objective, cfg.compile)
+    return module
+
+
+def compile_all(model: Any, objective: Any, how: Any = True) -> None:
+    """Compile model and losses in place, one graph for each combination of token counts.
+
+    how: True, or the name of one of torch.compile's modes.
+    """
+    keep_compiled()
+    options: Any = dict(fullgraph=True, dynamic=False, mode=None if how is True else how)
+    model.compile(**options)
+    objective.losses = torch.compile(objective.losses, **options)
+
+
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Print the plan of a composed configuration, and return it."""
+    """Print the plan of a composed configuration, and return it.
+
+    Nothing is trained, downloaded or written.
+    """
     found = plan(cfg)
     shown = found | dict(schedule={k: sampled(v) for k, v in found["schedule"].items()})
     shown["paper"] = [f"{row['top1']} top-1 ({row['table']})" for row in found["paper"]]
@@ -36,8 +106,7 @@ def sampled(values: list[Any]) -> Any:
     values = [results.one_rate([float(f"{r:.4g}") for r in listed(value)]) for value in values]
     if all(value == values[0] for value in values):
         return values[0]
-    chosen = sorted({*range(0, len(values), 10), len(values) - 1})
-    return {epoch: values[epoch] for epoch in chosen}
+    return {epoch: values[epoch] for epoch in sorted({*range(0, len(values), 10), len(values) - 1})}
 
 
 def plan(cfg: DictConfig) -> dict[str, Any]:
@@ -46,49 +115,46 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
     data = data_facts(cfg, recipe)
     images = epoch_length(data["train_images"], recipe.repeated_augmentations)
     if not (steps := images // recipe.batch_size):
-        raise ValueError(
-            f"{data['train_images']} training images do not fill one step of {recipe.batch_size}: "
-            f"lower recipe.batch_size"
-        )
+        size = f"{recipe.batch_size}: lower recipe.batch_size"
+        raise ValueError(f"{data['train_images']} training images do not fill one step of {size}")
     with torch.device("meta"):
         model = build_model(cfg, recipe, data["num_classes"], pretrained=False)
-    masked = getattr(getattr(model, "reducer", None), "masked", False)  # DynamicViT
-    start = "checkpoint" if cfg.checkpoint else "pretrained" if cfg.pretrained else "random"
     parts = (model, recipe, data["num_classes"])
     objective = make_objective(*parts, recipe.batch_size, data["label_maps"])
-    Classifier(*parts, objective)  # freezes what the recipe says
+    Classifier(*parts, objective)  # refuses what a run would
+    masked = getattr(getattr(model, "reducer", None), "masked", False)  # DynamicViT
+    start = "checkpoint" if cfg.checkpoint else "pretrained" if cfg.pretrained else "random"
     shrink = (0, 0) if masked else (recipe.shrink_start_epoch, recipe.shrink_epochs)
     epochs, final = range(recipe.epochs), list(getattr(model, "keep_rate", ()))
     keep_rates = [list(keep_rate_at(epoch, 1, final, *shrink)) for epoch in epochs]
-    optimizer, scheduler = make_optimizer(model, recipe, total_steps=recipe.epochs)
-    rates = [[rate(epoch) for epoch in epochs] for rate in scheduler.lr_lambdas]
-    backbone = dict(backbone_lr=rates[-1]) if rates[-1] != rates[0] else {}
-    groups = [
-        dict(tensors=len(group["params"]), parameters=sum(p.numel() for p in group["params"]))
-        | {name: group[name] for name in ("weight_decay", "lr_scale")}
-        for group in optimizer.param_groups
-    ]
-    batches = []
-    for processes in (1, 4, 8, 16):
-        count = cfg.trainer.accumulate_grad_batches or recipe.accumulation(processes)
-        share, left = divmod(recipe.batch_size, processes * count)
-        if not left:
-            batches.append(dict(processes=processes, per_process=share, accumulation=count))
-    rows = rows_of_paper(cfg, recipe, model, data, masked)
-    forwards = 3 + (masked and bool(recipe.teacher or start != "random"))
-    defaults = optimizer.defaults
+    rows, hours = rows_of_paper(cfg, recipe, model, data, masked), None
+    if rows and hasattr(model, "reducer"):
+        speed = paper.dense_throughput("deit_s") if masked else rows[0]["throughput"]
+        forwards = 3 + (masked and bool(recipe.teacher or start != "random"))
+        seen = steps * recipe.batch_size * relative_cost(model, keep_rates)
+        hours = seen * forwards / (speed * GPUS) / 3600
     return dict(
         data=data,
         start="missing" if recipe.finetune and start == "random" else start,
         steps_per_epoch=steps,
         loss=type(objective).__name__,
-        optimizer=dict(name=type(optimizer).__name__, betas=list(defaults["betas"]))
-        | dict(eps=defaults["eps"], groups=groups),
-        schedule=dict(lr=rates[0]) | backbone | dict(keep_rate=keep_rates),
-        batches=batches,
+        schedule=dict(lr=[lr_at(epoch, recipe) for epoch in epochs], keep_rate=keep_rates),
         paper=rows,
-        hours=hours(model, keep_rates, steps * recipe.batch_size, rows, masked, forwards),
+        hours=hours,
     )
+
+
+def relative_cost(model: Any, keep_rates: list[Any]) -> float:
+    """MACs of an image at the keep rate of each epoch, summed, beside those of the last epoch.
+
+    For the hours on the paper's GPUs: an image costs three forward passes (four with a teacher) at
+    the paper's images/s. DynamicViT drops nothing in training, so it counts at the dense model's.
+    """
+    macs = {}
+    for rates in {tuple(rates) for rates in keep_rates}:
+        model.set_keep_rate(rates)
+        macs[rates] = measure.count_macs(model)
+    return sum(macs[tuple(rates)] for rates in keep_rates) / macs[tuple(keep_rates[-1])]
 
 
 def data_facts(cfg: DictConfig, recipe: Recipe) -> dict[str, Any]:
@@ -97,7 +163,7 @@ def data_facts(cfg: DictConfig, recipe: Recipe) -> dict[str, Any]:
     if imagenet and not cfg.data.get("root"):
         facts: dict[str, Any] = IMAGENET | dict(label_maps=bool(cfg.data.label_maps))
     else:
-        data = build_data(cfg, recipe)
+        data = instantiate(cfg.data, recipe=recipe, _convert_="object")
         facts = dict(name=IMAGENET["name"] if imagenet else data.name, num_classes=data.num_classes)
         facts |= {f"{split}_images": data.num_images(split) for split in data.splits}
         facts |= dict(label_maps=data.has_label_maps)
@@ -123,23 +189,3 @@ def rows_of_paper(
         finetuned=recipe.finetune,
         epochs=round(recipe.epochs - recipe.cooldown_epochs),
     )
-
-
-def hours(
-    model: Any, keep_rates: list[Any], images: int, rows: list[Any], masked: bool, forwards: int
-) -> float | None:
-    """Estimated hours of training on 8 of the paper's GPUs; None for a run not in the paper.
-
-    An image costs three forward passes (four with a teacher) at the paper's images/s, scaled by the
-    MACs at the keep rate of its epoch. DynamicViT drops nothing in training, so it counts at the
-    dense model's images/s.
-    """
-    if not rows or not hasattr(model, "reducer"):
-        return None
-    macs = {}
-    for rates in {tuple(rates) for rates in keep_rates}:
-        model.set_keep_rate(rates)
-        macs[rates] = measure.count_macs(model)
-    equivalent = images * sum(macs[tuple(r)] for r in keep_rates) / macs[tuple(keep_rates[-1])]
-    throughput = paper.dense_throughput("deit_s") if masked else rows[0]["throughput"]
-    return equivalent * forwards / (throughput * GPUS) / 3600

@@ -12,9 +12,9 @@ from omegaconf import DictConfig
 
 from evit.commands import checkpoint
 from evit.data.batch import normalize
+from evit.files import telling
 from evit.measure.search import Found, Search, gmacs
 from evit.measure.speed import timed
-from evit.progress import telling
 from evit.report import results
 
 
@@ -23,16 +23,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     """Run a search; write front.json and front.png into the run folder, print the overrides.
 
     Schedules are searched on one half of the images and reported on the other.
-
-    Raises:
-        ValueError: the budget is invalid or cannot be met, or the reducer has no keep rates.
+    ValueError: the budget is invalid or cannot be met, or the reducer has no keep rates.
     """
     budgets = {k: cfg[k] for k in ("gmacs", "images_per_s", "accuracy") if cfg[k] is not None}
     if len(budgets) != 1 or cfg.images < 2:
-        raise ValueError(
-            f"give one budget: gmacs=3.0, images_per_s=1.5 (times the dense model's) or "
-            f"accuracy=-0.5 (points of top-1), and images=2 or more; got {budgets}"
-        )
+        ways = "gmacs=3.0, images_per_s=1.5 (times the dense model's) or accuracy=-0.5 (points)"
+        raise ValueError(f"give one budget: {ways}, and images=2 or more; got {budgets}")
     folder = Path(HydraConfig.get().runtime.output_dir)
     model, about, cfg, _ = checkpoint.opened(cfg)
     reducer = getattr(model, "reducer", None)
@@ -53,9 +49,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     unit, dense = "s" if timing else "GMACs", search.dense.cost
     budget = dense / (cfg.images_per_s or 1) if timing else float(cfg.gmacs or dense)
     if not 0 < budget <= dense:
-        raise ValueError(
-            f"{budgets} is no limit: the dense model takes {dense:.4g} {unit}, give less"
-        )
+        text = f"{budgets} is no limit: the dense model takes {dense:.4g} {unit}, give less"
+        raise ValueError(text)
     search.uniform(budget)  # or it cannot be met
     search.sensitivities()
     print(f"{len(search.known)} schedules measured; now those of several places", flush=True)
@@ -70,9 +65,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     at, rates = search.keep_rates(found)
     rows = dict(dense=search.dense, uniform=uniform, found=found)
     held = {name: held_out.measure(row.counts) for name, row in rows.items()}
-    print(
-        f"{len(search.known)} schedules measured\n\n{'':8} {unit:>8}  KL: searched  held out  top-1"
-    )
+    print(f"{len(search.known)} schedules measured\n")
+    print(f"{'':8} {unit:>8}  KL: searched  held out  top-1")
     for name, row in rows.items():
         other: Any = held[name]
         print(f"{name:8} {row.cost:8.4g} {row.loss:13.4f} {other.loss:9.4f}  {other.top1:5.2f}")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
@@ -17,8 +17,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from evit.commands.cli import check_spelling
-from evit.commands.jobs import FAILED, PROGRAMS, Job, make_jobs, names, one_line, read, stop
+from evit.commands import check_spelling
+from evit.commands.jobs import (
+    FAILED,
+    PROGRAMS,
+    Job,
+    make_jobs,
+    names,
+    one_line,
+    read,
+    stop,
+    submit,
+)
 from evit.config import CONF_DIR, counted, listed, overridden
 from evit.report import results
 
@@ -27,15 +37,11 @@ KNOBS = CONF_DIR / "sweep.yaml"
 LAUNCHERS = re.compile(
     "(LOCAL_|NODE_)?(RANK|WORLD_SIZE)$|MASTER_(ADDR|PORT)$|(SLURM|TORCHELASTIC|PMIX?|OMPI|GROUP|ROLE)_"
 )
-LOG = "run.log"
+LOG = "run.log"  # in the folder of a run
 
 
 def run(arguments: list[str]) -> int:
-    """Run the sweep that the command line asks for; return the exit status.
-
-    Raises:
-        ValueError: the command line is invalid; nothing has started.
-    """
+    """Run the sweep that the command line asks for; return the exit status."""
     if not arguments or {"-h", "--help"} & set(arguments):
         print(KNOBS.read_text() + f"\nSweeps: {', '.join(names())}")
         return 0
@@ -48,11 +54,13 @@ def run(arguments: list[str]) -> int:
         if not set(listed(cfg.job)) <= {job.number for job in jobs}:
             raise ValueError(f"job must be from 0 to {len(jobs) - 1}, got {cfg.job}")
         jobs = [job for job in jobs if job.number in listed(cfg.job)]
-    costs = {job.number: hours(job, sweep.needs) for job in jobs} if cfg.dry_run else {}
+    for job in jobs if cfg.dry_run and sweep.program == "train" else []:
+        if not job.error:
+            estimate(job, sweep.needs)
     failed = [(job, f"it does not compose: {job.error}") for job in jobs if job.error]
     tell_failed(failed)
     if cfg.dry_run:
-        show(name, jobs, costs)
+        show(name, jobs, estimated=True)
         return bool(failed)
     for knob in sweep.needs:
         if any(OmegaConf.select(job.cfg, knob) is None for job in jobs if not job.error):
@@ -60,12 +68,10 @@ def run(arguments: list[str]) -> int:
             raise ValueError(f"sweeps/{name}.yaml needs {knob}=PATH{hint}")
     todo = [job for job in jobs if job.state() not in ("finished", "broken")]
     if cfg.launcher == "slurm":
-        from evit.commands import slurm
-
-        slurm.submit(name, todo, cfg.slurm)
+        submit(name, todo, cfg.slurm)
         return bool(failed)
     folders = {job.folder for job in todo}  # a job whose source runs may have to run after it
-    todo = [job for job in jobs if job in todo or job.source in folders]
+    todo = [job for job in jobs if job.folder in folders or job.source in folders]
     before = len(jobs) - len(todo) - len(failed)
     print(f"{counted(len(jobs), 'run')}, of which {before} have finished before", flush=True)
     failed += run_all(todo, cfg.slots)
@@ -93,12 +99,10 @@ def tell_failed(failed: list[tuple[Job, str]]) -> None:
         print(f"failed: job {job.number}, {job.name}: {reason}", file=sys.stderr)
 
 
-def hours(job: Job, needs: list[str]) -> tuple[float, Any]:
-    """The estimated GPU hours of a run, 0 if not known, and the paper's top-1; needs are given."""
+def estimate(job: Job, needs: list[str]) -> None:
+    """Note the GPU hours of a training run, and the paper's top-1, as if all needs were given."""
     from evit.commands.plan import GPUS, plan
 
-    if job.program != "train" or job.error:
-        return 0, ""
     cfg = job.cfg.copy()
     for knob in set(needs) - {"data.root"}:  # without a root, ImageNet is meant
         OmegaConf.update(cfg, knob, OmegaConf.select(cfg, knob) or "PATH")
@@ -106,43 +110,38 @@ def hours(job: Job, needs: list[str]) -> tuple[float, Any]:
         found = plan(cfg)
     except Exception as error:  # of a model that Hydra calls in vain, say
         job.error = one_line(error)
-        return 0, ""
-    return (found["hours"] or 0) * GPUS, found["paper"][0]["top1"] if found["paper"] else ""
+    else:
+        job.hours = (found["hours"] or 0) * GPUS
+        job.paper = str(found["paper"][0]["top1"]) if found["paper"] else ""
 
 
-def show(name: str, jobs: list[Job], costs: dict[int, Any] | None = None) -> None:
-    """Print the jobs of a sweep, their states and results; and their hours, if given."""
+def show(name: str, jobs: list[Job], estimated: bool = False) -> None:
+    """Print the jobs of a sweep, their states and results; and their hours, if estimated."""
     heads = ["job", f"python src/{jobs[0].program}.py", "state", "top-1"]
-    table, states = Table(*heads, *["paper", "GPU hours"] * bool(costs), box=None), []
+    table, finished = Table(*heads, *["paper", "GPU hours"] * estimated, box=None), 0
     for job in jobs:
-        states.append(state := job.state())
+        state = job.state()
+        finished += state == "finished"
         result = results.finished(job.folder) if state == "finished" else None
         top1 = f"{result['top1']:.2f}" if result else ""
-        more = [str(costs[job.number][1]), f"{costs[job.number][0]:.0f}"] if costs else []
+        more = [job.paper, f"{job.hours:.0f}"] * estimated
         table.add_row(str(job.number), escape(job.name), state, top1, *more)
-    print(f"sweep {name}: {counted(len(jobs), 'run')}, {states.count('finished')} finished")
+    print(f"sweep {name}: {counted(len(jobs), 'run')}, {finished} finished")
     Console().print(table, highlight=False)
-    if costs and (total := sum(amount for amount, _ in costs.values())):
+    if total := sum(job.hours for job in jobs):
         print(f"{total:.0f} GPU hours in all, as estimated (docs/imagenet.md, Hours)")
 
 
-class Process(NamedTuple):
-    """A job that runs."""
-
-    job: Job
-    slot: dict[str, str]  # environment of its own
-    popen: subprocess.Popen
-    offset: int  # in the log
-
-
 def make_slots(slots: Any) -> list[dict[str, str]]:
-    """Make the environment of each slot from a number of slots, or a list of their GPUs."""
+    """Make the environment of each slot: the GPUs of a list, or its share of all, or of the cores.
+
+    slots: how many, or the GPUs of each.
+    """
     if isinstance(slots, list) and slots:
         return [{"CUDA_VISIBLE_DEVICES": ",".join(map(str, listed(gpus)))} for gpus in slots]
     if not isinstance(slots, int) or slots < 1:
-        raise ValueError(
-            f"slots must be a number, or GPUs as in [0,1] or [[0,1],[2,3]], got {slots!r}"
-        )
+        text = f"a number, or GPUs as in [0,1] or [[0,1],[2,3]], got {slots!r}"
+        raise ValueError(f"slots must be {text}")
     if slots == 1:
         return [{}]
     import torch
@@ -154,8 +153,8 @@ def make_slots(slots: Any) -> list[dict[str, str]]:
     return [{"CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
 
 
-def start(job: Job, slot: dict[str, str]) -> Process:
-    """Start a job; a BlockingIOError if it runs already.
+def start(job: Job, slot: dict[str, str]) -> None:
+    """Start a job in a slot; a BlockingIOError if it runs already.
 
     The log in its folder is locked for as long as a process of the run is alive, even if the sweep
     has ended before it.
@@ -164,46 +163,43 @@ def start(job: Job, slot: dict[str, str]) -> Process:
     with (job.folder / LOG).open("ab") as log:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         (job.folder / FAILED).unlink(missing_ok=True)
-        before = log.tell()  # which the job moves on as soon as it writes
+        job.slot, job.log_offset = slot, log.tell()  # which moves on as soon as the job writes
         own = {name: value for name, value in os.environ.items() if not LAUNCHERS.match(name)}
         where: Any = dict(stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
         where |= dict(env=own | {"PYTHONUNBUFFERED": "1"} | slot, start_new_session=True)
-        return Process(job, slot, subprocess.Popen(job.command, **where), before)
+        job.popen = subprocess.Popen(job.command, **where)
 
 
-def why(process: Process) -> str:
-    """Say how a process has ended, with the last error or line in its log."""
-    status = process.popen.returncode
-    number, ended = -status if status < 0 else status - 128, f"exit status {status}"  # a shell's
-    if number in set(signal.Signals):
-        ended = f"killed by signal {number} ({signal.Signals(number).name})"
-    if number == signal.SIGKILL:
+def why(job: Job) -> str:
+    """Say how a job has ended, with the last error or line in its log."""
+    status = job.popen.returncode
+    ended = f"exit status {status}"
+    if status < 0:
+        ended = f"killed by signal {-status} ({signal.Signals(-status).name})"
+    if status == -signal.SIGKILL:
         return f"{ended}: out of memory?"
-    log = (process.job.folder / LOG).read_bytes()[process.offset :].decode(errors="replace")
+    log = (job.folder / LOG).read_bytes()[job.log_offset :].decode(errors="replace")
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception)\b", line)]
     return ": ".join([ended, *(errors or lines)[-1:]])
 
 
 def run_all(jobs: list[Job], slots: Any) -> list[tuple[Job, str]]:
-    """Run jobs, telling of each on a line; return those that failed, with the reason.
+    """Run jobs in this order, telling of each on a line; return those that failed, and why.
 
-    Args:
-        jobs: in the order in which they are started; one that starts from another of them waits.
-        slots: see make_slots.
+    A job that starts from another of them waits for it.
     """
-    free, waiting, running = make_slots(slots), list(jobs), list[Process]()
+    free, waiting, running = make_slots(slots), list(jobs), list[Job]()
     failed: dict[Any, tuple[Job, str]] = {}
 
     def tell(job: Job, what: str, reason: str = "") -> None:
         if what == "failed":
             failed[job.folder] = job, reason
-        more = f" ({reason})" if reason else ""
-        print(f"job {job.number} {what}: {job.name}{more}", flush=True)
+        print(f"job {job.number} {what}: {job.name}" + f" ({reason})" * bool(reason), flush=True)
 
     try:
         while running or waiting:
-            unfinished = {job.folder for job in waiting + [process.job for process in running]}
+            unfinished = {job.folder for job in waiting + running}
             for job in [job for job in waiting if job.source not in unfinished][: len(free)]:
                 waiting.remove(job)
                 if job.source in failed:
@@ -212,22 +208,22 @@ def run_all(jobs: list[Job], slots: Any) -> list[tuple[Job, str]]:
                     tell(job, "finished", "its source has the same result as before")
                 else:
                     try:
-                        running.append(start(job, free[0]))
+                        start(job, free[0])
+                        running.append(job)
                         free.pop(0)
                         tell(job, "running", str(job.folder / LOG))
                     except BlockingIOError:
                         tell(job, "failed", f"it runs already, see {job.folder / LOG}")
-            for process in [process for process in running if process.popen.poll() is not None]:
-                job = process.job
-                running.remove(process)
-                free.append(process.slot)
-                stop([process.popen])  # end processes that it left behind
-                if process.popen.returncode == 0 and job.state() == "finished":
+            for job in [job for job in running if job.popen.poll() is not None]:
+                running.remove(job)
+                free.append(job.slot)
+                stop([job.popen])  # end processes that it left behind
+                if job.popen.returncode == 0 and job.state() == "finished":
                     tell(job, "finished")
                 else:
-                    tell(job, "failed", reason := why(process))
+                    tell(job, "failed", reason := why(job))
                     results.write_json(dict(job=job.name, reason=reason), job.folder / FAILED)
             time.sleep(0.1)
     finally:
-        stop([process.popen for process in running])
+        stop([job.popen for job in running])
     return list(failed.values())

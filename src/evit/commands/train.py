@@ -16,12 +16,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from evit import measure
-from evit.commands.build import build_data, build_module
-from evit.config import counted, overridden, plain
+from evit.commands.plan import build_module
+from evit.config import Recipe, counted, overridden, plain
 from evit.data import Images
+from evit.files import telling
 from evit.measure import speed
-from evit.progress import telling
-from evit.recipe import Recipe
 from evit.report import results
 from evit.tracking import JsonlLogger, Tracker, wandb_logger, wandb_mode
 from evit.training import Signals, build_trainer, callbacks, checkpoints, quiet, say
@@ -37,8 +36,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Train by a composed configuration; leave result.json in Hydra's run folder and return it.
 
-    A finished run is shown, not repeated; an interrupted one continues from its last checkpoint.
-    cfg.overwrite starts anew. Usage errors are raised before anything is written.
+    A finished run is shown, not repeated; an interrupted one continues. Usage errors come first.
     """
     quiet()
     folder, started = Path(HydraConfig.get().runtime.output_dir), time.monotonic()
@@ -62,7 +60,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     trainer = build_trainer(cfg.trainer, folder, beside, **options)
     if cfg.trainer.accumulate_grad_batches is None:
         trainer.accumulate_grad_batches = recipe.accumulation(trainer.world_size)
-    data = build_data(cfg, recipe)
+    data = instantiate(cfg.data, recipe=recipe, _convert_="object")
     data.trainer = trainer
     module = build_module(cfg, recipe, data, config)
     announce(cfg, recipe, data, module)
@@ -77,13 +75,11 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     steps = checkpoints.optimizer_steps(last) if last else None
     metrics = JsonlLogger(folder / "metrics.jsonl", steps)
     trainer.loggers = [metrics]
-    tracked = mirrored(trainer, folder, config, mode)
-    with tracked as tracker, telling(lambda: beside[0].waiting):
+    mirror = mirrored(trainer, folder, config, mode)
+    with mirror as tracker, telling(lambda: beside[0].waiting):
         found = fit(trainer, module, data, last or first)
         result: dict[str, Any] = dict(
-            top1=found["val/top1"],
-            top5=found["val/top5"],
-            loss=found["val/loss"],
+            **{name: found[f"val/{name}"] for name in ("top1", "top5", "loss")},
             train_images_per_s=beside[0].images_per_s,
             **throughput(trainer, module.model, data.img_size),
             model=facts(module.model, data.img_size),
@@ -115,10 +111,8 @@ def check(cfg: DictConfig, recipe: Recipe) -> None:
             *most, last = (str(name).lower() for name in allowed)
             raise ValueError(f"{knob} must be {', '.join(most)} or {last}, got {value!r}")
     if recipe.finetune and not cfg.checkpoint and not cfg.pretrained:
-        raise ValueError(
-            "this recipe fine-tunes a trained model: give its weights by checkpoint=PATH, or "
-            "pretrained=true for timm's; recipe.finetune=false starts from random ones"
-        )
+        way = "checkpoint=PATH, or pretrained=true for timm's; recipe.finetune=false: random ones"
+        raise ValueError(f"this recipe fine-tunes a trained model: give its weights by {way}")
 
 
 def make_callbacks(cfg: DictConfig, recipe: Recipe, folder: Path) -> list[Any]:
@@ -143,7 +137,7 @@ def announce(cfg: DictConfig, recipe: Recipe, data: Images, module: Classifier) 
     """Print the data and schedule of the run, and the given knobs that have no effect."""
     model, choices = module.model, HydraConfig.get().runtime.choices
     reducer: Any = getattr(model, "reducer", None)
-    masked = reducer is not None and reducer.masked  # DynamicViT
+    masked = getattr(reducer, "masked", False)  # DynamicViT
     dense = set(getattr(model, "keep_rate", [1])) == {1}
     without_effect = {
         "keep_rate": dense and cfg.keep_rate != 1,
@@ -181,9 +175,9 @@ def mirrored(
 ) -> Iterator[Tracker | None]:
     """Copy metrics.jsonl to the chosen logger in this context; yields a Tracker for W&B."""
     options, tracker, status = config["logger"], None, 1
-    if target := options.get("_target_"):  # one of Lightning's own
+    if "_target_" in options:  # one of Lightning's own
         choice = HydraConfig.get().runtime.choices["logger"]
-        kind = dict(_target_=target, save_dir=folder, name="", version=choice)
+        kind = dict(_target_=options["_target_"], save_dir=folder, name="", version=choice)
         trainer.loggers.append(instantiate(kind))
     else:
         options = options | dict(name=folder.name, mode=mode)
@@ -224,8 +218,8 @@ def throughput(
 ) -> dict[str, Any]:
     """Images per second of inference in one process, and the mode that they were measured in.
 
-    No images are read; batches are those of src/benchmark.py: on a CPU 8 images, in the run's
-    precision; on a GPU 128, with `fast` (default: on a GPU) in bf16 weights and compiled.
+    Batches are of 8 random images, on a GPU 128; the precision is the run's, or, with `fast`
+    (default: on a GPU), weights are bf16 and the model is compiled.
     """
     device: Any = trainer.strategy.root_device
     batch_size, mode = 8 if device.type == "cpu" else 128, str(trainer.precision)
@@ -249,10 +243,10 @@ def throughput(
 
 def facts(model: Any, img_size: int) -> dict[str, Any]:
     """Size, reducer and cost of the model, for the tables."""
-    found = dict(img_size=img_size, params=measure.count_params(model))
+    found: dict[str, Any] = dict(img_size=img_size, params=measure.count_params(model))
     found |= dict(macs_executed=measure.count_macs(model, executed=True))
     if hasattr(model, "reducer"):
-        own = dict(reducer=model.reducer.name, keep_rate=list(model.keep_rate))
-        own |= dict(drop_loc=list(model.drop_loc), fusion=model.fusion)
-        found |= own | dict(macs=measure.count_macs(model))
+        found |= dict(reducer=model.reducer.name, keep_rate=list(model.keep_rate))
+        found |= dict(drop_loc=list(model.drop_loc), fusion=model.fusion)
+        found |= dict(macs=measure.count_macs(model))
     return found

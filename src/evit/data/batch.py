@@ -19,7 +19,7 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from evit.recipe import Recipe
+from evit.config import Recipe
 
 Colour = tuple[float, float, float]
 

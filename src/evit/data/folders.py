@@ -15,7 +15,7 @@ from timm.data import ImageNetInfo
 from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from evit.progress import telling
+from evit.files import telling
 
 SPLITS = ("train", "val")
 WAY_OUT = (

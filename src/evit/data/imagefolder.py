@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
 
+from evit.config import Recipe
 from evit.data.batch import PILRandAugment
 from evit.data.folders import cut_long
 from evit.data.label_maps import read_label_map
 from evit.data.order import EpochLoader
-from evit.recipe import Recipe
 
 
 class RandomResizedCropFlip:

@@ -12,10 +12,10 @@ import lightning as L
 import numpy as np
 from torch import Tensor
 
+from evit.config import Recipe
 from evit.data.batch import MEAN, STD, RandAugment, fill_color, normalize
 from evit.data.folders import SPLITS
 from evit.data.order import Shard
-from evit.recipe import Recipe
 
 
 class Images(L.LightningDataModule):

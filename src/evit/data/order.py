@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from evit.recipe import Recipe
+from evit.config import Recipe
 
 
 class Shard(NamedTuple):

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evit.config import Recipe
 from evit.data.batch import make_mixup, mix_token_box
 from evit.data.label_maps import token_targets
-from evit.recipe import Recipe
 from evit.reducers.dynamicvit import divergence
 
 

@@ -18,8 +18,8 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from evit import reducers
+from evit.config import Recipe
 from evit.data.batch import augment_batch
-from evit.recipe import Recipe
 from evit.reducers import Reducer
 from evit.reducers.dynamicvit import divergence
 from evit.training.callbacks import WAY_OUT

@@ -24,8 +24,7 @@ from evit.data.ffcv import format as beton
 from evit.data.ffcv.decode import decode_jpeg
 from evit.data.folders import WAY_OUT, open_image, to_rgb
 from evit.data.label_maps import read_label_map
-from evit.files import whole_file
-from evit.progress import followed
+from evit.files import followed, whole_file
 
 Picture = str | Path | bytes | Image.Image | np.ndarray
 

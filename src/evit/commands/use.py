@@ -1,14 +1,18 @@
-"""Run a model on some images: draw which patches are kept, or predict classes."""
+"""Use a trained model: draw which patches it keeps, predict classes, export it."""
 
 import csv
-from collections.abc import Iterable
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 from timm.data import ImageNetInfo
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from evit.commands import checkpoint
@@ -16,26 +20,29 @@ from evit.config import counted, listed
 from evit.data.batch import normalize
 from evit.data.folders import image_files, in_words, load_image
 from evit.data.imagefolder import evaluation_transform
-from evit.progress import telling
+from evit.files import telling
 from evit.report import rate
 from evit.report.pictures import draw_features, draw_kept
+
+BATCHES = (1, 2, 5)  # to check an exported file with; it is exported with another
+TOLERANCE = 1e-4
+Compute = Callable[[Tensor], np.ndarray]
 
 
 @telling(lambda: "drawing")
 def visualize(cfg: DictConfig) -> Path:
     """Draw the kept patches, or the final feature maps, of images; return the file."""
-    if cfg.show not in ("kept", "features"):
+    kinds = dict(kept=(draw_kept, ".png"), features=(draw_features, "-features.png"))
+    if cfg.show not in kinds:
         raise ValueError(f"show must be kept or features, got {cfg.show!r}")
     if cfg.num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {cfg.num_images}")
-    model, about, cfg, _ = checkpoint.opened(cfg)
+    (draw, suffix), (model, about, cfg, _) = kinds[cfg.show], checkpoint.opened(cfg)
     if not hasattr(model, "reducer"):
         raise ValueError(f"{type(model).__name__} reduces no tokens: {checkpoint.REDUCED}")
-    draw, suffix = dict(kept=(draw_kept, ""), features=(draw_features, "-features"))[cfg.show]
-    target = checkpoint.target_file(cfg, about, "pictures", f"{suffix}.png")
+    target, truths = checkpoint.target_file(cfg, about, "pictures", suffix), list[str]()
     if cfg.images is not None:
         pixels = read_pixels(image_paths(cfg.images, cfg.num_images), cfg)
-        truths = []
     else:
         data = checkpoint.validation(cfg, cfg.num_images, cfg.num_images, ready=True)
         pixels, labels = next(iter(data.val_dataloader()))
@@ -103,3 +110,76 @@ def read_pixels(paths: Iterable[Path], cfg: DictConfig) -> Tensor:
     """Crop images as in evaluations, to uint8 (B, 3, img_size, img_size)."""
     crop = evaluation_transform(cfg.img_size, cfg.crop_pct)
     return torch.stack([crop(load_image(path)) for path in paths])
+
+
+@telling(lambda: "exporting")
+def export(cfg: DictConfig) -> Path:
+    """Export a model; return the file, which is kept only if its outputs match the model's."""
+    if cfg.format not in FORMATS:
+        raise ValueError(f"format must be {' or '.join(FORMATS)}, got {cfg.format!r}")
+    suffix, write = FORMATS[cfg.format]
+    if cfg.target and Path(cfg.target).suffix != suffix:
+        raise ValueError(f"target={cfg.target}: a {cfg.format} file ends in {suffix}")
+    model, about, cfg, _ = checkpoint.opened(cfg)
+    target, size = checkpoint.target_file(cfg, about, "export", suffix), about["img_size"]
+    kind = "random weights" if cfg.random else about["reducer"] or "dense"
+    print(f"Exporting {about['model']}, {kind}, keep rate {rate(about)}, {size} px", flush=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unchecked = target.with_name(f"unchecked-{target.name}")
+    generator, differences = torch.Generator().manual_seed(cfg.seed), list[float]()
+    try:
+        compute = write(model, about, unchecked)
+        for batch in BATCHES:
+            images = torch.randn(batch, 3, size, size, generator=generator)
+            differences.append(float(np.abs(compute(images) - model(images).numpy()).max()))
+            if not differences[-1] <= TOLERANCE:  # NaN is not
+                text = f"at batch size {batch} the exported logits differ by {differences[-1]:.1e}"
+                way = "where two tokens score alike that can be: another seed= has other images"
+                raise RuntimeError(f"{text}; {way}")
+        unchecked.replace(target)
+    finally:
+        unchecked.unlink(missing_ok=True)
+    sizes, norm = ", ".join(map(str, BATCHES)), f"mean {about['mean']}, std {about['std']}"
+    print(f"{target}: float32 images (batch, 3, {size}, {size}), normalised by {norm}, to logits")
+    print(
+        f"Compared with PyTorch at batch sizes {sizes}: largest difference {max(differences):.1e}"
+    )
+    return target
+
+
+def example(about: dict[str, Any]) -> dict[str, Any]:
+    """Example arguments for exporters: images, with a dynamic batch size."""
+    images = torch.zeros(3, 3, about["img_size"], about["img_size"])
+    return dict(args=(images,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1)}})
+
+
+def write_pt2(model: nn.Module, about: dict[str, Any], path: Path) -> Compute:
+    """Write a torch.export file; return a function that runs it."""
+    program = torch.export.export(model, **example(about))
+    torch.export.save(program, path, extra_files={"about.json": json.dumps(about)})
+    module = torch.export.load(path).module()
+    return lambda images: module(images).numpy()
+
+
+def write_onnx(model: nn.Module, about: dict[str, Any], path: Path) -> Compute:
+    """Write an ONNX file; return a function that runs it."""
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        way = "pip install 'evit-lab[export]', or take format=torch_export"
+        raise ValueError(f"format=onnx needs {error.name}: {way}") from error
+    for name in ("torch.onnx", "onnxscript", "onnx_ir"):  # they tell what they rewrite
+        logging.getLogger(name).setLevel(logging.ERROR)
+    names: Any = dict(input_names=["images"], output_names=["logits"])
+    with warnings.catch_warnings(action="ignore"):  # from inside the exporter
+        program: Any = torch.onnx.export(
+            model, **example(about), **names, dynamo=True, opset_version=20, verbose=False
+        )
+    program.model.metadata_props.update({k: json.dumps(v) for k, v in about.items()})
+    program.save(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(["logits"], {"images": images.numpy()})[0]
+
+
+FORMATS = dict(onnx=(".onnx", write_onnx), torch_export=(".pt2", write_pt2))
