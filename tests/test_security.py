@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from evit.data import FashionMNIST
-from evit.data.ffcv import format as beton
+from evit.data import ffcv as beton
 from evit.data.ffcv.write import write_beton
 from evit.data.label_maps import read_label_map
 from evit.models.weights import read_state_dict

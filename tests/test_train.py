@@ -223,7 +223,7 @@ def test_a_beton_cut_in_half_is_named(photos, tmp_path, in_process):
 def test_a_damaged_image_ends_an_epoch_with_its_name_and_no_traceback(backend, photos, tmp_path):
     if backend == "ffcv":
         from evit.commands.prepare import prepare
-        from evit.data.ffcv.format import ALLOCATION, HEADER
+        from evit.data.ffcv import ALLOCATION, HEADER
 
         root = prepare(photos, tmp_path / "betons", mode="jpg", max_resolution=None)
         content = bytearray((root / "train.beton").read_bytes())

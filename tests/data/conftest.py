@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import evit.data.ffcv  # noqa: F401  (before any other import of FFCV)
-from evit.data.ffcv.format import sidecar_path
+from evit.data.ffcv import sidecar_path
 from evit.data.ffcv.write import write_beton
 
 CLASSES = ["a", "b", "c"]

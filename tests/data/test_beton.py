@@ -6,8 +6,8 @@ import pytest
 from ffcv.fields import IntField, NDArrayField, RGBImageField
 from ffcv.writer import DatasetWriter
 
-from evit.data.ffcv import format as beton
-from evit.data.ffcv.format import BetonError, check_beton, sidecar_path
+from evit.data import ffcv as beton
+from evit.data.ffcv import BetonError, check_beton, sidecar_path
 from evit.data.ffcv.write import write_beton
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-from evit.data.ffcv import format as beton
-from evit.data.ffcv.format import BetonError, sidecar_path
+from evit.data import ffcv as beton
+from evit.data.ffcv import BetonError, sidecar_path
 from evit.data.ffcv.write import write_beton
 from tests.conftest import FORKS
 from tests.data.build import stream

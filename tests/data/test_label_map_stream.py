@@ -11,9 +11,8 @@ import evit
 from evit.commands.prepare import prepare
 from evit.config import Recipe
 from evit.data import FashionMNIST, Folder, auto
-from evit.data.ffcv import augment
-from evit.data.ffcv import format as beton
-from evit.data.ffcv.format import BetonError, sidecar_path
+from evit.data import ffcv as beton
+from evit.data.ffcv import BetonError, augment, sidecar_path
 from evit.data.ffcv.write import write_beton
 from evit.data.order import choose_samples
 from evit.training.losses import make_objective

@@ -12,10 +12,9 @@ import torch
 from PIL import Image
 
 from evit.commands.prepare import prepare
-from evit.data import Folder, auto
+from evit.data import Folder, auto, ffcv
 from evit.data.batch import augment_batch, denormalize, make_mixup, normalize
-from evit.data.ffcv import format
-from evit.data.ffcv.format import HEADER, BetonError, layout
+from evit.data.ffcv import HEADER, BetonError, layout
 from evit.data.folders import ClassFolders, tree_classes
 from evit.data.imagefolder import FolderLoader
 from evit.data.order import Shard, repeated_order
@@ -43,7 +42,7 @@ def test_prepared_files_are_checked_before_anything_else(photos, tmp_path, split
 def test_betons_are_opened_in_one_place_which_checks_them():
     found = {path: path.read_text() for path in (ROOT / "src").rglob("*.py")}
     opened = [path.name for path, text in found.items() if "memmap(" in text]
-    assert opened == ["format.py"]
+    assert opened == ["__init__.py"]
     from_ffcv = [path.name for path, text in found.items() if re.search("(from|import) ffcv", text)]
     assert from_ffcv == ["__init__.py"]
 
@@ -55,7 +54,7 @@ def test_a_changed_folder_or_another_way_of_writing_gets_files_of_its_own(
     folders.append(folder(photos, tmp_path, jpeg_quality=50).beton_dir)
     Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(photos / "train/cat/new.jpg")
     folders.append(folder(photos, tmp_path).beton_dir)
-    monkeypatch.setattr(format, "SIDECAR_FORMAT", "of another version")
+    monkeypatch.setattr(ffcv, "SIDECAR_FORMAT", "of another version")
     cache_dir = tmp_path / "cache"
     folders.append(build.module(Folder, photos, cache_dir=cache_dir, **OPTIONS).beton_dir)
     assert len(set(folders)) == 4

@@ -21,7 +21,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
 
 from evit.commands.prepare import prepare
-from evit.data.ffcv.format import BetonError, check_beton
+from evit.data.ffcv import BetonError, check_beton
 from evit.data.folders import ClassFolders, cut_long, image_files, to_rgb
 from evit.data.imagefolder import evaluation_transform
 from tests.conftest import write_photos

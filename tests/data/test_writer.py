@@ -7,10 +7,10 @@ import pytest
 from ffcv.reader import Reader
 from PIL import Image
 
-from evit.data.ffcv import format as beton
+from evit.data import ffcv as beton
+from evit.data.ffcv import check_beton
 from evit.data.ffcv import write as write_module
 from evit.data.ffcv.decode import decode_jpeg
-from evit.data.ffcv.format import check_beton
 from evit.data.ffcv.write import write_beton
 
 CLASSES = ["a", "b", "c"]

@@ -71,7 +71,7 @@ class Folder(Images):
         files = {split: self.root / f"{split}.beton" for split in self.splits}
         if self.backend != "ffcv" or not all(path.is_file() for path in files.values()):
             return {}
-        from evit.data.ffcv.format import check_beton
+        from evit.data.ffcv import check_beton
 
         found = {split: check_beton(path) for split, path in files.items()}
         first, *others = found.values()

@@ -92,7 +92,7 @@ class Images(L.LightningDataModule):
     @functools.cached_property
     def beton_dir(self) -> Path:
         """Folder of the .beton files: one for each content of the source and way of writing."""
-        from evit.data.ffcv.format import SIDECAR_FORMAT
+        from evit.data.ffcv import SIDECAR_FORMAT
 
         identity = self.identity() | self.write_options | dict(format=SIDECAR_FORMAT)
         key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
@@ -105,7 +105,7 @@ class Images(L.LightningDataModule):
                 self.dataset(split)
             self.map_paths()
             return
-        from evit.data.ffcv.format import check_beton
+        from evit.data.ffcv import check_beton
         from evit.data.ffcv.write import write_beton
 
         options = dict(classes=self.classes, identity=self.beton_dir.name, **self.write_options)

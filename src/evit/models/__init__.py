@@ -1,9 +1,8 @@
 """Models. Importing this package registers them with timm."""
 
-from evit.models.cascade import Cascade
 from evit.models.lvvit import LVViT
 from evit.models.registry import create_model
-from evit.models.vit import DynamicViT, EViT, ReducedViT, reduce, reorganize
+from evit.models.vit import Cascade, DynamicViT, EViT, ReducedViT, reduce, reorganize
 from evit.models.weights import load_checkpoint
 
 __all__ = ["Cascade", "DynamicViT", "EViT", "LVViT", "ReducedViT"]

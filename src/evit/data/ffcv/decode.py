@@ -18,8 +18,7 @@ import numba
 import numpy as np
 from numba import types
 
-from evit.data.ffcv import get_random_crop
-from evit.data.ffcv.format import JPEG
+from evit.data.ffcv import JPEG, get_random_crop
 
 SOURCE = Path(__file__).with_name("jpeg_crop.c")
 RATIO = np.array([3 / 4, 4 / 3])  # width / height of random crops

@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from evit.data.batch import RandAugment, source_of, warp_of
-from evit.data.ffcv import augment, config, decode
-from evit.data.ffcv.format import BetonError, open_beton
+from evit.data.ffcv import BetonError, augment, config, decode, open_beton
 from evit.data.order import EpochLoader
 
 Batch = tuple[torch.Tensor, ...]
