@@ -230,7 +230,9 @@ def test_the_hours_that_wait_are_those_of_the_sweeps():
     for name, runs, hours, days in rows:
         sweep = jobs.read(name)
         listed = jobs.make_jobs(name, sweep, [])
-        total = sum(sweeps.hours(job, sweep.needs)[0] or 0 for job in listed)
+        for job in listed:
+            sweeps.estimate(job, sweep.needs)
+        total = sum(job.hours for job in listed)
         assert (int(runs), int(hours or 0)) == (len(listed), round(total))
         assert not hours or days == f"{total / 8 / 24:.1f}"
 

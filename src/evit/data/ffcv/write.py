@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from evit.data import ffcv as beton
+import evit.data.ffcv as beton
 from evit.data.ffcv.decode import decode_jpeg
 from evit.data.folders import WAY_OUT, open_image, to_rgb
 from evit.data.label_maps import read_label_map
