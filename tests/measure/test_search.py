@@ -79,3 +79,29 @@ def test_200_settings_cost_at_most_20_evaluations():
 def test_a_budget_out_of_reach_is_told(search):
     with pytest.raises(ValueError, match=f"no keep rate of {search.reducer.name} gets down to"):
         search.uniform(search.dense.cost / 1000)
+
+
+def test_the_counts_tried_are_tenths_of_the_patches_rounded_up():
+    grid = Search(reduced("evit"), images(2), torch.zeros(2), (1, 2, 3)).grid
+    assert grid == sorted({-(-PATCHES * i // 10) for i in range(1, 11)}, reverse=True)
+
+
+def test_top1_is_the_share_of_right_answers():
+    model, pixels = reduced("evit", keep_rate=1.0), images(8)
+    with torch.no_grad():
+        labels = model(pixels).argmax(1)
+    labels[:2] += 1
+    assert Search(model, pixels, labels, (1, 2, 3)).dense.top1 == 75
+
+
+def test_no_small_move_from_what_is_found_is_better():
+    """A move takes as many tokens as another place gets, up to four steps of a sixteenth."""
+    search = Search(reduced("evit"), images(8), torch.zeros(8, dtype=torch.int64), (1, 2, 3))
+    search.sensitivities()
+    budget = 0.8 * search.dense.cost
+    found, step = search.best(budget, moves=10_000), max(1, PATCHES // 16)
+    for up, down in itertools.permutations(range(3), 2):
+        counts = np.array(found.counts)
+        counts[[up, down]] += step, -step
+        other = search.measure(np.minimum.accumulate(counts.clip(1, PATCHES)).tolist())
+        assert not other or other.cost > budget or other.loss >= found.loss

@@ -1,6 +1,8 @@
 import pytest
 import timm
+import torch
 from huggingface_hub import constants
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import evit  # noqa: F401
 from evit.models import registry
@@ -57,3 +59,29 @@ def test_a_wrong_name_is_a_value_error(name, reason):
 
 def test_without_pretrained_it_is_timms():
     assert type(create_model("resnet10t")) is type(timm.create_model("resnet10t"))
+
+
+@pytest.mark.parametrize(("size", "heads"), [("tiny", 3), ("small", 6), ("base", 12)])
+def test_a_deit_has_its_published_heads(size, heads):
+    with torch.device("meta"):
+        model = timm.create_model(f"evit_deit_{size}_patch16")
+    assert {block.attn.num_heads for block in model.blocks} == {heads}
+    assert model.pretrained_cfg["mean"] == IMAGENET_DEFAULT_MEAN
+    assert model.pretrained_cfg["std"] == IMAGENET_DEFAULT_STD
+    assert model.pretrained_cfg["fixed_input_size"]
+
+
+@pytest.mark.parametrize(
+    ("size", "heads", "skip_lam"), [("t", 4, 1.0), ("s", 6, 2.0), ("m", 8, 2.0)]
+)
+def test_an_lvvit_has_its_published_heads_and_residuals(size, heads, skip_lam):
+    with torch.device("meta"):
+        model = timm.create_model(f"evit_lvvit_{size}")
+    assert {block.attn.num_heads for block in model.blocks} == {heads}
+    assert {block.ls1.factor for block in model.blocks} == {1 / skip_lam}
+
+
+@pytest.mark.parametrize("name", ["deit_small_patch16", "lvvit_s"])
+def test_a_dynamicvit_has_dynamicvits_reducer(name):
+    with torch.device("meta"):
+        assert timm.create_model(f"dynamicvit_{name}").reducer.name == "dynamicvit"

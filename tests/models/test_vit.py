@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import evit
 from evit import reducers
+from evit.models.vit import check_images
 from evit.reducers.blocks import feed_forward
 from tests.models import golden
 
@@ -213,3 +214,10 @@ def test_gelu_overwrites_its_input_only_while_no_gradients_are_recorded():
 
 def test_an_activation_of_another_kind_stays():
     assert type(tiny(act_layer=torch.nn.SiLU).blocks[0].mlp.act) is torch.nn.SiLU
+
+
+def test_square_rgb_images_alone_are_read():
+    check_images(tiny(), 32)
+    for options, reason in ((dict(in_chans=1), "in_chans=1"), (dict(img_size=64), r"\[64, 64\]")):
+        with pytest.raises(ValueError, match=reason):
+            check_images(tiny(**options), 32)

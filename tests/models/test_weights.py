@@ -1,6 +1,7 @@
 """Checkpoints in."""
 
 import argparse
+import re
 
 import pytest
 import timm
@@ -156,3 +157,13 @@ def test_weights_go_into_a_compiled_model(deit_small):
     model = evit_small()
     evit.load_checkpoint(torch.compile(model, backend="eager"), deit_small.state_dict())
     assert torch.equal(model.cls_token, deit_small.cls_token)
+
+
+@pytest.mark.parametrize(("lost", "more"), [(5, ""), (6, " and 1 more")])
+def test_five_misfits_are_named_and_the_others_counted(lost, more):
+    model = timm.create_model("evit_deit_tiny_patch16", img_size=32)
+    weights = dict(list(model.state_dict().items())[lost:])
+    with pytest.raises(ValueError) as caught:
+        evit.load_checkpoint(model, weights)
+    assert str(caught.value).count("is missing") == 5
+    assert re.search(rf"is missing{more}\. ", str(caught.value))

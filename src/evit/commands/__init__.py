@@ -193,7 +193,10 @@ def ended_in_a_line() -> Iterator[None]:
     numbers = [n for n in (signal.SIGTERM, signal.SIGUSR1) if signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, terminate) for number in numbers}
     try:
-        yield
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # tells here, and not at exit, whether anybody reads it
     except KeyboardInterrupt:
         terminate(signal.SIGINT)
     except Exception as error:
