@@ -121,7 +121,9 @@ def passes(tests: str, seconds: int) -> tuple[bool, float]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
         signal.alarm(20 * seconds)  # of one that waits for ever
-        os._exit(pytest.main(["-x", "-p", "no:cacheprovider", *shlex.split(tests)]))
+        os._exit(
+            pytest.main(["-x", "-m", "not slow", "-p", "no:cacheprovider", *shlex.split(tests)])
+        )
     _, status, usage = os.wait4(pid, 0)
     with suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounter
@@ -34,8 +35,13 @@ def batch() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 3])
 
 
-def test_an_ordinary_model_is_charged_the_cross_entropy():
-    model, (images, labels) = tiny(evit.EViT).eval(), batch()
+def timms(**kwargs):
+    return timm.create_model("vit_tiny_patch16_224", **kwargs | dict(keep_rate=None))
+
+
+@pytest.mark.parametrize("kind", [evit.EViT, timms], ids=["evit", "timm"])
+def test_an_ordinary_model_is_charged_the_cross_entropy(kind):
+    model, (images, labels) = tiny(kind).eval(), batch()
     losses = make_objective(model, RECIPE, 5, 4)(images, labels)
     assert losses == {"loss": F.cross_entropy(model(images), labels)}
 
