@@ -66,9 +66,6 @@ def test_a_deit_has_its_published_heads(size, heads):
     with torch.device("meta"):
         model = timm.create_model(f"evit_deit_{size}_patch16")
     assert {block.attn.num_heads for block in model.blocks} == {heads}
-    assert model.pretrained_cfg["mean"] == IMAGENET_DEFAULT_MEAN
-    assert model.pretrained_cfg["std"] == IMAGENET_DEFAULT_STD
-    assert model.pretrained_cfg["fixed_input_size"]
 
 
 @pytest.mark.parametrize(
@@ -85,3 +82,11 @@ def test_an_lvvit_has_its_published_heads_and_residuals(size, heads, skip_lam):
 def test_a_dynamicvit_has_dynamicvits_reducer(name):
     with torch.device("meta"):
         assert timm.create_model(f"dynamicvit_{name}").reducer.name == "dynamicvit"
+
+
+@pytest.mark.parametrize("name", ["evit_deit_tiny_patch16", "lvvit_s", "evit_lvvit_t"])
+def test_a_model_takes_imagenets_mean_and_deviation_at_one_size(name):
+    with torch.device("meta"):
+        config = timm.create_model(name).pretrained_cfg
+    assert (config["mean"], config["std"]) == (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    assert config["fixed_input_size"] and config["input_size"] == (3, 224, 224)

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import timm
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
@@ -64,7 +63,6 @@ def _entry(name: str, defaults: dict[str, Any]) -> Callable[..., ReducedViT]:
 LV_VIT_CFG: Any = dict(
     **dict(num_classes=1000, input_size=(3, 224, 224), fixed_input_size=True),
     **dict(crop_pct=0.9, interpolation="bicubic"),
-    **dict(mean=IMAGENET_DEFAULT_MEAN, std=IMAGENET_DEFAULT_STD),
     **dict(first_conv="patch_embed.conv1", classifier=("head", "aux_head")),
 )
 CFGS: Any = {name: LV_VIT_CFG for name in NAMES if "deit" not in name}
