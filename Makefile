@@ -44,7 +44,7 @@ audit: setup  ## known vulnerabilities of the pinned packages, as PyPI itself kn
 benchmark: setup  ## images/s, memory and MACs beside the dense model's; ARGS="paper=deit_s" overrides
 	$(PYTHON) src/benchmark.py $(ARGS)
 
-benchmark-gpu: setup  ## all GPU measurements into results/speed_gpu, in 8 minutes on one card
+benchmark-gpu: setup  ## all GPU measurements, in 8 minutes on one card, into ARGS=DIR (results/speed_gpu)
 	$(PYTHON) tests/measure_gpu.py $(ARGS)
 
 dashboard: setup  ## a W&B workspace and report of your runs; ARGS="paper=true" adds the paper's rows

@@ -162,7 +162,7 @@ def test_of_a_run_the_model_the_knobs_and_the_validation_images_are_the_run_s(
         (f"{RANDOM} show=all", "show must be kept or features, got 'all'"),
         (f"{RANDOM} crop_pct=2", "crop_pct must be from 0.01 to 1"),
         (f"{RANDOM} images=absent.jpg", "images=absent.jpg does not exist: give a folder"),
-        (f"{RANDOM} images=[]", "images=[]: there are no images"),
+        (f"{RANDOM} images=[]", "images=[]: no file there opens as an image"),
         (f"{RANDOM} image=a.jpg", "did you mean images?"),
     ],
 )

@@ -247,6 +247,9 @@ def submit(name: str, jobs: list[Job], options: dict[str, Any]) -> None:
     more = dict(requeue=True) | own.pop("slurm_additional_parameters", {})
     try:
         there = subprocess.run(queue, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise ValueError(f"launcher=slurm needs a working SLURM: {error}") from error
+    try:
         todo = [job for job in jobs if job_id(job.folder) not in there]
         folders = {job.folder for job in todo}
         later = [job for job in todo if job.source in folders or job_id(job.source) in there]
@@ -262,8 +265,8 @@ def submit(name: str, jobs: list[Job], options: dict[str, Any]) -> None:
             after = more | dict(dependency=f"afterok:{job_id(job.source)}")
             executor.update_parameters(slurm_additional_parameters=after)
             note(job, executor.submit(Task(job.command)))
-    except (OSError, submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
-        raise ValueError(f"launcher=slurm needs a working SLURM: {error}") from error
+    except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
+        raise ValueError(f"SLURM refuses: {error}") from error
     except (NameError, TypeError) as error:
         raise ValueError(f"slurm: {error}") from error
     print(f"{counted(len(todo), 'run')} submitted, {len(jobs) - len(todo)} in the queue before")

@@ -212,7 +212,7 @@ def make_label_maps(
     model.to(device).eval().requires_grad_(False)
     _, high, wide = config["input_size"]
     shape = tuple(dense_logits(model, torch.zeros(1, 3, high, wide, device=device)).shape[2:])
-    weights = checkpoint and str(Path(checkpoint).expanduser().resolve())
+    weights = str(Path(checkpoint).expanduser().resolve()) if checkpoint else "timm's"
     crop: dict[str, Any] = dict(crop_pct=crop_pct, crop_mode=crop_mode)
     facts = dict(model_name=model_name, weights=weights, img_size=[high, wide]) | crop
     facts |= dict(classes=len(classes), cells=list(shape))

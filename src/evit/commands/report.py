@@ -5,11 +5,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from omegaconf import DictConfig
 
-from evit.report import collect, paper, settings, tables
-from evit.report.collect import Found
+from evit.report import paper
 
 KEYS = ("model", "reducer", "keep_rate", "fusion", "img_size", "macs", "throughput", "top1", "top5")
 ACCURACY = "Accuracy and cost"
@@ -25,6 +23,8 @@ def write(source: Path, target: Path | None, page: bool = True) -> None:
 
     Without `page`, that is table.md and runs.json alone. ValueError: nothing has finished there.
     """
+    from evit.report import collect, settings, tables  # with pandas
+
     content = collect.read(source)
     groups = settings.ours(content).groupby("section", sort=False)
     sections = [tables.all_settings(str(title), points) for title, points in groups]
@@ -50,8 +50,10 @@ def write(source: Path, target: Path | None, page: bool = True) -> None:
     print("  ".join(f"{target}/{name}" for name in written))
 
 
-def as_csv(content: Found) -> str:
+def as_csv(content: Any) -> str:
     """A line for each run; no text in it is a spreadsheet's formula."""
+    import pandas as pd
+
     frame = pd.json_normalize([dict(run=name) | row for name, row in content.runs.items()])
     formula = set("=+-@")
     frame = frame.map(lambda c: f"'{c}" if isinstance(c, str) and c[:1] in formula else c)

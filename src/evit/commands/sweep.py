@@ -173,10 +173,10 @@ def start(job: Job, slot: dict[str, str]) -> None:
 def why(job: Job) -> str:
     """Say how a job has ended, with the last error or line in its log."""
     status = job.popen.returncode
-    ended = f"exit status {status}"
-    if status < 0:
-        ended = f"killed by signal {-status} ({signal.Signals(-status).name})"
-    if status == -signal.SIGKILL:
+    number, ended = -status if status < 0 else status - 128, f"exit status {status}"  # a shell's
+    if number in set(signal.Signals):
+        ended = f"killed by signal {number} ({signal.Signals(number).name})"
+    if number == signal.SIGKILL:
         return f"{ended}: out of memory?"
     log = (job.folder / LOG).read_bytes()[job.log_offset :].decode(errors="replace")
     lines = [line.strip() for line in log.splitlines() if line.strip()]

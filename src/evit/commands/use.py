@@ -13,7 +13,6 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from evit.commands import checkpoint
 from evit.config import counted, listed
@@ -102,7 +101,7 @@ def image_paths(images: Any, most: int | None = None) -> list[Path]:
         count = min(most or len(inside), len(inside))
         paths += [inside[i * len(inside) // count] for i in range(count)]
     if not paths:
-        raise ValueError(f"images={given}: there are no images ({', '.join(IMG_EXTENSIONS)})")
+        raise ValueError(f"images={given}: no file there opens as an image")
     return paths
 
 

@@ -63,8 +63,9 @@ class Reduced(nn.Module):
         for block in self.blocks:
             block.__class__ = self.block_class
         proj = getattr(self.patch_embed, "proj", None)
-        if type(proj) is nn.Conv2d and proj.kernel_size == proj.stride and proj.padding == (0, 0):
-            proj.__class__ = PatchConv2d
+        if type(proj) is nn.Conv2d and proj.kernel_size == proj.stride and proj.groups == 1:
+            if proj.padding == (0, 0) and proj.dilation == (1, 1):
+                proj.__class__ = PatchConv2d
         self.reducer: Any = reducer.attach(self).to(next(self.blocks.parameters()))
 
     drop_loc = of_reducer("at", "The blocks that reduce.")

@@ -138,6 +138,8 @@ def write_beton(
         raise ValueError(
             f"{options}: mode is jpg or raw, max_resolution pixels or null, jpeg_quality 1 to 100"
         )
+    if not count:
+        raise ValueError(f"{path}: nothing to write, {source} has no images")
     head: dict[str, Any] = dict(format=beton.SIDECAR_FORMAT, source=source, classes=list(classes))
     head |= dict(num_classes=len(classes), identity=identity, **options)
     dataset = _Encoded(samples, options, len(classes), label_maps)
