@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -113,14 +114,15 @@ DONE: dict[str, str] = {}
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory) -> Iterator[Path]:
     """Where the commands run; with photos of six classes, and a classifier of them."""
     folder = tmp_path_factory.mktemp("readme")
     shutil.rmtree(ROOT / "outputs/test-readme", ignore_errors=True)
     write_photos(folder / "six", train=1, val=1, classes=6)
     annotator = timm.create_model("test_resnet", num_classes=6)
     torch.save(annotator.state_dict(), folder / "annotator.pth")
-    return folder
+    yield folder
+    shutil.rmtree(ROOT / "outputs/test-readme", ignore_errors=True)
 
 
 def test_every_command_is_known_to_the_tests():

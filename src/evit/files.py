@@ -1,4 +1,4 @@
-"""Write files atomically, explain errors of the disk, and say where a long work is."""
+"""Write files atomically, explain errors of the disk, print how far a long task has come."""
 
 import errno
 import os
@@ -79,7 +79,7 @@ def check_zip(path: Path) -> None:
 
 @contextmanager
 def telling(text: Callable[[], str], every: float = 30) -> Iterator[None]:
-    """Print where a long work is, if there is something to say: after 8 s, and then every 30 s."""
+    """Print text(), how far a task has come, after 8 s and then every 30 s; an empty one is not."""
     ended = threading.Event()
 
     def tell() -> None:
@@ -97,7 +97,7 @@ def telling(text: Callable[[], str], every: float = 30) -> Iterator[None]:
 
 
 def followed(items: Iterable[T], text: str, total: int) -> Iterator[T]:
-    """Go through items, and print how many are done."""
+    """Yield items, and print now and then how many of them are done."""
     items, done = iter(items), 0  # workers are forked before there is a thread
     with telling(lambda: f"{text}: {done} of {total} batches"):
         for item in items:

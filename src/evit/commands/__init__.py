@@ -49,14 +49,16 @@ def start(command: str, config: str) -> None:
     """Compose conf/CONFIG.yaml with the command line; then import the command and run it."""
 
     def run(cfg: DictConfig) -> Any:
-        if missing := [str(knob) for knob in cfg if OmegaConf.is_missing(cfg, knob)]:
-            fail(f"{missing[0]}=... is needed: conf/{config}.yaml says what it is for")
-        if str(cfg.get("name")).startswith(("/", "~")):
-            fail(f"name={cfg.name} is a folder in outputs/: for another, hydra.run.dir={cfg.name}")
-        name = "plan" if cfg.get("dry_run") else FILES.get(command, command)
-        work = importlib.import_module(f"evit.commands.{name}")
-        gc.enable()
         with ended_in_a_line():  # or Hydra adds a line of its own
+            if missing := [str(knob) for knob in cfg if OmegaConf.is_missing(cfg, knob)]:
+                where = f"conf/{config}.yaml says what it is for"
+                raise ValueError(f"{missing[0]}=... is needed: {where}")
+            if str(name := cfg.get("name")).startswith(("/", "~")):
+                way = f"for another, hydra.run.dir={name}"
+                raise ValueError(f"name={name} is a folder in outputs/: {way}")
+            file = "plan" if cfg.get("dry_run") else FILES.get(command, command)
+            work = importlib.import_module(f"evit.commands.{file}")
+            gc.enable()
             return getattr(work, command if command in FILES else "run")(cfg)
 
     gc.disable()  # imports leave no garbage: 25 % less time until the work begins

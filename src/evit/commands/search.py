@@ -49,7 +49,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     unit, dense = "s" if timing else "GMACs", search.dense.cost
     budget = dense / (cfg.images_per_s or 1) if timing else float(cfg.gmacs or dense)
     if not 0 < budget <= dense:
-        text = f"{budgets} is no limit: the dense model takes {dense:.4g} {unit}, give less"
+        ((knob, value),) = budgets.items()
+        text = f"{knob}={value} is no limit: the dense model takes {dense:.4g} {unit}, give less"
         raise ValueError(text)
     search.uniform(budget)  # or it cannot be met
     search.sensitivities()

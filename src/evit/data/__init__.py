@@ -115,8 +115,7 @@ class Folder(Images):
 
 
 class Downloaded(Images):
-    """A data set of small images, which torchvision downloads into cache_dir: FashionMNIST, 60,000
-    + 10,000 gray images of 28 px in 10 classes, CIFAR10 or CIFAR100."""
+    """FashionMNIST, CIFAR10 or CIFAR100, which torchvision downloads into cache_dir."""
 
     def __init__(self, dataset: str, **options: Any):
         super().__init__(**options)
@@ -169,8 +168,7 @@ def auto(
     val_fraction: float | None = None,
     **options: Any,
 ) -> Images:
-    """The images under root; without a root FashionMNIST, CIFAR10 or CIFAR100, the first unless
-    `dataset` says another."""
+    """Choose the images: those under root; without a root those of `dataset`, or FashionMNIST."""
     if root:
         return Folder(root, val_fraction=val_fraction, **options)
     if val_fraction:

@@ -129,7 +129,9 @@ class Search:
             else:
                 high = rate
         if fitting is None and not or_none:
-            raise ValueError(f"no keep rate of {self.reducer.name} gets down to {budget:.4g}")
+            raise ValueError(
+                f"no keep rate of {self.reducer.name} gets down to {budget:.4g}: give more"
+            )
         return fitting
 
     def sensitivities(self) -> None:

@@ -24,11 +24,12 @@ NUMBERS = {  # of our settings: column, format
     "% of dense": ("share", ".0f"),
     "speed-up": ("faster", ".2f"),
 }
-NOTE = (
-    "The mean over the seeds of a setting, with the standard deviation. To dense: points from the "
-    "mean of the dense runs by the same recipe; or from what was fine-tuned or evaluated. "
-    "Speed-up: images/s beside the dense model's, by src/benchmark.py, else by the runs."
-)
+NOTES = {  # by column
+    "top-1 (%)": "The mean over the seeds of a setting, with the standard deviation.",
+    "to dense": "To dense: points of top-1 beside the dense runs of the same recipe, or beside the "
+    "model that was fine-tuned or evaluated.",
+    "speed-up": "Speed-up: images/s beside the dense model's, by src/benchmark.py or by the runs.",
+}
 
 
 class Table(NamedTuple):
@@ -111,8 +112,8 @@ def all_settings(title: str, points: pd.DataFrame) -> Table:
     numbers = pd.DataFrame({"top-1 (%)": points.apply(top1_text, axis=1)})
     numbers = numbers.assign(**{k: texts(points[key], form) for k, (key, form) in NUMBERS.items()})
     numbers = numbers.loc[:, (numbers != "").any()]
-    note = f"{'; '.join(said).capitalize()}. {NOTE}"
-    return Table(title, note, which.join(numbers), len(which.columns))
+    notes = [f"{'; '.join(said).capitalize()}.", *(NOTES[k] for k in numbers if k in NOTES)]
+    return Table(title, " ".join(notes), which.join(numbers), len(which.columns))
 
 
 def provenance(content: Found) -> str:
