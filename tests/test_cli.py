@@ -63,6 +63,7 @@ WRONG = {
     "train recipe=": "there are cifar10, deit, deit_finetune, dynamicvit, fashion_mnist, lvvit",
     "train experiment=evit_deit": "did you mean evit_deit_s?",
     "train img_size=big": "img_size must be a number, got 'big'",
+    "train name=/abs/dir": "for another, hydra.run.dir=/abs/dir",
     "evaluate keep_ratess=[1]": "did you mean keep_rates?",
     "evaluate batch_size=x": "batch_size must be a number, got 'x'",
     "benchmark repeat=3": "did you mean repeats?",
