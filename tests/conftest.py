@@ -18,7 +18,7 @@ HEARD = (signal.SIGTERM, signal.SIGUSR1)  # ended with a line, as SIGINT is
 ROOT = Path(__file__).parents[1]
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(
-    ["evit.commands.train", "evit.commands.evaluate", "evit.commands.benchmark", "numba"]
+    ["evit.commands.train", "evit.commands.use", "evit.commands.benchmark", "numba"]
 )
 # The smallest run that goes through every part.
 QUICK = (

@@ -72,7 +72,6 @@ WRONG = {
     "visualize image=x": "did you mean images?",
     "prepare": "source=... is needed: conf/prepare.yaml says what it is for",
     "prepare skip_bad=perhaps source=x": "skip_bad must be true or false, got 'perhaps'",
-    "label_maps source=x": "target=... is needed",
     "report run=x": "did you mean runs?",
     "dashboard projct=x": "did you mean project?",
 }

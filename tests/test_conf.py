@@ -71,7 +71,7 @@ def test_prepare_composes():
 def test_the_knobs_of_an_evaluation_are_these():
     assert set(OmegaConf.load(CONF_DIR / "evaluate.yaml")) - {"defaults", "hydra"} == {
         *("checkpoint", "name", "keep_rate", "keep_rates", "fusion", "selection", "img_size"),
-        *("crop_pct", "max_val_images", "batch_size", "seed", "gmacs", "cascade", "compile"),
+        *("crop_pct", "max_val_images", "batch_size", "seed", "gmacs", "compile"),
         "model",
     }
 
@@ -96,11 +96,6 @@ def test_a_benchmark_and_an_export_compose():
 def test_a_picture_and_a_dashboard_compose():
     assert composed("keep_rate=0.5", config="visualize").images is None
     assert composed(config="dashboard").project == composed().logger.project
-
-
-def test_label_maps_composes():
-    cfg = composed("source=/photos", "target=/maps", "model_name=x", config="label_maps")
-    assert OmegaConf.to_container(cfg, throw_on_missing=True)["crop_mode"] == "squash"
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

@@ -10,10 +10,8 @@ from PIL import Image
 
 from evit.commands import use as command
 from evit.data.batch import normalize
-from evit.data.folders import load_image
-from evit.data.imagefolder import evaluation_transform
 from evit.models import create_model
-from evit.report.pictures import FONT, GAP, draw_kept
+from evit.report.pictures import draw_kept
 
 SIZE = dict(img_size=32, embed_dim=48, depth=4, num_heads=3)
 RANDOM = "model=evit_deit_tiny random=true img_size=32 " + " ".join(
@@ -75,40 +73,6 @@ def test_the_images_of_a_folder_are_spread_over_it(photos):
     assert command.image_paths(str(photos), 6) == every[::3]
 
 
-def test_features_are_the_components_of_the_dense_map(visualize, photos, tmp_path):
-    """The colours of each patch, by PCA from NumPy; the reduced map in the same basis."""
-    torch.manual_seed(0)
-    model = create_model("evit_deit_tiny_patch16", num_classes=2, reducer="cover", **SIZE).eval()
-    torch.save(model.state_dict(), tmp_path / "w.pth")
-    options = RANDOM.replace("random=true", f"checkpoint={tmp_path}/w.pth reducer=cover")
-    visualize(f"{options} show=features images={photos} num_images=4 keep_rate=0.5")
-    (path,) = tmp_path.glob("outputs/pictures/evit_deit_tiny-cover-0.5-32-*-features.png")
-    picture = np.asarray(Image.open(path)).astype(float)
-    crop = evaluation_transform(32, 0.875)
-    pixels = torch.stack([crop(load_image(p)) for p in command.image_paths(str(photos), 4)])
-    maps = []
-    for rate in (1.0, 0.5):
-        model.set_keep_rate(rate)
-        with torch.no_grad():
-            maps.append(model(normalize(pixels), return_map=True)[1].flatten(2).mT.numpy())
-    dense = maps[0].reshape(-1, 48)
-    basis = np.linalg.svd(dense - dense.mean(0))[2][:3].T
-    shares = [(found - dense.mean(0)) @ basis for found in maps]
-    low, high = np.quantile(shares[0].reshape(-1, 3), [0.01, 0.99], 0)
-    strip = FONT + GAP // 2  # for the prediction
-    for column, found in enumerate(shares, 1):
-        left = GAP + column * (128 + GAP)
-        for row in range(4):
-            top = len(picture) - (4 - row) * (128 + GAP + strip) + strip
-            shown = picture[top : top + 128, left : left + 128][32::64, 32::64].reshape(-1, 3)
-            wanted = 255 * ((found[row] - low) / (high - low)).clip(0, 1)
-            for i in range(3):  # the sign of a component is arbitrary
-                turned = 255 - wanted[:, i]
-                flipped = 255 * ((low - found[row])[:, i] / (high - low)[i] + 1).clip(0, 1)
-                errors = [np.abs(shown[:, i] - v).max() for v in (wanted[:, i], turned, flipped)]
-                assert min(errors) < 2
-
-
 def test_images_are_cropped_as_in_evaluations(visualize, drawn, photos):
     one, two = photos / "val/cat/0.jpg", photos / "val/dog/1.jpg"
     visualize(f"{RANDOM} images=[{one},{two}] num_images=1 target=kept.jpg crop_pct=0.8")
@@ -159,7 +123,6 @@ def test_of_a_run_the_model_the_knobs_and_the_validation_images_are_the_run_s(
         ("random=true", "model=NAME is needed"),
         (f"{RANDOM} num_images=0", "num_images must be at least 1, got 0"),
         (f"{RANDOM} target=kept.txt images=IMAGE", "unknown file extension: .txt"),
-        (f"{RANDOM} show=all", "show must be kept or features, got 'all'"),
         (f"{RANDOM} crop_pct=2", "crop_pct must be from 0.01 to 1"),
         (f"{RANDOM} images=absent.jpg", "images=absent.jpg does not exist: give a folder"),
         (f"{RANDOM} images=[]", "images=[]: no file there opens as an image"),

@@ -12,13 +12,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
 import yaml
-from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -31,14 +29,15 @@ from evit import files
 from evit.config import CONF_DIR, RESOLVERS, Recipe, overridden, scale_for
 
 # Commands that are a function in a file of another name; the others are `run` in their own.
-FILES = dict(visualize="use", predict="use", export="use", dashboard="report", label_maps="prepare")
-LOOSE = ("keep_rate", "compile")  # numbers or true by default, and more
+FILES = dict.fromkeys(("evaluate", "visualize", "predict", "export"), "use") | dict(
+    dashboard="report"
+)
 NOT_COMPOSED = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
 def main() -> None:
     """Run the command whose script was started: src/NAME.py or evit-NAME."""
-    name = Path(sys.argv[0]).stem.removeprefix("evit-").replace("-", "_")
+    name = Path(sys.argv[0]).stem.removeprefix("evit-")
     if name == "sweep":  # it composes the configurations of many runs
         with ended_in_a_line():
             sys.exit(importlib.import_module("evit.commands.sweep").run(sys.argv[1:]))
@@ -50,12 +49,10 @@ def start(command: str, config: str) -> None:
 
     def run(cfg: DictConfig) -> Any:
         with ended_in_a_line():  # or Hydra adds a line of its own
-            if missing := [str(knob) for knob in cfg if OmegaConf.is_missing(cfg, knob)]:
-                where = f"conf/{config}.yaml says what it is for"
-                raise ValueError(f"{missing[0]}=... is needed: {where}")
-            if str(name := cfg.get("name")).startswith(("/", "~")):
-                way = f"for another, hydra.run.dir={name}"
-                raise ValueError(f"name={name} is a folder in outputs/: {way}")
+            for knob in (name for name in cfg if OmegaConf.is_missing(cfg, name)):
+                raise ValueError(f"{knob}=... is needed: conf/{config}.yaml says what it is for")
+            if (name := str(cfg.get("name"))).startswith(("/", "~")):
+                raise ValueError(f"name={name} is in outputs/: for another, hydra.run.dir={name}")
             file = "plan" if cfg.get("dry_run") else FILES.get(command, command)
             work = importlib.import_module(f"evit.commands.{file}")
             gc.enable()
@@ -106,32 +103,27 @@ def quoted(override: str) -> str:
 
 
 def with_scale(words: list[str]) -> list[str]:
-    """Add scale=own or scale=demo to a run's overrides, if none is given and the data need it.
-
-    In a multirun the first values decide.
-    """
+    """Add the scale that the data need to overrides without one; of a multirun the first decide."""
     overrides = [word for word in words if not word.startswith("-") and "=" in word]
     if "scale" in overridden(overrides):
         return words
     for option, folder in zip(words, words[1:], strict=False):
         if option in ("--config-dir", "-cd"):
             overrides.append(f"hydra.searchpath=['file://{Path(folder).absolute()}']")
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    first = [
-        f"{o.key_or_group}={next(o.sweep_string_iterator())}" if o.is_sweep_override() else line
-        for o, line in zip(parsed, overrides, strict=True)
-    ]
-    scale = scale_for(composed("config", first))
+    for i, one in enumerate(OverridesParser.create().parse_overrides(overrides)):
+        if one.is_sweep_override():
+            overrides[i] = f"{one.key_or_group}={next(one.sweep_string_iterator())}"
+    scale = scale_for(composed("config", overrides))
     return words if scale == "published" else [*words, f"scale={scale}"]
 
 
 def composed(config: str, overrides: list[str]) -> DictConfig:
     """A configuration of conf/, with `hydra` in it; a ValueError of one line if none."""
     register()
-    begun = GlobalHydra.instance().is_initialized()
-    with nullcontext() if begun else initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+    options, begun = dict(version_base="1.3"), GlobalHydra.instance().is_initialized()
+    with nullcontext() if begun else hydra.initialize_config_dir(str(CONF_DIR), **options):
         try:
-            return compose(config, overrides, return_hydra_config=True)
+            return hydra.compose(config, overrides, return_hydra_config=True)
         except NOT_COMPOSED as error:
             raise explained(error, config) from error
 
@@ -139,13 +131,13 @@ def composed(config: str, overrides: list[str]) -> DictConfig:
 def knobs(config: str) -> dict[str, Any]:
     """The knobs of conf/CONFIG.yaml, its groups, and the knobs in these, with their defaults."""
     content: Any = OmegaConf.to_container(OmegaConf.load(CONF_DIR / f"{config}.yaml"))
-    chosen = (entry for entry in content.pop("defaults", []) if not isinstance(entry, str))
-    groups = {str(group) for entry in chosen for group in entry if " " not in str(group)}
-    inside = {f"recipe.{field.name}" for field in fields(Recipe)} if "recipe" in groups else set()
+    chosen = [entry for entry in content.pop("defaults", []) if isinstance(entry, dict)]
+    known = {group for entry in chosen for group in entry if " " not in group}
     for file in CONF_DIR.glob("*/*.yaml"):
-        if (group := file.parent.name) in groups - {"experiment", "scale"}:
-            inside |= {f"{group}.{n}" for n in re.findall(r"(?m)^([a-z]\w+):", file.read_text())}
-    return dict.fromkeys(inside | groups) | content
+        if (group := file.parent.name) in known - {"experiment", "scale"}:
+            known |= {f"{group}.{n}" for n in re.findall(r"(?m)^([a-z]\w+):", file.read_text())}
+    known |= {f"recipe.{name}" for name in Recipe.__dataclass_fields__ if "recipe" in known}
+    return dict.fromkeys(known) | content
 
 
 def check_spelling(overrides: list[str], config: str) -> None:
@@ -157,13 +149,11 @@ def check_spelling(overrides: list[str], config: str) -> None:
         path, root = found.groups()
         if root not in known:
             raise ValueError(f"unknown knob {root!r} in {override!r}: {nearest(root, known)}")
-        default = known.get(path)
-        if not isinstance(default, int | float) or path in LOOSE:
-            continue
-        parsed = OverridesParser.create().parse_override(override)
-        if not parsed.is_sweep_override() and isinstance(value := parsed.value(), wrong):
-            kind = "true or false" if isinstance(default, bool) else "a number"
-            raise ValueError(f"{path} must be {kind}, got {value!r}")
+        kind = "true or false" if isinstance(known.get(path), bool) else "a number"
+        if isinstance(known.get(path), int | float) and path not in ("keep_rate", "compile"):
+            parsed = OverridesParser.create().parse_override(override)
+            if not parsed.is_sweep_override() and isinstance(value := parsed.value(), wrong):
+                raise ValueError(f"{path} must be {kind}, got {value!r}")
 
 
 def nearest(name: str, known: Any) -> str:
@@ -171,8 +161,8 @@ def nearest(name: str, known: Any) -> str:
     inside = [other for other in known if other.endswith(f".{name}")]
     if near := inside or difflib.get_close_matches(name, known, 1):
         return f"did you mean {near[0]}?"
-    group, _, _ = name.rpartition(".")
-    return f"there are {', '.join(sorted(n for n in known if n.rpartition('.')[0] == group))}"
+    beside = [other for other in known if other.rpartition(".")[0] == name.rpartition(".")[0]]
+    return f"there are {', '.join(sorted(beside))}"
 
 
 def explained(error: BaseException, config: str) -> ValueError:
@@ -202,7 +192,8 @@ def ended_in_a_line() -> Iterator[None]:
     except KeyboardInterrupt:
         terminate(signal.SIGINT)
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and nobody_reads():
+        (reader := select.poll()).register(1, 0)
+        if isinstance(error, BrokenPipeError) and reader.poll(0):  # it has ended, as head does
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to print goes nowhere
             sys.exit(128 + signal.SIGPIPE)
         text = mistake(error)
@@ -212,23 +203,16 @@ def ended_in_a_line() -> Iterator[None]:
             raise
         fail(text)
     finally:
-        with suppress(OSError):  # remove Hydra's folders if they are empty
-            for path in (run_folder(), *run_folder().parents):
-                if Path.cwd() in path.parents:
-                    path.rmdir()
+        with suppress(OSError):
+            os.removedirs(os.path.relpath(run_folder()))  # of Hydra's folders the empty ones
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def nobody_reads() -> bool:
-    """Whether standard output is a pipe whose reader, such as head, has ended."""
-    poll = select.poll()
-    poll.register(1, 0)
-    return bool(poll.poll(0))
-
-
 def mistake(error: BaseException) -> str | None:
     """The message of an error that the user can correct; None for others (traceback)."""
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("evit"):
+        return f"{error.name} is not installed: pip install 'evit-lab[all]'"
     kinds: tuple[type[BaseException], ...] = (ValueError, FloatingPointError, ChildProcessError)
     if isinstance(error, InstantiationException) and error.__cause__:  # from a constructor
         error, kinds = error.__cause__, (ValueError, TypeError, ImportError)
@@ -238,10 +222,7 @@ def mistake(error: BaseException) -> str | None:
 
 
 def terminate(number: int, _: Any = None) -> NoReturn:
-    """End the program after a signal, with one line for all processes of a machine.
-
-    SIGUSR1 in a SLURM job requeues the job first.
-    """
+    """End the program after a signal, with one line for a machine's processes; SIGUSR1 requeues."""
     job = os.environ.get("SLURM_JOB_ID")
     if number == signal.SIGUSR1 and job and os.environ.get("SLURM_PROCID") == "0":
         with suppress(OSError):  # some containers have no scontrol
@@ -263,4 +244,4 @@ def fail(text: str) -> NoReturn:
 def run_folder() -> Path:
     """Hydra's folder for this run; the current folder before there is one."""
     known: Any = HydraConfig.get().runtime if HydraConfig.initialized() else {}
-    return Path() if "output_dir" not in known else Path(known["output_dir"])
+    return Path(known.get("output_dir") or "")

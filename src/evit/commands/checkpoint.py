@@ -1,9 +1,10 @@
 """Open a model with its weights and the knobs of its run, for every command."""
 
 import json
+from collections import namedtuple
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import yaml
@@ -11,7 +12,6 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 
 from evit import load_checkpoint, reduce
 from evit.config import OUTPUTS, Recipe, folder_name, listed, overridden
@@ -25,19 +25,11 @@ from evit.report import rate, results
 DEFAULTS = dict(keep_rate=0.7, fusion=True, img_size=224, crop_pct=0.875, max_val_images=None)
 WAYS = dict(checkpoint="PATH", pretrained="true (timm's download)", random="true (to try out)")
 REDUCED = "take it with a reducer by model=timm_vit model.model_name=NAME"
-
-
-class Source(NamedTuple):
-    """Weights of a checkpoint, and knobs and model of its run; empty without a checkpoint."""
-
-    path: Path | None = None
-    weights: dict[str, Tensor] = {}
-    run: dict[str, Any] = {}
-    model: str | None = None  # its name in conf/model, or timm's
+# A checkpoint, and knobs and model of its run (a name in conf/model, or timm's); empty without one.
+Source = namedtuple("Source", "path weights run model", defaults=(None, {}, {}, None))
 
 
 def given() -> set[str]:
-    """Names of the knobs given on the command line."""
     return overridden(HydraConfig.get().overrides.task)
 
 
@@ -52,7 +44,9 @@ def open_source(checkpoint: str | None) -> Source:
     run = results.harmless(json.dumps(inside or {})) | results.run_config(path)
     finished = results.finished(results.run_folder(path) or path)
     name = finished["choices"]["model"] if finished else run.get("model", {}).get("model_name")
-    return Source(path, read_state_dict(content), run, name)
+    return Source(
+        path, read_state_dict(content.get("state_dict", {}) if inside else content), run, name
+    )
 
 
 def reducer_nodes(cfg: DictConfig) -> dict[str, Any]:
@@ -94,8 +88,9 @@ def complete(cfg: DictConfig, source: Source) -> DictConfig:
     wanted = dict(reducer="${reducer}", img_size="${img_size}", pretrained=cfg.get("pretrained"))
     for knob in wanted.keys() & cfg.model.keys():
         cfg.model[knob] = wanted[knob] or False
-    if "data" in cfg and isinstance(run.get("data"), dict) and "data" not in names:
-        cfg.data = merged("data", run["data"])
+    own = run.get("data") if "data" not in names else None  # a name, away from the run's folder
+    if "data" in cfg and isinstance(own, dict) and ("root" in own or "data.root" not in names):
+        cfg.data = merged("data", own)
     elif "data" in cfg and "data.backend" not in names:
         root = Path(cfg.data.get("root") or "").expanduser()
         cfg.data.backend = "ffcv" if (root / "val.beton").is_file() else "imagefolder"
@@ -113,35 +108,32 @@ def validation(cfg: DictConfig, batch_size: int, most: int | None, ready: bool =
 
 
 def attach(model: Any, reducer: dict[str, Any], source: Source) -> Any:
-    """Give a model the reducer of a configuration, with the reducer's weights if it has any."""
+    """Give a model the reducer of a configuration, with its weights."""
     reduce(model, instantiate(reducer, _convert_="all"))
-    if model.reducer.state_dict():
-        load(model, source)
-    heed_rate(model.reducer)
+    load(model, source)
     return model.reducer
 
 
 def load(model: Any, source: Source) -> None:
-    """Load the weights, without those of a reducer that the model does not have."""
-    weights, reducer = fit_state_dict(source.weights, model), getattr(model, "reducer", None)
+    """Load the weights that there are, without those of a reducer that the model does not have."""
+    reducer: Any = getattr(model, "reducer", None)
+    if reducer and (reducer.own or reducer.given) and given() & {"keep_rate", "keep_rates"}:
+        way = f"leave keep_rate out, or choose the reducer anew, reducer={reducer.name}"
+        raise ValueError(f"reducer {reducer.name} has another schedule than keep_rate: {way}")
+    if not source.weights:
+        return
+    weights = fit_state_dict(source.weights, model)
     if reducer is None or not reducer.state_dict():
         others = ("reducer.", *chain(*(kind.published_names for kind in REDUCERS.values())))
         weights = {k: w for k, w in weights.items() if not k.startswith(others)}
     elif not any(k.startswith("reducer.") for k in weights):
-        name = f"reducer {reducer.name} has to be trained"
-        raise ValueError(f"{name}, and {source.path} has no weights of it: take another")
+        why = f"reducer {reducer.name} has to be trained, and {source.path} has no weights of it"
+        raise ValueError(f"{why}: take another")
     try:
         load_checkpoint(model, weights)
     except ValueError as error:
         had = f"; the run had model={source.model}" * bool(source.model)
         raise ValueError(f"{error}{had}") from error
-
-
-def heed_rate(reducer: Any) -> None:
-    """Refuse keep_rate together with counts or the reducer's own schedule, which replace it."""
-    if (reducer.own or reducer.given) and given() & {"keep_rate", "keep_rates"}:
-        way = f"leave keep_rate out, or choose the reducer anew, reducer={reducer.name}"
-        raise ValueError(f"reducer {reducer.name} has another schedule than keep_rate: {way}")
 
 
 def opened(cfg: DictConfig) -> tuple[Any, dict[str, Any], DictConfig, Source]:
@@ -157,11 +149,8 @@ def opened(cfg: DictConfig) -> tuple[Any, dict[str, Any], DictConfig, Source]:
     torch.manual_seed(cfg.seed)
     model = instantiate(config, _convert_="all")
     check_images(model, cfg.img_size)
-    if source.weights:
-        load(model, source)
+    load(model, source)
     reducer: Any = getattr(model, "reducer", None)
-    if reducer is not None:
-        heed_rate(reducer)
     wanted = (getattr(model, "pretrained_cfg", None) or dict(mean=MEAN, std=STD)) | source.run
     rates = [] if reducer is None else list(reducer.keep_rate)
     dense, choice = set(rates) <= {1.0}, HydraConfig.get().runtime.choices["model"]
@@ -183,8 +172,7 @@ def opened(cfg: DictConfig) -> tuple[Any, dict[str, Any], DictConfig, Source]:
 
 def target_file(cfg: DictConfig, about: dict[str, Any], folder: str, suffix: str) -> Path:
     """target=PATH, or FOLDER/MODEL-REDUCER-KEEPRATE-SIZE-HASH, of the weights and all knobs."""
-    reducer = [about["reducer"]] if about["reducer"] else []
-    key = results.digest(OmegaConf.to_yaml(cfg))
-    parts = (about["model"], *reducer, rate(about), about["img_size"], key)
-    name = folder_name("-".join(map(str, parts)))
+    parts = [about["model"], about["reducer"], rate(about), about["img_size"]]
+    parts.append(results.digest(OmegaConf.to_yaml(cfg)))
+    name = folder_name("-".join(str(part) for part in parts if part is not None))
     return Path(cfg.target or OUTPUTS / folder / f"{name}{suffix}")

@@ -32,30 +32,25 @@ def build_model(cfg: DictConfig, recipe: Recipe, num_classes: int, **options: An
 
 def build_teacher(cfg: DictConfig, model: Any) -> Any:
     """Build the dense teacher, or return None; DynamicViT's is the model that it starts from."""
-    source, reducer = cfg.recipe.teacher, getattr(model, "reducer", None)
-    rates = reducer is not None and not (reducer.masked or reducer.own or reducer.given)
-    if source and (reducer is None or (source == "self" and not rates)):
+    wanted, reducer = cfg.recipe.teacher, getattr(model, "reducer", None)
+    fixed = reducer is None or reducer.masked or reducer.own or reducer.given
+    if wanted and (reducer is None or wanted == "self" and fixed):
         kind = "models with a reducer" if reducer is None else "reducers of keep rates"
-        raise ValueError(f"recipe.teacher={source} is for {kind}: leave it out, or give a PATH")
-    if source == "self" or reducer is None or not (source or reducer.masked):
-        return source
-    source = source or cfg.checkpoint
-    if not source and not cfg.pretrained:
-        return None
-    weights = read_state_dict(source) if source else {}
-    own = getattr(model, "pretrained_cfg", None) or {}
+        raise ValueError(f"recipe.teacher={wanted} is for {kind}: leave it out, or give a PATH")
+    if wanted == "self" or not wanted and not (reducer and reducer.masked):
+        return wanted
+    weights = read_state_dict(wanted or cfg.checkpoint) if wanted or cfg.checkpoint else {}
+    own = (getattr(model, "pretrained_cfg", None) or {}) if cfg.pretrained else {}
     classes = len(weights["head.weight"]) if "head.weight" in weights else own.get("num_classes")
-    if classes != model.num_classes and not cfg.recipe.teacher:
+    if classes != model.num_classes and not wanted:
         return None  # its logits are of other classes
     teacher = dense_teacher(model)
-    if source:
+    if weights:
         load_checkpoint(teacher, weights, new_parts=True)
     return teacher
 
 
-def build_module(
-    cfg: DictConfig, recipe: Recipe, data: Images, config: dict[str, Any]
-) -> Classifier:
+def build_module(cfg: DictConfig, recipe: Recipe, data: Images, config: Any) -> Classifier:
     """Build the LightningModule: model, weights, loss, and the knobs that checkpoints store."""
     model = build_model(cfg, recipe, data.num_classes)
     check_images(model, cfg.img_size)
@@ -66,10 +61,9 @@ def build_module(
         load_checkpoint(model, cfg.checkpoint, new_head=True, new_parts=True)
     teacher, sizes = build_teacher(cfg, model), (data.num_classes, data.local_batch_size)
     objective = make_objective(model, recipe, *sizes, data.has_label_maps, teacher)
-    names = ("model", "keep_rate", "fusion", "img_size", "crop_pct")
-    knobs: dict[str, Any] = {name: config[name] for name in names} | dict(
-        data=data.name, classes=list(data.classes), mean=list(data.mean), std=list(data.std)
-    )
+    knobs = {k: config[k] for k in ("model", "keep_rate", "fusion", "img_size", "crop_pct")}
+    knobs |= dict(data=data.name, classes=list(data.classes))
+    knobs |= dict(mean=list(data.mean), std=list(data.std))
     module = Classifier(model, recipe, data.num_classes, objective, cfg.seed, knobs)
     if cfg.compile:
         compile_all(model, objective, cfg.compile)
@@ -77,46 +71,34 @@ def build_module(
 
 
 def compile_all(model: Any, objective: Any, how: Any = True) -> None:
-    """Compile model and losses in place, one graph for each combination of token counts.
-
-    how: True, or the name of one of torch.compile's modes.
-    """
+    """Compile model and losses in place (how: True or a mode), one graph for each token counts."""
     keep_compiled()
     options: Any = dict(fullgraph=True, dynamic=False, mode=None if how is True else how)
     model.compile(**options)
     objective.losses = torch.compile(objective.losses, **options)
 
 
-def run(cfg: DictConfig) -> dict[str, Any]:
-    """Print the plan of a composed configuration, and return it.
-
-    Nothing is trained, downloaded or written.
-    """
+def run(cfg: DictConfig) -> None:
+    """Print the plan of a composed configuration; nothing is trained, downloaded or written."""
     found = plan(cfg)
-    shown = found | dict(schedule={k: sampled(v) for k, v in found["schedule"].items()})
-    shown["paper"] = [f"{row['top1']} top-1 ({row['table']})" for row in found["paper"]]
+    for name, values in found["schedule"].items():  # every tenth epoch and the last, or one for all
+        values = [results.one_rate([float(f"{r:.4g}") for r in listed(value)]) for value in values]
+        shown = sorted({*range(0, len(values), 10), len(values) - 1})
+        same = all(value == values[0] for value in values)
+        found["schedule"][name] = values[0] if same else {epoch: values[epoch] for epoch in shown}
+    found["paper"] = [f"{row['top1']} top-1 ({row['table']})" for row in found["paper"]]
     if found["hours"]:
-        shown["hours"] = f"about {found['hours']:.0f} h on {GPUS} A100, from the paper's images/s"
-    print(yaml.safe_dump(shown, sort_keys=False, default_flow_style=None, width=100), end="")
-    return found
-
-
-def sampled(values: list[Any]) -> Any:
-    """A rate of every epoch as {epoch: rate}: every tenth epoch and the last, or one for all."""
-    values = [results.one_rate([float(f"{r:.4g}") for r in listed(value)]) for value in values]
-    if all(value == values[0] for value in values):
-        return values[0]
-    return {epoch: values[epoch] for epoch in sorted({*range(0, len(values), 10), len(values) - 1})}
+        found["hours"] = f"about {found['hours']:.0f} h on {GPUS} A100, from the paper's images/s"
+    print(yaml.safe_dump(found, sort_keys=False, default_flow_style=None, width=100), end="")
 
 
 def plan(cfg: DictConfig) -> dict[str, Any]:
     """What a run would do beyond what its configuration says; rates are one for each epoch."""
     recipe: Any = OmegaConf.to_object(cfg.recipe)
     data = data_facts(cfg, recipe)
-    images = epoch_length(data["train_images"], recipe.repeated_augmentations)
-    if not (steps := images // recipe.batch_size):
-        size = f"{recipe.batch_size}: lower recipe.batch_size"
-        raise ValueError(f"{data['train_images']} training images do not fill one step of {size}")
+    steps = epoch_length(data["train_images"], recipe.repeated_augmentations) // recipe.batch_size
+    if not steps:
+        raise ValueError(f"{data['train_images']} images fill no step: lower recipe.batch_size")
     with torch.device("meta"):
         model = build_model(cfg, recipe, data["num_classes"], pretrained=False)
     parts = (model, recipe, data["num_classes"])
@@ -127,12 +109,22 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
     shrink = (0, 0) if masked else (recipe.shrink_start_epoch, recipe.shrink_epochs)
     epochs, final = range(recipe.epochs), list(getattr(model, "keep_rate", ()))
     keep_rates = [list(keep_rate_at(epoch, 1, final, *shrink)) for epoch in epochs]
-    rows, hours = rows_of_paper(cfg, recipe, model, data, masked), None
+    labelled = data["label_maps"] or masked or not hasattr(model, "heads")
+    rows, hours = list[Any](), None
+    if data["name"] == IMAGENET["name"] and len(set(final)) == 1 and labelled:
+        facts = dict(img_size=cfg.img_size, finetuned=recipe.finetune, keep_rate=final[0])
+        facts |= dict(epochs=round(recipe.epochs - recipe.cooldown_epochs))
+        facts |= dict(fusion=None if final[0] == 1 or masked else model.fusion)
+        rows = paper.runs(cfg.model.model_name, **facts)
     if rows and hasattr(model, "reducer"):
+        macs = dict[Any, int]()  # an image's at the keep rate of each epoch
+        for rates in dict.fromkeys(map(tuple, keep_rates)):
+            model.set_keep_rate(rates)
+            macs[rates] = measure.count_macs(model)
+        passes = 3 + (masked and bool(recipe.teacher or start != "random"))  # forward ones, a step
+        passes *= sum(macs[tuple(rates)] for rates in keep_rates) / macs[tuple(keep_rates[-1])]
         speed = paper.dense_throughput("deit_s") if masked else rows[0]["throughput"]
-        forwards = 3 + (masked and bool(recipe.teacher or start != "random"))
-        seen = steps * recipe.batch_size * relative_cost(model, keep_rates)
-        hours = seen * forwards / (speed * GPUS) / 3600
+        hours = steps * recipe.batch_size * passes / (speed * GPUS) / 3600
     return dict(
         data=data,
         start="missing" if recipe.finetune and start == "random" else start,
@@ -142,19 +134,6 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
         paper=rows,
         hours=hours,
     )
-
-
-def relative_cost(model: Any, keep_rates: list[Any]) -> float:
-    """MACs of an image at the keep rate of each epoch, summed, beside those of the last epoch.
-
-    For the hours on the paper's GPUs: an image costs three forward passes (four with a teacher) at
-    the paper's images/s. DynamicViT drops nothing in training, so it counts at the dense model's.
-    """
-    macs = {}
-    for rates in {tuple(rates) for rates in keep_rates}:
-        model.set_keep_rate(rates)
-        macs[rates] = measure.count_macs(model)
-    return sum(macs[tuple(rates)] for rates in keep_rates) / macs[tuple(keep_rates[-1])]
 
 
 def data_facts(cfg: DictConfig, recipe: Recipe) -> dict[str, Any]:
@@ -170,22 +149,3 @@ def data_facts(cfg: DictConfig, recipe: Recipe) -> dict[str, Any]:
     for split, limit in (("train", recipe.max_train_images), ("val", recipe.max_val_images)):
         facts[f"{split}_images"] = min(facts[f"{split}_images"], limit or facts[f"{split}_images"])
     return facts
-
-
-def rows_of_paper(
-    cfg: DictConfig, recipe: Recipe, model: Any, data: dict[str, Any], masked: bool
-) -> list[dict[str, Any]]:
-    """The rows of the paper's tables that this run reproduces."""
-    rates = set(getattr(model, "keep_rate", ()))
-    labelled = data["label_maps"] or masked or not hasattr(model, "heads")
-    if data["name"] != IMAGENET["name"] or len(rates) != 1 or not labelled:
-        return []
-    (keep_rate,) = rates
-    return paper.runs(
-        cfg.model.model_name,
-        keep_rate=keep_rate,
-        fusion=None if keep_rate == 1 or masked else model.fusion,
-        img_size=cfg.img_size,
-        finetuned=recipe.finetune,
-        epochs=round(recipe.epochs - recipe.cooldown_epochs),
-    )

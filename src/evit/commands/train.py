@@ -2,8 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -22,22 +21,18 @@ from evit.data import Images
 from evit.files import telling
 from evit.measure import speed
 from evit.report import results
-from evit.tracking import JsonlLogger, Tracker, wandb_logger, wandb_mode
+from evit.tracking import JsonlLogger, wandb_logger, wandb_mode
 from evit.training import Signals, build_trainer, callbacks, checkpoints, quiet, say
 from evit.training.module import Classifier
 
-GROUPS = ("reducer", "model", "data", "recipe", "experiment")
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "compile": (True, False, "reduce-overhead"),
-    "trainer.precision": ("auto", "32-true", "bf16-mixed", "16-mixed"),
+CHOICES = {
+    "compile": "true, false, reduce-overhead",
+    "trainer.precision": "auto, 32-true, bf16-mixed, 16-mixed",
 }
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Train by a composed configuration; leave result.json in Hydra's run folder and return it.
-
-    A finished run is shown, not repeated; an interrupted one continues. Usage errors come first.
-    """
+    """Train; leave result.json in the run's folder. A finished run is shown, not repeated."""
     quiet()
     folder, started = Path(HydraConfig.get().runtime.output_dir), time.monotonic()
     choices, config = HydraConfig.get().runtime.choices, plain(cfg)
@@ -48,7 +43,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             rank_zero_only(results.show)(before, folder)
             return before
     recipe: Any = OmegaConf.to_object(cfg.recipe)
-    check(cfg, recipe)
+    check(cfg)
     first = checkpoints.given(cfg.resume, folder)
     last = None if cfg.overwrite else checkpoints.unfinished(folder)
     tempfile.TemporaryFile(dir=folder).close()  # is an OSError now, not after hours
@@ -75,23 +70,32 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     steps = checkpoints.optimizer_steps(last) if last else None
     metrics = JsonlLogger(folder / "metrics.jsonl", steps)
     trainer.loggers = [metrics]
-    mirror = mirrored(trainer, folder, config, mode)
-    with mirror as tracker, telling(lambda: beside[0].waiting):
+    tracker = mirror(trainer, folder, config, mode)
+    with ExitStack() as stack, telling(lambda: beside[0].waiting):
+        if tracker:
+            stack.push(lambda error, *_: tracker.end(int(error is not None)))
         found = fit(trainer, module, data, last or first)
+        model, facts = module.model, dict[str, Any](img_size=data.img_size)
+        facts |= dict(params=measure.count_params(model))
+        facts |= dict(macs_executed=measure.count_macs(model, executed=True))
+        if hasattr(model, "reducer"):
+            facts |= dict(reducer=model.reducer.name, keep_rate=list(model.keep_rate))
+            facts |= dict(drop_loc=list(model.drop_loc), fusion=model.fusion)
+            facts |= dict(macs=measure.count_macs(model))
         result: dict[str, Any] = dict(
             **{name: found[f"val/{name}"] for name in ("top1", "top5", "loss")},
             train_images_per_s=beside[0].images_per_s,
-            **throughput(trainer, module.model, data.img_size),
-            model=facts(module.model, data.img_size),
+            **throughput(trainer, model, data.img_size),
+            model=facts,
             data=dict(name=data.name, num_classes=data.num_classes),
-            choices={group: choices[group] for group in GROUPS},
+            choices={k: choices[k] for k in ("reducer", "model", "data", "recipe", "experiment")},
             config=config,
             started_from=results.started_from(config["checkpoint"] or first),
             processes=trainer.world_size,
             precision=str(trainer.precision),
             device=results.device_name(trainer.strategy.root_device),
             seconds=round(metrics.earlier + time.monotonic() - started, 1),
-            wandb_id=tracker.version if tracker else None,
+            wandb_id=tracker and tracker.version,
         )
         if trainer.is_global_zero:
             result = results.finish(result, folder)
@@ -101,16 +105,15 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     return result
 
 
-def check(cfg: DictConfig, recipe: Recipe) -> None:
+def check(cfg: DictConfig) -> None:
     """Raise a ValueError for invalid knobs, or knobs that need another one."""
     for knob in "checkpoint_every_n_steps", "keep_checkpoint_every_n_epochs":
         if cfg[knob] is not None and not (isinstance(cfg[knob], int) and cfg[knob] >= 1):
             raise ValueError(f"{knob} must be at least 1, got {cfg[knob]}")
     for knob, allowed in CHOICES.items():
-        if (value := OmegaConf.select(cfg, knob)) not in allowed:
-            *most, last = (str(name).lower() for name in allowed)
-            raise ValueError(f"{knob} must be {', '.join(most)} or {last}, got {value!r}")
-    if recipe.finetune and not cfg.checkpoint and not cfg.pretrained:
+        if str(value := OmegaConf.select(cfg, knob)).lower() not in allowed.split(", "):
+            raise ValueError(f"{knob} must be one of {allowed}, got {value!r}")
+    if cfg.recipe.finetune and not cfg.checkpoint and not cfg.pretrained:
         way = "checkpoint=PATH, or pretrained=true for timm's; recipe.finetune=false: random ones"
         raise ValueError(f"this recipe fine-tunes a trained model: give its weights by {way}")
 
@@ -138,14 +141,14 @@ def announce(cfg: DictConfig, recipe: Recipe, data: Images, module: Classifier) 
     model, choices = module.model, HydraConfig.get().runtime.choices
     reducer: Any = getattr(model, "reducer", None)
     masked = getattr(reducer, "masked", False)  # DynamicViT
-    dense = set(getattr(model, "keep_rate", [1])) == {1}
+    dense, no_teacher = set(getattr(model, "keep_rate", [1])) == {1}, not module.objective.teacher
+    fixed = dense or masked or reducer.own or reducer.given or bool(recipe.any_rate)
     without_effect = {
         "keep_rate": dense and cfg.keep_rate != 1,
         "fusion": dense or not hasattr(reducer, "fusion"),
-        "recipe.shrink_epochs recipe.shrink_start_epoch recipe.token_multiple": dense
-        or (masked or reducer.own or reducer.given or recipe.any_rate),
+        "recipe.shrink_epochs recipe.shrink_start_epoch recipe.token_multiple": fixed,
         "recipe.ratio_weight": not masked,
-        "recipe.distill_weight": module.objective.teacher is None,
+        "recipe.distill_weight": no_teacher,
         "recipe.token_label_weight": not data.has_label_maps,
         "data.label_maps": not hasattr(model, "heads"),
         "recipe.mixup_mode recipe.mixup_switch_prob": not recipe.mixup and not recipe.cutmix,
@@ -156,7 +159,7 @@ def announce(cfg: DictConfig, recipe: Recipe, data: Images, module: Classifier) 
     names = [name for group, idle in without_effect.items() if idle for name in group.split()]
     if idle := [name for name in names if name in given and OmegaConf.select(cfg, name)]:
         say(f"Without effect here (model={choices['model']}): {', '.join(idle)}.")
-    if masked and module.objective.teacher is None:
+    if masked and no_teacher:
         say("Without a teacher of these classes there is no distillation: checkpoint=PATH.")
     elif hasattr(model, "heads") and not data.has_label_maps:
         say("Without label maps LV-ViT is a plain classifier, no MixToken: data.label_maps=DIR.")
@@ -169,43 +172,29 @@ def announce(cfg: DictConfig, recipe: Recipe, data: Images, module: Classifier) 
     say(text)
 
 
-@contextmanager
-def mirrored(
-    trainer: L.Trainer, folder: Path, config: dict[str, Any], mode: str
-) -> Iterator[Tracker | None]:
-    """Copy metrics.jsonl to the chosen logger in this context; yields a Tracker for W&B."""
-    options, tracker, status = config["logger"], None, 1
+def mirror(trainer: L.Trainer, folder: Path, config: dict[str, Any], mode: str) -> Any:
+    """Copy metrics.jsonl to the chosen logger; return it if it is a Tracker, W&B's."""
+    options, choice = config["logger"], HydraConfig.get().runtime.choices["logger"]
     if "_target_" in options:  # one of Lightning's own
-        choice = HydraConfig.get().runtime.choices["logger"]
         kind = dict(_target_=options["_target_"], save_dir=folder, name="", version=choice)
         trainer.loggers.append(instantiate(kind))
-    else:
-        options = options | dict(name=folder.name, mode=mode)
-        tracker = wandb_logger(folder, config=config, **options)
-        trainer.loggers += [tracker] if tracker else []
-    try:
-        yield tracker
-        status = 0
-    finally:
-        if tracker:
-            tracker.end(status)
+        return None
+    tracker = wandb_logger(folder, config=config, **options | dict(name=folder.name, mode=mode))
+    trainer.loggers += [tracker] if tracker else []
+    return tracker
 
 
-def fit(
-    trainer: L.Trainer, module: Classifier, data: Images, checkpoint: Path | None
-) -> dict[str, float]:
+def fit(trainer: L.Trainer, module: Classifier, data: Images, checkpoint: Any) -> dict[str, float]:
     """Train, from the beginning or from a checkpoint; return the metrics of the last evaluation."""
     try:
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     except (RuntimeError, KeyError) as error:
-        if checkpoint and trainer.global_step == 0 and "load" in str(error):
-            reason = str(error).splitlines()[-1].strip()
-            raise ValueError(f"{checkpoint} is of another model or recipe: {reason}") from error
-        raise
-    except SystemExit as error:
-        if error.code == 1:  # Lightning turns Ctrl-C into this
-            raise KeyboardInterrupt from None
-        raise
+        if not checkpoint or trainer.global_step or "load" not in str(error):
+            raise
+        reason = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{checkpoint} is of another model or recipe: {reason}") from error
+    except SystemExit as error:  # status 1 is what Lightning makes of Ctrl-C
+        raise KeyboardInterrupt if error.code == 1 else error from None
     if "val/top1" not in trainer.callback_metrics:  # it was interrupted before that
         trainer.loggers = []  # which have it already
         trainer.validate(module, data, ckpt_path=checkpoint, verbose=False, weights_only=True)
@@ -213,15 +202,9 @@ def fit(
 
 
 @torch.no_grad()
-def throughput(
-    trainer: L.Trainer, model: Any, img_size: int, fast: bool | None = None
-) -> dict[str, Any]:
-    """Images per second of inference in one process, and the mode that they were measured in.
-
-    Batches are of 8 random images, on a GPU 128; the precision is the run's, or, with `fast`
-    (default: on a GPU), weights are bf16 and the model is compiled.
-    """
-    device: Any = trainer.strategy.root_device
+def throughput(trainer: Any, model: Any, img_size: int, fast: Any = None) -> dict[str, Any]:
+    """Images/s of inference in one process, as the run is, or `fast` as on a GPU; and the mode."""
+    device = trainer.strategy.root_device
     batch_size, mode = 8 if device.type == "cpu" else 128, str(trainer.precision)
     images = torch.rand(batch_size, 3, img_size, img_size, device=device)
     model, context = model.to(device).eval(), trainer.precision_plugin.forward_context()
@@ -239,14 +222,3 @@ def throughput(
         say(f"The speed of inference is not measured: {error}".splitlines()[0])
         return dict(throughput=None, throughput_mode=None)
     return dict(throughput=calls * batch_size / seconds, throughput_mode=mode)
-
-
-def facts(model: Any, img_size: int) -> dict[str, Any]:
-    """Size, reducer and cost of the model, for the tables."""
-    found: dict[str, Any] = dict(img_size=img_size, params=measure.count_params(model))
-    found |= dict(macs_executed=measure.count_macs(model, executed=True))
-    if hasattr(model, "reducer"):
-        found |= dict(reducer=model.reducer.name, keep_rate=list(model.keep_rate))
-        found |= dict(drop_loc=list(model.drop_loc), fusion=model.fusion)
-        found |= dict(macs=measure.count_macs(model))
-    return found

@@ -1,45 +1,146 @@
-"""Use a trained model: draw which patches it keeps, predict classes, export it."""
+"""Use a trained model: evaluate it, draw which patches it keeps, predict classes, export it."""
 
 import csv
 import json
 import logging
+import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
+from evit import measure
 from evit.commands import checkpoint
 from evit.config import counted, listed
 from evit.data.batch import normalize
 from evit.data.folders import image_files, in_words, load_image
 from evit.data.imagefolder import evaluation_transform
 from evit.files import telling
-from evit.report import rate
-from evit.report.pictures import draw_features, draw_kept
+from evit.measure.speed import keep_compiled
+from evit.report import rate, results, show_evaluation
+from evit.report.pictures import draw_kept
+from evit.training import Signals, build_trainer, quiet, say
+from evit.training.callbacks import progress_bar
+from evit.training.module import Evaluator, setting_of
 
-BATCHES = (1, 2, 5)  # to check an exported file with; it is exported with another
-TOLERANCE = 1e-4
-Compute = Callable[[Tensor], np.ndarray]
+TOLERANCE = 1e-4  # of the logits of an exported file
+
+
+def evaluate(cfg: DictConfig) -> dict[str, Any]:
+    """Run an evaluation; write evaluation.json into Hydra's run folder."""
+    quiet()
+    if {"keep_rate", "keep_rates"} <= checkpoint.given():
+        raise ValueError("keep_rate has no effect beside keep_rates: give one of them")
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if nodes := list(checkpoint.reducer_nodes(cfg).values()):  # the model is built with the first
+        cfg.reducer = nodes[0]
+    model, about, cfg, source = checkpoint.opened(cfg)
+    gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    if gpu and cfg.trainer.precision == "auto" and torch.cuda.is_bf16_supported(False):
+        cfg.trainer.precision = "bf16-true"
+    config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    bar, options = progress_bar(), dict(max_epochs=1, enable_checkpointing=False)
+    trainer = build_trainer(cfg.trainer, folder, [Signals(), *bar], **options)
+    batch_size = cfg.batch_size * trainer.world_size * trainer.accumulate_grad_batches
+    data = checkpoint.validation(cfg, batch_size, cfg.max_val_images)
+    data.trainer = trainer
+    data.mean, data.std = tuple(about["mean"]), tuple(about["std"])
+    ours, theirs = list(data.classes), about["classes"] or [*range(about["num_classes"])]
+    if len(ours) != len(theirs) or about["classes"] and ours != theirs:
+        has = [f"has {len(names)} classes, {names[0]} to {names[-1]}" for names in (theirs, ours)]
+        text = f"the checkpoint {has[0]}, and {data.name} {has[1]}: give the data"
+        raise ValueError(f"{text} that it was trained on, data.root=DIR")
+    reducers, costs = zip(*choose(config, nodes or [config["reducer"]], model, source), strict=True)
+    evaluator = Evaluator(model, list(reducers), data.num_classes, cfg.seed)
+    text = f"{data.name} ({data.num_classes} classes), read by {data.backend}"
+    if cfg.max_val_images:
+        text += f"; at most {cfg.max_val_images} images (max_val_images=null: all)"
+    if compiled := gpu if cfg.compile is None else cfg.compile:
+        keep_compiled()
+        evaluator.compile_parts(cfg.batch_size)
+        text += "; compiled, which takes a while at first (compile=false)"
+    say(f"Evaluating {counted(len(reducers), 'setting')} on {text}")
+    for step in data.prepare_data, data.setup:  # raises the errors of the data here
+        rank_zero_only(step)()
+
+    started = time.perf_counter()
+    with telling(lambda: "" if bar or not trainer.is_global_zero else evaluator.at):
+        trainer.validate(evaluator, data, verbose=False)
+    each = zip(evaluator.settings, evaluator.results, costs, strict=True)
+    facts = dict(name=about["model"], img_size=data.img_size, params=measure.count_params(model))
+    result: dict[str, Any] = dict(
+        checkpoint=str(source.path),
+        checkpoint_sha256=results.sha256(source.path),
+        trained_keep_rate=results.trained_keep_rate(source.run),
+        settings=[setting._asdict() | found | cost for setting, found, cost in each],
+        images=evaluator.results[0]["images"],
+        model=facts | dict(drop_loc=list(getattr(model, "drop_loc", []))),
+        data=dict(name=data.name, num_classes=data.num_classes, backend=data.backend),
+        config=config,
+        processes=trainer.world_size,
+        precision=str(trainer.precision) + ", compiled" * compiled,
+        device=results.device_name(trainer.strategy.root_device),
+        seconds=round(time.perf_counter() - started, 3),
+    )
+    if trainer.is_global_zero:
+        path, result = folder / "evaluation.json", result | results.provenance()
+        results.write_json(result, path)
+        show_evaluation(result, path)
+    return result
+
+
+def choose(config: dict[str, Any], nodes: list[Any], model: Any, source: Any) -> list[Any]:
+    """All combinations of reducer, keep rate, fusion and selection, each once: (reducer, costs)."""
+
+    def costs(**published: Any) -> dict[str, Any]:
+        return published | dict(macs_executed=measure.count_macs(model, executed=True))
+
+    rates, budgets = config["keep_rates"], listed(config["gmacs"] or [])
+    rates = listed(rates or ([] if budgets else [config["keep_rate"]]))
+    if not hasattr(model, "reducer"):
+        if budgets or not all(listed(share) == [1] for share in rates):
+            text = f"{type(model).__name__} reduces no tokens: keep_rate=1"
+            raise ValueError(f"{text}, or {checkpoint.REDUCED}")
+        return [(None, costs(macs=None))]
+    choices = {k: listed(config[k]) for k in ("selection", "fusion") if config[k] not in (None, [])}
+    if not all(isinstance(value, bool) for value in choices.get("fusion", [])):
+        raise ValueError(f"fusion must be true, false or [true,false], got {config['fusion']!r}")
+    for node in nodes:
+        if lacks := [k for k in choices if k in checkpoint.given() and k not in node]:
+            name = node["_target_"].rpartition(".")[2]
+            say(f"{name} has no {' and no '.join(lacks)}: ignored.")
+    chosen: dict[Any, Any] = {}
+    targets = [(share, None) for share in rates] + [(1.0, budget) for budget in budgets]
+    for (share, budget), node in product(targets, nodes):
+        own = {k: values for k, values in choices.items() if k in node}
+        for values in product(*own.values()):
+            wanted = node | dict(zip(own, values, strict=True), keep_rate=share)
+            reducer = checkpoint.attach(model, wanted, source)
+            if budget:
+                measure.match_macs(model, budget)
+            if (setting := setting_of(reducer)) not in chosen:
+                chosen[setting] = reducer, costs(macs=measure.count_macs(model))
+    return list(chosen.values())
 
 
 @telling(lambda: "drawing")
-def visualize(cfg: DictConfig) -> Path:
-    """Draw the kept patches, or the final feature maps, of images; return the file."""
-    kinds = dict(kept=(draw_kept, ".png"), features=(draw_features, "-features.png"))
-    if cfg.show not in kinds:
-        raise ValueError(f"show must be kept or features, got {cfg.show!r}")
+def visualize(cfg: DictConfig) -> None:
+    """Draw the patches of images that are kept."""
     if cfg.num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {cfg.num_images}")
-    (draw, suffix), (model, about, cfg, _) = kinds[cfg.show], checkpoint.opened(cfg)
+    model, about, cfg, _ = checkpoint.opened(cfg)
     if not hasattr(model, "reducer"):
         raise ValueError(f"{type(model).__name__} reduces no tokens: {checkpoint.REDUCED}")
-    target, truths = checkpoint.target_file(cfg, about, "pictures", suffix), list[str]()
+    target, truths = checkpoint.target_file(cfg, about, "pictures", ".png"), list[str]()
     if cfg.images is not None:
         pixels = read_pixels(image_paths(cfg.images, cfg.num_images), cfg)
     else:
@@ -49,11 +150,10 @@ def visualize(cfg: DictConfig) -> Path:
     print(f"Drawing {counted(len(pixels), 'image')} at keep rate {rate(about)}", flush=True)
     names = [] if cfg.random else class_names(about)
     images = normalize(pixels, about["mean"], about["std"])
-    picture = draw(model, images, pixels, names, truths)
+    picture = draw_kept(model, images, pixels, names, truths)
     target.parent.mkdir(parents=True, exist_ok=True)
     picture.save(target)
     print(f"{target} ({picture.width} x {picture.height} pixels)")
-    return target
 
 
 @telling(lambda: "predicting")
@@ -92,16 +192,15 @@ def class_names(about: dict[str, Any]) -> list[str]:
 
 def image_paths(images: Any, most: int | None = None) -> list[Path]:
     """List the named images, and `most` images spread over each folder (None: all)."""
-    given: Any = OmegaConf.to_object(images) if OmegaConf.is_list(images) else images
     paths: list[Path] = []
-    for path in (Path(name).expanduser() for name in listed(given)):
+    for path in (Path(i).expanduser() for i in ([images] if isinstance(images, str) else images)):
         if not path.exists():
             raise ValueError(f"images={path} does not exist: give a folder, an image, or a list")
         inside = [Path(name) for name in image_files(str(path))] if path.is_dir() else [path]
         count = min(most or len(inside), len(inside))
         paths += [inside[i * len(inside) // count] for i in range(count)]
     if not paths:
-        raise ValueError(f"images={given}: no file there opens as an image")
+        raise ValueError(f"images={images}: no file there opens as an image")
     return paths
 
 
@@ -128,21 +227,18 @@ def export(cfg: DictConfig) -> Path:
     generator, differences = torch.Generator().manual_seed(cfg.seed), list[float]()
     try:
         compute = write(model, about, unchecked)
-        for batch in BATCHES:
+        for batch in (1, 2, 5):  # it is exported at another
             images = torch.randn(batch, 3, size, size, generator=generator)
             differences.append(float(np.abs(compute(images) - model(images).numpy()).max()))
             if not differences[-1] <= TOLERANCE:  # NaN is not
                 text = f"at batch size {batch} the exported logits differ by {differences[-1]:.1e}"
-                way = "where two tokens score alike that can be: another seed= has other images"
-                raise RuntimeError(f"{text}; {way}")
+                raise RuntimeError(f"{text}; where two tokens score alike, another seed= helps")
         unchecked.replace(target)
     finally:
         unchecked.unlink(missing_ok=True)
-    sizes, norm = ", ".join(map(str, BATCHES)), f"mean {about['mean']}, std {about['std']}"
+    norm, most = f"mean {about['mean']}, std {about['std']}", max(differences)
     print(f"{target}: float32 images (batch, 3, {size}, {size}), normalised by {norm}, to logits")
-    print(
-        f"Compared with PyTorch at batch sizes {sizes}: largest difference {max(differences):.1e}"
-    )
+    print(f"Compared with PyTorch at batch sizes 1, 2, 5: largest difference {most:.1e}")
     return target
 
 
@@ -152,7 +248,7 @@ def example(about: dict[str, Any]) -> dict[str, Any]:
     return dict(args=(images,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1)}})
 
 
-def write_pt2(model: nn.Module, about: dict[str, Any], path: Path) -> Compute:
+def write_pt2(model: nn.Module, about: dict[str, Any], path: Path) -> Any:
     """Write a torch.export file; return a function that runs it."""
     program = torch.export.export(model, **example(about))
     torch.export.save(program, path, extra_files={"about.json": json.dumps(about)})
@@ -160,14 +256,11 @@ def write_pt2(model: nn.Module, about: dict[str, Any], path: Path) -> Compute:
     return lambda images: module(images).numpy()
 
 
-def write_onnx(model: nn.Module, about: dict[str, Any], path: Path) -> Compute:
+def write_onnx(model: nn.Module, about: dict[str, Any], path: Path) -> Any:
     """Write an ONNX file; return a function that runs it."""
-    try:
-        import onnxruntime
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        way = "pip install 'evit-lab[export]', or take format=torch_export"
-        raise ValueError(f"format=onnx needs {error.name}: {way}") from error
+    import onnxruntime
+    import onnxscript  # noqa: F401
+
     for name in ("torch.onnx", "onnxscript", "onnx_ir"):  # they tell what they rewrite
         logging.getLogger(name).setLevel(logging.ERROR)
     names: Any = dict(input_names=["images"], output_names=["logits"])
