@@ -1,12 +1,9 @@
 """evit.Cascade: hard images get more tokens."""
 
-import json
-
 import pytest
 import torch
 
 import evit
-from evit.models import create_model
 from tests.reducers.tiny import images, reduced
 
 
@@ -38,46 +35,3 @@ def test_a_threshold_of_0_is_the_first_rate_and_of_above_1_the_last():
 def test_rates_and_thresholds_go_together(rates, thresholds):
     with pytest.raises(ValueError, match="two keep rates or more and a threshold between"):
         evit.Cascade(reduced("evit"), rates, thresholds)
-
-
-COMMAND = (
-    "model=evit_deit_tiny img_size=32 +model.embed_dim=48 +model.depth=4 +model.num_heads=3 "
-    "+model.patch_size=4 data.root=PHOTOS batch_size=2 cascade=[0.5,1]"
-)
-
-
-@pytest.fixture
-def evaluate(monkeypatch, tmp_path, photos):
-    import evaluate
-
-    monkeypatch.chdir(tmp_path)
-    arguments = COMMAND.replace("PHOTOS", str(photos))
-    sizes = dict(img_size=32, embed_dim=48, depth=4, num_heads=3, patch_size=4, num_classes=2)
-    torch.save(create_model("evit_deit_tiny_patch16", **sizes).state_dict(), "model.pth")
-
-    def run(more: str) -> None:
-        monkeypatch.setattr(
-            "sys.argv", ["evaluate.py", *arguments.split(), "checkpoint=model.pth", *more.split()]
-        )
-        evaluate.main()
-
-    return run
-
-
-def test_a_cascade_is_evaluated_beside_the_fixed_rate_of_its_cost(evaluate, tmp_path, capfd):
-    evaluate("gmacs=0.008")
-    (path,) = tmp_path.glob("outputs/evaluation/*/cascade.json")
-    found, printed = json.loads(path.read_text()), capfd.readouterr().out
-    assert found["cascade"]["images"] == found["fixed"]["images"] == 4  # 2 of 6 are calibrated on
-    assert 0.5 <= found["threshold"] <= 1 and 0.5 < found["fixed_rate"] <= 1
-    for name in ("cascade", "fixed"):
-        assert f"{found[name]['top1']:.2f}" in printed and found[name]["images_per_s"] > 0
-    assert found["fixed"]["gmacs"] == pytest.approx(0.008, rel=0.02)
-
-
-@pytest.mark.parametrize("budget", ["", "gmacs=0.0001", "gmacs=1", "gmacs=[0.01,0.012]"])
-def test_a_budget_that_no_cascade_has_is_refused(evaluate, capfd, budget):
-    with pytest.raises(SystemExit):
-        evaluate(budget)
-    (line,) = capfd.readouterr().err.splitlines()
-    assert "a cascade needs two keep rates and one budget of gmacs, from" in line

@@ -29,9 +29,7 @@ from evit import files
 from evit.config import CONF_DIR, RESOLVERS, Recipe, overridden, scale_for
 
 # Commands that are a function in a file of another name; the others are `run` in their own.
-FILES = dict.fromkeys(("evaluate", "visualize", "predict", "export"), "use") | dict(
-    dashboard="report"
-)
+FILES = dict(evaluate="use", visualize="use", predict="use", export="use", dashboard="report")
 NOT_COMPOSED = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
@@ -49,7 +47,7 @@ def start(command: str, config: str) -> None:
 
     def run(cfg: DictConfig) -> Any:
         with ended_in_a_line():  # or Hydra adds a line of its own
-            for knob in (name for name in cfg if OmegaConf.is_missing(cfg, name)):
+            for knob in (name for name in map(str, cfg) if OmegaConf.is_missing(cfg, name)):
                 raise ValueError(f"{knob}=... is needed: conf/{config}.yaml says what it is for")
             if (name := str(cfg.get("name"))).startswith(("/", "~")):
                 raise ValueError(f"name={name} is in outputs/: for another, hydra.run.dir={name}")
@@ -60,16 +58,14 @@ def start(command: str, config: str) -> None:
 
     gc.disable()  # imports leave no garbage: 25 % less time until the work begins
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints errors itself
-    given = sys.argv[1:]
     with ended_in_a_line():
         register()
         try:
-            sys.argv[1:] = arguments(given, config)
+            sys.argv[1:] = arguments(sys.argv[1:], config)
             hydra.main(version_base="1.3", config_path=str(CONF_DIR), config_name=config)(run)()
         except NOT_COMPOSED as error:
             raise explained(error, config) from error
         finally:
-            sys.argv[1:] = given
             gc.enable()
 
 

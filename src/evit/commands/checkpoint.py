@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from evit import load_checkpoint, reduce
+from evit import load_checkpoint
 from evit.config import OUTPUTS, Recipe, folder_name, listed, overridden
 from evit.data.batch import MEAN, STD
 from evit.models.vit import check_images
@@ -44,9 +44,8 @@ def open_source(checkpoint: str | None) -> Source:
     run = results.harmless(json.dumps(inside or {})) | results.run_config(path)
     finished = results.finished(results.run_folder(path) or path)
     name = finished["choices"]["model"] if finished else run.get("model", {}).get("model_name")
-    return Source(
-        path, read_state_dict(content.get("state_dict", {}) if inside else content), run, name
-    )
+    weights = read_state_dict(content.get("state_dict", {}) if inside else content)
+    return Source(path, weights, run, name)
 
 
 def reducer_nodes(cfg: DictConfig) -> dict[str, Any]:
@@ -107,13 +106,6 @@ def validation(cfg: DictConfig, batch_size: int, most: int | None, ready: bool =
     return data
 
 
-def attach(model: Any, reducer: dict[str, Any], source: Source) -> Any:
-    """Give a model the reducer of a configuration, with its weights."""
-    reduce(model, instantiate(reducer, _convert_="all"))
-    load(model, source)
-    return model.reducer
-
-
 def load(model: Any, source: Source) -> None:
     """Load the weights that there are, without those of a reducer that the model does not have."""
     reducer: Any = getattr(model, "reducer", None)
@@ -154,19 +146,12 @@ def opened(cfg: DictConfig) -> tuple[Any, dict[str, Any], DictConfig, Source]:
     wanted = (getattr(model, "pretrained_cfg", None) or dict(mean=MEAN, std=STD)) | source.run
     rates = [] if reducer is None else list(reducer.keep_rate)
     dense, choice = set(rates) <= {1.0}, HydraConfig.get().runtime.choices["model"]
-    about = dict(
-        model=choice or source.model or config.get("model_name", "model"),  # in conf/model
-        reducer=None if dense else reducer.name,
-        keep_rate=rates,
-        fusion=None if dense else getattr(reducer, "fusion", None),
-        img_size=cfg.img_size,
-        num_classes=model.num_classes,
-        classes=source.run.get("classes"),
-        mean=list(wanted["mean"]),
-        std=list(wanted["std"]),
-        checkpoint=source.path and source.path.name,
-        commit=results.git_commit(),
-    )
+    about = dict(model=choice or source.model or config.get("model_name", "model"))  # in conf/model
+    about |= dict(reducer=None if dense else reducer.name, keep_rate=rates)
+    about |= dict(fusion=None if dense else getattr(reducer, "fusion", None), img_size=cfg.img_size)
+    about |= dict(num_classes=model.num_classes, classes=source.run.get("classes"))
+    about |= dict(mean=list(wanted["mean"]), std=list(wanted["std"]))
+    about |= dict(checkpoint=source.path and source.path.name, commit=results.git_commit())
     return model.eval().requires_grad_(False), about, cfg, source
 
 

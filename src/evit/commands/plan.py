@@ -9,7 +9,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from evit import load_checkpoint, measure
 from evit.config import Recipe, listed
-from evit.data import Images
 from evit.data.order import epoch_length
 from evit.measure.speed import keep_compiled
 from evit.models.vit import check_images
@@ -50,7 +49,7 @@ def build_teacher(cfg: DictConfig, model: Any) -> Any:
     return teacher
 
 
-def build_module(cfg: DictConfig, recipe: Recipe, data: Images, config: Any) -> Classifier:
+def build_module(cfg: DictConfig, recipe: Recipe, data: Any, config: Any) -> Any:
     """Build the LightningModule: model, weights, loss, and the knobs that checkpoints store."""
     model = build_model(cfg, recipe, data.num_classes)
     check_images(model, cfg.img_size)
@@ -105,7 +104,8 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
     objective = make_objective(*parts, recipe.batch_size, data["label_maps"])
     Classifier(*parts, objective)  # refuses what a run would
     masked = getattr(getattr(model, "reducer", None), "masked", False)  # DynamicViT
-    start = "checkpoint" if cfg.checkpoint else "pretrained" if cfg.pretrained else "random"
+    start = "missing" if recipe.finetune else "random"
+    start = "checkpoint" if cfg.checkpoint else "pretrained" if cfg.pretrained else start
     shrink = (0, 0) if masked else (recipe.shrink_start_epoch, recipe.shrink_epochs)
     epochs, final = range(recipe.epochs), list(getattr(model, "keep_rate", ()))
     keep_rates = [list(keep_rate_at(epoch, 1, final, *shrink)) for epoch in epochs]
@@ -117,23 +117,17 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
         facts |= dict(fusion=None if final[0] == 1 or masked else model.fusion)
         rows = paper.runs(cfg.model.model_name, **facts)
     if rows and hasattr(model, "reducer"):
-        macs = dict[Any, int]()  # an image's at the keep rate of each epoch
-        for rates in dict.fromkeys(map(tuple, keep_rates)):
+        macs = dict[Any, int]()  # of an image, by its keep rates
+        for rates in set(map(tuple, keep_rates)):
             model.set_keep_rate(rates)
             macs[rates] = measure.count_macs(model)
-        passes = 3 + (masked and bool(recipe.teacher or start != "random"))  # forward ones, a step
+        passes: float = 4 if masked and (recipe.teacher or cfg.checkpoint or cfg.pretrained) else 3
         passes *= sum(macs[tuple(rates)] for rates in keep_rates) / macs[tuple(keep_rates[-1])]
         speed = paper.dense_throughput("deit_s") if masked else rows[0]["throughput"]
         hours = steps * recipe.batch_size * passes / (speed * GPUS) / 3600
-    return dict(
-        data=data,
-        start="missing" if recipe.finetune and start == "random" else start,
-        steps_per_epoch=steps,
-        loss=type(objective).__name__,
-        schedule=dict(lr=[lr_at(epoch, recipe) for epoch in epochs], keep_rate=keep_rates),
-        paper=rows,
-        hours=hours,
-    )
+    schedule = dict(lr=[lr_at(epoch, recipe) for epoch in epochs], keep_rate=keep_rates)
+    found = dict(data=data, start=start, steps_per_epoch=steps, loss=type(objective).__name__)
+    return found | dict(schedule=schedule, paper=rows, hours=hours)
 
 
 def data_facts(cfg: DictConfig, recipe: Recipe) -> dict[str, Any]:

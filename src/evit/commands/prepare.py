@@ -92,12 +92,9 @@ def find_images(root: Path) -> tuple[list[str], dict[str, Any]]:
         archive = root / ARCHIVES[split]
         if archive.is_file() and not (base / split).is_dir():
             print(f"Unpacking {archive} into {root / split}, once", flush=True)
+            wanted = dict(wnids=list(_val_wnids(root).values())) if split == "val" else {}
             try:
-                if split == "train":
-                    torchvision_imagenet.parse_train_archive(root)
-                else:
-                    wnids = [wnid for _, wnid in sorted(_val_wnids(root).items())]
-                    torchvision_imagenet.parse_val_archive(root, wnids=wnids)
+                getattr(torchvision_imagenet, f"parse_{split}_archive")(root, **wanted)
             except (OSError, RuntimeError) as error:
                 raise ValueError(f"{archive}: {error}") from error
     if tars := [*base.glob("train/*.tar")]:
@@ -120,10 +117,11 @@ def find_images(root: Path) -> tuple[list[str], dict[str, Any]]:
 
 
 def _val_wnids(root: Path) -> dict[str, str]:
-    """The classes of the validation images: ILSVRC2012_val_00000001 -> n01751748, ..."""
+    """The classes of the validation images in order: ILSVRC2012_val_00000001 -> n01751748, ..."""
     if (root / SOLUTION).is_file():
         with open(root / SOLUTION, newline="") as file:
-            return {r["ImageId"]: r["PredictionString"].split()[0] for r in csv.DictReader(file)}
+            rows = sorted((row["ImageId"], row["PredictionString"]) for row in csv.DictReader(file))
+        return {image: classes.split()[0] for image, classes in rows}
     try:
         if not (root / META_FILE).is_file():
             torchvision_imagenet.parse_devkit_archive(root)

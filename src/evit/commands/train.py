@@ -7,28 +7,19 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from evit import measure
 from evit.commands.plan import build_module
 from evit.config import Recipe, counted, overridden, plain
-from evit.data import Images
 from evit.files import telling
-from evit.measure import speed
+from evit.measure import count_macs, count_params, speed
 from evit.report import results
 from evit.tracking import JsonlLogger, wandb_logger, wandb_mode
 from evit.training import Signals, build_trainer, callbacks, checkpoints, quiet, say
-from evit.training.module import Classifier
-
-CHOICES = {
-    "compile": "true, false, reduce-overhead",
-    "trainer.precision": "auto, 32-true, bf16-mixed, 16-mixed",
-}
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
@@ -75,28 +66,24 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         if tracker:
             stack.push(lambda error, *_: tracker.end(int(error is not None)))
         found = fit(trainer, module, data, last or first)
-        model, facts = module.model, dict[str, Any](img_size=data.img_size)
-        facts |= dict(params=measure.count_params(model))
-        facts |= dict(macs_executed=measure.count_macs(model, executed=True))
+        model = module.model
+        facts = dict(img_size=data.img_size, params=count_params(model))
+        facts |= dict(macs_executed=count_macs(model, executed=True))
         if hasattr(model, "reducer"):
             facts |= dict(reducer=model.reducer.name, keep_rate=list(model.keep_rate))
             facts |= dict(drop_loc=list(model.drop_loc), fusion=model.fusion)
-            facts |= dict(macs=measure.count_macs(model))
-        result: dict[str, Any] = dict(
-            **{name: found[f"val/{name}"] for name in ("top1", "top5", "loss")},
-            train_images_per_s=beside[0].images_per_s,
-            **throughput(trainer, model, data.img_size),
-            model=facts,
-            data=dict(name=data.name, num_classes=data.num_classes),
-            choices={k: choices[k] for k in ("reducer", "model", "data", "recipe", "experiment")},
-            config=config,
-            started_from=results.started_from(config["checkpoint"] or first),
-            processes=trainer.world_size,
-            precision=str(trainer.precision),
-            device=results.device_name(trainer.strategy.root_device),
-            seconds=round(metrics.earlier + time.monotonic() - started, 1),
-            wandb_id=tracker and tracker.version,
-        )
+            facts |= dict(macs=count_macs(model))
+        groups = ("reducer", "model", "data", "recipe", "experiment")
+        result: dict[str, Any] = {name: found[f"val/{name}"] for name in ("top1", "top5", "loss")}
+        result |= dict(train_images_per_s=beside[0].images_per_s)
+        result |= throughput(trainer, model, data.img_size) | dict(model=facts)
+        result |= dict(data=dict(name=data.name, num_classes=data.num_classes))
+        result |= dict(choices={group: choices[group] for group in groups}, config=config)
+        result |= dict(started_from=results.started_from(config["checkpoint"] or first))
+        result |= dict(processes=trainer.world_size, precision=str(trainer.precision))
+        result |= dict(device=results.device_name(trainer.strategy.root_device))
+        result |= dict(seconds=round(metrics.earlier + time.monotonic() - started, 1))
+        result |= dict(wandb_id=tracker and tracker.version)
         if trainer.is_global_zero:
             result = results.finish(result, folder)
             if tracker:
@@ -110,7 +97,8 @@ def check(cfg: DictConfig) -> None:
     for knob in "checkpoint_every_n_steps", "keep_checkpoint_every_n_epochs":
         if cfg[knob] is not None and not (isinstance(cfg[knob], int) and cfg[knob] >= 1):
             raise ValueError(f"{knob} must be at least 1, got {cfg[knob]}")
-    for knob, allowed in CHOICES.items():
+    modes, precisions = "true, false, reduce-overhead", "auto, 32-true, bf16-mixed, 16-mixed"
+    for knob, allowed in {"compile": modes, "trainer.precision": precisions}.items():
         if str(value := OmegaConf.select(cfg, knob)).lower() not in allowed.split(", "):
             raise ValueError(f"{knob} must be one of {allowed}, got {value!r}")
     if cfg.recipe.finetune and not cfg.checkpoint and not cfg.pretrained:
@@ -136,7 +124,7 @@ def make_callbacks(cfg: DictConfig, recipe: Recipe, folder: Path) -> list[Any]:
     return found
 
 
-def announce(cfg: DictConfig, recipe: Recipe, data: Images, module: Classifier) -> None:
+def announce(cfg: DictConfig, recipe: Recipe, data: Any, module: Any) -> None:
     """Print the data and schedule of the run, and the given knobs that have no effect."""
     model, choices = module.model, HydraConfig.get().runtime.choices
     reducer: Any = getattr(model, "reducer", None)
@@ -172,7 +160,7 @@ def announce(cfg: DictConfig, recipe: Recipe, data: Images, module: Classifier) 
     say(text)
 
 
-def mirror(trainer: L.Trainer, folder: Path, config: dict[str, Any], mode: str) -> Any:
+def mirror(trainer: Any, folder: Path, config: dict[str, Any], mode: str) -> Any:
     """Copy metrics.jsonl to the chosen logger; return it if it is a Tracker, W&B's."""
     options, choice = config["logger"], HydraConfig.get().runtime.choices["logger"]
     if "_target_" in options:  # one of Lightning's own
@@ -184,7 +172,7 @@ def mirror(trainer: L.Trainer, folder: Path, config: dict[str, Any], mode: str) 
     return tracker
 
 
-def fit(trainer: L.Trainer, module: Classifier, data: Images, checkpoint: Any) -> dict[str, float]:
+def fit(trainer: Any, module: Any, data: Any, checkpoint: Path | None) -> dict[str, float]:
     """Train, from the beginning or from a checkpoint; return the metrics of the last evaluation."""
     try:
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)

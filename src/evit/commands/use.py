@@ -5,7 +5,6 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from timm.data import ImageNetInfo
-from torch import Tensor, nn
+from torch import Tensor
 
-from evit import measure
+from evit import measure, reduce
 from evit.commands import checkpoint
 from evit.config import counted, listed
 from evit.data.batch import normalize
@@ -77,20 +77,16 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         trainer.validate(evaluator, data, verbose=False)
     each = zip(evaluator.settings, evaluator.results, costs, strict=True)
     facts = dict(name=about["model"], img_size=data.img_size, params=measure.count_params(model))
-    result: dict[str, Any] = dict(
-        checkpoint=str(source.path),
-        checkpoint_sha256=results.sha256(source.path),
-        trained_keep_rate=results.trained_keep_rate(source.run),
-        settings=[setting._asdict() | found | cost for setting, found, cost in each],
-        images=evaluator.results[0]["images"],
-        model=facts | dict(drop_loc=list(getattr(model, "drop_loc", []))),
-        data=dict(name=data.name, num_classes=data.num_classes, backend=data.backend),
-        config=config,
-        processes=trainer.world_size,
-        precision=str(trainer.precision) + ", compiled" * compiled,
-        device=results.device_name(trainer.strategy.root_device),
-        seconds=round(time.perf_counter() - started, 3),
-    )
+    facts |= dict(drop_loc=list(getattr(model, "drop_loc", [])))
+    result: dict[str, Any] = dict(checkpoint=str(source.path))
+    result |= dict(checkpoint_sha256=results.sha256(source.path))
+    result |= dict(trained_keep_rate=results.trained_keep_rate(source.run))
+    result |= dict(settings=[setting._asdict() | found | cost for setting, found, cost in each])
+    result |= dict(images=evaluator.results[0]["images"], model=facts, config=config)
+    result |= dict(data=dict(name=data.name, num_classes=data.num_classes, backend=data.backend))
+    result |= dict(precision=str(trainer.precision) + ", compiled" * compiled)
+    result |= dict(device=results.device_name(trainer.strategy.root_device))
+    result |= dict(processes=trainer.world_size, seconds=round(time.perf_counter() - started, 3))
     if trainer.is_global_zero:
         path, result = folder / "evaluation.json", result | results.provenance()
         results.write_json(result, path)
@@ -124,11 +120,12 @@ def choose(config: dict[str, Any], nodes: list[Any], model: Any, source: Any) ->
         own = {k: values for k, values in choices.items() if k in node}
         for values in product(*own.values()):
             wanted = node | dict(zip(own, values, strict=True), keep_rate=share)
-            reducer = checkpoint.attach(model, wanted, source)
+            reduce(model, instantiate(wanted, _convert_="all"))
+            checkpoint.load(model, source)
             if budget:
                 measure.match_macs(model, budget)
-            if (setting := setting_of(reducer)) not in chosen:
-                chosen[setting] = reducer, costs(macs=measure.count_macs(model))
+            if (setting := setting_of(model.reducer)) not in chosen:
+                chosen[setting] = model.reducer, costs(macs=measure.count_macs(model))
     return list(chosen.values())
 
 
@@ -204,7 +201,7 @@ def image_paths(images: Any, most: int | None = None) -> list[Path]:
     return paths
 
 
-def read_pixels(paths: Iterable[Path], cfg: DictConfig) -> Tensor:
+def read_pixels(paths: list[Path], cfg: DictConfig) -> Tensor:
     """Crop images as in evaluations, to uint8 (B, 3, img_size, img_size)."""
     crop = evaluation_transform(cfg.img_size, cfg.crop_pct)
     return torch.stack([crop(load_image(path)) for path in paths])
@@ -248,7 +245,7 @@ def example(about: dict[str, Any]) -> dict[str, Any]:
     return dict(args=(images,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1)}})
 
 
-def write_pt2(model: nn.Module, about: dict[str, Any], path: Path) -> Any:
+def write_pt2(model: Any, about: dict[str, Any], path: Path) -> Any:
     """Write a torch.export file; return a function that runs it."""
     program = torch.export.export(model, **example(about))
     torch.export.save(program, path, extra_files={"about.json": json.dumps(about)})
@@ -256,7 +253,7 @@ def write_pt2(model: nn.Module, about: dict[str, Any], path: Path) -> Any:
     return lambda images: module(images).numpy()
 
 
-def write_onnx(model: nn.Module, about: dict[str, Any], path: Path) -> Any:
+def write_onnx(model: Any, about: dict[str, Any], path: Path) -> Any:
     """Write an ONNX file; return a function that runs it."""
     import onnxruntime
     import onnxscript  # noqa: F401
