@@ -1,4 +1,4 @@
-"""A W&B workspace and report of a project's runs: python src/dashboard.py paper=true"""
+"""A W&B workspace of a project's runs: python src/dashboard.py"""
 
 from evit.commands import main
 

@@ -19,11 +19,6 @@ MODELS = {key: model["timm"][1] for key, model in MODEL_LIST.items() if len(mode
 TITLES = {key: model["title"] for key, model in MODEL_LIST.items()}
 
 
-def reducer(model: str) -> str:
-    """Name the reducer of a model of timm's registry, or of the tables."""
-    return "dynamicvit" if model.startswith("dynamicvit") else "evit"
-
-
 @functools.cache
 def training_runs() -> tuple[Row, ...]:
     """List every trained model of the tables: the table, its model, and the row's numbers.
@@ -45,6 +40,11 @@ def training_runs() -> tuple[Row, ...]:
     )
 
 
+def reducer(model: str) -> str:
+    """Name the reducer of a model of timm's registry, or of the tables."""
+    return "dynamicvit" if model.startswith("dynamicvit") else "evit"
+
+
 def dense_throughput(model: str) -> float:
     """Return the images/s of a model's dense one at 224 px."""
     return TABLES[f"keep_rate_{model.removeprefix('dynamicvit_')}"]["rows"][0]["throughput"]
@@ -60,11 +60,7 @@ def costs(name: str) -> list[Row]:
 
 
 def cost(model: str, keep_rate: float, fusion: bool | None, img_size: int) -> Row | None:
-    """Find the published speed and MACs of one setting of timm's or our model; None: there is none.
-
-    Returns:
-        throughput (images/s), macs (1e9 per image) and ratio, as in training_runs.
-    """
+    """Find throughput (images/s), macs (1e9 per image) and ratio of one setting; None: none is."""
     name = NAMES.get(model, "")
     wanted: Row = dict(keep_rate=keep_rate, img_size=img_size)
     wanted |= dict(fusion=None if keep_rate == 1 or name not in MODELS else fusion)

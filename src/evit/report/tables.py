@@ -1,28 +1,27 @@
 """The tables of the report, as Markdown and for the page."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import pandas as pd
 
-from evit.report import markdown, paper, plain, settings
+from evit.report import Row, markdown, paper, plain, settings
 from evit.report.collect import Found
 
-NOT_RUN = "not run"
-METRICS = (  # of a table of the paper: title, column, decimals
-    ("top-1 (%)", "top1", 1),
-    ("top-5 (%)", "top5", 1),
-    ("speed-up (x dense)", "faster", 2),
-    ("GMACs", "macs", 1),
+LABELS = dict(model="model", reducer="reducer", rate="keep rate", rest="the rest", selection="kept")
+LABELS |= dict(img_size="px", start="weights", epochs="epochs", images="images", recipe="recipe")
+LABELS |= dict(runs="runs")
+METRICS = (  # of a table of the paper: title, column, format of theirs, of ours
+    ("top-1 (%)", "top1", "{:.1f}", "{:.2f}"),
+    ("top-5 (%)", "top5", "{:.1f}", "{:.2f}"),
+    ("speed-up (x dense)", "faster", "{:.2f}", "{:.2f}"),
+    ("GMACs", "macs", "{:.1f}", "{:.2f}"),
 )
 NUMBERS = {  # of our settings: column, format
-    "to dense": ("change", "+.2f"),
-    "top-5 (%)": ("top5", ".2f"),
-    "KL to dense": ("kl", ".4f"),
-    "GMACs": ("macs", ".4g"),
-    "M parameters": ("params", ".2f"),
-    "% of dense": ("share", ".0f"),
-    "speed-up": ("faster", ".2f"),
+    "to dense": ("change", "{:+.2f}"),
+    "top-5 (%)": ("top5", "{:.2f}"),
+    "KL to dense": ("kl", "{:.4f}"),
+    "GMACs": ("macs", "{:.4g}"),
+    "M parameters": ("params", "{:.2f}"),
+    "% of dense": ("share", "{:.0f}"),
+    "speed-up": ("faster", "{:.2f}"),
 }
 NOTES = {  # by column
     "top-1 (%)": "The mean over the seeds of a setting, with the standard deviation.",
@@ -32,88 +31,79 @@ NOTES = {  # by column
 }
 
 
-class Table(NamedTuple):
-    """A table of texts, whose first `labels` columns say what a row is."""
-
-    title: str
-    note: str
-    frame: pd.DataFrame
-    labels: int
-
-    def markdown(self) -> str:
-        text = markdown(self.frame.to_dict("records"))
-        return f"**{plain(self.title)}**\n\n{text}\n\n{plain(self.note)}"
-
-
-def beside_paper(content: Found, points: pd.DataFrame, name: str) -> Table:
-    """Make a table of the paper: each number, ours, and ours less the paper's."""
-    way, theirs, own = settings.beside_paper(content, points, name)
-    which = labels(theirs)[["model", "weights", "epochs", "keep rate", "the rest", "px"]]
-    shown = {k: v for k, v in which.items() if k == "keep rate" or v[v != ""].nunique() > 1}
-    count = len(shown)
-    for title, key, digits in METRICS:
-        if theirs[key].notna().any():
-            shown[f"{title}: paper"] = texts(theirs[key], f".{digits}f", "-")
-            shown[f"{title}: ours"] = texts(own[key], f".{max(digits, 2)}f", NOT_RUN)
-            shown[f"{title}: difference"] = texts(own[key] - theirs[key], "+.2f")
-            if key == "top1":
-                seeds = own.apply(lambda row: f"{top1_text(row)}, {row.runs:.0f} runs", axis=1)
-                shown[f"{title}: ours"] = shown[f"{title}: ours"].mask(own.spread.notna(), seeds)
-    note = "Speed is relative to the dense model of the same table at 224 px"
-    note += f", ours on {way}." if way else "; ours has not been measured (src/benchmark.py)."
-    if name == "off_the_shelf":
-        note = "The paper does not say what becomes of the other tokens."
-    return Table(paper.TABLES[name]["title"], note, pd.DataFrame(shown), count)
-
-
 def labels(points: pd.DataFrame) -> pd.DataFrame:
-    """Write as texts what settings are."""
-    return pd.DataFrame(
-        {
-            "model": points.model.replace(paper.TITLES),
-            "reducer": points.reducer,
-            "keep rate": points.rate,
-            "the rest": points.rest,
-            "kept": points.selection.mask(points.selection + points.reducer == "evit", "attentive"),
-            "px": points.img_size.map(str),
-            "weights": points.start,
-            "epochs": texts(points.epochs, ".0f"),
-            "images": points.images.replace("", "all"),
-            "recipe": settings.recipe_names(points),
-            "runs": points.runs.map(str),
-        }
+    """Write as texts what settings are; the recipe, a hash, only where nothing else differs."""
+    keys = [points[key] for key in ("model", "start", "epochs", "img_size", "images")]
+    recipes = points.recipe.replace("", None).groupby(keys, dropna=False).transform("nunique")
+    shown = points.assign(
+        model=points.model.replace(paper.TITLES),
+        epochs=texts(points.epochs, "{:.0f}"),
+        images=points.images.replace("", "all"),
+        recipe=points.recipe.str[:8].where(recipes > 1, ""),
+        runs=texts(points.runs, "{:.0f}"),
     )
+    return shown[[*LABELS]].astype(str).rename(columns=LABELS)
 
 
 def texts(values: pd.Series, form: str, missing: str = "") -> pd.Series:
     """Write numbers as text, and -0.00 as +0.00."""
-    shown = values.map(lambda value: missing if pd.isna(value) else format(value, form))
+    shown = values.map(lambda value: missing if pd.isna(value) else form.format(value))
     return shown.str.replace(r"^-(0\.0+)$", r"+\1", regex=True)
 
 
-def top1_text(point: pd.Series) -> str:
-    return f"{point.top1:.2f}" + ("" if pd.isna(point.spread) else f" ± {point.spread:.2f}")
-
-
-def all_settings(title: str, points: pd.DataFrame) -> Table:
-    """Make the table of our settings on one data set, beside their dense models.
+def of_settings(points: pd.DataFrame) -> list[Row]:
+    """Make a table of our settings on each data set, beside their dense models.
 
     A label that is the same in all rows stands in the note instead.
     """
-    points = points.sort_values(["start", "macs"], ascending=[True, False], kind="stable")
-    which = labels(points)
-    others = which.drop(columns=["keep rate", "the rest"])
-    found = {name: set(others[name]) for name in sorted(others)}
-    for name in ("reducer", "kept"):  # which a dense model does not have
-        found[name].discard("")
-    same = {name: values for name, values in found.items() if len(values) < 2}
-    said = [f"{name}: {value}" for name, values in same.items() for value in values if value]
-    which = which.drop(columns=list(same))
-    numbers = pd.DataFrame({"top-1 (%)": points.apply(top1_text, axis=1)})
-    numbers = numbers.assign(**{k: texts(points[key], form) for k, (key, form) in NUMBERS.items()})
-    numbers = numbers.loc[:, (numbers != "").any()]
-    notes = [f"{'; '.join(said).capitalize()}.", *(NOTES[k] for k in numbers if k in NOTES)]
-    return Table(title, " ".join(notes), which.join(numbers), len(which.columns))
+    found = []
+    for title, own in points.groupby("section", sort=False):
+        own = own.sort_values(["start", "macs"], ascending=[True, False], kind="stable")
+        which, same = labels(own), []
+        for name in which.columns.difference(["keep rate", "the rest"]):
+            values = set(which[name])
+            if name in ("reducer", "kept"):  # which a dense model does not have
+                values.discard("")
+            if len(values) < 2:
+                del which[name]
+                same += [f"{name}: {value}" for value in values if value]
+        which["top-1 (%)"] = texts(own.top1, "{:.2f}") + texts(own.spread, " ± {:.2f}")
+        numbers = pd.DataFrame({k: texts(own[key], form) for k, (key, form) in NUMBERS.items()})
+        which = which.join(numbers.loc[:, (numbers != "").any()])
+        notes = [f"{'; '.join(same).capitalize()}.", *(NOTES[k] for k in which if k in NOTES)]
+        found.append(dict(title=title, note=" ".join(notes), frame=which))
+    return found
+
+
+def of_paper(content: Found, points: pd.DataFrame) -> list[Row]:
+    """Make the tables of the paper: each number, ours, and ours less the paper's."""
+    mine = points[(points.section == "ImageNet") & points.selection.isin(["", "attentive"])]
+    mine = mine.assign(model=mine.model.map(paper.CONF))
+    keys, found = "model reducer rate rest img_size start".split(), []
+    for name, theirs in settings.published().groupby("table", sort=False):
+        both = theirs[[*keys, "epochs"]].reset_index().merge(mine, on=keys, suffixes=("_paper", ""))
+        # LV-ViT's 300 epochs are 310 with those at its last learning rate.
+        fits = both.epochs.between(both.epochs_paper, 1.1 * both.epochs_paper)
+        both = both[fits | both.epochs_paper.isna()].drop_duplicates("index").set_index("index")
+        own, speeds = both.reindex(theirs.index), settings.measured(content, theirs)
+        own = own.assign(faster=speeds.faster, macs=speeds.macs.fillna(own.macs))
+        shown = labels(theirs)[["model", "weights", "epochs", "keep rate", "the rest", "px"]]
+        differ = shown.replace("", None).nunique() > 1
+        shown = shown.loc[:, differ | (shown.columns == "keep rate")]
+        seeds = own.runs.where(own.spread.notna())
+        for title, key, form, own_form in METRICS:
+            if theirs[key].notna().any():
+                numbers = texts(own[key], own_form, "not run")
+                if key == "top1":
+                    numbers += texts(own.spread, " ± {:.2f}") + texts(seeds, ", {:.0f} runs")
+                shown[f"{title}: paper"] = texts(theirs[key], form, "-")
+                shown[f"{title}: ours"] = numbers
+                shown[f"{title}: difference"] = texts(own[key] - theirs[key], "{:+.2f}")
+        way, about = next(iter(speeds.way.dropna()), ""), paper.TABLES[name]
+        note = "Speed is relative to the dense model of the same table at 224 px"
+        note += f", ours on {way}." if way else "; ours has not been measured (src/benchmark.py)."
+        found.append(dict(title=about["title"], note=about.get("note", note), frame=shown))
+    return found
 
 
 def provenance(content: Found) -> str:
@@ -122,16 +112,20 @@ def provenance(content: Found) -> str:
         (row["device"], str(row["commit"]), str(row["packages"]["torch"]))
         for row in content.runs.values()
     ]
-    each = (", ".join(sorted(set(values))) for values in zip(*found, strict=True))
-    return plain("{}; commit {}; torch {}.".format(*each))
+    each = [", ".join(sorted(set(values))) for values in zip(*found, strict=True)]
+    return "{}; commit {}; torch {}.".format(*each) if found else "No run has finished."
 
 
-def report(content: Found, sections: Sequence[Table], papers: Sequence[Table]) -> str:
+def report(content: Found, found: list[Row], papers: list[Row]) -> str:
     """Write every table as Markdown, with the provenance of the runs, and the problems."""
-    parts = ["# Results", *(table.markdown() for table in sections)]
-    parts += [provenance(content) if content.runs else "No run has finished."]
+
+    def text(table: Row) -> str:
+        rows = markdown(table["frame"].to_dict("records"))
+        return f"**{plain(table['title'])}**\n\n{rows}\n\n{plain(table['note'])}"
+
+    parts = ["# Results", *map(text, found), plain(provenance(content))]
     if papers:
-        parts += ["# Beside the paper", *(table.markdown() for table in papers)]
+        parts += ["# Beside the paper", *map(text, papers)]
     if content.problems:
         parts += ["# Problems", "\n".join(f"- {plain(problem)}" for problem in content.problems)]
     return "\n\n".join(parts) + "\n"
