@@ -17,7 +17,7 @@ def run(cfg: DictConfig) -> None:
 def write(source: Path, target: Path | None, page: bool = True) -> None:
     """Print the tables of the runs below a folder, or of a runs.json; write the report to target.
 
-    Without `page`, that is table.md and runs.json alone. ValueError: nothing has finished there.
+    Without `page`, that is table.md and runs.json alone.
     """
     from evit.report import collect, settings, tables  # with pandas
 
@@ -41,10 +41,7 @@ def write(source: Path, target: Path | None, page: bool = True) -> None:
 
 
 def dashboard(cfg: DictConfig) -> None:
-    """Save a workspace of a project on W&B.
-
-    ValueError: the user is not logged in, a package is missing, or W&B cannot be reached.
-    """
+    """Save a workspace of a project on W&B; a ValueError says why it cannot be."""
     import wandb
 
     from evit.tracking import wandb_mode
@@ -61,26 +58,23 @@ def dashboard(cfg: DictConfig) -> None:
 
 
 def workspace(entity: str, project: str) -> Any:
-    """Build the workspace of a project, not saved."""
     import wandb_workspaces.reports.v2 as wr
     import wandb_workspaces.workspaces as ws
 
-    def scatter(x: str, title: str) -> Any:
-        return wr.ScatterPlot(title=title, x=wr.SummaryMetric(x), y=wr.SummaryMetric("top1"))
-
-    metrics = ("val/top1", "val/loss", "train/loss", "keep_rate", "tokens_per_image")
-    by_cost = scatter("macs", "top-1 by multiply-accumulates of an image")
-    panels = {
-        "Accuracy and cost": [by_cost, scatter("throughput", "top-1 by images/s")],
+    metrics = "val/top1 val/loss train/loss keep_rate tokens_per_image".split()
+    top1 = wr.SummaryMetric("top1")
+    costs = dict(macs="multiply-accumulates of an image", throughput="images/s")
+    panels: dict[str, list[Any]] = {
+        "Accuracy and cost": [
+            wr.ScatterPlot(title=f"top-1 by {title}", x=wr.SummaryMetric(x), y=top1)
+            for x, title in costs.items()
+        ],
         "Training": [wr.LinePlot(title=m, x="trainer/global_step", y=[m]) for m in metrics],
         "Patches that survive": [wr.MediaBrowser(media_keys=["kept_patches"])],
     }
+    sections = [ws.Section(name=n, panels=p, is_open=True) for n, p in panels.items()]
     columns = ["run:displayName", "run:group", *(f"summary:{key}" for key in KEYS)]
     order = [ws.Ordering(ws.Summary("top1"), ascending=False)]
-    return ws.Workspace(
-        entity=entity,
-        project=project,
-        name="EViT Lab",
-        sections=[ws.Section(name=n, panels=p, is_open=True) for n, p in panels.items()],
-        runset_settings=ws.RunsetSettings(order=order, pinned_columns=columns),
-    )
+    runs = ws.RunsetSettings(order=order, pinned_columns=columns)
+    where: Any = dict(entity=entity, project=project, name="EViT Lab")
+    return ws.Workspace(**where, sections=sections, runset_settings=runs)

@@ -88,28 +88,26 @@ def benchmark_text(result: Row) -> str:
         parts += [f"**{part['title']}**", markdown(part["rows"]), part["verdict"]]
     base = "at 224 px" if result["config"]["paper"] else "of the same image size"
     notes = NOTES.format(rounds=counted(result["config"]["repeats"], "round"), base=base)
-    versions = "torch {torch}, timm {timm}".format(**result["packages"])
-    made = f"{result['device']}; {versions}, commit {result['commit']}."
-    parts.append(f"{made} {notes}".replace("\n", " "))
+    made = "{device}; torch {packages[torch]}, timm {packages[timm]}, commit {commit}. "
+    parts.append(made.format(**result) + notes.replace("\n", " "))
     return "\n\n".join(parts) + "\n"
 
 
-def benchmark_cells(row: Row) -> dict[str, str]:
-    """One row of a benchmark as texts by their columns."""
-    rates, low_high = [f"{rate:g}" for rate in row["keep_rate"]], row.get("images_per_s_quartiles")
-    kept = (rates[0] if len(set(rates)) == 1 else " ".join(rates)) + FATES[row["fusion"]]
-    if row["dense"] or set(rates) == {"1"}:
+def benchmark_cells(row: Row) -> Row:
+    """Make the cells of a row of a benchmark."""
+    low, high = row.get("images_per_s_quartiles", (0, 0))
+    kept = rate(row) + FATES[row["fusion"]]
+    if row["dense"] or rate(row) == "1":
         kept = "dense" + ", this code" * (not row["dense"])
-    spread = low_high and 100 * (low_high[1] - low_high[0]) / row["images_per_s"]
     return {
         "model": row["model"].replace("_patch16", "").removesuffix("_224"),
         "reducer": row.get("reducer") or "",
         "keep rate": kept,
-        "px": str(row["img_size"]),
+        "px": row["img_size"],
         "mode": MODES[row["compile"]],
         "dtype": row["precision"],
         "images/s": row.get("reason", "").split(" (")[0] or f"{row['images_per_s']:,.1f}",
-        "IQR %": f"{spread:.1f}" if spread is not None else "",
+        "IQR %": f"{100 * (high - low) / row['images_per_s']:.1f}" if high else "",
         **{
             title: "" if row.get(name) is None else format(row[name] / unit, form)
             for title, (name, form, unit) in NUMBERS.items()

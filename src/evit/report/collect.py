@@ -28,7 +28,7 @@ NAMES = ["result.json", "runs.json", "evaluation.json", "benchmark.json"]  # in 
 
 @dataclass
 class Found:
-    """All files below a folder: rows, curves and pictures (WebP) of runs by the runs' names."""
+    """What lies below a folder: rows, curves and pictures (WebP) of runs by the runs' names."""
 
     source: Path
     runs: dict[str, Row] = field(default_factory=dict)
@@ -48,20 +48,19 @@ class Found:
         try:
             yield
         except Exception as error:  # of json, PIL, or of what is computed from its entries
-            reason = f"{type(error).__name__}: {error}"
-            self.problems.append(self.shown(f"{path} cannot be read ({reason})"))
+            text = f"{path} cannot be read ({type(error).__name__}: {error})"
+            self.problems.append(self.shown(text))
 
     def add(self, name: str, run: Row) -> bool:
         """Add a run unless it is known; another result of its setting and seed is a problem."""
         keys = ("setting", "from_checkpoint", "seed")
-        for other, known in self.runs.items():
-            if all(run[key] == known[key] for key in keys):
-                if run["top1"] != known["top1"]:
-                    way = f"has the setting and the seed of {other}, and is left out"
-                    self.problems.append(f"{name} {way}")
-                return False
-        self.runs[name] = run
-        return True
+        same = [k for k, row in self.runs.items() if all(run[key] == row[key] for key in keys)]
+        if not same:
+            self.runs[name] = run
+        elif run["top1"] != self.runs[same[0]]["top1"]:
+            text = f"{name} has the setting and the seed of {same[0]}, and is left out"
+            self.problems.append(text)
+        return not same
 
     def add_folder(self, name: str, folder: Path) -> None:
         """Add a run's metrics.jsonl, whose last line may be cut, and its picture."""
@@ -90,7 +89,7 @@ def read(source: Path) -> Found:
             elif path.name == "evaluation.json":
                 found.evaluations.append(content)
             elif path.name == "benchmark.json":
-                found.benchmarks.append(content)
+                found.benchmarks += [dict(device=content["device"]) | r for r in content["rows"]]
     begun = {path.parent for path in paths if path.name in ("config.json", "failed.json")}
     for folder in sorted(begun - {path.parent for path in known}):
         failed = results.read_json(folder / "failed.json") or dict(reason="no result.json")
@@ -98,32 +97,28 @@ def read(source: Path) -> Found:
         found.problems.append(found.shown(f"{folder} has not finished: {reason}"))
     if not known and not found.problems:
         raise ValueError(f"no run has finished in {str(source)!r}: no result.json is below it")
-
-    def order(item: tuple[str, Row]) -> Any:
-        return [str(item[1][key]) for key in ("model", "keep_rate", "fusion")], item[1]["seed"]
-
-    found.runs = dict(sorted(found.runs.items(), key=order))
+    by = ("model", "keep_rate", "fusion", "seed")
+    order = sorted(found.runs.items(), key=lambda item: [str(item[1][key]) for key in by])
+    found.runs = dict(order)
     return found
 
 
 def row(result: Row) -> Row:
     """Make the row of a run in runs.json from its result.json, without the machine's paths."""
-    config, recipe = result["config"], result["config"]["recipe"]
+    config, recipe, data = result["config"], result["config"]["recipe"], result["data"]
     limits = {name: recipe[name] for name in ("max_train_images", "max_val_images")}
     copied = ("seconds", "device", "precision", "commit", "packages")
-    return results.summary(result) | dict(
-        timm_name=timm_name(config["model"]),
-        data=result["data"]["name"],
-        num_classes=result["data"]["num_classes"],
-        whole=not any(limits.values()),
-        **limits,
-        epochs=recipe["epochs"],
-        from_checkpoint=bool(config["checkpoint"] or config.get("pretrained")),
-        setting=results.setting(config),
-        recipe=training(config, result["choices"].get("experiment")),
-        started_from=result.get("started_from"),
-        seed=config["seed"],
-        **{name: result[name] for name in copied},
+    experiment = result["choices"].get("experiment")
+    tuned = bool(config["checkpoint"] or config.get("pretrained"))
+    return (
+        results.summary(result)
+        | dict(timm_name=timm_name(config["model"]), data=data["name"])
+        | dict(num_classes=data["num_classes"], whole=not any(limits.values()))
+        | limits
+        | dict(epochs=recipe["epochs"], from_checkpoint=tuned)
+        | dict(setting=results.setting(config), recipe=training(config, experiment))
+        | dict(started_from=result.get("started_from"), seed=config["seed"])
+        | {name: result[name] for name in copied}
     )
 
 
@@ -137,8 +132,8 @@ def training(config: Row, experiment: str | None) -> str:
         recipe["batch_size"] = 2048  # as published: EViT's batch, and with it lr, is twice DeiT's
     sized = model.keys() >= {"embed_dim", "depth", "num_heads"}  # the name only says the size
     name = "" if sized else bare(config["model"].get("model_name", ""))
-    fine_tuned = bool(config["checkpoint"] or config.get("pretrained"))
-    return results.digest((name, config["img_size"], fine_tuned, model, data, recipe))
+    tuned = bool(config["checkpoint"] or config.get("pretrained"))
+    return results.digest((name, config["img_size"], tuned, model, data, recipe))
 
 
 def bare(name: str) -> str:

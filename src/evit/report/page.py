@@ -1,21 +1,15 @@
-"""index.html, one file that fetches nothing.
-
-A chart is a dict of id, title and views; a view has its name, titles of the axes x and y,
-and data, plotly's traces, which page.js shows.
-"""
+"""index.html, one file that fetches nothing: page.js shows charts, views of plotly's traces."""
 
 import base64
-from typing import Any
 
 import jinja2
 import pandas as pd
 import plotly.offline
 
-from evit.report import paper, settings, tables
+from evit.report import Row, paper, settings, tables
 from evit.report.collect import Found
 from evit.report.settings import DENSE, SCRATCH
 
-Chart = dict[str, Any]
 TOP1 = "top-1 accuracy (%)"
 COSTS = {  # views: column and title of x, then of y
     "GMACs": ("macs", "GMACs (per image)", "top1", TOP1),
@@ -68,7 +62,6 @@ def pictures(content: Found, points: pd.DataFrame) -> dict[str, str]:
 
 
 def full_names(points: pd.DataFrame) -> pd.Series:
-    """Name each setting."""
     sizes = points.img_size.map(", {} px".format) if points.img_size.nunique() > 1 else ""
     rates = points.rate.map(", keep rate {}".format).mask(points.rate == DENSE, "")
     return line_names(points) + rates + sizes
@@ -87,7 +80,7 @@ def line_names(points: pd.DataFrame) -> pd.Series:
     return differ.where(differ != "", models)
 
 
-def accuracy(key: str, title: str, points: pd.DataFrame) -> Chart:
+def accuracy(key: str, title: str, points: pd.DataFrame) -> Row:
     """Plot top-1 against the cost of an image; on ImageNet beside the paper's."""
     found, whole = points.assign(ours=True), title == "ImageNet"
     if whole:
@@ -103,7 +96,7 @@ def accuracy(key: str, title: str, points: pd.DataFrame) -> Chart:
     return chart(key, f"Accuracy against cost, {title}", found, COSTS)
 
 
-def curves(key: str, content: Found, points: pd.DataFrame) -> Chart:
+def curves(key: str, content: Found, points: pd.DataFrame) -> Row:
     """Plot how training went: a line for each run, in one colour those of a setting."""
     named = dict(zip(points.setting, full_names(points), strict=True))
     rows = [
@@ -118,26 +111,23 @@ def curves(key: str, content: Found, points: pd.DataFrame) -> Chart:
     return chart(key, "How training went", found, CURVES)
 
 
-def chart(key: str, title: str, points: pd.DataFrame, views: Any) -> Chart:
+def chart(key: str, title: str, points: pd.DataFrame, views: Row) -> Row:
     """Make a chart of the same lines over different axes; leave out views of fewer than 2 points.
 
-    Args:
-        points: settings with their line; ours: filled, else hollow as the paper's; style: plotly's
-            mode; hover: text of the point; part: of a line, if it has several.
-        views: COSTS or CURVES.
+    points: settings with their line, a part of it, style (plotly's mode) and text to hover.
     """
     lines, drawn = list(points.line.unique()), []
     for name, (x, x_title, y, y_title) in views.items():
-        found = points.assign(x=points[x].astype(float), y=points[y].astype(float))
-        found = found.dropna(subset=["x", "y"]).sort_values("x", kind="stable")
+        found = points.dropna(subset=[x, y]).sort_values(x, kind="stable")
+        found = found.assign(x=found[x], y=found[y])
         if len(found) > 1:
             drawn.append(dict(name=name, data=traces(found, lines), x=x_title, y=y_title))
     return dict(id=key, title=title, views=drawn)
 
 
-def traces(points: pd.DataFrame, lines: list[str]) -> list[Chart]:
-    """Make plotly's traces of points in order of x; a line looks the same in all views."""
-    made: dict[str, list[Chart]] = {}
+def traces(points: pd.DataFrame, lines: list[str]) -> list[Row]:
+    """Make plotly's traces; a line looks the same in all views, and the paper's is hollow."""
+    made: dict[str, list[Row]] = {}
     for (line, ours, _), group in points.groupby(["line", "ours", "part"]):
         group = group.iloc[:: 1 + len(points) // MOST]
         number, name = lines.index(line), line if ours else f"{line} (paper)"

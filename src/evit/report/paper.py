@@ -6,9 +6,10 @@ from typing import Any
 
 import yaml
 
+from evit.report import Row
+
 EPOCHS = 300  # of training from scratch
 BASE_SIZE = 224  # pixels: of the dense models that the tables compare with
-Row = dict[str, Any]
 # Each table has a title and rows.
 TABLES: dict[str, Any] = yaml.safe_load((resources.files("evit.report") / "paper.yaml").read_text())
 MODEL_LIST: dict[str, Row] = TABLES.pop("models")
@@ -23,9 +24,8 @@ TITLES = {key: model["title"] for key, model in MODEL_LIST.items()}
 def training_runs() -> tuple[Row, ...]:
     """List every trained model of the tables: the table, its model, and the row's numbers.
 
-    Each has reducer, keep_rate, fusion (None: dense, or the model has no such choice), img_size,
-    finetuned, epochs (None: not published) and ratio: its images/s beside the dense model's at 224
-    px. The table of models that were reduced without training is left out.
+    fusion is None if dense, or if the model has no such choice; epochs None if not published; ratio
+    is its images/s beside the dense model's at 224 px.
     """
     default = dict(fusion=None, img_size=BASE_SIZE, finetuned=False, top5=None)
     return tuple(
@@ -54,7 +54,7 @@ def costs(name: str) -> list[Row]:
     """List the rows of a model that differ in speed or MACs, dense models first."""
     found: dict[Any, Row] = {}
     for row in training_runs():
-        if row["model"] == name and (row["table"] != "dynamicvit_deit_s" or name not in MODELS):
+        if row["model"] == name:
             found.setdefault((row["keep_rate"], row["fusion"], row["img_size"]), row)
     return sorted(found.values(), key=lambda row: row["fusion"] is not None)
 

@@ -49,7 +49,6 @@ def write_json(content: dict[str, Any], path: Path) -> None:
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
-    """Return the result of the run that has finished in this folder, or None."""
     return read_json(folder / "result.json")
 
 
@@ -79,10 +78,7 @@ def run_folder(checkpoint: str | Path) -> Path | None:
 
 
 def run_config(checkpoint: str | Path) -> dict[str, Any]:
-    """Read the configuration, perhaps a stranger's, of a checkpoint's run; {}: it is not a run's.
-
-    ValueError: the file cannot be read, or is not harmless.
-    """
+    """Read the configuration, which must be harmless, of a checkpoint's run; {}: it has none."""
     folder = run_folder(checkpoint)
     if not folder or not (path := folder / "config.json").is_file():
         return {}
@@ -94,10 +90,10 @@ def run_config(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def harmless(text: str) -> Any:
-    """Read a configuration, whose targets Hydra will call, from JSON.
+    """Read a configuration, whose targets Hydra will call, from JSON; ValueError: of a stranger.
 
-    ValueError: a target is not in conf/, as evit.report.results.os.system, which is os.system; or
-    ${oc.env:NAME} would copy a secret of the environment into the result.
+    Only targets of conf/ may be called: a prefix proves nothing, as evit.report.results.os.system
+    is os.system. And ${oc.env:NAME} would copy a secret of the environment into the result.
     """
     folders, known = {CONF_DIR}, {"timm.create_model"}
     if HydraConfig.initialized():  # and those that the user has given to Hydra
@@ -109,8 +105,9 @@ def harmless(text: str) -> Any:
     def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         for key, value in pairs:
             if key == "_target_" and value not in known:
-                way = "for a reducer of your own give the folder of its YAML, --config-dir DIR"
-                raise ValueError(f"it asks to call {value}, which conf/ does not: {way}")
+                raise ValueError(
+                    f"it asks to call {value}, which is not in conf/ or --config-dir DIR"
+                )
             if key == "checkpoint_path":
                 raise ValueError(f"it asks timm to load {value}")
             if "${" in f"{key}{value}":
@@ -146,7 +143,6 @@ def started_from(checkpoint: str | Path | None) -> str | None:
 
 
 def provenance() -> dict[str, Any]:
-    """Return the commit of this code, and the versions of Python and of the main packages."""
     packages = {d.name.lower(): d.version for d in distributions() if d.name.lower() in PACKAGES}
     return dict(commit=git_commit(), packages=packages, python=platform.python_version())
 

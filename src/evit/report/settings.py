@@ -1,12 +1,10 @@
 """One frame of settings, ours and the paper's, from which all tables and charts are made.
 
-Settings of one section can be compared. model: of conf/model, timm's name or a key of paper.yaml;
-name: what timm's names of a dense model and its reduced ones share; rate: "dense", "0.7" or
-"0.9,0.8,0.7"; start: from scratch, fine-tuned, off the shelf, or the keep rate that an evaluated
-checkpoint was trained at; images: limits as text; setting, recipe: hashes of results.py and
-collect.py; origin: the setting or SHA-256 of the first weights; way: how images_per_s was measured;
-dense: index of the dense setting that this one is compared with, or -1; change: points of top-1
-above it; share: % of its MACs; faster: times its images/s, or the dense model's in a benchmark.
+Settings of one section can be compared. name: what timm's names of a dense model and its reduced
+ones share; rate: "dense", "0.7" or "0.9,0.8,0.7"; start: of the training, or the keep rate that an
+evaluated checkpoint was trained at; origin: the setting or SHA-256 of the first weights; way: how
+images_per_s was measured; dense: index of the dense setting that this one is compared with, or -1;
+change, share, faster: points of top-1 above it, % of its MACs, times its images/s.
 """
 
 from typing import Any
@@ -21,14 +19,14 @@ DENSE, SCRATCH, TUNED, SHELF = "dense", "from scratch", "fine-tuned", "off the s
 NUMBERS = "top1 spread top5 kl macs params images_per_s change share faster epochs runs".split()
 TEXTS = "section table model name reducer rate rest selection start images".split()
 TEXTS += "setting recipe origin".split()
+OTHERS = ["img_size", "val_images", "seed", "way"]
 SPEEDS = ["images_per_s", "faster", "way"]
 TIMED = ["name", "reducer", "rate", "rest", "img_size"]  # what a measured speed belongs to
 
 
 def frame(found: list[Row]) -> pd.DataFrame:
     """Make a frame of settings from rows, which leave out what is not known."""
-    columns = [*NUMBERS, *TEXTS, "img_size", "val_images", "seed", "way"]
-    made = pd.DataFrame(found, columns=columns, dtype=object)
+    made = pd.DataFrame(found, columns=[*NUMBERS, *TEXTS, *OTHERS], dtype=object)
     made = made.fillna(dict.fromkeys(TEXTS, "") | dict(val_images=0))
     return made.astype(dict.fromkeys(NUMBERS, float) | dict(img_size=int))
 
@@ -145,11 +143,11 @@ def beside_dense(points: pd.DataFrame) -> pd.DataFrame:
 def measured(content: Found, points: pd.DataFrame) -> pd.DataFrame:
     """Look up the measured speeds, and macs, of settings: in the way in which most were."""
     timed = []
-    for result, row in ((one, row) for one in content.benchmarks for row in one["rows"]):
+    for row in content.benchmarks:
         at_base = row["compared_with"].endswith(f"={paper.BASE_SIZE}")
         if row["what"] == "inference" and (at_base or row["model"] not in paper.NAMES):
             reducer = row.get("reducer") or paper.reducer(row["model"])
-            way = f"{result['device']}, batch {row['batch_size']:g}, {row['precision']}"
+            way = f"{row['device']}, batch {row['batch_size']:g}, {row['precision']}"
             way += f", compile={row['compile']}" * bool(row["compile"])
             own = dict(way=way, name=bare(row["model"]), faster=row["ratio"])
             own |= choices(reducer, row["keep_rate"], row["fusion"])

@@ -108,12 +108,11 @@ def of_paper(content: Found, points: pd.DataFrame) -> list[Row]:
 
 def provenance(content: Found) -> str:
     """List the devices, commits and versions of torch of the runs."""
-    found = [
-        (row["device"], str(row["commit"]), str(row["packages"]["torch"]))
-        for row in content.runs.values()
-    ]
-    each = [", ".join(sorted(set(values))) for values in zip(*found, strict=True)]
-    return "{}; commit {}; torch {}.".format(*each) if found else "No run has finished."
+    if not (rows := content.runs.values()):
+        return "No run has finished."
+    found = [(row["device"], str(row["commit"]), str(row["packages"]["torch"])) for row in rows]
+    each = (", ".join(sorted(set(values))) for values in zip(*found, strict=True))
+    return "{}; commit {}; torch {}.".format(*each)
 
 
 def report(content: Found, found: list[Row], papers: list[Row]) -> str:
