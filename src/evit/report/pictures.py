@@ -52,11 +52,8 @@ def draw_kept(model: Any, images: Tensor, pixels: Tensor, *classes: list[str]) -
 
     Discarded patches fade into a checkerboard; those of one token have their mean colour, within an
     edge. For reducers that fuse, the last column is a heat map, on a logarithmic scale, of the
-    weight of each patch in the fused tokens; survivors are gray in it.
-
-    Args:
-        images, pixels: (B, 3, H, W), the model's input, and the same as uint8 for drawing.
-        classes: the names of all classes, to write predictions, and those of the images.
+    weight of each patch in the fused tokens. images: (B, 3, H, W), the model's input; pixels: the
+    same as uint8; classes: the names of all classes, to write predictions, and of the images'.
     """
     titles, places, left, logits = follow(model, images)
     count, grid = min(len(places), MOST), model.patch_embed.grid_size
@@ -114,10 +111,7 @@ def upsample(values: Tensor, like: Tensor) -> Tensor:
 
 
 def draw_tokens(tokens: Tensor, pixels: Tensor) -> Tensor:
-    """Fade the patches of images (B, 3, H, W) without a token; draw those of one token as one.
-
-    tokens: (B, rows, columns), the token of each patch, -1 for none.
-    """
+    """Fade patches of images whose token (B, rows, columns) is -1; draw those of one as one."""
     none, names = upsample(tokens[:, None] < 0, pixels), upsample(tokens[:, None], pixels)
     rows, columns = (torch.arange(side) // SQUARE % 2 for side in pixels.shape[-2:])
     board = torch.where(rows[:, None] == columns, 255.0, 170.0)

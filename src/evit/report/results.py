@@ -136,10 +136,10 @@ def started_from(checkpoint: str | Path | None) -> str | None:
     """Identify first weights: by the setting of the run that they are from, else by SHA-256."""
     if not checkpoint:
         return None
-    folder = run_folder(checkpoint)
-    config = folder and read_json(folder / "config.json")
-    ours = config and "recipe" in config  # or it is of another program
-    return setting(config) if ours else sha256(Path(checkpoint))
+    config = (folder := run_folder(checkpoint)) and read_json(folder / "config.json")
+    if isinstance(config, dict) and "recipe" in config:  # or it is of another program
+        return setting(config)
+    return sha256(Path(checkpoint))
 
 
 def provenance() -> dict[str, Any]:

@@ -113,10 +113,8 @@ def flat(row: Row) -> Row:
 
 
 def beside_dense(points: pd.DataFrame) -> pd.DataFrame:
-    """Compare each setting with a dense one, in the columns dense, change, share and faster.
-
-    That one was trained by the same recipe: as long, on as many images of the same size. Else, a
-    fine-tuned run is compared with the run or weights that it began with.
+    """Compare each setting with a dense one, which was trained by the same recipe: as long, on as
+    many images of the same size. Else, a fine-tuned run is compared with what it began with.
     """
     models, keys = points.model.map(bare), ["start", "origin", "recipe", "img_size"]
     dense = points[(points.rate == DENSE) & points.top1.notna()]
