@@ -97,9 +97,9 @@ def read(source: Path) -> Found:
         found.problems.append(found.shown(f"{folder} has not finished: {reason}"))
     if not known and not found.problems:
         raise ValueError(f"no run has finished in {str(source)!r}: no result.json is below it")
-    by = ("model", "keep_rate", "fusion", "seed")
-    order = sorted(found.runs.items(), key=lambda item: [str(item[1][key]) for key in by])
-    found.runs = dict(order)
+    by = ("model", "keep_rate", "fusion")
+    runs = sorted(found.runs.items(), key=lambda r: ([str(r[1][k]) for k in by], r[1]["seed"]))
+    found.runs = dict(runs)
     return found
 
 

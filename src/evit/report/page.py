@@ -112,35 +112,29 @@ def curves(key: str, content: Found, points: pd.DataFrame) -> Row:
 
 
 def chart(key: str, title: str, points: pd.DataFrame, views: Row) -> Row:
-    """Make a chart of the same lines over different axes; leave out views of fewer than 2 points.
+    """Make a chart of the same lines, which look the same, over different axes.
 
-    points: settings with their line, a part of it, style (plotly's mode) and text to hover.
+    points: settings with their line, a part of it, style (plotly's mode) and text to hover; the
+    paper's are hollow. A view of fewer than two is left out.
     """
     lines, drawn = list(points.line.unique()), []
-    for name, (x, x_title, y, y_title) in views.items():
-        found = points.dropna(subset=[x, y]).sort_values(x, kind="stable")
-        found = found.assign(x=found[x], y=found[y])
-        if len(found) > 1:
-            drawn.append(dict(name=name, data=traces(found, lines), x=x_title, y=y_title))
+    for view, (x, x_title, y, y_title) in views.items():
+        shown, traces = points.dropna(subset=[x, y]).sort_values(x, kind="stable"), list[Row]()
+        for (line, ours, _), group in shown.groupby(["line", "ours", "part"]):
+            group = group.iloc[:: 1 + len(shown) // MOST]
+            number, name = lines.index(line), line if ours else f"{line} (paper)"
+            color = PALETTE[number % len(PALETTE)]
+            symbol = SYMBOLS[(number + number // len(PALETTE)) % len(SYMBOLS)]
+            spread = list(group.spread.fillna(0)) if ours else []
+            again = any(trace["name"] == name for trace in traces)
+            traces.append(
+                dict(type="scatter", name=name, legendgroup=name, showlegend=not again)
+                | dict(x=list(group[x]), y=list(group[y]), hovertext=list(group.hover))
+                | dict(mode=group["style"].iloc[0], cliponaxis=False)
+                | dict(line=dict(color=color, width=2, dash="" if ours else "dot"))
+                | dict(marker=dict(symbol=symbol + "-open" * (not ours), size=8, color=color))
+                | dict(error_y=dict(array=spread, color=color, visible=any(spread)))
+            )
+        if len(shown) > 1:
+            drawn.append(dict(name=view, data=traces, x=x_title, y=y_title))
     return dict(id=key, title=title, views=drawn)
-
-
-def traces(points: pd.DataFrame, lines: list[str]) -> list[Row]:
-    """Make plotly's traces; a line looks the same in all views, and the paper's is hollow."""
-    made: dict[str, list[Row]] = {}
-    for (line, ours, _), group in points.groupby(["line", "ours", "part"]):
-        group = group.iloc[:: 1 + len(points) // MOST]
-        number, name = lines.index(line), line if ours else f"{line} (paper)"
-        color = PALETTE[number % len(PALETTE)]
-        symbol = SYMBOLS[(number + number // len(PALETTE)) % len(SYMBOLS)] + "-open" * (not ours)
-        spread = list(group.spread.fillna(0)) if ours else []
-        same = made.setdefault(name, [])
-        same.append(
-            dict(type="scatter", name=name, legendgroup=name, showlegend=not same)
-            | dict(x=list(group.x), y=list(group.y), hovertext=list(group.hover))
-            | dict(mode=group["style"].iloc[0], cliponaxis=False)
-            | dict(line=dict(color=color, width=2, dash="" if ours else "dot"))
-            | dict(marker=dict(symbol=symbol, size=8, color=color))
-            | dict(error_y=dict(array=spread, color=color, visible=any(spread)))
-        )
-    return sum(made.values(), [])
