@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from evit.commands import fail, use
 from evit.data import Folder
-from evit.report import page, results, settings, tables
+from evit.report import page, results, tables
 from evit.report.collect import read
 from tests.conftest import write_photos
 from tests.data.build import module
@@ -47,7 +47,7 @@ def is_plain(text: str) -> bool:
 
 
 def test_in_tables_they_stay_in_their_cells(content):
-    points = settings.ours(content)
+    points = tables.ours(content)
     papers = tables.of_paper(content, points)
     text = tables.report(content, tables.of_settings(points), papers)
     assert is_plain(text) and "<script" not in text and "<img" not in text

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from evit.commands import report as command
-from evit.report import page, paper, settings, tables
+from evit.report import page, paper, tables
 from evit.report.collect import Found, read
 from tests.conftest import ROOT
 from tests.report import fake
@@ -33,7 +33,7 @@ def embedded(text: str, name: str):
 
 def beside(content: Found, name: str) -> dict:
     """A table of the paper, with ours."""
-    made = tables.of_paper(content, settings.ours(content))
+    made = tables.of_paper(content, tables.ours(content))
     return made[list(paper.TABLES).index(name)]
 
 
@@ -89,7 +89,7 @@ def test_beside_the_paper_stand_ours_and_the_difference(root):
 
 
 def test_every_row_of_the_paper_has_one_in_a_table():
-    found = settings.published()
+    found = tables.published()
     found = found[(found.table != "off_the_shelf") | (found.rest != "dropped")]
     assert set(found.table) == paper.TABLES.keys()
     for name, rows in found.groupby("table"):
@@ -144,24 +144,24 @@ def test_speeds_are_never_compared_across_devices(tmp_path):
     )
     other = fake.benchmark(dict(images_per_s=4000.0, ratio=1.5)) | dict(device="a GPU")
     (tmp_path / "a/benchmark.json").write_text(json.dumps(other))
-    assert settings.ours(read(tmp_path)).images_per_s.notna().sum() == 1
+    assert tables.ours(read(tmp_path)).images_per_s.notna().sum() == 1
 
 
 def test_without_a_benchmark_speeds_are_the_runs_own_if_of_one_device(tmp_path):
     for name, rate, speed in (("dense", 1.0, 200.0), ("evit", 0.7, 300.0)):
         fake.write(tmp_path / name, fake.fashion(rate, 84.0, throughput=speed))
-    points = settings.ours(read(tmp_path))
+    points = tables.ours(read(tmp_path))
     assert list(tables.of_settings(points)[0]["frame"]["speed-up"]) == ["1.00", "1.50"]
     other = fake.fashion(0.5, 83.0, throughput=9000.0, device="a GPU")
     fake.write(tmp_path / "other", other)
-    assert settings.ours(read(tmp_path)).images_per_s.isna().all()
+    assert tables.ours(read(tmp_path)).images_per_s.isna().all()
 
 
 def test_an_evaluation_without_the_dense_model_is_not_off_the_shelf(tmp_path):
     content = fake.evaluation()
     content["settings"] = content["settings"][1:]
     (tmp_path / "evaluation.json").write_text(json.dumps(content))
-    assert settings.ours(read(tmp_path)).empty
+    assert tables.ours(read(tmp_path)).empty
 
 
 def broken(folder: Path) -> None:

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from evit.report import collect, page, paper, results, settings, tables
+from evit.report import collect, page, paper, results, tables
 from evit.report.collect import read
 from tests.report import fake
 from tests.test_conf import composed, resolvers
@@ -19,7 +19,7 @@ def points(folder: Path, **runs: dict) -> pd.DataFrame:
     """The settings of these runs, beside their dense ones."""
     for name, content in runs.items():
         fake.write(folder / "outputs" / name, content)
-    return settings.ours(read(folder))
+    return tables.ours(read(folder))
 
 
 def baseline(found: pd.DataFrame) -> pd.Series | None:
@@ -36,7 +36,7 @@ def frame(found: pd.DataFrame) -> pd.DataFrame:
 
 def sheet(content: collect.Found, name: str) -> list[list[str]]:
     """A table of the paper."""
-    made = tables.of_paper(content, settings.ours(content))
+    made = tables.of_paper(content, tables.ours(content))
     return made[list(paper.TABLES).index(name)]["frame"].values.tolist()
 
 
@@ -46,7 +46,7 @@ def view(chart: dict, name: str) -> list[dict]:
 
 
 def accuracy(folder: Path, title: str = "fashion-mnist, 28 px") -> dict:
-    return page.accuracy("key", title, settings.ours(read(folder)))
+    return page.accuracy("key", title, tables.ours(read(folder)))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_the_runs_of_a_setting_are_curves_of_one_colour(tmp_path):
     for seed, top1 in enumerate((80.0, 84.0)):
         fake.write(tmp_path / f"{seed}", fake.fashion(0.7, top1, seed=seed))
     content = read(tmp_path)
-    chart = page.curves("key", content, settings.ours(content))
+    chart = page.curves("key", content, tables.ours(content))
     first, second = view(chart, "top-1")
     assert [line["y"][-1] for line in (first, second)] == pytest.approx([79.8, 83.79])
     assert first["line"] == second["line"] and len(first["x"]) == 4
@@ -160,7 +160,7 @@ def test_two_recipes_are_two_lines_with_names(tmp_path):
         for rate in (1.0, 0.7)
     }
     points(tmp_path, **runs)
-    found = settings.ours(read(tmp_path))
+    found = tables.ours(read(tmp_path))
     named = set(found.recipe)
     assert {name.split(", ")[-1] for name in page.line_names(found)} == named
     assert len(view(accuracy(tmp_path), "GMACs")) == 4
@@ -227,7 +227,7 @@ def test_evaluations_of_fewer_images_are_rows_of_their_own_beside_their_own_dens
     found = points(tmp_path).sort_values(["images", "macs"], ascending=[True, False])
     assert list(found.images) == 3 * [""] + 3 * ["100 validation"]
     assert list(found.change.round(2)) == 2 * [0, -1.26, -6.01]
-    shown = frame(settings.ours(read(tmp_path)))
+    shown = frame(tables.ours(read(tmp_path)))
     assert sorted(set(shown["images"])) == ["100 validation", "all"]
     assert page.line_names(found).nunique() == 4
 
@@ -247,7 +247,7 @@ def test_a_checkpoint_trained_at_a_keep_rate_is_not_beside_the_paper_s_dense_one
 ):
     evaluate(tmp_path, data=dict(name="imagenet", num_classes=1000), **said)
     content = read(tmp_path)
-    found = settings.ours(content)
+    found = tables.ours(content)
     assert set(found.start) == {start}
     own = {row[3] for row in sheet(content, "off_the_shelf")}
     assert (own != {"not run"}) == (start == "off the shelf")
@@ -264,7 +264,7 @@ def test_selections_and_reducers_are_columns_and_lines(tmp_path):
         for rate in (0.5, 0.7)
     ]
     evaluate(tmp_path, settings=[dense | dict(kl=0.0), *made])
-    found = settings.ours(read(tmp_path))
+    found = tables.ours(read(tmp_path))
     shown = frame(found)
     key = shown["reducer"] + " " + shown["kept"]
     assert sorted(set(key)) == [" ", "evit attentive", "evit inattentive", "evit random", "tome "]
@@ -282,6 +282,6 @@ def test_models_of_timm_are_told_apart_by_their_names(tmp_path):
         run["choices"]["model"] = "timm_vit"
         run["config"]["model"]["model_name"] = name
         fake.write(tmp_path / name, run)
-    found = settings.ours(read(tmp_path))
+    found = tables.ours(read(tmp_path))
     assert set(found.model) == {"deit3_small_patch16_224", "vit_small_patch16_224"}
     assert page.line_names(found).nunique() == 2

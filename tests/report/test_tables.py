@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from evit.commands import report
-from evit.report import collect, page, results, settings, tables
+from evit.report import collect, page, results, tables
 from tests.report import fake
 
 
@@ -14,7 +14,7 @@ def frame(folder, *runs):
     """The table of these runs on Fashion-MNIST, and its note."""
     for i, run in enumerate(runs):
         fake.write(folder / f"runs/{i}", run)
-    (table,) = tables.of_settings(settings.ours(collect.read(folder)))
+    (table,) = tables.of_settings(tables.ours(collect.read(folder)))
     return table
 
 
@@ -99,7 +99,7 @@ def test_tables_and_charts_can_be_made_again_from_runs_json_alone(tmp_path):
     ]
     texts, drawn = [], []
     for content in (before, again):
-        points = settings.ours(content)
+        points = tables.ours(content)
         papers = tables.of_paper(content, points)
         texts.append(tables.report(content, tables.of_settings(points), papers))
         drawn.append(page.accuracy("key", "fashion-mnist, 28 px", points))

@@ -19,10 +19,10 @@ def write(source: Path, target: Path | None, page: bool = True) -> None:
 
     Without `page`, that is table.md and runs.json alone.
     """
-    from evit.report import collect, settings, tables  # with pandas
+    from evit.report import collect, tables  # with pandas
 
     content = collect.read(source)
-    points = settings.ours(content)
+    points = tables.ours(content)
     found = tables.of_settings(points)
     written = {"table.md": tables.report(content, found, [])}
     print(written["table.md"])

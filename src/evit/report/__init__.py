@@ -99,18 +99,16 @@ def benchmark_cells(row: Row) -> Row:
     kept = rate(row) + FATES[row["fusion"]]
     if row["dense"] or rate(row) == "1":
         kept = "dense" + ", this code" * (not row["dense"])
-    return {
-        "model": row["model"].replace("_patch16", "").removesuffix("_224"),
-        "reducer": row.get("reducer") or "",
-        "keep rate": kept,
-        "px": row["img_size"],
-        "mode": MODES[row["compile"]],
-        "dtype": row["precision"],
-        "images/s": row.get("reason", "").split(" (")[0] or f"{row['images_per_s']:,.1f}",
-        "IQR %": f"{100 * (high - low) / row['images_per_s']:.1f}" if high else "",
-        **{
-            title: "" if row.get(name) is None else format(row[name] / unit, form)
-            for title, (name, form, unit) in NUMBERS.items()
-        },
-        "paper: to dense": f"{row['paper']['ratio']:.2f}" if row.get("paper") else "",
+    model, reason = row["model"].replace("_patch16", "").removesuffix("_224"), row.get("reason", "")
+    numbers = {
+        title: "" if row.get(name) is None else format(row[name] / unit, form)
+        for title, (name, form, unit) in NUMBERS.items()
     }
+    return (
+        {"model": model, "reducer": row.get("reducer") or "", "keep rate": kept}
+        | {"px": row["img_size"], "mode": MODES[row["compile"]], "dtype": row["precision"]}
+        | {"images/s": reason.split(" (")[0] or f"{row['images_per_s']:,.1f}"}
+        | {"IQR %": f"{100 * (high - low) / row['images_per_s']:.1f}" if high else ""}
+        | numbers
+        | {"paper: to dense": f"{row['paper']['ratio']:.2f}" if row.get("paper") else ""}
+    )

@@ -6,9 +6,9 @@ import jinja2
 import pandas as pd
 import plotly.offline
 
-from evit.report import Row, paper, settings, tables
+from evit.report import Row, paper, tables
 from evit.report.collect import Found
-from evit.report.settings import DENSE, SCRATCH
+from evit.report.tables import DENSE, SCRATCH
 
 TOP1 = "top-1 accuracy (%)"
 COSTS = {  # views: column and title of x, then of y
@@ -30,7 +30,7 @@ SYMBOLS = ["circle", "square", "diamond", "triangle-up", "triangle-down"]
 
 def html(content: Found) -> str:
     """Render the page: a section for each data set, then the tables of the paper."""
-    points, sections = settings.ours(content), []
+    points, sections = tables.ours(content), []
     for i, table in enumerate(tables.of_settings(points)):
         title, own = table["title"], points[points.section == table["title"]]
         made = [] if title == "ImageNet" else [accuracy(f"accuracy-{i}", title, own)]
@@ -38,33 +38,29 @@ def html(content: Found) -> str:
         sections.append(dict(table=table, charts=made, pictures=pictures(content, own)))
     loader = jinja2.PackageLoader("evit.report", "template")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
-    return environment.get_template("page.html").render(
-        sections=sections,
-        paper=accuracy("imagenet", "ImageNet", points[points.section == "ImageNet"]),
-        papers=tables.of_paper(content, points),
-        labels=[*tables.LABELS.values()],
-        problems=content.problems,
-        provenance=tables.provenance(content),
-        rows=[*content.runs.values()],
-        plotly=plotly.offline.get_plotlyjs(),
-    )
+    whole = accuracy("imagenet", "ImageNet", points[points.section == "ImageNet"])
+    shown = dict(sections=sections, paper=whole, papers=tables.of_paper(content, points))
+    shown |= dict(rows=[*content.runs.values()], labels=[*tables.LABELS.values()])
+    shown |= dict(problems=content.problems, provenance=tables.provenance(content))
+    shown |= dict(plotly=plotly.offline.get_plotlyjs())
+    return environment.get_template("page.html").render(shown)
 
 
 def pictures(content: Found, points: pd.DataFrame) -> dict[str, str]:
     """Take the picture of the first run of each setting that reduces tokens, by its caption."""
-    names = dict(zip(points.setting, full_names(points), strict=True))
-    sparse = set(points[points.rate != DENSE].setting)
+    named = full_names(points)
     return {
-        names[run["setting"]]: f"data:image/webp;base64,{base64.b64encode(picture).decode()}"
+        named[run["setting"]]: f"data:image/webp;base64,{base64.b64encode(picture).decode()}"
         for name, run in reversed(content.runs.items())
-        if run["setting"] in sparse and (picture := content.pictures.get(name))
+        if run["setting"] in named and run["reducer"] != "none"
+        if (picture := content.pictures.get(name))
     }
 
 
-def full_names(points: pd.DataFrame) -> pd.Series:
+def full_names(points: pd.DataFrame) -> dict[str, str]:
     sizes = points.img_size.map(", {} px".format) if points.img_size.nunique() > 1 else ""
     rates = points.rate.map(", keep rate {}".format).mask(points.rate == DENSE, "")
-    return line_names(points) + rates + sizes
+    return dict(zip(points.setting, line_names(points) + rates + sizes, strict=True))
 
 
 def line_names(points: pd.DataFrame) -> pd.Series:
@@ -84,21 +80,20 @@ def accuracy(key: str, title: str, points: pd.DataFrame) -> Row:
     """Plot top-1 against the cost of an image; on ImageNet beside the paper's."""
     found, whole = points.assign(ours=True), title == "ImageNet"
     if whole:
-        theirs = settings.published().assign(ours=False)
+        theirs = tables.published().assign(ours=False)
         found = pd.concat([theirs, found.replace(dict(model=paper.CONF))], ignore_index=True)
         kind = ["ours", *"model reducer rate rest img_size start epochs".split()]
         found = found[found.ours | ~found.duplicated(kind)]
     larger = (found.img_size != paper.BASE_SIZE) & whole
     found["line"] = line_names(found) + larger.map({True: ", higher resolution", False: ""})
     found["style"] = larger.map({True: "markers", False: "lines+markers"})
-    found["hover"] = found.rate + found.img_size.map(", {} px".format)
-    found["part"] = ""
+    found = found.assign(part="", hover=found.rate + found.img_size.map(", {} px".format))
     return chart(key, f"Accuracy against cost, {title}", found, COSTS)
 
 
 def curves(key: str, content: Found, points: pd.DataFrame) -> Row:
     """Plot how training went: a line for each run, in one colour those of a setting."""
-    named = dict(zip(points.setting, full_names(points), strict=True))
+    named = full_names(points)
     rows = [
         row | dict(line=named[run["setting"]], part=f"seed {run['seed']}")
         for name, run in content.runs.items()

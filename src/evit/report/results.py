@@ -180,16 +180,12 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     if name.startswith("timm_"):  # one file of conf/model for all of timm's models
         name = config["model"].get("model_name", name)
     rate = one_rate(model.get("keep_rate") or 1.0)
-    return {k: result[k] for k in ("top1", "top5", "train_images_per_s")} | dict(
-        throughput=result.get("throughput"),
-        params=model["params"],
-        macs=model.get("macs", model["macs_executed"]),
-        model=name,
-        reducer="none" if rate == 1 else model["reducer"],
-        keep_rate=rate,
-        fusion=model.get("fusion", False) and rate != 1,
-        img_size=config["img_size"],
-    )
+    numbers = {key: result[key] for key in ("top1", "top5", "train_images_per_s")}
+    numbers |= dict(throughput=result.get("throughput"), params=model["params"])
+    numbers |= dict(macs=model.get("macs", model["macs_executed"]), model=name)
+    numbers |= dict(reducer="none" if rate == 1 else model["reducer"], keep_rate=rate)
+    fused = model.get("fusion", False) and rate != 1
+    return numbers | dict(fusion=fused, img_size=config["img_size"])
 
 
 def show(result: dict[str, Any], folder: Path) -> None:
