@@ -1,10 +1,9 @@
 """One frame of settings, ours and the paper's, and the tables of the report made from it.
 
-Settings of one section can be compared. name: what timm's names of a dense model and its reduced
-ones share; rate: "dense", "0.7" or "0.9,0.8,0.7"; start: of the training, or the keep rate that an
-evaluated checkpoint was trained at; origin: the setting or SHA-256 of the first weights; way: how
-images_per_s was measured; dense: index of the dense setting that this one is compared with, or -1;
-change, share, faster: points of top-1 above it, % of its MACs, times its images/s.
+Settings of one section can be compared. name: bare, of timm; rate: "dense", "0.7" or "0.9,0.8,0.7";
+origin: the setting or SHA-256 of the first weights; way: how images_per_s was measured; dense: the
+index of the dense setting that this one is compared with, or -1; change, share, faster: points of
+top-1 above it, % of its MACs, times its images/s.
 """
 
 from typing import Any
@@ -25,12 +24,12 @@ TIMED = ["name", "reducer", "rate", "rest", "img_size"]  # what a measured speed
 LABELS = dict(model="model", reducer="reducer", rate="keep rate", rest="the rest", selection="kept")
 LABELS |= dict(img_size="px", start="weights", epochs="epochs", images="images", recipe="recipe")
 LABELS |= dict(runs="runs")
-METRICS = (  # of a table of the paper: title, column, format of theirs, of ours
-    ("top-1 (%)", "top1", "{:.1f}", "{:.2f}"),
-    ("top-5 (%)", "top5", "{:.1f}", "{:.2f}"),
-    ("speed-up (x dense)", "faster", "{:.2f}", "{:.2f}"),
-    ("GMACs", "macs", "{:.1f}", "{:.2f}"),
-)
+METRICS = {  # of a table of the paper: column, format of theirs
+    "top-1 (%)": ("top1", "{:.1f}"),
+    "top-5 (%)": ("top5", "{:.1f}"),
+    "speed-up (x dense)": ("faster", "{:.2f}"),
+    "GMACs": ("macs", "{:.1f}"),
+}
 SHOWN = {  # of our settings: column, format
     "to dense": ("change", "{:+.2f}"),
     "top-5 (%)": ("top5", "{:.2f}"),
@@ -230,9 +229,9 @@ def of_paper(content: Found, points: pd.DataFrame) -> list[Row]:
         differ = shown.replace("", None).nunique() > 1
         shown = shown.loc[:, differ | (shown.columns == "keep rate")]
         seeds = own.runs.where(own.spread.notna())
-        for title, key, form, own_form in METRICS:
+        for title, (key, form) in METRICS.items():
             if theirs[key].notna().any():
-                numbers = texts(own[key], own_form, "not run")
+                numbers = texts(own[key], "{:.2f}", "not run")
                 if key == "top1":
                     numbers += texts(own.spread, " ± {:.2f}") + texts(seeds, ", {:.0f} runs")
                 shown[f"{title}: paper"] = texts(theirs[key], form, "-")
