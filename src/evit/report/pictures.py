@@ -9,7 +9,6 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from evit import reducers
 from evit.reducers.tokens import moved
 
 MIN_SIDE = 112  # pixels, of a drawn image
@@ -68,28 +67,6 @@ def draw_kept(model: Any, images: Tensor, pixels: Tensor, *classes: list[str]) -
         ramp = 2.6 * share[:, None] - torch.arange(3).view(3, 1, 1)  # black, red, yellow, pale
         heat = torch.where(discarded[:, None], 255 * ramp.clamp(0, 1), 225.0)
         columns[f"fused weight\n{low:.1g} to {high:.1g}"] = upsample(heat, large)
-    return compose(pixels, columns, captions(logits, *classes))
-
-
-@torch.no_grad()
-def draw_features(model: Any, images: Tensor, pixels: Tensor, *classes: list[str]) -> Image.Image:
-    """Draw a row for each image: it, and the final maps of the dense and of the reduced model.
-
-    Red, green and blue are the three main components of all dense maps, in both on one scale.
-    """
-    reducer, large, maps = model.reducer, enlarged(pixels), []
-    for used in (reducers.make("evit", keep_rate=1.0).attach(model), reducer):
-        model.reducer = used
-        logits, found = model(images, return_map=True)
-        maps.append(found.cpu().movedim(1, -1))
-    mean = maps[0].mean((0, 1, 2))
-    centred = (maps[0] - mean).flatten(0, 2)
-    basis = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -3:].flip(1)
-    low, high = (centred @ basis).quantile(torch.tensor([0.01, 0.99]), 0)
-    shares = [((found - mean) @ basis - low) / (high - low) for found in maps]
-    shown = [upsample(255 * share.clamp(0, 1).movedim(-1, 1), large) for share in shares]
-    tokens = f"{model.tokens_per_block()[-1]} of {model.patch_embed.num_patches} tokens"
-    columns = {"features\ndense": shown[0], f"features\n{tokens}": shown[1]}
     return compose(pixels, columns, captions(logits, *classes))
 
 
