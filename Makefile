@@ -47,7 +47,7 @@ benchmark: setup  ## images/s, memory and MACs beside the dense model's; ARGS="p
 benchmark-gpu: setup  ## all GPU measurements, in 8 minutes on one card, into ARGS=DIR (results/speed_gpu)
 	$(PYTHON) tests/measure_gpu.py $(ARGS)
 
-dashboard: setup  ## a W&B workspace and report of your runs; ARGS="paper=true" adds the paper's rows
+dashboard: setup  ## a W&B workspace of your runs
 	$(PYTHON) src/dashboard.py $(ARGS)
 
 sync: override export RUNS := $(or $(value RUNS),$(value EVIT_OUTPUT),outputs)

@@ -7,22 +7,11 @@ import sys
 
 import pytest
 import wandb
-import wandb_workspaces.reports.v2.interface as reports
 from omegaconf import OmegaConf
 
 from evit.commands import report as dashboard
 from evit.config import CONF_DIR
-from evit.report import paper
 from tests.conftest import ROOT
-
-
-@pytest.fixture
-def offline(monkeypatch):
-    """A report asks the server for the project's id when it is serialised: the answer."""
-    monkeypatch.setattr(reports, "_get_api", lambda: None)
-    monkeypatch.setattr(
-        reports, "execute_graphql", lambda *_: {"project": {"id": "1", "internalId": "2"}}
-    )
 
 
 def test_the_workspace_serialises_with_its_panels_and_columns():
@@ -43,84 +32,23 @@ def test_the_workspace_serialises_with_its_panels_and_columns():
     assert all(f"summary:{key}" in text for key in dashboard.KEYS)
 
 
-def test_the_report_shows_runs_and_the_paper_apart(offline):
-    report = dashboard.report("me", "mine")
-    content = json.loads(report._to_model().spec.model_dump_json(by_alias=True))
-    grids = [block for block in content["blocks"] if block["type"] == "panel-grid"]
-    names = [[runs["name"] for runs in grid["metadata"]["runSets"]] for grid in grids]
-    assert names == [["runs", "paper"], ["runs"], ["runs"]]
-    filters = [runs["filters"]["filters"][0] for runs in grids[0]["metadata"]["runSets"]]
-    assert [(f["key"]["name"], f["op"], f["value"]) for f in filters] == [
-        ("jobType", "!=", "paper"),
-        ("jobType", "=", "paper"),
-    ]
-
-
-def test_the_rows_of_the_paper_have_the_keys_of_runs():
-    rows = dashboard.paper_runs()
-    tables = paper.TABLES
-    assert len({row["name"] for row in rows}) == len(rows)
-    assert all(set(dashboard.KEYS) <= set(row) for row in rows)
-    assert {row["model"] for row in rows} <= {p.stem for p in CONF_DIR.glob("model/*.yaml")}
-    published = {
-        (row["top1"], row["throughput"], row["macs"])
-        for name, table in tables.items()
-        if name != "off_the_shelf"
-        for part in table.values()
-        for row in ([part] if isinstance(part, dict) else part if isinstance(part, list) else [])
-    }
-    found = {(row["top1"], row["throughput"], row["macs"] / 1e9) for row in rows}
-    assert {(a, b, round(c, 1)) for a, b, c in found} == published
-
-
-def test_a_row_of_the_paper_is_a_run_that_can_be_told_from_ours(monkeypatch, tmp_path):
-    made, summaries = [], []
-    init, finish = wandb.init, wandb.Run.finish
-
-    def start(**kwargs):
-        made.append((kwargs, init(**kwargs | dict(dir=tmp_path))))
-        return made[-1][1]
-
-    def end(run):
-        summaries.append(dict(run.summary))
-        finish(run)
-
-    monkeypatch.setattr(wandb, "init", start)
-    monkeypatch.setattr(wandb.Run, "finish", end)
-    row = dashboard.paper_runs()[1]
-    dashboard.log_paper([row], project="p", entity=None, mode="offline")
-    ((kwargs, run),) = made
-    assert (run.group, run.job_type, run.name) == ("paper", "paper", row["name"])
-    assert run.id == "paper-evit_deit_s-09-224-px-dropped" and kwargs["resume"] == "allow"
-    assert summaries[0] | dict(name=row["name"]) == row
-
-
-def saved(calls: list, what: str) -> object:
-    class Saved:
-        url = f"https://example.org/{what}"
-
-        def save(self):
-            calls.append(what)
-            return self
-
-    return Saved()
-
-
-def test_logged_in_both_are_saved_and_with_paper_the_rows_first(monkeypatch, capsys):
+def test_logged_in_the_workspace_is_saved(monkeypatch, capsys):
     import dashboard as command
 
-    calls: list = []
+    class Saved:
+        url = "https://example.org/workspace"
+
+        def save(self):
+            return self
+
+    made: list = []
     monkeypatch.setattr("evit.tracking.wandb_mode", lambda _: "online")
     monkeypatch.setattr(wandb, "Api", lambda: type("Api", (), dict(default_entity="me")))
-    monkeypatch.setattr(dashboard, "log_paper", lambda rows, **k: calls.append((len(rows), k)))
-    monkeypatch.setattr(dashboard, "workspace", lambda *a: saved(calls, "workspace"))
-    monkeypatch.setattr(dashboard, "report", lambda *a: saved(calls, "report"))
-    monkeypatch.setattr(sys, "argv", ["dashboard.py", "paper=true", "project=mine"])
+    monkeypatch.setattr(dashboard, "workspace", lambda *where: made.append(where) or Saved())
+    monkeypatch.setattr(sys, "argv", ["dashboard.py", "project=mine"])
     command.main()
-    count = len(dashboard.paper_runs())
-    where = dict(project="mine", entity="me", mode="online")
-    assert calls == [(count, where), "workspace", "report"]
-    assert "https://example.org/report" in capsys.readouterr().out
+    assert made == [("me", "mine")]
+    assert "https://example.org/workspace" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("reason", ["not logged in", "unreachable"])
@@ -161,5 +89,4 @@ def test_the_knobs_are_these():
     assert set(OmegaConf.load(CONF_DIR / "dashboard.yaml")) - {"defaults", "hydra"} == {
         "project",
         "entity",
-        "paper",
     }

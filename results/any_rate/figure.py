@@ -14,7 +14,7 @@ import matplotlib.style
 from matplotlib.figure import Figure
 
 from evit.report import markdown
-from evit.report.page import PALETTE, STYLE
+from evit.report.page import PALETTE
 from evit.report.results import provenance
 
 HERE = Path(__file__).parent
@@ -115,7 +115,7 @@ def table_of_searches(searches: list[dict[str, Any]]) -> str:
 
 def draw(points: list[dict[str, Any]]) -> None:
     """Draw top-1 against GMACs, with the deviation over the seeds."""
-    with matplotlib.style.context(STYLE):
+    with matplotlib.style.context(HERE.parent / "paper.mplstyle"):
         figure = Figure(figsize=(6.4, 3.2), layout="constrained")
         axes = figure.add_subplot(xlabel="GMACs (per image)", ylabel="top-1 (%)", ylim=(67, 82))
         for i, (line, name) in enumerate(NAMES.items()):

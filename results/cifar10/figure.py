@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib.style
 from matplotlib.figure import Figure
 
-from evit.report.page import PALETTE, STYLE
+from evit.report.page import PALETTE
 
 HERE = Path(__file__).parent
 
@@ -51,7 +51,7 @@ def points() -> dict[str, list[tuple[float, float, str]]]:
 
 
 def draw() -> None:
-    with matplotlib.style.context(STYLE):
+    with matplotlib.style.context(HERE.parent / "paper.mplstyle"):
         figure = Figure(figsize=(6.4, 3.2), layout="constrained")
         axes = figure.add_subplot(
             xlabel="images/s of inference (times the dense model's)", ylabel="top-1 (%)"

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 def address(tmp_path_factory) -> str:
     root = tmp_path_factory.mktemp("browser")
     content = read(fake.write_all(root / "outputs"))
-    (root / "index.html").write_text(page.html(content, page.build(content)))
+    (root / "index.html").write_text(page.html(content))
     return (root / "index.html").as_uri()
 
 

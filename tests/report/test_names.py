@@ -1,15 +1,12 @@
 """Names that come with data or runs are letters, wherever they are shown."""
 
-import csv
-import io
 import json
-from xml.etree import ElementTree
 
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from evit.commands import fail, report, use
+from evit.commands import fail, use
 from evit.data import Folder
 from evit.report import page, results, tables
 from evit.report.collect import read
@@ -50,8 +47,9 @@ def is_plain(text: str) -> bool:
 
 
 def test_in_tables_they_stay_in_their_cells(content):
-    made = page.build(content)
-    text = tables.report(content, [section.table for section in made.sections], made.papers)
+    points = tables.ours(content)
+    papers = tables.of_paper(content, points)
+    text = tables.report(content, tables.of_settings(points), papers)
     assert is_plain(text) and "<script" not in text and "<img" not in text
     assert "owned" in text
     for table in text.split("\n\n"):
@@ -59,26 +57,9 @@ def test_in_tables_they_stay_in_their_cells(content):
         assert len({line.replace("\\|", "").count("|") for line in lines}) <= 1
 
 
-def test_in_a_spreadsheet_they_are_not_computed(content):
-    rows = list(csv.reader(io.StringIO(report.as_csv(content))))
-    assert len({len(row) for row in rows}) == 1
-    cells = [cell for row in rows for cell in row]
-    assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@"))]
-    assert [cell for cell in cells if cell.startswith("'=[red]")]
-
-
-def test_in_figures_they_are_text(content, tmp_path):
-    chart = page.build(content).sections[0].charts[-1]
-    page.save(chart | dict(views=chart["views"][:1]), tmp_path)
-    (path,) = tmp_path.glob("*.svg")
-    root = ElementTree.parse(path).getroot()
-    assert not {e.tag.rpartition("}")[2] for e in root.iter()} & {"script", "img", "image", "a"}
-    assert "onerror" in "".join(root.itertext())
-
-
 @pytest.mark.skipif(not browser.CHROMIUM, reason="needs Chromium: apt-get install chromium")
 def test_on_the_page_no_script_of_theirs_runs(content, tmp_path):
-    (tmp_path / "index.html").write_text(page.html(content, page.build(content)))
+    (tmp_path / "index.html").write_text(page.html(content))
     opened = browser.Page((tmp_path / "index.html").as_uri(), tmp_path / "chromium")
     try:
         assert opened.run("typeof owned") == "undefined"

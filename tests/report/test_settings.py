@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
-from evit.report import collect, page, results, settings, tables
+from evit.report import collect, page, paper, results, tables
 from evit.report.collect import read
 from tests.report import fake
 from tests.test_conf import composed, resolvers
@@ -19,7 +19,7 @@ def points(folder: Path, **runs: dict) -> pd.DataFrame:
     """The settings of these runs, beside their dense ones."""
     for name, content in runs.items():
         fake.write(folder / "outputs" / name, content)
-    return settings.ours(read(folder))
+    return tables.ours(read(folder))
 
 
 def baseline(found: pd.DataFrame) -> pd.Series | None:
@@ -28,13 +28,25 @@ def baseline(found: pd.DataFrame) -> pd.Series | None:
     return None if sparse.dense == -1 else found.loc[sparse.dense]
 
 
+def frame(found: pd.DataFrame) -> pd.DataFrame:
+    """The table of settings of one section."""
+    (table,) = tables.of_settings(found)
+    return table["frame"]
+
+
+def sheet(content: collect.Found, name: str) -> list[list[str]]:
+    """A table of the paper."""
+    made = tables.of_paper(content, tables.ours(content))
+    return made[list(paper.TABLES).index(name)]["frame"].values.tolist()
+
+
 def view(chart: dict, name: str) -> list[dict]:
     """The traces of a view of a chart."""
     return next(shown["data"] for shown in chart["views"] if shown["name"] == name)
 
 
 def accuracy(folder: Path, title: str = "fashion-mnist, 28 px") -> dict:
-    return page.accuracy("key", title, settings.ours(read(folder)))
+    return page.accuracy("key", title, tables.ours(read(folder)))
 
 
 @pytest.mark.parametrize(
@@ -65,7 +77,7 @@ def test_the_baseline_is_the_mean_over_the_dense_seeds(tmp_path):
     dense = {f"d{seed}": fake.fashion(1.0, 80.0 + seed, seed=seed) for seed in range(3)}
     found = points(tmp_path, evit=fake.fashion(0.7, 79.0, seed=7), **dense)
     assert baseline(found).top1 == 81.0 and baseline(found).runs == 3
-    dense, sparse = tables.all_settings("28 px", found).frame.values.tolist()
+    dense, sparse = frame(found).values.tolist()
     assert dense[:5] == ["dense", "", "3", "81.00 ± 1.00", "+0.00"]
     assert sparse[:5] == ["0.7", "fused", "1", "79.00", "-2.00"]
 
@@ -85,9 +97,8 @@ def test_the_spread_over_seeds_is_a_bar_and_the_keep_rate_is_the_hover_text(tmp_
 def test_several_seeds_of_a_row_of_the_paper_have_mean_spread_and_number_in_its_table(tmp_path):
     for seed in range(3):
         fake.write(tmp_path / f"{seed}", fake.result(top1=79.0 + 0.5 * seed, seed=seed))
-    content = read(tmp_path)
-    table = tables.beside_paper(content, settings.ours(content), "keep_rate_deit_s")
-    line = next(row for row in table.frame.values.tolist() if row[:2] == ["0.7", "fused"])
+    rows = sheet(read(tmp_path), "keep_rate_deit_s")
+    line = next(row for row in rows if row[:2] == ["0.7", "fused"])
     assert line[2:5] == ["79.5", "79.50 ± 0.50, 3 runs", "+0.00"]
 
 
@@ -95,7 +106,7 @@ def test_the_runs_of_a_setting_are_curves_of_one_colour(tmp_path):
     for seed, top1 in enumerate((80.0, 84.0)):
         fake.write(tmp_path / f"{seed}", fake.fashion(0.7, top1, seed=seed))
     content = read(tmp_path)
-    chart = page.curves("key", content, settings.ours(content))
+    chart = page.curves("key", content, tables.ours(content))
     first, second = view(chart, "top-1")
     assert [line["y"][-1] for line in (first, second)] == pytest.approx([79.8, 83.79])
     assert first["line"] == second["line"] and len(first["x"]) == 4
@@ -149,11 +160,11 @@ def test_two_recipes_are_two_lines_with_names(tmp_path):
         for rate in (1.0, 0.7)
     }
     points(tmp_path, **runs)
-    found = settings.ours(read(tmp_path))
+    found = tables.ours(read(tmp_path))
     named = set(found.recipe)
     assert {name.split(", ")[-1] for name in page.line_names(found)} == named
     assert len(view(accuracy(tmp_path), "GMACs")) == 4
-    assert set(tables.all_settings("28 px", found).frame["recipe"]) == named
+    assert set(frame(found)["recipe"]) == named
 
 
 def test_an_evaluation_is_compared_with_its_own_dense_model(tmp_path):
@@ -162,7 +173,7 @@ def test_an_evaluation_is_compared_with_its_own_dense_model(tmp_path):
         content["settings"] = [row | dict(top1=row["top1"] - i) for row in content["settings"]]
         (tmp_path / sha).mkdir()
         (tmp_path / sha / "evaluation.json").write_text(json.dumps(content))
-    found = points(tmp_path)
+    found = points(tmp_path).sort_values(["recipe", "macs"], ascending=[True, False])
     assert list(found.change.round(2)) == 2 * [0, -1.26, -6.01]
 
 
@@ -213,10 +224,10 @@ def test_evaluations_of_fewer_images_are_rows_of_their_own_beside_their_own_dens
     evaluate(tmp_path / "all")
     few = [row | dict(top1=row["top1"] + 9) for row in fake.evaluation()["settings"]]
     evaluate(tmp_path / "few", settings=few, config=dict(max_val_images=100, model={}))
-    found = points(tmp_path)
+    found = points(tmp_path).sort_values(["images", "macs"], ascending=[True, False])
     assert list(found.images) == 3 * [""] + 3 * ["100 validation"]
     assert list(found.change.round(2)) == 2 * [0, -1.26, -6.01]
-    shown = tables.all_settings("photos, 224 px", settings.ours(read(tmp_path))).frame
+    shown = frame(tables.ours(read(tmp_path)))
     assert sorted(set(shown["images"])) == ["100 validation", "all"]
     assert page.line_names(found).nunique() == 4
 
@@ -236,10 +247,10 @@ def test_a_checkpoint_trained_at_a_keep_rate_is_not_beside_the_paper_s_dense_one
 ):
     evaluate(tmp_path, data=dict(name="imagenet", num_classes=1000), **said)
     content = read(tmp_path)
-    found = settings.ours(content)
+    found = tables.ours(content)
     assert set(found.start) == {start}
-    _, _, own = settings.beside_paper(content, found, "off_the_shelf")
-    assert own.top1.notna().any() == (start == "off the shelf")
+    own = {row[3] for row in sheet(content, "off_the_shelf")}
+    assert (own != {"not run"}) == (start == "off the shelf")
 
 
 def test_selections_and_reducers_are_columns_and_lines(tmp_path):
@@ -253,16 +264,16 @@ def test_selections_and_reducers_are_columns_and_lines(tmp_path):
         for rate in (0.5, 0.7)
     ]
     evaluate(tmp_path, settings=[dense | dict(kl=0.0), *made])
-    found = settings.ours(read(tmp_path))
-    shown = tables.all_settings("photos, 224 px", found).frame
+    found = tables.ours(read(tmp_path))
+    shown = frame(found)
     key = shown["reducer"] + " " + shown["kept"]
     assert sorted(set(key)) == [" ", "evit attentive", "evit inattentive", "evit random", "tome "]
     assert list(shown["KL to dense"]).count("0.2500") == 8
     chart = page.accuracy("key", "photos", found)
-    assert [shown["name"] for shown in chart["views"]] == ["GMACs", "KL"]
-    lines = {trace["name"]: len(trace["x"]) for trace in view(chart, "KL")}
+    assert [shown["name"] for shown in chart["views"]] == ["GMACs"]
+    lines = {trace["name"]: len(trace["x"]) for trace in view(chart, "GMACs")}
     assert lines.pop("dense") == 1 and set(lines.values()) == {2} and len(lines) == 4
-    assert "tome" in lines and "dropped, random" in lines
+    assert "tome" in lines and "evit, dropped, random" in lines
 
 
 def test_models_of_timm_are_told_apart_by_their_names(tmp_path):
@@ -271,6 +282,6 @@ def test_models_of_timm_are_told_apart_by_their_names(tmp_path):
         run["choices"]["model"] = "timm_vit"
         run["config"]["model"]["model_name"] = name
         fake.write(tmp_path / name, run)
-    found = settings.ours(read(tmp_path))
+    found = tables.ours(read(tmp_path))
     assert set(found.model) == {"deit3_small_patch16_224", "vit_small_patch16_224"}
     assert page.line_names(found).nunique() == 2

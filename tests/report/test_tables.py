@@ -6,29 +6,21 @@ import sys
 import pytest
 
 from evit.commands import report
-from evit.report import collect, page, results, settings, tables
+from evit.report import collect, page, results, tables
 from tests.report import fake
 
 
 def frame(folder, *runs):
-    """The table of these runs on Fashion-MNIST."""
+    """The table of these runs on Fashion-MNIST, and its note."""
     for i, run in enumerate(runs):
         fake.write(folder / f"runs/{i}", run)
-    (table,) = terminal(folder)
+    (table,) = tables.of_settings(tables.ours(collect.read(folder)))
     return table
-
-
-def terminal(folder):
-    points = settings.ours(collect.read(folder))
-    return [
-        tables.all_settings(str(title), group)
-        for title, group in points.groupby("section", sort=False)
-    ]
 
 
 def test_seeds_of_one_setting_are_one_line_with_mean_and_deviation(tmp_path):
     runs = [fake.fashion(0.7, 80.0 + seed, seed=seed) for seed in range(3)]
-    assert list(frame(tmp_path, *runs).frame["top-1 (%)"]) == ["81.00 ± 1.00"]
+    assert list(frame(tmp_path, *runs)["frame"]["top-1 (%)"]) == ["81.00 ± 1.00"]
 
 
 def test_every_setting_has_a_line_the_most_expensive_first(tmp_path):
@@ -39,7 +31,7 @@ def test_every_setting_has_a_line_the_most_expensive_first(tmp_path):
         fake.fashion(0.7, 80.0, fusion=False, macs=2),
         fake.fashion(0.7, 80.0),
         fake.fashion(0.7, 80.0, checkpoint="a.ckpt"),
-    ).frame
+    )["frame"]
     assert table[["keep rate", "the rest", "weights"]].values.tolist() == [
         ["0.7", "fused", "fine-tuned"],
         ["dense", "", "from scratch"],
@@ -58,17 +50,17 @@ def test_settings_differ_by_the_recipe_and_not_by_chance():
 
 def test_what_is_the_same_in_all_rows_is_said_once_and_what_differs_is_a_column(tmp_path):
     same = frame(tmp_path / "a", fake.fashion(1.0, 84.0), fake.fashion(0.7, 83.0))
-    assert same.title == "fashion-mnist, 28 px"
-    assert "Epochs: 2; images: all; kept: attentive" in same.note
-    assert not {"epochs", "images", "reducer", "weights", "px"} & set(same.frame)
+    assert same["title"] == "fashion-mnist, 28 px"
+    assert "Epochs: 2; images: all; kept: attentive" in same["note"]
+    assert not {"epochs", "images", "reducer", "weights", "px"} & set(same["frame"])
     runs = fake.fashion(1.0, 84.0), fake.fashion(0.7, 83.0, epochs=9, max_train_images=500)
-    table = frame(tmp_path / "b", *runs).frame
+    table = frame(tmp_path / "b", *runs)["frame"]
     assert list(table["epochs"]) == ["2", "9"] and list(table["images"]) == ["all", "500 training"]
 
 
 def test_runs_of_limited_images_are_marked(tmp_path):
     runs = [fake.fashion(rate, 80.0, max_train_images=500) for rate in (1.0, 0.7)]
-    assert "images: 500 training" in frame(tmp_path, *runs).note
+    assert "images: 500 training" in frame(tmp_path, *runs)["note"]
 
 
 def test_the_terminal_has_a_table_for_each_data_set_and_size(tmp_path, capsys):
@@ -105,14 +97,14 @@ def test_tables_and_charts_can_be_made_again_from_runs_json_alone(tmp_path):
         "runs.json",
         "table.md",
     ]
-    made = [page.build(content) for content in (before, again)]
-    texts = [
-        tables.report(content, [section.table for section in one.sections], one.papers)
-        for content, one in zip((before, again), made, strict=True)
-    ]
+    texts, drawn = [], []
+    for content in (before, again):
+        points = tables.ours(content)
+        papers = tables.of_paper(content, points)
+        texts.append(tables.report(content, tables.of_settings(points), papers))
+        drawn.append(page.accuracy("key", "fashion-mnist, 28 px", points))
     assert texts[0] == texts[1]
-    drawn = [one.sections[0].charts[0] for one in made]
-    assert drawn[0] == drawn[1]
+    assert drawn[0] == drawn[1] and drawn[0]["views"]
 
 
 def test_the_command_writes_the_table_of_runs_and_can_read_it_again(tmp_path, monkeypatch, capsys):

@@ -9,6 +9,7 @@ from evit.config import counted
 
 Row = dict[str, Any]
 REST = {True: "fused", False: "dropped", None: ""}  # what becomes of the other tokens
+FATES = {True: " fuse", False: " drop", None: ""}
 MODES = {False: "eager", True: "compiled", "reduce-overhead": "graphs"}
 NUMBERS = {  # columns of a benchmark: name in a row, format, divisor
     "ms": ("latency_ms", ",.2f", 1),
@@ -56,26 +57,17 @@ def show_evaluation(result: Row, path: Path) -> None:
     """Print an evaluation, a row for each setting, and the path of its evaluation.json."""
     rows, model = result["settings"], result["model"]
     dense = next((row["top1"] for row in rows if rate(row) == "1"), None)
-    about = f"{model['name']} on {result['data']['name']}, {model['img_size']} px, "
-    about += counted(result["images"], "image")
-    several = {}  # choices that differ are columns, the others are said once
-    for name, head in dict(reducer="reducer", selection="kept", fusion="others").items():
-        values = [*{row[name] for row in rows} - {None}]
-        if len(values) == 1:
-            about += f"; {head}: {REST.get(values[0], values[0])}"
-        elif values:
-            several[name] = head
     shown = [
-        {"rate": rate(row)}
-        | {head: REST.get(row[name], row[name]) for name, head in several.items()}
-        | {"top-1": f"{row['top1']:.2f}"}
+        {"rate": rate(row), "reducer": row["reducer"] or "", "kept": row["selection"] or ""}
+        | {"others": REST[row["fusion"]], "top-1": f"{row['top1']:.2f}"}
         | {"change": "" if dense is None or rate(row) == "1" else f"{row['top1'] - dense:+.2f}"}
         | {"KL": f"{row['kl']:.4f}", "top-5": f"{row['top5']:.2f}", "loss": f"{row['loss']:.4f}"}
         | {"GMACs": "" if row["macs"] is None else f"{row['macs'] / 1e9:.3f}"}
         | {"done": f"{row['macs_executed'] / 1e9:.3f}"}
         for row in rows
     ]
-    print(f"""{about}
+    about = f"{model['name']} on {result['data']['name']}, {model['img_size']} px"
+    print(f"""{about}, {counted(result["images"], "image")}
 
 {markdown(shown)}
 
@@ -89,41 +81,34 @@ def benchmark_text(result: Row) -> str:
     parts, rows = [], [*result["rows"], *result.get("left_out", [])]
     for what, batch in dict.fromkeys((row["what"], row["batch_size"]) for row in rows):
         same = dict(what=what, batch_size=batch).items()
-        found = [benchmark_cells(row) for row in rows if row.items() >= same]
         peak = max(row["macs_per_s"] for row in result["matmul"] if row.items() >= same) / 1e9
-        title = f"{what}, batch {batch}; a large matrix product does {peak:,.0f} GMACs/s"
-        parts += [f"**{title}**", markdown(found)]
+        parts += [f"**{what}, batch {batch}; a large matrix product does {peak:,.0f} GMACs/s**"]
+        parts += [markdown([benchmark_cells(row) for row in rows if row.items() >= same])]
     for part in filter(None, map(result.get, ("correctness", "training_run"))):
         parts += [f"**{part['title']}**", markdown(part["rows"]), part["verdict"]]
     base = "at 224 px" if result["config"]["paper"] else "of the same image size"
-    rounds = counted(result["config"]["repeats"], "round")
-    notes = NOTES.format(rounds=rounds, base=base).replace("\n", " ")
-    versions = "torch {torch}, timm {timm}".format(**result["packages"])
-    parts.append(f"{result['device']}; {versions}, commit {result['commit']}. {notes}")
+    notes = NOTES.format(rounds=counted(result["config"]["repeats"], "round"), base=base)
+    made = "{device}; torch {packages[torch]}, timm {packages[timm]}, commit {commit}. "
+    parts.append(made.format(**result) + notes.replace("\n", " "))
     return "\n\n".join(parts) + "\n"
 
 
-def benchmark_cells(row: Row) -> dict[str, str]:
-    """One row of a benchmark as texts by their columns."""
-    rates, theirs = [f"{rate:g}" for rate in row["keep_rate"]], row.get("paper")
-    rest = {True: " fuse", False: " drop", None: ""}[row["fusion"]]
-    kept = (rates[0] if len(set(rates)) == 1 else " ".join(rates)) + rest
-    if row["dense"] or set(rates) == {"1"}:
-        kept = "dense" + ", this code" * (not row["dense"])
+def benchmark_cells(row: Row) -> Row:
+    """Make the cells of a row of a benchmark."""
     low, high = row.get("images_per_s_quartiles", (0, 0))
+    kept = rate(row) + FATES[row["fusion"]]
+    if row["dense"] or rate(row) == "1":
+        kept = "dense" + ", this code" * (not row["dense"])
+    model, reason = row["model"].replace("_patch16", "").removesuffix("_224"), row.get("reason", "")
     numbers = {
         title: "" if row.get(name) is None else format(row[name] / unit, form)
         for title, (name, form, unit) in NUMBERS.items()
     }
-    return {
-        "model": row["model"].replace("_patch16", "").removesuffix("_224"),
-        "reducer": row.get("reducer") or "",
-        "keep rate": kept,
-        "px": str(row["img_size"]),
-        "mode": MODES[row["compile"]],
-        "dtype": row["precision"],
-        "images/s": row.get("reason", "").split(" (")[0] or f"{row['images_per_s']:,.1f}",
-        "IQR %": f"{100 * (high - low) / row['images_per_s']:.1f}" if "ratio" in row else "",
-        **numbers,
-        "paper: to dense": f"{theirs['ratio']:.2f}" if theirs else "",
-    }
+    return (
+        {"model": model, "reducer": row.get("reducer") or "", "keep rate": kept}
+        | {"px": row["img_size"], "mode": MODES[row["compile"]], "dtype": row["precision"]}
+        | {"images/s": reason.split(" (")[0] or f"{row['images_per_s']:,.1f}"}
+        | {"IQR %": f"{100 * (high - low) / row['images_per_s']:.1f}" if high else ""}
+        | numbers
+        | {"paper: to dense": f"{row['paper']['ratio']:.2f}" if row.get("paper") else ""}
+    )

@@ -28,7 +28,7 @@ NAMES = ["result.json", "runs.json", "evaluation.json", "benchmark.json"]  # in 
 
 @dataclass
 class Found:
-    """All files below a folder: rows, curves and pictures (WebP) of runs by the runs' names."""
+    """What lies below a folder: rows, curves and pictures (WebP) of runs by the runs' names."""
 
     source: Path
     runs: dict[str, Row] = field(default_factory=dict)
@@ -48,90 +48,77 @@ class Found:
         try:
             yield
         except Exception as error:  # of json, PIL, or of what is computed from its entries
-            reason = self.shown(f"{type(error).__name__}: {error}")
-            self.problems.append(f"{self.shown(path)} cannot be read ({reason})")
+            text = f"{path} cannot be read ({type(error).__name__}: {error})"
+            self.problems.append(self.shown(text))
 
     def add(self, name: str, run: Row) -> bool:
         """Add a run unless it is known; another result of its setting and seed is a problem."""
         keys = ("setting", "from_checkpoint", "seed")
-        for other, row in self.runs.items():
-            if all(run[key] == row[key] for key in keys):
-                if run["top1"] != row["top1"]:
-                    text = f"{name} has the setting and the seed of {other}, and is left out"
-                    self.problems.append(text)
-                return False
-        self.runs[name] = run
-        return True
+        same = [k for k, row in self.runs.items() if all(run[key] == row[key] for key in keys)]
+        if not same:
+            self.runs[name] = run
+        elif run["top1"] != self.runs[same[0]]["top1"]:
+            text = f"{name} has the setting and the seed of {same[0]}, and is left out"
+            self.problems.append(text)
+        return not same
+
+    def add_folder(self, name: str, folder: Path) -> None:
+        """Add a run's metrics.jsonl, whose last line may be cut, and its picture."""
+        with self.reading(path := folder / "metrics.jsonl"):
+            for line in path.read_text().splitlines():
+                self.curves.setdefault(name, []).append(json.loads(line))
+        with self.reading(path := folder / "kept_patches.png"):
+            if path.is_file():  # as WebP it is a fifth
+                Image.open(path).convert("RGB").save(file := io.BytesIO(), "WEBP", quality=92)
+                self.pictures[name] = file.getvalue()
 
 
 def read(source: Path) -> Found:
-    """Read every result.json, runs.json, evaluation.json and benchmark.json below a folder.
-
-    Args:
-        source: the folder, or one runs.json.
-
-    Raises:
-        ValueError: there is none of them.
-    """
+    """Read all files of NAMES below a folder, or one runs.json; ValueError: there is none."""
     found = Found(source.parent if source.is_file() else source)
     paths = [source] if source.is_file() else sorted(source.rglob("*.json"))
-    for path in sorted((p for p in paths if p.name in NAMES), key=lambda p: NAMES.index(p.name)):
+    known = [path for name in NAMES for path in paths if path.name == name]
+    for path in known:
         with found.reading(path):
             content, name = printable(json.loads(path.read_text())), found.shown(path.parent)
             if path.name == "result.json" and found.add(name, row(content)):
-                read_more(found, name, path.parent)
+                found.add_folder(name, path.parent)
             elif path.name == "runs.json":
-                for i, one in enumerate(content, 1):
-                    found.add(f"{found.shown(path)}, run {i}", one)
+                for i, run in enumerate(content, 1):
+                    found.add(f"{found.shown(path)}, run {i}", run)
             elif path.name == "evaluation.json":
                 found.evaluations.append(content)
             elif path.name == "benchmark.json":
-                found.benchmarks.append(content)
+                found.benchmarks += [dict(device=content["device"]) | r for r in content["rows"]]
     begun = {path.parent for path in paths if path.name in ("config.json", "failed.json")}
-    for folder in sorted(begun - {path.parent for path in paths if path.name in NAMES}):
+    for folder in sorted(begun - {path.parent for path in known}):
         failed = results.read_json(folder / "failed.json") or dict(reason="no result.json")
         reason = re.sub(r"(?<!\S)/\S*/", ".../", failed["reason"])
         found.problems.append(found.shown(f"{folder} has not finished: {reason}"))
-    if not any((found.runs, found.evaluations, found.benchmarks, found.problems)):
+    if not known and not found.problems:
         raise ValueError(f"no run has finished in {str(source)!r}: no result.json is below it")
-
     by = ("model", "keep_rate", "fusion")
-    order = {name: ([str(run[key]) for key in by], run["seed"]) for name, run in found.runs.items()}
-    found.runs = {name: found.runs[name] for name in sorted(order, key=lambda name: order[name])}
+    runs = sorted(found.runs.items(), key=lambda r: ([str(r[1][k]) for k in by], r[1]["seed"]))
+    found.runs = dict(runs)
     return found
-
-
-def read_more(found: Found, name: str, folder: Path) -> None:
-    """Read a run's metrics.jsonl, whose last line may be cut, and its picture."""
-    with found.reading(folder / "metrics.jsonl"):
-        for line in (folder / "metrics.jsonl").read_text().splitlines():
-            found.curves.setdefault(name, []).append(json.loads(line))
-    path = folder / "kept_patches.png"
-    with found.reading(path):
-        if path.is_file():
-            content = io.BytesIO()
-            Image.open(path).convert("RGB").save(content, "WEBP", quality=92)  # a fifth of the size
-            found.pictures[name] = content.getvalue()
 
 
 def row(result: Row) -> Row:
     """Make the row of a run in runs.json from its result.json, without the machine's paths."""
-    config, recipe = result["config"], result["config"]["recipe"]
+    config, recipe, data = result["config"], result["config"]["recipe"], result["data"]
     limits = {name: recipe[name] for name in ("max_train_images", "max_val_images")}
-    names = ("seconds", "device", "precision", "commit", "packages")
-    return results.summary(result) | dict(
-        timm_name=timm_name(config["model"]),
-        data=result["data"]["name"],
-        num_classes=result["data"]["num_classes"],
-        whole=not any(limits.values()),
-        **limits,
-        epochs=recipe["epochs"],
-        from_checkpoint=bool(config["checkpoint"] or config.get("pretrained")),
-        setting=results.setting(config),
-        recipe=training(config, result["choices"].get("experiment")),
-        started_from=result.get("started_from"),
-        seed=config["seed"],
-        **{name: result[name] for name in names},
+    copied = ("seconds", "device", "precision", "commit", "packages")
+    experiment = result["choices"].get("experiment")
+    tuned = bool(config["checkpoint"] or config.get("pretrained"))
+    return (
+        results.summary(result)
+        | dict(timm_name=timm_name(config["model"]), data=data["name"])
+        | dict(num_classes=data["num_classes"], whole=not any(limits.values()))
+        | limits
+        | dict(epochs=recipe["epochs"], from_checkpoint=tuned)
+        | dict(setting=results.setting(config), recipe=training(config, experiment))
+        | dict(started_from=result.get("started_from"), seed=config["seed"])
+        | {name: result[name] for name in copied}
     )
 
 
@@ -143,11 +130,15 @@ def training(config: Row, experiment: str | None) -> str:
     )
     if experiment == "deit_s" and recipe["batch_size"] == 1024:
         recipe["batch_size"] = 2048  # as published: EViT's batch, and with it lr, is twice DeiT's
-    name = re.sub("^(evit|dynamicvit)_|_224$", "", config["model"].get("model_name", ""))
-    if model.keys() >= {"embed_dim", "depth", "num_heads"}:
-        name = ""  # which only says the size
-    fine_tuned = bool(config["checkpoint"] or config.get("pretrained"))
-    return results.digest((name, config["img_size"], fine_tuned, model, data, recipe))
+    sized = model.keys() >= {"embed_dim", "depth", "num_heads"}  # the name only says the size
+    name = "" if sized else bare(config["model"].get("model_name", ""))
+    tuned = bool(config["checkpoint"] or config.get("pretrained"))
+    return results.digest((name, config["img_size"], tuned, model, data, recipe))
+
+
+def bare(name: str) -> str:
+    """Strip a name of conf/model or timm to what a dense model and its reduced ones share."""
+    return re.sub("^(evit|dynamicvit)_|_224$", "", name)
 
 
 def timm_name(model: Row) -> str | None:

@@ -6,9 +6,10 @@ from typing import Any
 
 import yaml
 
+from evit.report import Row
+
 EPOCHS = 300  # of training from scratch
 BASE_SIZE = 224  # pixels: of the dense models that the tables compare with
-Row = dict[str, Any]
 # Each table has a title and rows.
 TABLES: dict[str, Any] = yaml.safe_load((resources.files("evit.report") / "paper.yaml").read_text())
 MODEL_LIST: dict[str, Row] = TABLES.pop("models")
@@ -19,18 +20,12 @@ MODELS = {key: model["timm"][1] for key, model in MODEL_LIST.items() if len(mode
 TITLES = {key: model["title"] for key, model in MODEL_LIST.items()}
 
 
-def reducer(model: str) -> str:
-    """Name the reducer of a model of timm's registry, or of the tables."""
-    return "dynamicvit" if model.startswith("dynamicvit") else "evit"
-
-
 @functools.cache
 def training_runs() -> tuple[Row, ...]:
     """List every trained model of the tables: the table, its model, and the row's numbers.
 
-    Each has reducer, keep_rate, fusion (None: dense, or the model has no such choice), img_size,
-    finetuned, epochs (None: not published) and ratio: its images/s beside the dense model's at 224
-    px. The table of models that were reduced without training is left out.
+    fusion is None if dense, or if the model has no such choice; epochs None if not published; ratio
+    is its images/s beside the dense model's at 224 px.
     """
     default = dict(fusion=None, img_size=BASE_SIZE, finetuned=False, top5=None)
     return tuple(
@@ -45,6 +40,11 @@ def training_runs() -> tuple[Row, ...]:
     )
 
 
+def reducer(model: str) -> str:
+    """Name the reducer of a model of timm's registry, or of the tables."""
+    return "dynamicvit" if model.startswith("dynamicvit") else "evit"
+
+
 def dense_throughput(model: str) -> float:
     """Return the images/s of a model's dense one at 224 px."""
     return TABLES[f"keep_rate_{model.removeprefix('dynamicvit_')}"]["rows"][0]["throughput"]
@@ -54,17 +54,13 @@ def costs(name: str) -> list[Row]:
     """List the rows of a model that differ in speed or MACs, dense models first."""
     found: dict[Any, Row] = {}
     for row in training_runs():
-        if row["model"] == name and (row["table"] != "dynamicvit_deit_s" or name not in MODELS):
+        if row["model"] == name:
             found.setdefault((row["keep_rate"], row["fusion"], row["img_size"]), row)
     return sorted(found.values(), key=lambda row: row["fusion"] is not None)
 
 
 def cost(model: str, keep_rate: float, fusion: bool | None, img_size: int) -> Row | None:
-    """Find the published speed and MACs of one setting of timm's or our model; None: there is none.
-
-    Returns:
-        throughput (images/s), macs (1e9 per image) and ratio, as in training_runs.
-    """
+    """Find throughput (images/s), macs (1e9 per image) and ratio of one setting; None: none is."""
     name = NAMES.get(model, "")
     wanted: Row = dict(keep_rate=keep_rate, img_size=img_size)
     wanted |= dict(fusion=None if keep_rate == 1 or name not in MODELS else fusion)

@@ -1,6 +1,5 @@
-"""Pictures of which patches survive, and which become one token; and of final features."""
+"""Pictures of which patches survive, and which become one token."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from evit import reducers
 from evit.reducers.tokens import moved
 
 MIN_SIDE = 112  # pixels, of a drawn image
@@ -26,15 +24,14 @@ LOWEST = 1e-6  # weights below it are shown as it
 def follow(model: Any, images: Tensor) -> tuple[list[str], list[Tensor], Tensor, Tensor]:
     """Follow the patches of images through the reductions of a model in evaluation mode.
 
-    Returns:
-        A title for each place that reduces; the token (B, N) that each patch is in after it, -1 if
-        it was dropped or fused; its weight (B, N) in the final tokens; and the logits.
+    Returns: a title for each place that reduces; the token (B, N) of each patch after it, -1 if it
+    was dropped or fused; its weight (B, N) in the final tokens; and the logits.
     """
     x = model.embed(images)  # not model(), which may be compiled, and would be again
     logits, found = model.classify(x)
     reductions, reducer, tokens = iter(found), model.reducer, model.patch_ids(x)
-    patches, prefix = tokens.shape[1], model.num_prefix_tokens
-    n, parts_BTN = patches, F.pad(torch.eye(patches, device=x.device), (0, 0, prefix, 0))
+    n = patches = tokens.shape[1]
+    parts_BTN = F.pad(torch.eye(n, device=x.device), (0, 0, model.num_prefix_tokens, 0))
     parts_BTN = parts_BTN.expand(len(x), -1, -1)
     when, titles, places = "before" if reducer.stage == "input" else "after", [], []
     for block, kept in zip(reducer.at, reducer.kept(n), strict=True):
@@ -46,20 +43,16 @@ def follow(model: Any, images: Tensor) -> tuple[list[str], list[Tensor], Tensor,
             parts_BTN, n = reduction(parts_BTN), kept + reducer.extra
         titles.append(f"{when} block {block + 1}\n{kept} of {patches} tokens")
         places.append(tokens)
-    return titles, places, parts_BTN[:, prefix:].sum(1), logits
+    return titles, places, parts_BTN[:, model.num_prefix_tokens :].sum(1), logits
 
 
 def draw_kept(model: Any, images: Tensor, pixels: Tensor, *classes: list[str]) -> Image.Image:
     """Draw a row for each image: it, its tokens after each reduction, and weights of the rest.
 
-    Discarded patches fade into a checkerboard. Patches that have become one token have their mean
-    colour, within an edge. For reducers that fuse, the last column is a heat map of the weight with
-    which each patch has entered the fused tokens, on a logarithmic scale; survivors are gray in it.
-
-    Args:
-        images: the model's input, (B, 3, H, W).
-        pixels: the same as uint8, for drawing.
-        classes: the names of all classes, to write predictions, and those of the images.
+    Discarded patches fade into a checkerboard; those of one token have their mean colour, within an
+    edge. For reducers that fuse, the last column is a heat map, on a logarithmic scale, of the
+    weight of each patch in the fused tokens. images: (B, 3, H, W), the model's input; pixels: the
+    same as uint8; classes: the names of all classes, to write predictions, and of the images'.
     """
     titles, places, left, logits = follow(model, images)
     count, grid = min(len(places), MOST), model.patch_embed.grid_size
@@ -77,29 +70,7 @@ def draw_kept(model: Any, images: Tensor, pixels: Tensor, *classes: list[str]) -
     return compose(pixels, columns, captions(logits, *classes))
 
 
-@torch.no_grad()
-def draw_features(model: Any, images: Tensor, pixels: Tensor, *classes: list[str]) -> Image.Image:
-    """Draw a row for each image: it, and the final maps of the dense and of the reduced model.
-
-    Red, green and blue are the three main components of all dense maps, in both on one scale.
-    """
-    reducer, large, maps = model.reducer, enlarged(pixels), []
-    for used in (reducers.make("evit", keep_rate=1.0).attach(model), reducer):
-        model.reducer = used
-        logits, found = model(images, return_map=True)
-        maps.append(found.cpu().movedim(1, -1))
-    mean = maps[0].mean((0, 1, 2))
-    centred = (maps[0] - mean).flatten(0, 2)
-    basis = torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -3:].flip(1)
-    low, high = (centred @ basis).quantile(torch.tensor([0.01, 0.99]), 0)
-    shares = [((found - mean) @ basis - low) / (high - low) for found in maps]
-    shown = [upsample(255 * share.clamp(0, 1).movedim(-1, 1), large) for share in shares]
-    tokens = f"{model.tokens_per_block()[-1]} of {model.patch_embed.num_patches} tokens"
-    columns = {"features\ndense": shown[0], f"features\n{tokens}": shown[1]}
-    return compose(pixels, columns, captions(logits, *classes))
-
-
-def captions(logits: Tensor, names: Sequence[str] = (), truths: Sequence[str] = ()) -> list[str]:
+def captions(logits: Tensor, names: list[str] | None = None, truths: Any = ()) -> list[str]:
     """Write the class and the prediction of each image, as far as names are known."""
     best = zip(*(v.tolist() for v in logits.float().softmax(1).max(1)), strict=True)
     said = [f"predicted {names[label]}, {share:.0%}" for share, label in best] if names else []
@@ -111,12 +82,13 @@ def enlarged(pixels: Tensor) -> Tensor:
     return F.interpolate(pixels.cpu().float(), scale_factor=-(-MIN_SIDE // pixels.shape[-1]))
 
 
-def draw_tokens(tokens: Tensor, pixels: Tensor) -> Tensor:
-    """Fade the patches of images (B, 3, H, W) without a token; draw those of one token as one.
+def upsample(values: Tensor, like: Tensor) -> Tensor:
+    """Repeat a value per patch (B, C, rows, columns) for each pixel."""
+    return F.interpolate(values.float(), size=like.shape[-2:], mode="nearest").to(values.dtype)
 
-    Args:
-        tokens: (B, rows, columns), the token of each patch, -1 for none.
-    """
+
+def draw_tokens(tokens: Tensor, pixels: Tensor) -> Tensor:
+    """Fade patches of images whose token (B, rows, columns) is -1; draw those of one as one."""
     none, names = upsample(tokens[:, None] < 0, pixels), upsample(tokens[:, None], pixels)
     rows, columns = (torch.arange(side) // SQUARE % 2 for side in pixels.shape[-2:])
     board = torch.where(rows[:, None] == columns, 255.0, 170.0)
@@ -131,15 +103,9 @@ def draw_tokens(tokens: Tensor, pixels: Tensor) -> Tensor:
     means_B3P = (patches_B3P @ member_BPK / size_B1K.clamp(1)) @ member_BPK.mT
     means = upsample(means_B3P.unflatten(2, grid), pixels)
     shown = torch.where(upsample(shared[:, None], pixels), means, shown)
-    edge = torch.zeros_like(none)
-    edge[:, :, 1:] |= names[:, :, 1:] != names[:, :, :-1]
-    edge[..., 1:] |= names[..., 1:] != names[..., :-1]
+    down, across = (names.diff(dim=side) != 0 for side in (2, 3))
+    edge = F.pad(down, (0, 0, 1, 0)) | F.pad(across, (1, 0))
     return torch.where(edge, 255.0, shown)
-
-
-def upsample(values: Tensor, like: Tensor) -> Tensor:
-    """Repeat a value per patch (B, C, rows, columns) for each pixel."""
-    return F.interpolate(values.float(), size=like.shape[-2:], mode="nearest").to(values.dtype)
 
 
 def compose(pixels: Tensor, columns: dict[str, Tensor], captions: list[str]) -> Image.Image:

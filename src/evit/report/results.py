@@ -27,10 +27,9 @@ OWN_DATA = {"seed", "cache_dir", "num_workers", "batches_ahead"}
 
 def start(folder: Path, config: dict[str, Any]) -> None:
     """Remove an older run's files from a run's folder, and write the configuration there."""
-    for name in ("result.json", "metrics.jsonl", "kept_patches.png", "wandb/run_id", START):
-        (folder / name).unlink(missing_ok=True)
-    for path in folder.glob("hpc_ckpt_*"):  # Lightning's under SLURM, which it would go on from
-        path.unlink()
+    old = f"result.json metrics.jsonl kept_patches.png wandb/run_id {START} hpc_ckpt_*".split()
+    for path in (path for name in old for path in folder.glob(name)):
+        path.unlink()  # Lightning would go on from hpc_ckpt_*, which it leaves under SLURM
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     write_json(config, folder / "config.json")
     if source := outcome(run_folder(config.get("checkpoint") or "")):
@@ -42,9 +41,21 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
+def write_json(content: dict[str, Any], path: Path) -> None:
+    """Write a JSON file whole or not at all; a number that is not finite is a ValueError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as file:
+        file.write(json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
+
+
 def finished(folder: Path) -> dict[str, Any] | None:
-    """Return the result of the run that has finished in this folder, or None."""
     return read_json(folder / "result.json")
+
+
+def finish(result: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Add the provenance to a result, and write result.json."""
+    write_json(result := result | provenance(), folder / "result.json")
+    return result
 
 
 def outcome(folder: Path | None) -> dict[str, Any] | None:
@@ -67,13 +78,7 @@ def run_folder(checkpoint: str | Path) -> Path | None:
 
 
 def run_config(checkpoint: str | Path) -> dict[str, Any]:
-    """Read the configuration of the run that a checkpoint belongs to; {} if it is not a run's.
-
-    The file may come from a stranger, and Hydra will instantiate its targets.
-
-    Raises:
-        ValueError: the file cannot be read, or a target in it is not in conf/.
-    """
+    """Read the configuration, which must be harmless, of a checkpoint's run; {}: it has none."""
     folder = run_folder(checkpoint)
     if not folder or not (path := folder / "config.json").is_file():
         return {}
@@ -85,13 +90,10 @@ def run_config(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def harmless(text: str) -> Any:
-    """Read a configuration from JSON; allow only targets in conf/, and no interpolation.
+    """Read a configuration, whose targets Hydra will call, from JSON; ValueError: of a stranger.
 
-    A target's prefix proves nothing, as evit.report.results.os.system is os.system; and
-    ${oc.env:NAME} would copy a secret of the environment into the result.
-
-    Raises:
-        ValueError: the configuration has another target, or an interpolation.
+    Only targets of conf/ may be called: a prefix proves nothing, as evit.report.results.os.system
+    is os.system. And ${oc.env:NAME} would copy a secret of the environment into the result.
     """
     folders, known = {CONF_DIR}, {"timm.create_model"}
     if HydraConfig.initialized():  # and those that the user has given to Hydra
@@ -103,8 +105,9 @@ def harmless(text: str) -> Any:
     def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         for key, value in pairs:
             if key == "_target_" and value not in known:
-                way = "for a reducer of your own give the folder of its YAML, --config-dir DIR"
-                raise ValueError(f"it asks to call {value}, which conf/ does not: {way}")
+                raise ValueError(
+                    f"it asks to call {value}, which is not in conf/ or --config-dir DIR"
+                )
             if key == "checkpoint_path":
                 raise ValueError(f"it asks timm to load {value}")
             if "${" in f"{key}{value}":
@@ -124,38 +127,50 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
 
 
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def started_from(checkpoint: str | Path | None) -> str | None:
     """Identify first weights: by the setting of the run that they are from, else by SHA-256."""
     if not checkpoint:
         return None
-    folder = run_folder(checkpoint)
-    config = folder and read_json(folder / "config.json")
-    if config and "recipe" in config:  # or it is of another program
+    config = (folder := run_folder(checkpoint)) and read_json(folder / "config.json")
+    if isinstance(config, dict) and "recipe" in config:  # or it is of another program
         return setting(config)
     return sha256(Path(checkpoint))
 
 
-def finish(result: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Add the provenance to a result, and write result.json."""
-    result |= provenance()
-    write_json(result, folder / "result.json")
-    return result
-
-
 def provenance() -> dict[str, Any]:
-    """Return the commit of this code, and the versions of Python and of the main packages."""
-    return dict(
-        commit=git_commit(),
-        packages={d.name.lower(): d.version for d in distributions() if d.name.lower() in PACKAGES},
-        python=platform.python_version(),
-    )
+    packages = {d.name.lower(): d.version for d in distributions() if d.name.lower() in PACKAGES}
+    return dict(commit=git_commit(), packages=packages, python=platform.python_version())
 
 
-def write_json(content: dict[str, Any], path: Path) -> None:
-    """Write a JSON file whole or not at all; a number that is not finite is a ValueError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as file:
-        file.write(json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
+def git_commit() -> str | None:
+    """Return the commit of this code, with -dirty if files differ; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def device_name(device: torch.device) -> str:
+    """Name the accelerator, or the processor with its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU ({platform.machine()}, {counted(torch.get_num_threads(), 'thread')})"
+
+
+def one_rate(rates: Any) -> Any:
+    """Return one number if all places have the same keep rate, else the rates."""
+    return rates[0] if isinstance(rates, list) and len(set(rates)) == 1 else rates
+
+
+def trained_keep_rate(run: dict[str, Any]) -> Any:
+    """Return the keep rate, or rates, that a run was trained at; None for {}, no run."""
+    return (run["model"]["reducer"] or dict(keep_rate=1.0)).get("keep_rate") if run else None
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
@@ -165,16 +180,12 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     if name.startswith("timm_"):  # one file of conf/model for all of timm's models
         name = config["model"].get("model_name", name)
     rate = one_rate(model.get("keep_rate") or 1.0)
-    return {k: result[k] for k in ("top1", "top5", "train_images_per_s")} | dict(
-        throughput=result.get("throughput"),
-        params=model["params"],
-        macs=model.get("macs", model["macs_executed"]),
-        model=name,
-        reducer="none" if rate == 1 else model["reducer"],
-        keep_rate=rate,
-        fusion=model.get("fusion", False) and rate != 1,
-        img_size=config["img_size"],
-    )
+    numbers = {key: result[key] for key in ("top1", "top5", "train_images_per_s")}
+    numbers |= dict(throughput=result.get("throughput"), params=model["params"])
+    numbers |= dict(macs=model.get("macs", model["macs_executed"]), model=name)
+    numbers |= dict(reducer="none" if rate == 1 else model["reducer"], keep_rate=rate)
+    fused = model.get("fusion", False) and rate != 1
+    return numbers | dict(fusion=fused, img_size=config["img_size"])
 
 
 def show(result: dict[str, Any], folder: Path) -> None:
@@ -195,34 +206,3 @@ def show(result: dict[str, Any], folder: Path) -> None:
   time        {timedelta(seconds=round(result["seconds"]))} on {result["device"]}
 {os.path.relpath(folder)}/
   {"  ".join(sorted(path.name for path in folder.iterdir()))}""")
-
-
-def one_rate(rates: Any) -> Any:
-    """Return one number if all places have the same keep rate, else the rates."""
-    return rates[0] if isinstance(rates, list) and len(set(rates)) == 1 else rates
-
-
-def trained_keep_rate(run: dict[str, Any]) -> Any:
-    """Return the keep rate, or rates, that a run was trained at; None for {}, no run."""
-    return (run["model"]["reducer"] or dict(keep_rate=1.0)).get("keep_rate") if run else None
-
-
-def device_name(device: torch.device) -> str:
-    """Name the accelerator, or the processor with its number of threads."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}, {counted(torch.get_num_threads(), 'thread')})"
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def git_commit() -> str | None:
-    """Return the commit of this code, with -dirty if files differ; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
