@@ -20,10 +20,7 @@ from evit.report import results
 
 @telling(lambda: "searching")
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Search on one half of the images, report on the other; print the overrides to type next.
-
-    ValueError: the budget is invalid or cannot be met, or the reducer has no keep rates.
-    """
+    """Search on one half of the images, report on the other; print the overrides to type next."""
     budgets = {k: cfg[k] for k in ("gmacs", "images_per_s", "accuracy") if cfg[k] is not None}
     if len(budgets) != 1 or cfg.images < 2:
         ways = "gmacs=3.0, images_per_s=1.5 (times the dense model's) or accuracy=-0.5 (points)"
@@ -46,25 +43,23 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     search, held_out = (Search(model, images[i::2], labels[i::2], places, cost) for i in (0, 1))
     dense = search.dense
     limits = dict(gmacs=value, images_per_s=dense.cost / (value or 1), accuracy=dense.cost)
-    budget = limits[knob]
-    if not 0 < budget <= dense.cost:
+    if not 0 < (budget := limits[knob]) <= dense.cost:
         most = f"the dense model takes {dense.cost:.4g} {unit}"
         raise ValueError(f"{knob}={value} is no limit: {most}, give less")
     search.uniform(budget)  # or it cannot be met
     search.sensitivities()
     print(f"{len(search.known)} schedules measured; now those of several places", flush=True)
-    front = search.front()
-    if cfg.accuracy is None:
-        found = search.best(budget)
+    front = search.front()  # from the cheapest
+    if knob == "accuracy":
+        found = next((f for f in front if f.top1 >= dense.top1 + value), dense)
     else:
-        enough = [f for f in front if f.top1 >= dense.top1 + cfg.accuracy]
-        found = min(enough, key=lambda f: f.cost, default=dense)
+        found = search.best(budget)
     uniforms = [u for f in front if (u := search.uniform(f.cost, or_none=True))]
     uniform = search.uniform(found.cost, or_none=True) or dense
     at, rates = search.keep_rates(found)
+    rows, held = dict(dense=dense, uniform=uniform, found=found), dict[str, Any]()
     print(f"{len(search.known)} schedules measured\n")
     print(f"{'':8} {unit:>8}  KL: searched  held out  top-1")
-    rows, held = dict(dense=dense, uniform=uniform, found=found), dict[str, Any]()
     for name, row in rows.items():
         other: Any = held_out.measure(row.counts)
         held[name] = other._asdict()

@@ -360,8 +360,7 @@ class Task:
         print(" ".join(self.command), flush=True)
         # In a session of its own, or the signal that asks for a checkpoint would end it.
         self.popen = subprocess.Popen(self.command, start_new_session=True)
-        status = self.popen.wait()
-        if status == 128 + signal.SIGTERM:
+        if (status := self.popen.wait()) == 128 + signal.SIGTERM:
             time.sleep(GRACE)  # SLURM preempts this job, and is about to end it
         if status:
             raise RuntimeError(f"exit status {status}: {' '.join(self.command)}")
@@ -378,8 +377,7 @@ def submit(name: str, jobs: list[Job], options: dict[str, Any]) -> None:
     """Submit the jobs that are not in the queue as an array, with submitit's options for each."""
     import submitit
 
-    def job_id(folder: Path | None) -> str:
-        """The id under which the run of a folder was last submitted."""
+    def job_id(folder: Path | None) -> str:  # under which its run was last submitted
         path = (folder or Path()) / JOB_ID
         return path.read_text().strip() if path.is_file() else ""
 

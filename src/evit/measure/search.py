@@ -50,8 +50,7 @@ class Search:
         self.model, self.labels, self.places, self.cost = model, labels, tuple(places), cost
         self.patches = n = model.patch_embed.num_patches
         self.grid = sorted({math.ceil(n * i / steps) for i in range(1, steps + 1)}, reverse=True)
-        self.known: dict[tuple[int, ...], Found] = {}
-        self.reducer = model.reducer
+        self.reducer, self.known = model.reducer, dict[tuple[int, ...], Found]()
         self.use([n] * len(self.places))
         x, self.trunk = model.embed(images), {}  # the tokens that enter each place
         for done, place in zip((0, *self.places), self.places, strict=False):
