@@ -14,7 +14,6 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from evit.commands import jobs
 from evit.commands import sweep as sweeps
 from evit.config import CONF_DIR
 from tests.conftest import QUICK, ROOT, write_photos
@@ -225,11 +224,11 @@ def test_the_list_of_a_sweep_has_every_run_with_its_hours():
 def test_the_hours_that_wait_are_those_of_the_sweeps():
     row = r"^\| `make sweep-(\w+)` \|.*\| (\d+) \| (\d*) ?\| ([\d.]*) ?\|$"
     rows = re.findall(row, (ROOT / "docs/sweeps.md").read_text(), re.M)
-    on_imagenet = {name for name in jobs.names() if "data.root" in jobs.read(name).needs}
+    on_imagenet = {name for name in sweeps.names() if "data.root" in sweeps.read(name).needs}
     assert {name for name, *_ in rows} == on_imagenet - {"reducers"}
     for name, runs, hours, days in rows:
-        sweep = jobs.read(name)
-        listed = jobs.make_jobs(name, sweep, [])
+        sweep = sweeps.read(name)
+        listed = sweeps.make_jobs(name, sweep, [])
         for job in listed:
             sweeps.estimate(job, sweep.needs)
         total = sum(job.hours for job in listed)

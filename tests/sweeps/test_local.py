@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from evit.commands import ended_in_a_line, sweep
-from evit.commands import jobs as made
-from evit.commands.jobs import Job
+from evit.commands.sweep import Job
 from tests.conftest import ROOT
 
 DONE = "open('result.json', 'w').write('{}')"
@@ -181,7 +180,7 @@ def test_a_job_that_outlives_its_sweep_is_not_begun_twice(tmp_path):
         ((_, reason),) = run([job])
         assert "runs already" in reason
     finally:
-        made.stop([job.popen])
+        sweep.stop([job.popen])
 
 
 def test_there_is_a_line_for_each_event(tmp_path, capsys):

@@ -1,6 +1,5 @@
 """Time models in alternation with their dense baseline; write benchmark.json and tables."""
 
-import logging
 import os
 import time
 from collections.abc import Iterable
@@ -19,10 +18,11 @@ from evit.measure.speed import DTYPES, Group, choose, compare, facts
 from evit.report import MODES, benchmark_text, paper, results
 
 DEFAULTS: dict[bool, dict[str, Any]] = {  # by whether there is a GPU
-    True: dict(batch_sizes=[1, 32, 256], precisions="bf16", compile=list(MODES)),
-    False: dict(batch_sizes=8, precisions="fp32", compile=False),
+    True: dict(batch_sizes=[1, 32, 256], precisions="bf16", compile=[*MODES], min_seconds=0.1),
+    False: dict(batch_sizes=8, precisions="fp32", compile=False, min_seconds=0.5),
 }
 ROWS = {"models", "checkpoint", "reducer", "keep_rates", "fusion", "img_sizes"}
+LISTS = "models keep_rates fusion img_sizes what batch_sizes precisions compile".split()
 CHOICES: dict[str, tuple[Any, ...]] = dict(
     device=("auto", "cpu", "cuda"),
     what=("inference", "training"),
@@ -35,15 +35,14 @@ CHOICES: dict[str, tuple[Any, ...]] = dict(
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Run a benchmark; write benchmark.json into Hydra's run folder."""
     reducers = checkpoint.reducer_nodes(cfg)
-    config: Any = {knob: OmegaConf.select(cfg, str(knob)) for knob in cfg if knob != "reducer"}
-    config = OmegaConf.to_container(OmegaConf.create(config))
+    config: Any = OmegaConf.to_container(cfg)
+    config.pop("reducer", None)
     device = complete(config)
     entries = choose(config | models(config, reducers))
     for entry in sorted(entries, key=lambda entry: entry.dense):
         facts(entry)  # says what is wrong with a model
     torch.set_num_threads(config["threads"] or torch.get_num_threads())
     torch.manual_seed(config["seed"])
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it looks for a GPU
     started = time.perf_counter()
     result: dict[str, Any] = dict(rows=[], matmul=[], left_out=[], config=config, at="")
     names = ("what", "batch_sizes", "precisions", "compile")
@@ -52,9 +51,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             group = Group(*values)
             print(f"{group}: {counted(len(entries), 'model')}", flush=True)
             compare(result, entries, group, device, config)
-    folders = map(Path, filter(None, (HydraConfig.get().runtime.output_dir, config["target"])))
     result |= dict(seconds=round(time.perf_counter() - started, 1))
-    write(result, device, folders)
+    folders = HydraConfig.get().runtime.output_dir, config["target"]
+    write(result, device, map(Path, filter(None, folders)))
     return result
 
 
@@ -62,8 +61,7 @@ def write(result: dict[str, Any], device: torch.device, folders: Iterable[Path])
     """Print the tables of what was measured; write them into folders."""
     del result["at"]
     result |= dict(device=results.device_name(device)) | results.provenance()
-    text = benchmark_text(result)
-    print(f"\n{text}")
+    print(f"\n{(text := benchmark_text(result))}")
     for folder in folders:
         results.write_json(result, folder / "benchmark.json")
         (folder / "table.md").write_text(text)
@@ -73,10 +71,8 @@ def write(result: dict[str, Any], device: torch.device, folders: Iterable[Path])
 def complete(config: dict[str, Any]) -> torch.device:
     """Choose the device, fill in what depends on it, turn single values into lists; check all."""
     gpu = torch.cuda.is_available() and config["device"] != "cpu"
-    for knob, value in (DEFAULTS[gpu] | dict(min_seconds=0.1 if gpu else 0.5)).items():
-        config[knob] = value if config[knob] is None else config[knob]
-    for knob in "models keep_rates fusion img_sizes what batch_sizes precisions compile".split():
-        config[knob] = listed(config[knob])
+    config |= {knob: v for knob, v in DEFAULTS[gpu].items() if config[knob] is None}
+    config |= {knob: listed(config[knob]) for knob in LISTS}
     for knob, allowed in CHOICES.items():
         if wrong := [value for value in listed(config[knob]) if value not in allowed]:
             names = ", ".join(str(name).lower() for name in allowed)
@@ -84,8 +80,8 @@ def complete(config: dict[str, Any]) -> torch.device:
     for knob in ("img_sizes", "batch_sizes", "repeats"):
         if not all(isinstance(value, int) and value > 0 for value in listed(config[knob])):
             raise ValueError(f"{knob} must be at least 1, got {config[knob]}")
-    asked = config["device"], *config["precisions"], *config["compile"]
-    if not gpu and (needs := {"cuda", "tf32", "reduce-overhead"}.intersection(asked)):
+    asked = {config["device"], *config["precisions"], *config["compile"]}
+    if not gpu and (needs := {"cuda", "tf32", "reduce-overhead"} & asked):
         raise ValueError(f"{', '.join(needs)} needs a GPU, and this runs on the CPU")
     if isinstance(config["paper"], str) and (both := checkpoint.given() & ROWS):
         names = ", ".join(sorted(both))
@@ -95,22 +91,17 @@ def complete(config: dict[str, Any]) -> torch.device:
 
 def models(config: dict[str, Any], reducers: dict[Any, Any]) -> dict[str, Any]:
     """Arguments of choose(): from a run's checkpoint, or models of conf/model or timm."""
-    found: dict[str, Any] = dict(reducers=reducers or {None: {}})
-    nodes = list[Any]()
-    if config["checkpoint"]:
-        run = checkpoint.open_source(config["checkpoint"]).run
+    sizes, nodes = config["img_sizes"], list[Any]()
+    if source := config["checkpoint"]:
+        run = checkpoint.open_source(source).run
         if "model" not in run:
-            way = "it is not from a run of ours, so give models=[NAME] instead"
-            raise ValueError(f"checkpoint={config['checkpoint']}: {way}")
-        nodes, found["img_sizes"] = [run["model"]], [run["img_size"]]
-        if (own := run["model"].get("reducer")) and not reducers:
-            found["reducers"] = {own["_target_"].rpartition(".")[2].lower(): own}
-    for name in [] if nodes else config["models"]:
-        node: Any = OmegaConf.create(dict(model_name=name))
-        if (CONF_DIR / f"model/{name}.yaml").is_file():
-            node = composed("config", [f"model={name}"]).model
-        nodes.append(OmegaConf.to_container(node))
-    known = "_target_", "model_name", "pretrained", "reducer", "img_size"
-    rest = [{k: v for k, v in node.items() if k not in known} for node in nodes]
-    found["models"] = list(zip((node["model_name"] for node in nodes), rest, strict=True))
-    return found
+            raise ValueError(f"checkpoint={source} is not of a run of ours: give models=[NAME]")
+        nodes, sizes, own = [run["model"]], [run["img_size"]], run["model"].get("reducer")
+        reducers = reducers or (own and {own["_target_"].rpartition(".")[2].lower(): own})
+    for name in [] if source else config["models"]:
+        known = (CONF_DIR / f"model/{name}.yaml").is_file()
+        node = composed("config", [f"model={name}"]).model if known else dict(model_name=name)
+        nodes.append(OmegaConf.to_container(OmegaConf.create(node)))
+    apart = "_target_", "model_name", "pretrained", "reducer", "img_size"
+    found = [(n["model_name"], {k: n[k] for k in n if k not in apart}) for n in nodes]
+    return dict(models=found, reducers=reducers or {None: {}}, img_sizes=sizes)

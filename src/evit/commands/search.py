@@ -20,16 +20,12 @@ from evit.report import results
 
 @telling(lambda: "searching")
 def run(cfg: DictConfig) -> dict[str, Any]:
-    """Run a search; write front.json and front.png into the run folder, print the overrides.
-
-    Schedules are searched on one half of the images and reported on the other.
-    ValueError: the budget is invalid or cannot be met, or the reducer has no keep rates.
-    """
+    """Search on one half of the images, report on the other; print the overrides to type next."""
     budgets = {k: cfg[k] for k in ("gmacs", "images_per_s", "accuracy") if cfg[k] is not None}
     if len(budgets) != 1 or cfg.images < 2:
         ways = "gmacs=3.0, images_per_s=1.5 (times the dense model's) or accuracy=-0.5 (points)"
         raise ValueError(f"give one budget: {ways}, and images=2 or more; got {budgets}")
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    ((knob, value),) = budgets.items()
     model, about, cfg, _ = checkpoint.opened(cfg)
     reducer = getattr(model, "reducer", None)
     if reducer is None or reducer.masked or reducer.own or reducer.given:
@@ -37,39 +33,36 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         raise ValueError(f"{kind} has no keep rates to search: take reducer=evit or another")
     places = range(1, len(model.blocks)) if cfg.places == "search" else reducer.at
     data = checkpoint.validation(cfg, cfg.images, cfg.images, ready=True)
-    pixels, labels = next(iter(data.val_dataloader()))[:2]
+    pixels, labels, *_ = next(iter(data.val_dataloader()))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images, labels = normalize(pixels, about["mean"], about["std"]).to(device), labels.to(device)
     model.to(device)
-    timing = "images_per_s" in budgets
-    cost = partial(seconds, images=images[:: max(1, len(images) // 32)]) if timing else gmacs
-    halves = [(images[i::2], labels[i::2]) for i in (0, 1)]
-    print(f"Searching {reducer.name} on {len(halves[0][0])} images of {data.name}", flush=True)
-    search, held_out = (Search(model, *half, places, cost) for half in halves)
-    unit, dense = "s" if timing else "GMACs", search.dense.cost
-    budget = dense / (cfg.images_per_s or 1) if timing else float(cfg.gmacs or dense)
-    if not 0 < budget <= dense:
-        ((knob, value),) = budgets.items()
-        text = f"{knob}={value} is no limit: the dense model takes {dense:.4g} {unit}, give less"
-        raise ValueError(text)
+    timing = partial(seconds, images=images[:: max(1, len(images) // 32)])
+    unit, cost = ("s", timing) if knob == "images_per_s" else ("GMACs", gmacs)
+    print(f"Searching {reducer.name} on {len(images[::2])} images of {data.name}", flush=True)
+    search, held_out = (Search(model, images[i::2], labels[i::2], places, cost) for i in (0, 1))
+    dense = search.dense
+    limits = dict(gmacs=value, images_per_s=dense.cost / (value or 1), accuracy=dense.cost)
+    if not 0 < (budget := limits[knob]) <= dense.cost:
+        most = f"the dense model takes {dense.cost:.4g} {unit}"
+        raise ValueError(f"{knob}={value} is no limit: {most}, give less")
     search.uniform(budget)  # or it cannot be met
     search.sensitivities()
     print(f"{len(search.known)} schedules measured; now those of several places", flush=True)
-    front = search.front()
-    if cfg.accuracy is None:
-        found = search.best(budget)
+    front = search.front()  # from the cheapest
+    if knob == "accuracy":
+        found = next((f for f in front if f.top1 >= dense.top1 + value), dense)
     else:
-        enough = [f for f in front if f.top1 >= search.dense.top1 + cfg.accuracy]
-        found = min(enough, key=lambda f: f.cost, default=search.dense)
+        found = search.best(budget)
     uniforms = [u for f in front if (u := search.uniform(f.cost, or_none=True))]
-    uniform = search.uniform(found.cost, or_none=True) or search.dense
+    uniform = search.uniform(found.cost, or_none=True) or dense
     at, rates = search.keep_rates(found)
-    rows = dict(dense=search.dense, uniform=uniform, found=found)
-    held = {name: held_out.measure(row.counts) for name, row in rows.items()}
+    rows, held = dict(dense=dense, uniform=uniform, found=found), dict[str, Any]()
     print(f"{len(search.known)} schedules measured\n")
     print(f"{'':8} {unit:>8}  KL: searched  held out  top-1")
     for name, row in rows.items():
-        other: Any = held[name]
+        other: Any = held_out.measure(row.counts)
+        held[name] = other._asdict()
         print(f"{name:8} {row.cost:8.4g} {row.loss:13.4f} {other.loss:9.4f}  {other.top1:5.2f}")
     line = f"reducer={reducer.name} reducer.at={at} keep_rate={rates}".replace(", ", ",")
     print(f"\nNext, with src/train.py, evaluate.py, benchmark.py or export.py:\n  {line}")
@@ -77,7 +70,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     result |= dict(keep_rate=rates, measured=len(search.known), checkpoint=str(cfg.checkpoint))
     for name, group in dict(front=front, uniform=uniforms, searched=rows.values()).items():
         result[name] = [row._asdict() for row in group]
-    result["held_out"] = {name: row and row._asdict() for name, row in held.items()}
+    folder, result["held_out"] = Path(HydraConfig.get().runtime.output_dir), held
     results.write_json(result, folder / "front.json")
     draw(dict(searched=front, uniform=uniforms), found, unit, folder / "front.png")
     print(f"{folder}/front.json, front.png")

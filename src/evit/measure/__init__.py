@@ -1,14 +1,12 @@
 """The cost of a model: parameters and multiply-accumulates."""
 
-import bisect
+from bisect import bisect
 from typing import Any
 
 import torch
 from timm.layers import to_2tuple
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-
-STEPS = 100_000  # resolution of the keep rates that match_macs tries
 
 
 def count_params(model: nn.Module) -> int:
@@ -33,14 +31,11 @@ def count_macs(
         was_training, weight = model.training, next(model.parameters())
         image = torch.zeros(1, 3, *size, dtype=weight.dtype, device=weight.device)
         eager = torch.compiler.set_stance("force_eager")  # the counter does not see compiled code
-        learning = [p for p in model.parameters() if p.requires_grad]
-        for p in learning:  # the counter fails on views of trainable parameters
-            p.requires_grad_(False)
+        # The counter fails on views of trainable parameters.
+        weights = {name: p.detach() for name, p in model.named_parameters()}
         with torch.no_grad(), eager, FlopCounterMode(display=False) as counter:
-            model.eval()(image)
+            torch.func.functional_call(model.eval(), weights, image)
         model.train(was_training)
-        for p in learning:
-            p.requires_grad_(True)
         return counter.get_total_flops() // 2
     if not hasattr(model, "reducer"):
         name = type(model).__name__
@@ -55,55 +50,50 @@ def match_macs(model: Any, gmacs: float) -> float:
         ValueError: the budget is above the dense model's cost or below the smallest possible one.
     """
 
-    def macs(step: int) -> int:
+    def cost(rate: float) -> Any:
         try:
-            model.set_keep_rate(step / STEPS)
-            return count_macs(model)
+            model.set_keep_rate(rate)
+            return count_macs(model) / 1e9
         except ValueError:  # the reducer cannot leave so few tokens
             return 0
 
-    steps = bisect.bisect(range(1, STEPS + 1), gmacs * 1e9, key=macs)
-    if not 0 < gmacs * 1e9 <= macs(STEPS) or not steps or not macs(steps):
-        least = macs(1 + bisect.bisect(range(1, STEPS), 0, key=macs))
-        raise ValueError(
-            f"gmacs must be from {least / 1e9:.3f}, the least of {model.reducer.name}, to "
-            f"{macs(STEPS) / 1e9:.3f}, which keep rate 1 costs, got {gmacs}"
-        )
-    return steps / STEPS
+    rates = [step / 100_000 for step in range(1, 100_001)]
+    first, end = bisect(rates, 0, key=cost), bisect(rates, gmacs, key=cost)
+    if end <= first or gmacs > cost(1):
+        least = f"{cost(rates[first]):.3f}, the least of {model.reducer.name}"
+        most = f"{cost(1):.3f}, which keep rate 1 costs"
+        raise ValueError(f"gmacs must be from {least}, to {most}, got {gmacs}")
+    model.set_keep_rate(rates[end - 1])
+    return rates[end - 1]
 
 
 def _published(model: Any, size: tuple[int, int]) -> int:
     """Count as torchprofile 0.0.4 does on the authors' code, which computes the full attention."""
     dim, heads, prefix = model.embed_dim, model.blocks[0].attn.num_heads, model.num_prefix_tokens
-    patch, reducer = model.patch_embed.patch_size, model.reducer
+    patch, reducer, lvvit = model.patch_embed.patch_size, model.reducer, hasattr(model, "stem_macs")
     n = size[0] // patch[0] * (size[1] // patch[1])
     macs = n * model.patch_embed.proj.weight.numel() + (prefix + n) * _affine(model.norm_pre)
-    lvvit = hasattr(model, "stem_macs")
-    if lvvit:
-        macs += model.stem_macs(size)
+    macs += model.stem_macs(size) if lvvit else 0
     counts = dict(zip(reducer.at, reducer.kept(n), strict=True))
     for i, block in enumerate(model.blocks):
         k = counts.get(i, n)
         left = k + reducer.extra * (k < n)
-        if k < n:
-            macs += reducer.macs(n, k, dim)
+        macs += reducer.macs(n, k, dim) if k < n else 0
         if reducer.stage == "input":
             n = left
         attn, t = block.attn, prefix + n
         scaled = t * dim if lvvit else heads * t**2  # LV-ViT scales queries, others the attention
         norms = heads * (_affine(attn.q_norm) + _affine(attn.k_norm)) + _affine(attn.norm)
-        macs += t * _linear(attn) + 2 * t**2 * dim + scaled
-        macs += t * (dim + norms + _scale(block, 1))
+        macs += t * (_linear(attn) + dim + norms + _scale(block, 1)) + 2 * t**2 * dim + scaled
         n = left
         macs += (prefix + n) * (_linear(block.mlp) + dim + _scale(block, 2))
     macs += (prefix + n) * _affine(model.norm) + _affine(model.fc_norm)
     classifiers = sum(getattr(model, name, None) is not None for name in ("head", "head_dist"))
-    macs += classifiers * dim * model.num_classes
-    return macs + (model.head_macs(n) if lvvit else 0)
+    return macs + classifiers * dim * model.num_classes + (model.head_macs(n) if lvvit else 0)
 
 
 def _linear(module: nn.Module) -> int:
-    """Count multiply-accumulates per token of the linear layers in a module."""
+    """Products per token of the linear layers in a module."""
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 

@@ -6,9 +6,10 @@ are measured as a whole and improved by small moves.
 """
 
 import copy
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import permutations, product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,51 +37,30 @@ def gmacs(model: Any) -> float:
 
 
 class Search:
-    """Measure and search token schedules of a model's reducer on some images.
+    """Schedules of a model in eval mode, whose reducer is replaced, on images (B, 3, H, W).
 
-    Args:
-        model: a reduced model in eval mode, whose reducer needs no training. Its reducer is
-            replaced and not restored.
-        images, labels: (B, 3, H, W), normalised, and (B,); labels are used for top1 only.
-        places: blocks that may reduce.
-        cost: function that returns the cost of the model with its current reducer.
-        steps: number of token counts tried at each place.
-
-    Attributes:
-        known: all schedules measured so far.
+    `places` are the blocks that may reduce; `cost` is that of the model with its current reducer;
+    `steps` is how many token counts are tried at each place.
     """
 
     @torch.no_grad()
     def __init__(
-        self,
-        model: Any,
-        images: Tensor,
-        labels: Tensor,
-        places: Sequence[int],
-        cost: Callable[[Any], float] = gmacs,
-        steps: int = 10,
+        self, model: Any, images: Tensor, labels: Tensor, places: Any, cost: Any = gmacs, steps=10
     ):
         self.model, self.labels, self.places, self.cost = model, labels, tuple(places), cost
         self.patches = n = model.patch_embed.num_patches
         self.grid = sorted({math.ceil(n * i / steps) for i in range(1, steps + 1)}, reverse=True)
-        self.known: dict[tuple[int, ...], Found] = {}
-        self.reducer = model.reducer
+        self.reducer, self.known = model.reducer, dict[tuple[int, ...], Found]()
         self.use([n] * len(self.places))
-        x, self.trunk = model.embed(images), {}
+        x, self.trunk = model.embed(images), {}  # the tokens that enter each place
         for done, place in zip((0, *self.places), self.places, strict=False):
             x, _ = model.encode(x, done, place)
             self.trunk[place] = x
         self.logits = model.classify(x, self.places[-1])[0]
-        dense = self.measure([n] * len(self.places))
-        assert dense is not None
-        self.dense: Found = dense
+        self.dense: Any = self.measure([n] * len(self.places))
 
     def use(self, counts: Sequence[int]) -> None:
-        """Set the token counts at the places.
-
-        Raises:
-            ValueError: the reducer cannot leave these counts.
-        """
+        """Set the token counts at the places; a ValueError if the reducer cannot leave these."""
         reducer, before = copy.deepcopy(self.reducer), [self.patches, *counts]
         changes = [i for i in range(len(counts)) if counts[i] != before[i]]
         reducer.at = tuple(self.places[i] for i in changes)
@@ -91,7 +71,7 @@ class Search:
 
     @torch.no_grad()
     def measure(self, counts: Sequence[int]) -> Found | None:
-        """Measure a schedule (cached); None if the reducer cannot leave these counts."""
+        """Measure a schedule, once; None if the reducer cannot leave these counts."""
         counts = tuple(counts)
         if counts not in self.known:
             try:
@@ -106,32 +86,22 @@ class Search:
         return self.known[counts]
 
     def uniform(self, budget: float, or_none: bool = False) -> Any:
-        """Find the largest keep rate within the budget, equal at all of the reducer's places.
-
-        Raises:
-            ValueError: no keep rate fits.
-        """
-        fitting, low, high = None, 0.0, 1.0
+        """Find the largest keep rate, equal at the reducer's places, within the budget."""
+        fitting, low, high, n = None, 0.0, 1.0, self.patches
         for _ in range(9):
-            reducer, rate = copy.deepcopy(self.reducer), (low + high) / 2
-            try:
+            reducer, rate, found = copy.deepcopy(self.reducer), (low + high) / 2, None
+            with suppress(ValueError):  # the reducer cannot leave so few tokens
                 reducer.set_keep_rate(rate)
-                left = dict(zip(reducer.at, reducer.counts(self.patches), strict=True))
-                counts, n = [], self.patches
-                for place in self.places:
-                    n = left.get(place, n)
-                    counts.append(n)
-                found = self.measure(counts)
-            except ValueError:
-                found = None
+                left = dict(zip(reducer.at, reducer.counts(n), strict=True))
+                counts = np.minimum.accumulate([left.get(place, n) for place in self.places])
+                found = self.measure(counts.tolist())
             if found is None or found.cost <= budget:
                 low, fitting = rate, found or fitting
             else:
                 high = rate
         if fitting is None and not or_none:
-            raise ValueError(
-                f"no keep rate of {self.reducer.name} gets down to {budget:.4g}: give more"
-            )
+            name = self.reducer.name
+            raise ValueError(f"no keep rate of {name} gets down to {budget:.4g}: give more")
         return fitting
 
     def sensitivities(self) -> None:
@@ -140,10 +110,10 @@ class Search:
         Assumption: after a place that leaves k tokens, loss and cost are as if it alone had reduced
         all tokens to k. A place adds the difference to the loss and cost of the counts before it.
         """
-        n, L, G = self.patches, len(self.places), len(self.grid)
+        L, G = len(self.places), len(self.grid)
         loss, saved = np.full((L, G), np.inf), np.zeros((L, G))
-        for i, g in itertools.product(range(L), range(G)):
-            if found := self.measure([n] * i + [self.grid[g]] * (L - i)):
+        for i, g in product(range(L), range(G)):
+            if found := self.measure([self.patches] * i + [self.grid[g]] * (L - i)):
                 loss[i, g], saved[i, g] = found.loss, self.dense.cost - found.cost
         self.unit = max(saved.max() / BINS, 1e-12)
         losses = np.maximum.accumulate(loss, 1).tolist()  # fewer tokens are not better
@@ -167,8 +137,7 @@ class Search:
     def front(self, count: int = 12) -> list[Found]:
         """Measured schedules from the cheapest to the dense one."""
         paths = {self.path(int(bins)) for bins in np.linspace(BINS, 0, count)} - {()}
-        found = {f for path in paths if (f := self.measure(path))}
-        return sorted(found, key=lambda f: f.cost)
+        return sorted(filter(None, map(self.measure, paths)), key=lambda f: f.cost)
 
     def best(self, budget: float, moves: int = 60) -> Found:
         """Find the schedule of least loss within the budget, at least as good as uniform()."""
@@ -178,10 +147,10 @@ class Search:
             if path and (found := self.measure(path)) and found.cost <= budget:
                 best = min(best, found, key=lambda f: f.loss)
                 break
-        step, limit, better = max(1, self.patches // 16), len(self.known) + moves, True
-        while better:
-            better = False
-            for up, down in itertools.permutations(range(len(self.places)), 2):
+        step, limit, before = max(1, self.patches // 16), len(self.known) + moves, None
+        while best != before:
+            before = best
+            for up, down in permutations(range(len(self.places)), 2):
                 for lowered in range(1, 5):
                     counts = np.array(best.counts)
                     counts[[up, down]] += step, -lowered * step
@@ -190,7 +159,6 @@ class Search:
                     if len(self.known) >= limit:
                         return best
                     if found and found.cost <= budget:
-                        better = better or found.loss < best.loss
                         best = min(best, found, key=lambda f: f.loss)
                         break
         return best

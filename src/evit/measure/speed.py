@@ -6,12 +6,12 @@ per round, and ratios are taken within a round.
 
 import functools
 import json
-import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from itertools import product
+from math import ceil, inf
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,20 +32,15 @@ DTYPES = dict(fp32=torch.float32, tf32=torch.float32, bf16=torch.bfloat16, fp16=
 
 
 class Entry(NamedTuple):
-    """One model at one setting; fusion=None and reducer=None are the model's defaults.
-
-    Args:
-        dense: timm's own model, or the LV-ViT that keeps every token.
-        options: further arguments of the model as JSON; `reducer` as in conf/reducer.
-    """
+    """One model at one setting; fusion=None and reducer=None are the model's defaults."""
 
     model: str
     keep_rate: float | tuple[float, ...] = 1.0
     fusion: bool | None = None
     img_size: int = paper.BASE_SIZE
-    dense: bool = False
+    dense: bool = False  # timm's own model, or the LV-ViT that keeps every token
     reducer: str | None = None
-    options: str = "{}"
+    options: str = "{}"  # further arguments of the model as JSON; `reducer` as in conf/reducer
 
     def __str__(self) -> str:
         rate = "dense" if self.dense else f"keep_rate={self.keep_rate}"
@@ -64,43 +59,40 @@ class Group(NamedTuple):
         return f"{self.what}, batch {self.batch_size}, {self.precision}, {MODES[self.compile]}"
 
 
-def choose(config: Row) -> dict[Entry, Entry]:
-    """Choose the models of a configuration, or of the paper, each with its dense baseline.
+Bases = dict[Entry, Entry]  # each entry's dense baseline
 
-    config["models"] are pairs (name, options); config["reducers"] maps names to conf/reducer.
-    """
-    chosen, table = list[Entry](), config["paper"]
-    if isinstance(table, str):
-        for row in paper.costs(table):
-            entry = Entry(paper.MODELS[table], row["keep_rate"], row["fusion"], row["img_size"])
-            chosen.append(entry if row["keep_rate"] < 1 else dense(entry))
-    else:
-        knobs = [config[k] for k in ("models", "img_sizes", "reducers", "keep_rates", "fusion")]
-        for (model, options), size, name, rate, fusion in product(*knobs):
-            node = config["reducers"][name]
-            fuses = "fusion" in node if name else not model.startswith("dynamicvit")
-            rate = tuple(rate) if isinstance(rate, list) else rate
-            options = json.dumps(options | (dict(reducer=node) if name else {}))
-            chosen.append(Entry(model, rate, fusion if fuses else None, size, False, name, options))
+
+def choose(config: Row) -> Bases:
+    """Choose the models of a configuration, or of the paper, each with its dense baseline."""
+    if isinstance(table := config["paper"], str):
+        rows = [[row[k] for k in ("keep_rate", "fusion", "img_size")] for row in paper.costs(table)]
+        chosen = [Entry(paper.MODELS[table], *row) for row in rows]
+        return compared([e if e.keep_rate != 1 else dense(e) for e in chosen], at_base_size=True)
+    chosen, knobs = [], ("models", "img_sizes", "reducers", "keep_rates", "fusion")
+    for (model, options), size, name, rate, fusion in product(*(config[knob] for knob in knobs)):
+        node = config["reducers"][name]
+        fuses = "fusion" in node if name else not model.startswith("dynamicvit")
+        rate = tuple(rate) if isinstance(rate, list) else rate
+        options = json.dumps(options | (dict(reducer=node) if name else {}))
+        chosen.append(Entry(model, rate, fusion if fuses else None, size, False, name, options))
     return compared(chosen, at_base_size=bool(table))
 
 
-def compared(chosen: Iterable[Entry], at_base_size: bool) -> dict[Entry, Entry]:
-    """Map each entry to its dense baseline; baselines are entries too.
+def compared(chosen: Iterable[Entry], at_base_size: bool) -> Bases:
+    """Map each entry to its dense baseline: an entry too, of 224 px at_base_size as in the paper.
 
-    A baseline has the entry's image size, or 224 px with at_base_size (as in the paper). After a
-    baseline of timm's, add our model with every token kept: what that gains is not the reduction's.
+    After timm's add our model with every token kept: what that gains is not the reduction's.
     """
-    entries: dict[Entry, Entry] = {}
+    entries: Bases = {}
     for entry in chosen:
         base = dense(entry)
         if at_base_size and entry.model in paper.NAMES:
             base = base._replace(img_size=paper.BASE_SIZE)
-        entries |= {base: base}
+        entries[base] = base
         if not entry.dense and base.model not in NAMES:
-            entries |= {base._replace(model=entry.model, dense=False): base}
+            entries[base._replace(model=entry.model, dense=False)] = base
         if entry.dense or entry.keep_rate != 1:
-            entries |= {entry: base}
+            entries[entry] = base
     return entries
 
 
@@ -114,8 +106,8 @@ def dense(entry: Entry) -> Entry:
 
 def build(entry: Entry) -> nn.Module:
     """Build an entry's model with random weights; a ValueError if it refuses the options."""
-    knobs: dict[str, Any] = dict(keep_rate=entry.keep_rate, fusion=entry.fusion)
-    knobs = {k: v for k, v in knobs.items() if v is not None and not entry.dense}
+    knobs: dict[str, Any] = {} if entry.dense else dict(keep_rate=entry.keep_rate)
+    knobs |= {} if entry.fusion is None else dict(fusion=entry.fusion)
     options = json.loads(entry.options)
     if node := options.get("reducer"):
         own = {k: v for k, v in knobs.items() if k in node}
@@ -167,13 +159,11 @@ def timed(step: Step, calls: int, device: torch.device) -> float:
 def warm_up(step: Step, min_seconds: float, device: torch.device) -> int:
     """Warm a step up; return the number of calls that takes min_seconds."""
     timed(step, 2, device)
-    few = math.ceil(min_seconds / 10 / timed(step, 1, device))
-    return math.ceil(min_seconds * few / timed(step, few, device))
+    few = ceil(min_seconds / 10 / timed(step, 1, device))
+    return ceil(min_seconds * few / timed(step, few, device))
 
 
-def take_turns(
-    steps: Sequence[Step], calls: Sequence[int], repeats: int, device: torch.device
-) -> np.ndarray:
+def take_turns(steps: list[Step], calls: list[int], repeats: int, device: torch.device) -> Any:
     """Time all steps in each round, in rotating order: seconds per call, (steps, rounds)."""
     seconds, n = np.empty((len(steps), repeats)), len(steps)
     for turn in range(repeats):
@@ -192,20 +182,13 @@ def peak_memory(step: Step, device: torch.device) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise it warns if there is no GPU
     with torch.profiler.profile(profile_memory=True) as profile:
         step()
-    profiler: Any = profile.profiler
-    events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
-    changes = sorted((e.start_ns(), e.nbytes()) for e in events)
+    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
     return int(np.cumsum([0] + [size for _, size in changes]).max())
 
 
-def make_step(
-    model: nn.Module, forward: Callable[[Tensor], Any], images: Tensor, dtype: torch.dtype | None
-) -> Step:
-    """Make a function that runs one inference, or in training mode one AdamW step.
-
-    `forward` is the model or its compiled form. A training step autocasts to dtype, unless that is
-    float32 or None.
-    """
+def make_step(model: nn.Module, forward: Any, images: Tensor, dtype: torch.dtype | None) -> Step:
+    """Make a function that runs one inference, or in training mode an AdamW step with autocast."""
     if not model.training:
         return torch.no_grad()(lambda: forward(images))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=images.is_cuda or None)
@@ -221,46 +204,36 @@ def make_step(
     return step
 
 
-def prepare(
-    entry: Entry, group: Group, device: torch.device, min_seconds: float
-) -> tuple[Step, int, Row]:
+def prepare(entry: Entry, group: Group, device: torch.device, min_seconds: float) -> Any:
     """Build and warm up an entry: its step, its calls per round, and its row of the result."""
     dtype, training = DTYPES[group.precision], group.what == "training"
     own: Any = dict(device=device, dtype=torch.float32 if training else dtype)
-    model: Any = build(entry).to(**own).train(training).requires_grad_(training)
+    forward: Any = build(entry).to(**own).train(training).requires_grad_(training)
     images = torch.randn(group.batch_size, 3, entry.img_size, entry.img_size, **own)
+    model, memory = forward, None
     with FlopCounterMode(display=False) as counter:
         make_step(model, model, images, dtype)()
-    forward, memory = model, None
     if group.compile:
         mode = group.compile if isinstance(group.compile, str) else None
         forward = torch.compile(model, mode=mode, dynamic=False, fullgraph=True)
     step = make_step(model, forward, images, dtype)
-    first, calls = timed(step, 1, device), warm_up(step, min_seconds, device)
-    if group.compile:
-        print(f"  compiled in {first:.0f} s: {entry}", flush=True)
+    calls = warm_up(step, min_seconds, device)
     if group.compile != "reduce-overhead":  # the allocator does not see a CUDA graph's memory
         model.zero_grad()
         copies = 3 if training else 1  # AdamW keeps two numbers for each weight
         held = [*[*model.parameters()] * copies, *model.buffers(), images]
         memory = peak_memory(step, device) + sum(t.nbytes for t in held)
     macs = counter.get_total_flops() // 2 // group.batch_size
-    row = dict(macs_executed=macs, first_seconds=first, memory_bytes=memory)
-    return step, calls, group._asdict() | facts(entry) | row
+    costs = dict(macs_executed=macs, memory_bytes=memory)
+    return step, calls, group._asdict() | facts(entry) | costs
 
 
 def compare(
-    result: Row,
-    entries: dict[Entry, Entry],
-    group: Group,
-    device: torch.device,
-    config: Row,
-    until: float = math.inf,
+    result: Row, entries: Bases, group: Group, device: torch.device, config: Row, until: float = inf
 ) -> None:
-    """Time the entries in alternation with their dense baselines; add a row for each to result.
+    """Time the entries in turns with their dense baselines; add a row for each to result.
 
-    Entries that PyTorch cannot run, or that have not started at time `until` (time.perf_counter()),
-    are listed under "left_out".
+    "left_out" lists those that PyTorch cannot run, or not before `until` (time.perf_counter()).
     """
     keep_compiled()
     torch.compiler.reset()
