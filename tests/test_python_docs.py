@@ -12,11 +12,6 @@ def run(page):
     return names
 
 
-def test_the_lines_about_searches_run():
-    names = run("search.md")
-    assert names["logits"].shape == (8, 1000) and names["cascade"].images[0] == 8
-
-
 def test_the_lines_about_python_run():
     names = run("python.md")
     assert names["features"].shape == (2, 192, 14, 14) and names["logits"].shape == (2, 1000)

@@ -25,13 +25,13 @@ def test_it_is_the_largest_rate_within_the_budget(reducer, share):
     if rate < 1:
         model.set_keep_rate(rate + 1e-4)
         more = count_macs(model) / 1e9
-        assert more > budget or model.num_kept(256) == tiny_kept(reducer, rate)
+        assert more > budget or model.reducer.kept(256) == tiny_kept(reducer, rate)
 
 
 def tiny_kept(reducer: str, rate: float) -> list[int]:
     model = tiny(reducer)
     model.set_keep_rate(rate)
-    return model.num_kept(256)
+    return model.reducer.kept(256)
 
 
 @pytest.mark.parametrize("gmacs", [0, -1, 99])

@@ -72,7 +72,7 @@ def test_tokens_kept_are_the_authors_power_of_the_keep_rate(num_patches):
     for percent in range(20, 100, 5):
         model.set_keep_rate(percent / 100)
         powers = [int(num_patches * (percent / 100) ** s) for s in (1, 2, 3)]
-        assert model.num_kept(num_patches) == powers
+        assert model.reducer.kept(num_patches) == powers
 
 
 def test_one_rate_for_each_predictor():

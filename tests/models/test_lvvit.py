@@ -80,7 +80,7 @@ def test_another_number_of_classes_replaces_both_heads():
 
 def test_pretrained_says_where_weights_come_from():
     with pytest.raises(ValueError, match="checkpoint=PATH"):
-        timm.create_model("lvvit_s", pretrained=True)
+        evit.models.create_model("lvvit_s", pretrained=True)
 
 
 def test_another_patch_size_is_refused():

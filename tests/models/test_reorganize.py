@@ -51,11 +51,11 @@ def test_prefix_tokens_are_kept_and_do_not_count(name, fusion):
     model = build(name)
     dense, images = model, picture(model)
     evit.reorganize(dense, keep_rate=0.5, fusion=fusion)
-    features, kept = model.forward_features(images, return_kept=True)
+    features = model.forward_features(images)
+    logits, kept = model(images, return_kept=True)
     n = model.patch_embed.num_patches
     assert kept[0].shape[1] == -(-n // 2)
     assert features.shape[1] == model.num_prefix_tokens + model.tokens_per_block()[-1]
-    logits, _ = model(images, return_kept=True)
     assert logits.shape == (2, 7) and logits.isfinite().all()
 
 

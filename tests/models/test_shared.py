@@ -37,8 +37,9 @@ def test_a_reduced_timm_model_comes_back_reduced(name, tmp_path):
         assert torch.equal(again(images), model(images))
 
 
-def test_a_registered_model_comes_back_at_the_rate_it_was_set_to(tmp_path):
-    model = timm.create_model("evit_deit_tiny_patch16", depth=4, img_size=64, keep_rate=0.9)
+@pytest.mark.parametrize("name", ["evit_deit_tiny_patch16", "evit_lvvit_t"])
+def test_a_registered_model_comes_back_at_the_rate_it_was_set_to(name, tmp_path):
+    model = timm.create_model(name, depth=4, img_size=64, keep_rate=0.9)
     model.set_keep_rate(0.5)
     model.fusion = False
     save_for_hf(model, tmp_path)

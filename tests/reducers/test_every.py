@@ -41,7 +41,6 @@ def test_it_is_said_what_reduces_the_model(name):
     model = reduced(name)
     reducer = model.reducer
     assert isinstance(reducer, Reducer) and isinstance(reducer, nn.Module)
-    assert isinstance(reducer.static, bool)
     assert reducer.at == AT and model.drop_loc == AT
     assert reducer.counts(PATCHES) == COUNTS
     assert reducer.name in ((name, "drop") if name == "topk" else (name,))

@@ -31,8 +31,9 @@ def tome(meta: dict) -> dict[str, Any]:
 
 
 def mctf(meta: dict) -> dict[str, Any]:
+    assert meta["one_step_ahead"]
     same = {key: meta[key] for key in ("r", "prop_attn", "tau_sim", "tau_info", "tau_size")}
-    return same | dict(at=meta["merge_loc"], one_step_ahead=bool(meta["one_step_ahead"]))
+    return same | dict(at=meta["merge_loc"])
 
 
 # kind in the file: (name here, options from the file's meta)

@@ -111,12 +111,3 @@ def test_tokens_are_alike_by_direction_whatever_their_length(name):
     ]
     assert torch.equal(plans[0].host_BN, plans[1].host_BN)
     torch.testing.assert_close(plans[0].weight_BKN, plans[1].weight_BKN)
-
-
-@torch.no_grad()
-def test_mctf_without_one_step_ahead_fuses_what_leaves_the_block():
-    model, dense = reduced("mctf", one_step_ahead=False, at=[1], counts=[40]), vit()
-    x = dense._pos_embed(dense.patch_embed(images()))
-    tokens, (reduction,) = model.encode(x, 0, 2)
-    torch.testing.assert_close(tokens, reduction(dense.blocks[:2](x)))
-    assert tokens.shape[1] == 41 and reduction.weight_BKN.sum(2).allclose(torch.ones(2, 40))

@@ -7,7 +7,7 @@ import torch
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
-from evit.models.vit import ReducedViT
+from evit.models.reduced import ReducedViT
 from evit.reducers.dynamicvit import divergence
 
 
@@ -18,14 +18,13 @@ class ConvStem(PatchEmbed):
         super().__init__(in_chans=in_chans, embed_dim=embed_dim, **kwargs)
         if self.patch_size != (16, 16):
             raise ValueError(f"LV-ViT's stem makes patches of 16 pixels, not {self.patch_size[0]}")
-        width = 64
-        self.conv1 = nn.Conv2d(in_chans, width, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn3 = nn.BatchNorm2d(width)
-        self.proj = nn.Conv2d(width, embed_dim, 8, stride=8)
+        self.conv1 = nn.Conv2d(in_chans, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.conv2 = nn.Conv2d(64, 64, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(64)
+        self.conv3 = nn.Conv2d(64, 64, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(64)
+        self.proj = nn.Conv2d(64, embed_dim, 8, stride=8)
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, 3, H, W) to tokens (B, N, C)."""
@@ -47,19 +46,12 @@ class Scale(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * self.factor
 
-    def extra_repr(self) -> str:
-        return str(self.factor)
-
 
 class LVViT(ReducedViT):
     """LV-ViT (arXiv 2104.10858) with a token reducer; dense at keep rate 1.
 
     Logits are head(class token) + 0.5 * (maximum over the remaining tokens of aux_head(token)), in
-    training too. Parameter names are those of the published checkpoints.
-
-    Args:
-        skip_lam: divisor of both residual branches of a block.
-        **kwargs: arguments of ReducedViT.
+    training too. skip_lam divides both residual branches; other arguments are ReducedViT's.
     """
 
     def __init__(self, *args: Any, skip_lam: float = 2.0, **kwargs: Any):
@@ -99,18 +91,14 @@ class LVViT(ReducedViT):
         return divergence(own, teacher)
 
     def stem_macs(self, size: tuple[int, int]) -> int:
-        """Multiply-accumulates of the convolutions and norms before the patch projection."""
-        stem = self.patch_embed
-        convs, norms = (stem.conv1, stem.conv2, stem.conv3), (stem.bn1, stem.bn2, stem.bn3)
-        weights = sum(c.weight.numel() for c in convs) + sum(b.num_features for b in norms)
+        names = "conv1", "bn1", "conv2", "bn2", "conv3", "bn3"
+        weights = sum(getattr(self.patch_embed, name).weight.numel() for name in names)
         return size[0] // 2 * (size[1] // 2) * weights
 
     def head_macs(self, num_tokens: int) -> int:
-        """Multiply-accumulates of the auxiliary head over the remaining image tokens."""
         return (num_tokens * self.embed_dim + 1) * self.num_classes
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits (B, num_classes) of normalised tokens (B, 1 + N, C)."""
         if pre_logits or self.num_classes == 0:
             return super().forward_head(x, pre_logits)
         of_class, of_tokens = self.heads(x)

@@ -1,17 +1,25 @@
-"""A timm Vision Transformer with a token reducer: forward passes, feature maps, pickling."""
+"""timm's VisionTransformer and Eva with a token reducer: forward passes, feature maps, pickling."""
 
 import bisect
-from typing import Any
+import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from timm.models._features import feature_take_indices
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from evit import reducers
 from evit.reducers import KeepRate, Reducer, Reduction
-from evit.reducers.blocks import ReducedBlock, Step
-from evit.reducers.tokens import put_back, source, survivors
+from evit.reducers.blocks import ReducedBlock, ReducedEvaBlock, Step
+from evit.reducers.tokens import moved, put_back, survivors
+
+# Heads that read the prefix tokens only, if these are pooled: the last block skips the others.
+HEADS = VisionTransformer.forward_head, VisionTransformerDistilled.forward_head, Eva.forward_head
 
 
 class PatchConv2d(nn.Conv2d):
@@ -22,20 +30,19 @@ class PatchConv2d(nn.Conv2d):
         return self.product(input) if input.is_cuda else super().forward(input)
 
     def product(self, input: Tensor) -> Tensor:
-        """forward() as a matrix product."""
         (p, q), (H, W) = self.kernel_size, input.shape[2:]
         x = input[:, :, : H // p * p, : W // q * q].unflatten(3, (-1, q)).unflatten(2, (-1, p))
         patches = x.permute(0, 2, 4, 1, 3, 5).flatten(3)
         return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
-def of_reducer(name: str, doc: str) -> Any:
+def of_reducer(name: str) -> Any:
     """Property that reads and sets an attribute of the model's reducer; False if it has none."""
 
     def change(model: Any, value: Any) -> None:
         model.set_keep_rate(value) if name == "keep_rate" else setattr(model.reducer, name, value)
 
-    return property(lambda model: getattr(model.reducer, name, False), change, doc=doc)
+    return property(lambda model: getattr(model.reducer, name, False), change)
 
 
 class Reduced(nn.Module):
@@ -44,34 +51,23 @@ class Reduced(nn.Module):
     kind: Any = None  # the timm class that this one extends
     built_from: dict[str, Any] = {}  # the arguments of timm.create_model
     block_class: Any = ReducedBlock
-    blank: Any  # makes an empty model of a timm class, to unpickle into
-    embed: Any  # images (B, 3, H, W) to the tokens (B, T, C) that enter the first block
-    head_reads_prefix: Any  # whether the head reads prefix tokens only: the last block skips others
-    reducer: Any  # the method, its places and keep rates
-    blocks: Any  # from here on timm's
-    patch_embed: Any
-    norm: Any
-    num_prefix_tokens: int
-    global_pool: Any
-    cls_token: Any
-    forward_head: Any
-    grad_checkpointing: bool
+    drop_loc, keep_rate = of_reducer("at"), of_reducer("keep_rate")
+    fusion, selection = of_reducer("fusion"), of_reducer("selection")
+
+    if TYPE_CHECKING:  # timm's attributes, and embed of the classes below
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def _attach(self, reducer: Reducer) -> None:
         if type(self.patch_drop) not in (nn.Identity, type(None)):
             raise ValueError("patch_drop_rate drops patches at random: set it to 0, or keep_rate")
         for block in self.blocks:
             block.__class__ = self.block_class
-        proj = getattr(self.patch_embed, "proj", None)
-        if type(proj) is nn.Conv2d and proj.kernel_size == proj.stride and proj.groups == 1:
-            if proj.padding == (0, 0) and proj.dilation == (1, 1):
-                proj.__class__ = PatchConv2d
+        proj: Any = getattr(self.patch_embed, "proj", None)
+        tiles = type(proj) is nn.Conv2d and proj.kernel_size == proj.stride
+        if tiles and (proj.groups, proj.padding, proj.dilation) == (1, (0, 0), (1, 1)):
+            proj.__class__ = PatchConv2d
         self.reducer: Any = reducer.attach(self).to(next(self.blocks.parameters()))
-
-    drop_loc = of_reducer("at", "The blocks that reduce.")
-    keep_rate = of_reducer("keep_rate", "The keep rate of each reduction; setting it checks it.")
-    fusion = of_reducer("fusion", "EViT: whether the other tokens are fused into one.")
-    selection = of_reducer("selection", "EViT: the tokens to keep.")
 
     @property
     def _model_args(self) -> dict[str, Any]:
@@ -88,10 +84,6 @@ class Reduced(nn.Module):
         """Use keep_rate, one number or one per entry of drop_loc, from the next forward pass on."""
         self.reducer.set_keep_rate(keep_rate)
 
-    def num_kept(self, num_patches: int) -> list[int]:
-        """Number of image tokens that each reduction keeps."""
-        return self.reducer.kept(num_patches)
-
     def tokens_per_block(self) -> list[int]:
         """Number of image tokens in the MLP of each block (a fused token counts as one)."""
         n, at = self.patch_embed.num_patches, self.drop_loc
@@ -100,62 +92,56 @@ class Reduced(nn.Module):
 
     def patch_ids(self, x: Tensor) -> Tensor:
         """Ids (B, N) of the patches behind embedded tokens (B, T, C)."""
-        ids_N = torch.arange(x.shape[1] - self.num_prefix_tokens, device=x.device)
-        return ids_N.expand(x.shape[0], -1)
+        n = x.shape[1] - self.num_prefix_tokens
+        return torch.arange(n, device=x.device).expand(x.shape[0], -1)
 
     def rotary(self, num_patches: int) -> Tensor | None:
         """Rotary positions (1, 1, N, 2 D) for the blocks, or None if the model has none."""
-        return None
+        rope: Any = getattr(self, "rope", None)
+        if rope is None:
+            return None
+        if not self.dynamic_img_size and hasattr(rope, "feat_shape"):
+            return rope.get_embed()[None, None]
+        grid = self.patch_embed.grid_size
+        if grid[0] * grid[1] != num_patches:  # another image size; such images are square
+            grid = (math.isqrt(num_patches),) * 2
+        return rope.get_embed(shape=grid)[None, None]
 
     def encode(
-        self,
-        x: Tensor,
-        start: int = 0,
-        stop: int | None = None,
-        prefix_only: bool = False,
-        states: list[Any] | None = None,
+        self, x: Tensor, start: int = 0, stop: Any = None, prefix: bool = False, states: Any = None
     ) -> tuple[Tensor, list[Reduction]]:
-        """Run embedded tokens (not reduced yet) through the blocks start to stop - 1.
-
-        prefix_only: the last block returns the prefix tokens only, unless it reduces.
+        """Run embedded tokens (not reduced yet) through the blocks start to stop - 1, to tokens
+        (B, T', C), and the reductions (none for places that keep all tokens).
+        prefix: the last block returns the prefix tokens only, unless it reduces.
         states: a list to extend, for each block, by its reduction (if any) and its tokens.
-        Returns: tokens (B, T', C), and the reductions (none for places that keep all tokens).
         """
         n, P = x.shape[1] - self.num_prefix_tokens, self.num_prefix_tokens
         kept = dict(zip(self.drop_loc, enumerate(self.reducer.kept(n)), strict=True))
-        last, found, rope = len(self.blocks) - 1, [], self.rotary(n)
-        sizes: Tensor | None = None
+        last, rope, sizes = len(self.blocks) - 1, self.rotary(n), None
+        found: list[Reduction] = []
         for i in range(start, len(self.blocks) if stop is None else stop):
             place, num_kept = kept.get(i, (0, n))
             bias = self.reducer.key_bias(sizes, x.dtype)
-            step = Step(P) if prefix_only and i == last else None
+            step: Any = Step(P) if prefix and i == last else None
             if num_kept < n:
-                class_token = self.cls_token is not None
-                step = Step(P, self.reducer, place, num_kept, sizes, bias, class_token)
+                step = Step(P, self.reducer, place, num_kept, sizes, self.cls_token is not None)
             x = self.run(self.blocks[i], x, attn_mask=bias, step=step, rope=rope)
-            new = [] if step is None or step.reduction is None else [step.reduction]
+            new = [step.reduction] if num_kept < n else []
             for reduction in new:
-                sizes, n = reduction.sizes_BT, num_kept + self.reducer.extra
-                rope = reduction.positions(rope)
+                sizes, n, rope = reduction.sizes_BT, reduction.num_left, reduction.positions(rope)
             found += new
             if states is not None:
                 states += [*new, x]
         return x, found
 
     def run(self, block: Any, x: Tensor, **given: Any) -> Tensor:
-        """Call block(x) with the arguments that are not None, with gradient checkpointing if on."""
-        given = {name: value for name, value in given.items() if value is not None}
         if self.grad_checkpointing and self.training:
             return checkpoint(block, x, use_reentrant=False, **given)
         return block(x, **given)
 
-    def forward_features(self, x: Tensor, return_kept: bool = False) -> Any:  # type: ignore[override]
-        """Normalised tokens (B, T, C); with return_kept, also the ids of the surviving patches."""
-        x = self.embed(x)
-        ids = self.patch_ids(x)
-        x, found = self.encode(x)
-        x = self.norm(x)
-        return (x, survivors(found, self.reducer, ids)) if return_kept else x
+    def forward_features(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """Normalised tokens (B, T, C) of images (B, 3, H, W)."""
+        return self.norm(self.encode(self.embed(x))[0])
 
     def forward_intermediates(  # type: ignore[override]
         self,
@@ -167,21 +153,16 @@ class Reduced(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
         output_dict: bool = False,
-        attn_mask: Tensor | None = None,
-        is_causal: bool = False,
+        attn_mask: None = None,
     ) -> Any:
-        """timm's forward_intermediates at any keep rate: each patch has the token it went into.
-
-        A dropped patch has its state from before the block that dropped it.
-        """
-        if attn_mask is not None or is_causal:
-            raise ValueError("attn_mask and is_causal are not supported: tokens are removed")
+        """timm's forward_intermediates at any keep rate: each patch has the token it went into, or
+        its state from before the block that dropped it."""
+        if attn_mask is not None:
+            raise ValueError("attn_mask is not supported: tokens are removed")
         assert output_fmt in ("NCHW", "NLC"), output_fmt
         take, last = feature_take_indices(len(self.blocks), indices)
-        size, x = x.shape[-2:], self.embed(x)
-        states: list[Any] = [x]
-        self.encode(x, stop=last + 1 if stop_early else None, states=states)
-        P = self.num_prefix_tokens
+        size, P, states = x.shape[-2:], self.num_prefix_tokens, [self.embed(x)]
+        self.encode(states[0], stop=last + 1 if stop_early else None, states=states)
         placed = list(put_back(states, P))
         chosen = [self.norm(placed[i]) if norm else placed[i] for i in take]
         maps: list[Any] = [tokens[:, P:] for tokens in chosen]
@@ -189,19 +170,14 @@ class Reduced(nn.Module):
             maps = [self.as_grid(tokens, size) for tokens in maps]
         prefix = [tokens[:, :P] for tokens in chosen] if P and return_prefix_tokens else None
         if output_dict:
-            result: dict[str, Any] = dict(image_intermediates=maps)
-            if prefix:
-                result["image_intermediates_prefix"] = prefix
-            if not intermediates_only:
-                result["image_features"] = self.norm(placed[-1])
-            return result
+            more = dict(image_intermediates_prefix=prefix) if prefix else {}
+            features = {} if intermediates_only else dict(image_features=self.norm(placed[-1]))
+            return dict(image_intermediates=maps) | more | features
         found = list(zip(maps, prefix, strict=True)) if prefix else maps
         return found if intermediates_only else (self.norm(placed[-1]), found)
 
     def as_grid(self, tokens: Tensor, size: Any) -> Tensor:
-        """Reshape patches (B, N, C) of images of this size to a map (B, C, H, W)."""
-        H, W = self.patch_embed.dynamic_feat_size(tuple(size))
-        return tokens.reshape(tokens.shape[0], H, W, -1).permute(0, 3, 1, 2).contiguous()
+        return tokens.mT.unflatten(2, self.patch_embed.dynamic_feat_size(tuple(size))).contiguous()
 
     def forward(  # type: ignore[override]
         self,
@@ -217,31 +193,34 @@ class Reduced(nn.Module):
                 original grid, row by row from the top left; -1 is a fused token.
             return_source: add int64 (B, N): the final token that contains each patch (0 is the
                 class token); -1 if it was dropped.
-            return_map: add (B, C, H, W): for each patch the final normalised token that contains
-                it; for a dropped patch its state from before it was dropped.
+            return_map: add (B, C, H, W): that token, normalised; of a dropped patch its last state.
         """
-        size, x = x.shape[-2:], self.embed(x)
+        size, x, P = x.shape[-2:], self.embed(x), self.num_prefix_tokens
         more = return_kept or return_source or return_map
         if self.reducer.masked and self.training and not more:
             return self.forward_head(self.norm(self.reducer.masked_features(self, x)[0]))
         states: list[Any] | None = [x] if return_map else None
         logits, found = self.classify(x, states=states)
         results: list[Any] = [logits]
+        place, n = self.patch_ids(x), x.shape[1] - P
         if return_kept:
-            results.append(survivors(found, self.reducer, self.patch_ids(x)))
+            results.append(survivors(found, self.reducer, place))
         if return_source:
-            results.append(source(found, self.patch_ids(x), self.num_prefix_tokens))
+            for reduction in found:
+                place, n = moved(reduction, place, n), reduction.num_left
+            results.append(torch.where(place >= 0, place + P, place))
         if states is not None:
-            *_, last = put_back(states, self.num_prefix_tokens)
-            results.append(self.as_grid(self.norm(last)[:, self.num_prefix_tokens :], size))
+            *_, last = put_back(states, P)
+            results.append(self.as_grid(self.norm(last)[:, P:], size))
         return tuple(results) if more else logits
 
     def classify(
         self, x: Tensor, start: int = 0, states: list[Any] | None = None
     ) -> tuple[Tensor, list[Reduction]]:
         """Logits, and reductions, of tokens that have passed the blocks before `start`."""
-        prefix_only = self.head_reads_prefix and states is None
-        x, found = self.encode(x, start, prefix_only=prefix_only, states=states)
+        kind: Any = type(self)
+        alone = states is None and self.global_pool == "token" and kind.forward_head in HEADS
+        x, found = self.encode(x, start, prefix=alone, states=states)
         return self.logits(self.norm(x), found), found
 
     def logits(self, x: Tensor, found: list[Reduction]) -> Tensor:
@@ -264,4 +243,61 @@ class Reduced(nn.Module):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle by timm's class, as the class made for it has no importable name."""
         how: Any = super().__reduce_ex__(protocol)
-        return how if self.kind is None else (self.blank, (self.kind,), *how[2:])
+        return how if self.kind is None else (blank, (self.kind,), *how[2:])
+
+
+def check_img_size(embed: Any) -> None:
+    """Raise a ValueError unless the image size is a multiple of the patch size."""
+    for size, patch in zip(embed.img_size, embed.patch_size, strict=True):
+        if size < patch or size % patch:
+            lower = max(size // patch, 1) * patch
+            way = f"take {lower} or {lower + patch}"
+            raise ValueError(f"img_size {size} is not a multiple of the patch size {patch}: {way}")
+
+
+class ReducedViT(Reduced, VisionTransformer):  # type: ignore[misc]
+    """Vision Transformer with a token reducer: EViT by default (arXiv 2202.07800).
+
+    Parameter names are those of timm's VisionTransformer; a reducer's begin with "reducer.".
+
+    Args:
+        reducer: a name in evit.reducers.REDUCERS, or a Reducer; None: EViT at keep rate 1, the
+            dense model. In the model, `reducer` is the Reducer.
+        **kwargs: keep_rate, drop_loc (`at` of Reducer), fusion (EViT's) and other options of the
+            reducer, and arguments of VisionTransformer. ValueError: they are invalid.
+    """
+
+    def __init__(self, *args: Any, reducer: str | Reducer | None = "evit", **kwargs: Any):
+        made = reducers.take(kwargs, reducer)
+        super().__init__(*args, **kwargs)
+        check_img_size(self.patch_embed)
+        self._attach(made)
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to the tokens (B, T, C) that enter the first block."""
+        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
+
+
+class ReducedEva(Reduced, Eva):  # type: ignore[misc]
+    """timm's Eva (EVA-02, DINOv3) with a token reducer; tokens keep their rotary positions."""
+
+    block_class = ReducedEvaBlock
+
+    def embed(self, images: Tensor) -> Tensor:
+        return self.norm_pre(self._pos_embed(self.patch_embed(images))[0])
+
+
+CLASSES: dict[Any, Any] = {VisionTransformer: ReducedViT, Eva: ReducedEva}
+
+
+def reduced_class(kind: Any) -> Any:
+    """Class that combines ReducedViT or ReducedEva with one of timm's classes."""
+    if kind not in CLASSES:
+        base = ReducedEva if issubclass(kind, Eva) else ReducedViT
+        CLASSES[kind] = type(f"Reduced{kind.__name__}", (base, kind), dict(kind=kind))
+    return CLASSES[kind]
+
+
+def blank(kind: Any) -> Reduced:
+    """Empty reduced model of a timm class, to unpickle into."""
+    return object.__new__(reduced_class(kind))

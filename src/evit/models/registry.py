@@ -1,29 +1,21 @@
 """Model names registered with timm, and timm's own models with a reducer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import timm
-from timm.models import (
-    build_model_with_cfg,
-    generate_default_cfgs,
-    get_pretrained_cfg,
-    load_pretrained,
-    register_model,
-)
+from timm.models import build_model_with_cfg, register_model
 from torch import nn
 
 from evit import reducers
 from evit.models.lvvit import LVViT
-from evit.models.vit import ReducedViT, check_img_size, reduce
+from evit.models.reduced import ReducedViT, check_img_size
+from evit.models.vit import reduce
 from evit.models.weights import fit_state_dict
-from evit.reducers import KeepRate, Reducer
+from evit.reducers import Reducer
 
-DEIT: dict[str, dict[str, Any]] = {
-    "tiny": dict(embed_dim=192, depth=12, num_heads=3),
-    "small": dict(embed_dim=384, depth=12, num_heads=6),
-    "base": dict(embed_dim=768, depth=12, num_heads=12),
-}
+HEADS = dict(tiny=3, small=6, base=12)
+DEIT: dict[str, Any] = {k: dict(embed_dim=64 * n, depth=12, num_heads=n) for k, n in HEADS.items()}
 LV_VIT: dict[str, dict[str, Any]] = {
     "t": dict(embed_dim=240, depth=12, num_heads=4, skip_lam=1.0),
     "s": dict(embed_dim=384, depth=16, num_heads=6, skip_lam=2.0),
@@ -45,15 +37,9 @@ def _fit(weights: dict[str, Any], model: Any) -> dict[str, Any]:
 
 def _entry(name: str, defaults: dict[str, Any]) -> Callable[..., ReducedViT]:
     def create(pretrained: bool = False, **kwargs: Any) -> ReducedViT:
-        args = defaults | kwargs
-        kind, filters = (ReducedViT, _fit) if "deit" in name else (LVViT, None)
-        if pretrained and kind is LVViT:
-            way = "download the authors' file and give it as checkpoint=PATH (evit.load_checkpoint)"
-            raise ValueError(f"timm has no weights of {name}: {way}")
-        features = dict(out_indices=args.pop("out_indices", 3), feature_cls="getter")
-        return build_model_with_cfg(
-            kind, name, pretrained, pretrained_filter_fn=filters, feature_cfg=features, **args
-        )
+        args, kind = defaults | kwargs, ReducedViT if "deit" in name else LVViT
+        args |= dict(feature_cfg=dict(out_indices=args.pop("out_indices", 3), feature_cls="getter"))
+        return build_model_with_cfg(kind, name, pretrained, pretrained_filter_fn=_fit, **args)
 
     create.__name__, create.__module__ = name, __name__
     create.__doc__ = f"{name}: arguments of evit.EViT or evit.LVViT; by default {defaults}."
@@ -67,53 +53,37 @@ LV_VIT_CFG: Any = dict(
 )
 CFGS: Any = {name: LV_VIT_CFG for name in NAMES if "deit" not in name}
 for _size in DEIT:  # DeiT's weights are loaded unchanged
-    _cfg = get_pretrained_cfg(f"deit_{_size}_patch16_224")
+    _cfg = timm.models.get_pretrained_cfg(f"deit_{_size}_patch16_224")
     CFGS |= {f"{name}.fb_in1k": _cfg for name in NAMES if f"deit_{_size}" in name}
-default_cfgs = generate_default_cfgs(CFGS)
+default_cfgs = timm.models.generate_default_cfgs(CFGS)
 for _name, _defaults in NAMES.items():
     globals()[_name] = register_model(_entry(_name, _defaults))
 
 
 def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """Call timm.create_model; its usage errors become ValueErrors.
-
-    Raises:
-        ValueError: there is no such model, timm has no weights for it, or the download fails.
-    """
+    """Call timm.create_model; an unknown name, no weights, no network become ValueErrors."""
     if kwargs.get("reducer", "") is None:  # timm leaves out what is None
         kwargs |= dict(reducer="evit", keep_rate=1.0)
     try:
         return timm.create_model(model_name, pretrained=pretrained, **kwargs)
     except RuntimeError as error:
         if "Unknown model" in str(error) or "pretrained" in str(error):
-            raise ValueError(f"{error}: timm.list_models() has the names") from error
+            way = "timm.list_models() has the names; checkpoint=PATH loads a file"
+            raise ValueError(f"{error}: {way}") from error
         raise
     except Exception as error:  # downloads raise OSError, or httpx's own
         if not pretrained or not (isinstance(error, OSError) or "httpx" in type(error).__module__):
             raise
         reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
-        raise ValueError(
-            f"the pretrained weights of {model_name} cannot be downloaded ({reason}): connect to "
-            f"the network, or download them elsewhere and give checkpoint=PATH instead"
-        ) from error
+        what = f"the pretrained weights of {model_name} cannot be downloaded ({reason})"
+        raise ValueError(f"{what}: download them elsewhere and give checkpoint=PATH") from error
 
 
-def reduced(
-    model_name: str,
-    reducer: str | Reducer | None = "evit",
-    keep_rate: KeepRate | None = None,
-    drop_loc: Sequence[int] | None = None,
-    **kwargs: Any,
-) -> ReducedViT:
-    """Create a timm model with a token reducer (evit.reduce); reducer=None keeps all tokens.
-
-    Raises:
-        ValueError: timm has no such model, it is not supported, or img_size is not a multiple of
-            the patch size.
-    """
-    made = reducers.take(kwargs, reducer, keep_rate, drop_loc, kwargs.pop("fusion", None))
+def reduced(model_name: str, reducer: str | Reducer | None = "evit", **kwargs: Any) -> ReducedViT:
+    """Create a timm model with a token reducer (evit.reduce); reducer=None keeps all tokens."""
+    made = reducers.take(kwargs, reducer)
     model = reduce(create_model(model_name, **kwargs), made)
-    check_img_size(model.patch_embed.img_size, model.patch_embed.patch_size)
+    check_img_size(model.patch_embed)
     return model
 
 
@@ -123,5 +93,5 @@ def reduced_vit(pretrained: bool = False, *, base: str, **kwargs: Any) -> Reduce
     model = reduced(base, **kwargs)
     if pretrained:
         shape = dict(num_classes=model.num_classes, in_chans=model.patch_embed.proj.in_channels)
-        load_pretrained(model, **shape)
+        timm.models.load_pretrained(model, **shape)
     return model

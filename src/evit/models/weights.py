@@ -1,6 +1,7 @@
 """Load checkpoints: ours, and those published by the authors of DeiT, EViT and others."""
 
 import argparse
+import math
 import re
 import warnings
 from collections.abc import Mapping
@@ -8,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from evit.files import check_zip
 
 CONTAINERS = ("model", "state_dict", "model_state_dict", "module")
 AVERAGES = ("model_ema", "state_dict_ema", "ema_state_dict")  # averaged weights
-PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
+PREFIXES = re.compile(r"^((module|model|backbone|encoder)\.)+")
 HEADS = ("head", "aux_head", "head_dist")
 
 
@@ -37,11 +38,8 @@ def read_file(path: str | Path, device: str = "cpu") -> Any:
 
 
 def read_state_dict(source: str | Path | Mapping[str, Any], ema: bool = False) -> dict[str, Tensor]:
-    """Weights of a checkpoint file (or its loaded content), by plain parameter names.
-
-    Args:
-        ema: take the averaged weights; without it they are taken if there are no others.
-    """
+    """Weights of a checkpoint file (or its content), by plain parameter names; averaged ones with
+    ema, or if there are no others."""
     content: Any = source if hasattr(source, "items") else read_file(source)
     content = content if hasattr(content, "items") else {}
     inside = [n for n in CONTAINERS + AVERAGES if hasattr(content.get(n), "items")]
@@ -55,79 +53,57 @@ def read_state_dict(source: str | Path | Mapping[str, Any], ema: bool = False) -
     weights = {name: value for name, value in content.items() if torch.is_tensor(value)}
     if not weights:
         raise ValueError("checkpoint holds no state dict: expected weights, or them under 'model'")
-    while prefix := next((p for p in PREFIXES if all(n.startswith(p) for n in weights)), None):
-        weights = {name.removeprefix(prefix): value for name, value in weights.items()}
-    for prefix in PREFIXES[1:]:  # a head may stand beside the backbone
-        if any(f"{prefix}blocks.0.norm1.weight" == name for name in weights):
-            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
-    return {name.replace("_orig_mod.", ""): value for name, value in weights.items()}
-
-
-def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], num_prefix: int) -> Tensor:
-    """Resize pos_embed (1, P + N, C) of a square grid (bicubic, as EViT's authors do)."""
-    prefix, patches = pos_embed[:, :num_prefix], pos_embed[:, num_prefix:]
-    side = round(patches.shape[1] ** 0.5)
-    if side**2 != patches.shape[1]:
-        raise ValueError(f"pos_embed of {patches.shape[1]} patches is not from a square image")
-    patches = patches.reshape(1, side, side, -1).permute(0, 3, 1, 2).float()
-    patches = F.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
-    patches = patches.permute(0, 2, 3, 1).reshape(1, grid[0] * grid[1], -1)
-    return torch.cat([prefix, patches.to(prefix.dtype)], 1)
+    return {PREFIXES.sub("", name.replace("_orig_mod.", "")): w for name, w in weights.items()}
 
 
 def fit_state_dict(weights: Mapping[str, Any], model: Any) -> dict[str, Tensor]:
     """Rename a checkpoint's weights to the model's names and resize them to its grid."""
     fitted = read_state_dict(weights)
-    renames = getattr(getattr(model, "reducer", None), "published_names", {})
-    for theirs, ours in renames.items():
+    for theirs, ours in getattr(getattr(model, "reducer", None), "published_names", {}).items():
         fitted = {re.sub(f"^{re.escape(theirs)}", ours, name): w for name, w in fitted.items()}
     own, loaded = getattr(model, "pos_embed", None), fitted.get("pos_embed")
     if own is not None and loaded is not None and own.shape[1] != loaded.shape[1]:
-        num_prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-        fitted["pos_embed"] = resize_pos_embed(loaded, model.patch_embed.grid_size, num_prefix)
+        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+        if math.isqrt(n := loaded.shape[1] - prefix) ** 2 != n:
+            raise ValueError(f"pos_embed of {n} patches is not from a square image")
+        how: Any = dict(num_prefix_tokens=prefix, antialias=False)  # as EViT's authors do
+        grid = list(model.patch_embed.grid_size)
+        fitted["pos_embed"] = resample_abs_pos_embed(loaded, grid, **how)
     return fitted
 
 
 def load_checkpoint(
     model: nn.Module,
-    source: str | Path | Mapping[str, Any],
+    source: Any,
     new_head: bool = False,
     new_parts: bool = False,
     ema: bool = False,
 ) -> None:
     """Load the weights of a checkpoint into a model of the same architecture.
 
-    Args:
-        source: a path or state dict: ours (.ckpt), a published one, or .safetensors; wrapped,
-            compiled or bare. The position embedding is resized to the model's image size.
-        new_head: start a new classifier if the checkpoint has none or another number of classes.
-        new_parts: keep the reducer's initial parameters if the checkpoint has none (DynamicViT's
-            predictors, from a dense checkpoint).
-        ema: take the averaged weights, which some checkpoints contain too.
-
-    Raises:
-        ValueError: names the weights that are missing, surplus or of another shape.
+    source: a path or state dict: ours (.ckpt), a published one, or .safetensors; wrapped, compiled
+    or bare. The position embedding is resized to the model's image size.
+    new_head: start a new classifier if the checkpoint has none or another number of classes.
+    new_parts: keep the reducer's initial parameters if the checkpoint has none.
+    ema: take the averaged weights, which some checkpoints contain too.
+    ValueError: names the weights that are missing, surplus or of another shape.
     """
     model = getattr(model, "_orig_mod", model)
     weights, own = fit_state_dict(read_state_dict(source, ema), model), model.state_dict()
-    if new_head:
-        head = [k for k in own if k.split(".")[0] in HEADS]
-        if any(k not in weights or weights[k].shape != own[k].shape for k in head):
-            weights = {k: w for k, w in weights.items() if k.split(".")[0] not in HEADS}
-            weights |= {k: own[k] for k in head}
-            print("The classifier is new: the checkpoint has none for these classes.", flush=True)
+    head = {k: w for k, w in own.items() if k.split(".")[0] in HEADS}
+    if new_head and any(k not in weights or weights[k].shape != w.shape for k, w in head.items()):
+        weights = {k: w for k, w in weights.items() if k.split(".")[0] not in HEADS} | head
+        print("The classifier is new: the checkpoint has none for these classes.", flush=True)
     if new_parts and not any(k.startswith("reducer.") for k in weights):
         weights |= {k: w for k, w in own.items() if k.startswith("reducer.")}
     theirs, ours = ({k: tuple(w.shape) for k, w in part.items()} for part in (weights, own))
-    shared = [k for k in ours if k in theirs]
-    problems = [f"{k} is {theirs[k]}, not {ours[k]}" for k in shared if theirs[k] != ours[k]]
+    shared = [k for k in ours if theirs.get(k, ours[k]) != ours[k]]
+    problems = [f"{k} is {theirs[k]}, not {ours[k]}" for k in shared]
     problems += [f"{k} is missing" for k in ours if k not in theirs]
     problems += [f"{k} is not the model's" for k in theirs if k not in ours]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        what = f"checkpoint does not fit {type(model).__name__}: {'; '.join(problems[:5])}{more}"
         hint = "" if new_head else " (new_head=True starts a new classifier)"
-        raise ValueError(
-            f"checkpoint does not fit {type(model).__name__}: {'; '.join(problems[:5])}{more}. "
-            f"Choose the model that it was trained with{hint}"
-        )
+        raise ValueError(f"{what}. Choose the model that it was trained with{hint}")
     model.load_state_dict(weights)

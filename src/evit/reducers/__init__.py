@@ -1,6 +1,5 @@
-"""Token reducers: one file, one method."""
+"""Token reducers: a file for each method and its relatives."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from evit.reducers.ats import ATS
@@ -9,11 +8,9 @@ from evit.reducers.cover import Cover
 from evit.reducers.dynamicvit import DynamicViT
 from evit.reducers.evit import Drop, EViT, Random
 from evit.reducers.mctf import MCTF
-from evit.reducers.merge import DiffRate, Merge
-from evit.reducers.pitome import PiToMe
-from evit.reducers.squeeze import Squeeze
+from evit.reducers.merge import DiffRate, Merge, Squeeze
 from evit.reducers.tokens import Reduction, Seen, merge_into, nearest
-from evit.reducers.tome import ToMe
+from evit.reducers.tome import PiToMe, ToMe
 
 KINDS: list[type[Reducer]] = [
     *(EViT, Drop, Random, Merge, Cover, ToMe, PiToMe, MCTF, Squeeze, ATS, DynamicViT, DiffRate)
@@ -22,11 +19,7 @@ REDUCERS: dict[str, type[Reducer]] = {kind.name: kind for kind in KINDS} | {"top
 
 
 def make(reducer: str | Reducer, **arguments: Any) -> Reducer:
-    """Create a reducer by name; a Reducer is returned unchanged.
-
-    Raises:
-        ValueError: no reducer has this name, it does not take an option, or it is made already.
-    """
+    """Create a reducer by name, with its options; a Reducer is returned unchanged."""
     if isinstance(reducer, Reducer):
         if given := [name for name, value in arguments.items() if value is not None]:
             raise ValueError(f"{', '.join(given)} is the reducer's: give it where that is made")
@@ -34,30 +27,22 @@ def make(reducer: str | Reducer, **arguments: Any) -> Reducer:
     if reducer not in REDUCERS:
         names = ", ".join(sorted(REDUCERS))
         raise ValueError(f"reducer {reducer!r} does not exist: take one of {names}")
-    kind = REDUCERS[reducer]
-    if unknown := ", ".join(sorted(set(arguments) - options(kind))):
-        known = ", ".join(sorted(options(kind)))
-        raise ValueError(f"reducer {reducer} has no {unknown}: it takes {known}")
-    return kind(**arguments)
+    known = options(REDUCERS[reducer])
+    if unknown := ", ".join(sorted({*arguments} - known)):
+        raise ValueError(f"reducer {reducer} has no {unknown}: it takes {', '.join(sorted(known))}")
+    return REDUCERS[reducer](**arguments)
 
 
-def take(
-    kwargs: dict[str, Any],
-    reducer: str | Reducer | None,
-    keep_rate: KeepRate | None,
-    drop_loc: Sequence[int] | None,
-    fusion: bool | None,
-) -> Reducer:
-    """Create the reducer from a model's arguments, removing its options from kwargs."""
+def take(kwargs: dict[str, Any], reducer: str | Reducer | None) -> Reducer:
+    """Create the reducer from a model's arguments, removing those that are its own from kwargs."""
     if reducer is None:
-        reducer, keep_rate = "evit", 1.0
-    if reducer not in REDUCERS:
-        return make(reducer, keep_rate=keep_rate, drop_loc=drop_loc, fusion=fusion)
-    known = options(REDUCERS[reducer]) - {"keep_rate", "at"}
-    own = {name: kwargs.pop(name) for name in known & set(kwargs)}
-    if fusion is not None and "fusion" in known:
-        own["fusion"] = fusion
-    return make(reducer, keep_rate=keep_rate, at=drop_loc, **own)
+        reducer, kwargs["keep_rate"] = "evit", 1.0
+    known = options(REDUCERS[reducer]) if reducer in REDUCERS else {"fusion"}
+    own = {name: kwargs.pop(name, None) for name in {"keep_rate", "fusion", *known} - {"at"}}
+    own["at" if reducer in REDUCERS else "drop_loc"] = kwargs.pop("drop_loc", None)
+    if "fusion" not in known:  # of another method, it has no effect
+        del own["fusion"]
+    return make(reducer, **{name: value for name, value in own.items() if value is not None})
 
 
 __all__ = [kind.__name__ for kind in KINDS]

@@ -7,6 +7,7 @@ the attention: same logits, static shapes, and an image does not depend on the r
 """
 
 import torch
+import torch.nn.functional as F
 
 from evit.reducers.base import Reducer
 from evit.reducers.tokens import Reduction, Seen
@@ -26,11 +27,10 @@ class ATS(Reducer):
         K = torch.arange(num_kept, device=cdf_BN.device)
         points_K = (2 * K + 1) / (2 * num_kept + 2)
         index_BK = (points_K[:, None] - cdf_BN[:, None]).abs().argmin(2)
-        again_BK = torch.zeros_like(index_BK, dtype=torch.bool)
-        again_BK[:, 1:] = index_BK[:, 1:] == index_BK[:, :-1]
+        again_BK = F.pad(index_BK.diff(), (1, 0), value=1) == 0
         first_BK = torch.where(again_BK, 0, K).cummax(1).values  # first of each run of duplicates
         host_BN = torch.full_like(cdf_BN, -1, dtype=torch.int64).scatter(1, index_BK, first_BK)
-        sizes_BT = torch.nn.functional.pad((~again_BK).float(), (seen.num_prefix, 0), value=1.0)
+        sizes_BT = F.pad((~again_BK).float(), (seen.num_prefix, 0), value=1.0)
         return Reduction(index_BK, seen.num_prefix, host_BN=host_BN, sizes_BT=sizes_BT)
 
     def macs(self, n: int, k: int, dim: int) -> int:

@@ -1,13 +1,12 @@
 """timm's Block with a token reduction in it, still a module made of modules.
 
-Every block is called, and so is every linear layer, norm and activation in it. Two shortcuts,
-slicing the weight of a linear layer and overwriting the input of an activation, are taken only if
-nothing hooks, wraps or parametrizes that module (`plain`).
+Every block, linear layer, norm and activation is called. Two shortcuts (slicing a linear layer's
+weight, overwriting an activation's input) are taken only if nothing hooks or wraps it (`plain`).
 """
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,20 +15,10 @@ from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
-from evit.reducers.base import Reducer
 from evit.reducers.tokens import Reduction, Seen, plain
 
 ROTATED = EvaAttention, AttentionRope
 ATTENTIONS = Attention, *ROTATED  # the kinds that are served
-
-
-def parts(attn: Any, flat_BTX: Tensor, first: int, last: int) -> list[Tensor]:
-    """Split rows of attn.qkv's output into query (0), key (1), value (2), (B, H, T, D) each."""
-    B, T, _ = flat_BTX.shape
-    shape = (B, T, last - first, attn.num_heads, attn.head_dim)
-    split = flat_BTX.reshape(shape).permute(2, 0, 3, 1, 4)
-    norms = (attn.q_norm, attn.k_norm, None)[first:last]
-    return [norm(part) if norm else part for norm, part in zip(norms, split.unbind(0), strict=True)]
 
 
 def rotated(attn: Any, x_BTC: Tensor, rope_B1ND: Tensor | None) -> list[Tensor]:
@@ -49,18 +38,19 @@ def rotated(attn: Any, x_BTC: Tensor, rope_B1ND: Tensor | None) -> list[Tensor]:
     return [q, k, v]
 
 
-def project(
-    attn: Any, x_BTC: Tensor, first: int, last: int, rope_B1ND: Tensor | None = None
-) -> list[Tensor]:
+def project(attn: Any, x_BTC: Tensor, first: int, last: int, rope: Any = None) -> list[Tensor]:
     """Compute query (0), key (1), value (2) from first to last - 1, (B, H, T, D) each."""
     if isinstance(attn, ROTATED):
-        return rotated(attn, x_BTC, rope_B1ND)[first:last]
-    if last - first == 3 or not plain(attn.qkv, nn.Linear):
-        return parts(attn, attn.qkv(x_BTC), 0, 3)[first:last]
-    weight, bias, dim = attn.qkv.weight, attn.qkv.bias, attn.attn_dim
-    rows = slice(first * dim, last * dim)
-    flat = F.linear(x_BTC, weight[rows], None if bias is None else bias[rows])
-    return parts(attn, flat, first, last)
+        return rotated(attn, x_BTC, rope)[first:last]
+    norms = (attn.q_norm, attn.k_norm, None)[first:last]
+    if len(norms) < 3 and plain(attn.qkv, nn.Linear):
+        rows, bias = slice(first * attn.attn_dim, last * attn.attn_dim), attn.qkv.bias
+        flat = F.linear(x_BTC, attn.qkv.weight[rows], None if bias is None else bias[rows])
+        first, last = 0, len(norms)
+    else:
+        flat = attn.qkv(x_BTC)
+    split = flat.unflatten(2, (-1, attn.num_heads, attn.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+    return [n(part) if n else part for n, part in zip(norms, split[first:last], strict=True)]
 
 
 def mix(attn: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -70,20 +60,17 @@ def mix(attn: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) 
     return attn.norm(out_BHTD.transpose(1, 2).flatten(2))
 
 
-def masked_attention(attn: Any, x_BTC: Tensor, step: Any, rope_B1ND: Any) -> Tensor:
-    """Let each token see the kept tokens (step.mask_BT, ones and zeros, has gradients) and itself.
-
-    For training DynamicViT; the softmax follows the authors' code, in float32 at any precision.
-    """
-    T, kept_BT = x_BTC.shape[1], step.mask_BT
+def masked_attention(attn: Any, x_BTC: Tensor, kept_BT: Tensor, rope_B1ND: Any) -> Tensor:
+    """Let each token see itself and the kept tokens (kept_BT: 1, with gradients): DynamicViT's
+    training. The softmax follows the authors' code, in float32 at any precision."""
+    T = x_BTC.shape[1]
     q, k, v = project(attn, x_BTC, 0, 3, rope_B1ND)
-    logits = ((q * attn.scale) @ k.transpose(-2, -1)).float()
+    logits = ((q * attn.scale) @ k.mT).float()
     seen_BTT = kept_BT[:, None].float().expand(-1, T, -1)
     seen_BTT = seen_BTT + (1 - seen_BTT) * torch.eye(T, device=logits.device)
     weight = (logits - logits.amax(-1, keepdim=True)).exp() * seen_BTT[:, None]
     weight = (weight + 1e-6 / T) / (weight.sum(-1, keepdim=True) + 1e-6)
-    out = attn.attn_drop(weight.to(v.dtype)) @ v
-    return attn.proj_drop(attn.proj(attn.norm(out.transpose(1, 2).flatten(2))))
+    return attn.norm((attn.attn_drop(weight.to(v.dtype)) @ v).transpose(1, 2).flatten(2))
 
 
 def feed_forward(mlp: Any, x_BTC: Tensor) -> Tensor:
@@ -99,44 +86,28 @@ def feed_forward(mlp: Any, x_BTC: Tensor) -> Tensor:
 
 @dataclass
 class Step:
-    """Request for one block to reduce its tokens; the block fills in `reduction`.
-
-    If num_kept is None nothing is reduced: mask_BT hides tokens from the attention, and without a
-    mask the block returns the prefix tokens only.
-    """
+    """Request for one block: with num_kept it reduces, and fills in `reduction`; with mask_BT it
+    hides tokens from the attention; with neither it returns the prefix tokens only."""
 
     num_prefix: int
-    reducer: Reducer | None = None
+    reducer: Any = None
     place: int = 0  # index into reducer.at
     num_kept: int | None = None
     sizes_BT: Tensor | None = None
-    bias_B11T: Tensor | None = None
     class_token: bool = True
     mask_BT: Tensor | None = None
     reduction: Reduction | None = None
 
-    def seen(self, x_BTC: Tensor, **others: Any) -> Seen:
-        known: Any = dict(sizes_BT=self.sizes_BT, bias_B11T=self.bias_B11T)
-        return Seen(x_BTC, self.num_prefix, class_token=self.class_token, **known, **others)
-
-    def reduce(self, seen: Seen) -> Reduction:
-        assert self.reducer is not None and self.num_kept is not None
-        self.reduction = self.reducer.plan(self.place, seen, self.num_kept)
-        return self.reduction
-
 
 class Reducing(nn.Module):
-    """The forward pass of a reducing block, shared by timm's Block and EvaBlock.
+    """The forward pass of a reducing block, which calls the parts of `attn` (qkv, norms, proj).
 
-    If it reduces, it calls the parts of `attn` (qkv, norms, proj) instead of `attn` itself.
+    `whole` is timm's forward pass; `add` adds the attention's output to x; `after` is the rest.
     """
 
-    attn: Any
-    mlp: Any
-    norm1: Any
-    whole: Any  # timm's forward pass of the whole block
-    add: Any  # adds the attention's output to the residual stream
-    after: Any  # the rest of timm's forward pass: norm, MLP and residual
+    if TYPE_CHECKING:  # those three, and the attributes of timm's block
+
+        def __getattr__(self, name: str) -> Any: ...
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, step: Any = None, rope: Any = None
@@ -144,36 +115,39 @@ class Reducing(nn.Module):
         """Map tokens (B, T, C) to (B, T, C), or with a step to the remaining tokens."""
         if step is None:
             return self.whole(x, attn_mask, rope)
+        attn, P, reducer = self.attn, step.num_prefix, step.reducer
         if step.mask_BT is not None:
-            return self.after(self.add(x, masked_attention(self.attn, self.norm1(x), step, rope)))
+            out = masked_attention(attn, self.norm1(x), step.mask_BT, rope)
+            return self.after(self.add(x, self.projected(out)))
         if step.num_kept is None:
-            return self.prefix_alone(x, step, attn_mask, rope)
-        stage, attn = step.reducer.stage, self.attn
-        if stage == "input":
-            reduction = step.reduce(step.seen(x))
-            bias = step.reducer.key_bias(reduction.sizes_BT, x.dtype)
-            return self.whole(reduction(x), bias, reduction.positions(rope))
-        if stage == "block":
-            seen = step.seen(x, rope_B1ND=rope)
-            x, step.reduction = step.reducer.through(self, step.place, seen, step.num_kept)
+            if not plain(self, type(self)) or not plain(attn, *ATTENTIONS):
+                return self.whole(x, attn_mask, rope)  # hooks expect all tokens
+            q, k, v = self.queries(self.norm1(x), P, rope)
+            return self.after(self.add(x[:, :P], self.projected(mix(attn, q, k, v, attn_mask))))
+        seen = Seen(x, P, scale=attn.scale, sizes_BT=step.sizes_BT, class_token=step.class_token)
+        seen.bias_B11T, seen.rope_B1ND = attn_mask, rope
+        if reducer.stage == "block":
+            x, step.reduction = reducer.through(self, step.place, seen, step.num_kept)
             return x
+        if reducer.stage == "input":
+            reduction = step.reduction = reducer.plan(step.place, seen, step.num_kept)
+            bias = reducer.key_bias(reduction.sizes_BT, x.dtype)
+            return self.whole(reduction(x), bias, reduction.positions(rope))
         y = self.norm1(x)
-        one = step.reducer.selects and step.class_token and self.slices
+        one = reducer.selects and step.class_token and self.slices
         q, k, v = self.queries(y, 1 if one else y.shape[1], rope)
-        seen = step.seen(x, q_BHTD=q, k_BHTD=k, v_BHTD=v, scale=attn.scale)
-        if stage == "residual":
-            seen.x_BTC = x = self.add(x, self.projected(mix(attn, q, k, v, seen.bias_B11T)))
-            return self.after(step.reduce(seen)(x))
-        reduction = step.reduce(seen)
-        if step.reducer.selects:  # only the remaining tokens need a query
-            if q.shape[2] == 1:
-                (q,) = project(attn, reduction(y), 0, 1)
-            else:
-                q = reduction(q.transpose(1, 2).flatten(2)).unflatten(2, q.shape[1::2])
-                q = q.transpose(1, 2)
-            out = attn.proj(mix(attn, q, k, v, seen.bias_B11T))
-        else:  # the projection is linear, so it can follow the reduction
-            out = reduction.project(attn.proj, mix(attn, q, k, v, seen.bias_B11T))
+        seen.q_BHTD, seen.k_BHTD, seen.v_BHTD = q, k, v
+        if reducer.stage == "residual":
+            seen.x_BTC = x = self.add(x, self.projected(mix(attn, q, k, v, attn_mask)))
+        reduction = step.reduction = reducer.plan(step.place, seen, step.num_kept)
+        if reducer.stage == "residual":
+            return self.after(reduction(x))
+        if one:  # only the remaining tokens need a query
+            (q,) = project(attn, reduction(y), 0, 1)
+        elif reducer.selects:
+            q = reduction(q.transpose(1, 2).flatten(2)).unflatten(2, q.shape[1::2]).transpose(1, 2)
+        out = mix(attn, q, k, v, attn_mask)  # the projection is linear, so it can follow
+        out = attn.proj(out) if reducer.selects else reduction.project(attn.proj, out)
         return self.after(self.add(reduction(x), attn.proj_drop(out)))
 
     @property
@@ -181,7 +155,7 @@ class Reducing(nn.Module):
         """Whether query, key and value may be computed separately."""
         return isinstance(self.attn, Attention) and plain(self.attn.qkv, nn.Linear)
 
-    def queries(self, y: Tensor, count: int, rope: Any) -> tuple[Tensor, ...]:
+    def queries(self, y: Tensor, count: int, rope: Any) -> Any:
         """The query of the first `count` tokens, the key and value of all."""
         if count < y.shape[1] and self.slices:
             return *project(self.attn, y[:, :count], 0, 1), *project(self.attn, y, 1, 3)
@@ -189,16 +163,7 @@ class Reducing(nn.Module):
         return q if count == y.shape[1] else q[:, :, :count], k, v
 
     def projected(self, out: Tensor) -> Tensor:
-        """Apply the attention's output projection and dropout."""
         return self.attn.proj_drop(self.attn.proj(out))
-
-    def prefix_alone(self, x: Tensor, step: Step, bias: Tensor | None, rope: Any) -> Tensor:
-        """Compute the block's output for the prefix tokens only, (B, P, C)."""
-        attn, P = self.attn, step.num_prefix
-        if not plain(self, type(self)) or not plain(attn, *ATTENTIONS):  # hooks expect all tokens
-            return self.whole(x, bias, rope)
-        q, k, v = self.queries(self.norm1(x), P, rope)
-        return self.after(self.add(x[:, :P], self.projected(mix(attn, q, k, v, bias))))
 
 
 class ReducedBlock(Reducing, Block):

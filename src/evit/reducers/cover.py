@@ -4,8 +4,7 @@ A token ranks high if no token of higher class attention is similar to it. Its r
 cosine similarity to such a token), times attention^0.25 (relative to the mean), times size^0.5.
 The K highest are kept; every other token joins its most similar kept token. A group becomes the
 mean of its members weighted by class attention (EViT's fusion, once per group), and sizes enter
-the attention of later blocks. Cost: N^2 C products. Related: density peaks (DPC-KNN, TCFormer),
-farthest point sampling (this is its parallel form), ToMe (sizes in the attention), EViT.
+the attention of later blocks. Cost: N^2 C products. Related methods: docs/reducers.md.
 """
 
 from dataclasses import replace
@@ -14,15 +13,13 @@ from typing import Any
 import torch
 
 from evit.reducers.base import Reducer
-from evit.reducers.tokens import Reduction, Seen, merge_into, unit, wide
+from evit.reducers.tokens import Reduction, Seen, led, merge_into, pick, unit, wide
 
 
 class Cover(Reducer):
     """Keep tokens that cover the others; merge every other token into its nearest kept one.
 
-    Args:
-        attention_power: exponent of a token's class attention in its rank.
-        size_power: exponent of a token's size (its number of patches) in its rank.
+    attention_power, size_power: exponents of a token's class attention and size in its rank.
     """
 
     name = "cover"
@@ -38,7 +35,6 @@ class Cover(Reducer):
         q, k = (part.to(wide(part)) for part in (seen.q_BHTD, seen.k_BHTD))
         with torch.autocast(q.device.type, enabled=False):
             weight_BN, sizes_BN = replace(seen, q_BHTD=q, k_BHTD=k).scores(), seen.sizes()
-        with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
             score_BN, tokens_BNC = weight_BN.detach(), unit(seen.image())
             similarity_BNN = tokens_BNC @ tokens_BNC.mT
             # Compare with tokens of higher attention only; the highest has none and ranks first.
@@ -46,13 +42,8 @@ class Cover(Reducer):
             nearest_BN = similarity_BNN.masked_fill(~higher_BNN, -1.0).amax(2)
             relative_BN = score_BN / score_BN.mean(1, keepdim=True)
             rank_BN = (1 - nearest_BN) * relative_BN**self.attention_power
-            rank_BN = rank_BN * sizes_BN**self.size_power
-            index_BK = rank_BN.topk(num_kept).indices
-            to_kept_BKN = similarity_BNN.gather(
-                1, index_BK[..., None].expand(-1, -1, similarity_BNN.shape[2])
-            )
-            own_BK = torch.arange(num_kept, device=index_BK.device).expand_as(index_BK)
-            host_BN = to_kept_BKN.argmax(1).scatter(1, index_BK, own_BK)
+            index_BK = (rank_BN * sizes_BN**self.size_power).topk(num_kept).indices
+            host_BN = led(pick(similarity_BNN, index_BK).argmax(1), index_BK)
         return merge_into(seen, index_BK, host_BN, weight_BN, sizes_BN)
 
     def macs(self, n: int, k: int, dim: int) -> int:

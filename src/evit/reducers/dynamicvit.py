@@ -7,6 +7,7 @@ removes no token: decisions are sampled, and the attention is masked.
 
 import itertools
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,10 +20,8 @@ from evit.reducers.tokens import Reduction, Seen
 
 
 class Predictor(nn.Module):
-    """Predict log-probabilities (B, N, 2) of keeping and dropping each token (PredictorLG).
-
-    Half of a token's features are its own, half are the mean over the tokens still kept.
-    """
+    """Predict log-probabilities (B, N, 2) of keeping and dropping each token (PredictorLG), by
+    features that are half its own, half the mean over the tokens still kept."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -46,10 +45,8 @@ class Predictor(nn.Module):
 
 
 class DynamicViT(Reducer):
-    """Keep the tokens that a learned predictor prefers, before each block in `at`.
-
-    Place s keeps int(N * keep_rate ** s) tokens, or N times the product of the first s rates.
-    """
+    """Keep the tokens that a learned predictor prefers: at place s, N times the product of the
+    first s rates, rounded down."""
 
     name = "dynamicvit"
     stage = "input"
@@ -59,12 +56,11 @@ class DynamicViT(Reducer):
     def build(self, dim: int) -> None:
         self.predictors = nn.ModuleList(Predictor(dim) for _ in self.at)
 
-    def kept_shares(self) -> list[float]:
-        """Share of all image tokens kept after each place."""
-        return list(itertools.accumulate(self.keep_rate, operator.mul))
+    def shares(self) -> Iterator[float]:
+        return itertools.accumulate(self.keep_rate, operator.mul)
 
     def kept(self, n: int) -> list[int]:
-        return list(self.given) if self.given else [int(n * share) for share in self.kept_shares()]
+        return list(self.given) if self.given else [int(n * share) for share in self.shares()]
 
     def scores(self, i: int, seen: Seen) -> Tensor:
         """Log-probability of keeping each token, by the predictor of place i, (B, N)."""
@@ -79,11 +75,8 @@ class DynamicViT(Reducer):
         return n * (13 * dim**2 // 8 + 2 * dim)
 
     def masked_features(self, model: Any, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Training forward pass: all tokens (B, T, C) after all blocks, and the decisions.
-
-        A decision (B, N) is 1 for tokens kept by this predictor and all earlier ones, sampled by
-        Gumbel-softmax with straight-through gradients.
-        """
+        """Training forward pass: all tokens (B, T, C) after all blocks, and each decision (B, N): 1
+        for tokens kept by this predictor and all earlier ones (straight-through Gumbel-softmax)."""
         P = model.num_prefix_tokens
         prefix, kept = x.new_ones(len(x), P), x.new_ones(len(x), x.shape[1] - P)
         decisions: list[Tensor] = []
@@ -98,26 +91,17 @@ class DynamicViT(Reducer):
         return x, decisions
 
     def losses(
-        self,
-        model: Any,
-        images: Tensor,
-        targets: Tensor,
-        cross_entropy: Any,
-        teacher: Any,
-        recipe: Any,
+        self, model: Any, images: Tensor, targets: Tensor, criterion: Any, teacher: Any, recipe: Any
     ) -> dict[str, Tensor]:
-        """Cross-entropy, the loss on the share of kept tokens and, with a teacher, distillation.
-
-        The teacher is a dense model of the same architecture. The student is distilled from its
-        class logits and its tokens (features after the last norm; LV-ViT: auxiliary logits).
-        """
+        """Cross-entropy, the loss on the share of kept tokens and, with a dense teacher of the same
+        architecture, distillation from its class logits and its tokens (see token_outputs)."""
         x, decisions = self.masked_features(model, model.embed(images))
         x = model.norm(x)
-        shares = zip(decisions, self.kept_shares(), strict=True)
-        squares = [(kept.float().mean(1) - share).square().mean() for kept, share in shares]
+        pairs = zip(decisions, self.shares(), strict=True)
+        squares = [(kept.float().mean(1) - share).square().mean() for kept, share in pairs]
         parts = dict(ratio_loss=torch.stack(squares).mean())
         logits, features = (model.forward_head(x), x) if teacher is None else model.token_outputs(x)
-        loss = cross_entropy(logits, targets) + recipe.ratio_weight * parts["ratio_loss"]
+        loss = criterion(logits, targets) + recipe.ratio_weight * parts["ratio_loss"]
         if teacher is not None:
             with torch.no_grad():
                 wanted, wanted_features = teacher.token_outputs(teacher.forward_features(images))

@@ -7,8 +7,7 @@ attention (the mean over heads of the class token's softmax row). Extra cost: th
 
 EViT.plan chooses the tokens and the weights of the fused one; reducers/blocks.py calls it in those
 blocks, once the class attention is known, and applies the Reduction. Names end in their shapes
-(legend: reducers/tokens.py). To add a method, write such a class with a name and a plan:
-docs/reducers.md.
+(legend: reducers/tokens.py). To add a method, write such a class: docs/reducers.md.
 """
 
 from typing import Any

@@ -13,19 +13,15 @@ import torch
 from torch import Tensor
 
 from evit.reducers.blocks import project
-from evit.reducers.tokens import Reduction, Seen, merge_into, unit
+from evit.reducers.tokens import Reduction, Seen, led, merge_into, pick, unit
 from evit.reducers.tome import Pairing, split
 
 
 class MCTF(Pairing):
     """Fuse tokens by similarity, importance and size, before the values are computed.
 
-    Args:
-        r: image tokens removed by each block except the first; below 1, the share removed at each
-            place of `at`.
-        prop_attn: sizes enter the attention.
-        one_step_ahead: fuse before the attention is applied; otherwise after the MLP.
-        tau_sim, tau_info, tau_size: temperatures of the three criteria.
+    r: image tokens removed by each block except the first; below 1, the share removed at each
+    place of `at`. tau_sim, tau_info, tau_size: temperatures of the three criteria.
     """
 
     name = "mctf"
@@ -34,24 +30,16 @@ class MCTF(Pairing):
     def __init__(
         self,
         *,
-        one_step_ahead: bool | int = True,
         tau_sim: float = 1.0,
         tau_info: float = 20.0,
         tau_size: float = 40.0,
         **options: Any,
     ):
         super().__init__(**options)
-        taus = dict(tau_sim=tau_sim, tau_info=tau_info, tau_size=tau_size)
-        if any(not tau > 0 for tau in taus.values()):
-            raise ValueError(f"{taus} must be above 0")
-        self.one_step_ahead = bool(one_step_ahead)
+        if not all(tau > 0 for tau in (tau_sim, tau_info, tau_size)):
+            raise ValueError(f"{tau_sim=}, {tau_info=} and {tau_size=} must be above 0")
         self.tau_sim, self.tau_info, self.tau_size = tau_sim, tau_info, tau_size
         self.share = self.r if isinstance(self.r, float) and self.r < 1 else None
-
-    def attach(self, model: Any) -> Any:
-        if self.share is not None and self.at_default:
-            self.at, self.at_default = tuple(self.quarters(len(model.blocks))), False
-        return super().attach(model)
 
     def removed(self, i: int, n: int) -> int:
         if self.share is not None:
@@ -61,16 +49,11 @@ class MCTF(Pairing):
         return max(min(r, n + 1 - 10), 0)
 
     def through(self, block: Any, i: int, seen: Seen, num_kept: int) -> tuple[Tensor, Reduction]:
+        """Return the block's output for the remaining tokens, and the reduction."""
         attn, x = block.attn, seen.x_BTC
-        y = block.norm1(x)
-        q, k, *v = project(attn, y, 0, 2 if self.one_step_ahead else 3, seen.rope_B1ND)
+        q, k = project(attn, block.norm1(x), 0, 2, seen.rope_B1ND)
         logits = (q * attn.scale) @ k.mT
         weight_BHTT = (logits if seen.bias_B11T is None else logits + seen.bias_B11T).softmax(-1)
-        if not self.one_step_ahead:
-            out = (attn.attn_drop(weight_BHTT) @ v[0]).transpose(1, 2).flatten(2)
-            seen.x_BTC = x = block.after(block.add(x, block.projected(attn.norm(out))))
-            reduction = self.fuse(seen, weight_BHTT, num_kept)
-            return reduction(x), reduction
         reduction = self.fuse(seen, weight_BHTT, num_kept)
         x = reduction(x)
         (value,) = project(attn, block.norm1(x), 2, 3)
@@ -80,37 +63,28 @@ class MCTF(Pairing):
         member_BKN = (reduction.hosts(rows.shape[1])[:, None] == groups).float()
         summed = Reduction(reduction.index_BK, seen.num_prefix, None, member_BKN)(rows.flatten(2))
         fused = summed.unflatten(2, rows.shape[2:]).permute(0, 3, 2, 1)
-        out = (attn.attn_drop(fused) @ value).transpose(1, 2).flatten(2)
-        return block.after(block.add(x, block.projected(attn.norm(out)))), reduction
+        out = attn.norm((attn.attn_drop(fused) @ value).transpose(1, 2).flatten(2))
+        return block.after(block.add(x, block.projected(out))), reduction
 
     def fuse(self, seen: Seen, weight_BHTT: Tensor, num_kept: int) -> Reduction:
-        sizes, P, n = seen.sizes(), seen.num_prefix, seen.x_BTC.shape[1] - seen.num_prefix
-        importance_BT = weight_BHTT.detach().float().mean((1, 2))
+        tokens, sizes = unit(seen.image()), seen.sizes()
+        importance_BN = weight_BHTT.detach().float().mean((1, 2))[:, seen.num_prefix :]
         # The paper's shares of the largest ones differ by a factor for each image: the order stays.
-        value_BN = importance_BT[:, P:] ** (-1 / self.tau_info) * sizes ** (-1 / self.tau_size)
-        a, b, place = split(n, P, sizes.device)
-        tokens = unit(seen.image())
+        value_BN = importance_BN ** (-1 / self.tau_info) * sizes ** (-1 / self.tau_size)
+        n, r = sizes.shape[1], sizes.shape[1] - num_kept
+        a, b = split(n, seen.num_prefix, sizes.device)
         cosine = (tokens[:, a] @ tokens[:, b].mT + 1) / 2
         W = cosine ** (1 / self.tau_sim) * value_BN[:, a, None] * value_BN[:, None, b]
-        r = n - num_kept
-        r1, r2 = r // 2, r - r // 2
         best_BA, match_BA = W.max(2)
-        order = best_BA.argsort(1, descending=True)
-        stay_a = order[:, r1:].sort(1).values
-        back = W.gather(1, stay_a[..., None].expand(-1, -1, len(b))).mT
-        best_BB, match_BB = back.max(2)  # numbers within stay_a
-        order_b = best_BB.argsort(1, descending=True)
-        stay_b, S = order_b[:, r2:], stay_a.shape[1]
-        places = torch.arange(len(b) - r2, device=a.device) + S
-        host_BB = match_BB.scatter(1, stay_b, places.expand_as(stay_b))
-        host_BA = host_BB.gather(1, match_BA)
-        host_BA = host_BA.scatter(1, stay_a, torch.arange(S, device=a.device).expand_as(stay_a))
-        host_BN = torch.cat([host_BA, host_BB], 1)[:, place]
-        index_BK = torch.cat([a[stay_a], b[stay_b]], 1)
-        return merge_into(seen, index_BK, host_BN, importance_BT[:, P:] * sizes, sizes)
+        stay_a = best_BA.argsort(1, descending=True)[:, r // 2 :].sort(1).values
+        best_BB, match_BB = pick(W, stay_a).mT.max(2)  # matches are numbers within stay_a
+        stay_b = best_BB.argsort(1, descending=True)[:, r - r // 2 :]
+        S, index_BK = stay_a.shape[1], torch.cat([a[stay_a], b[stay_b]], 1)
+        host_BB = led(match_BB - S, stay_b) + S  # those that stay come after stay_a
+        host_BN = torch.cat([host_BB.gather(1, match_BA), host_BB], 1)
+        host_BN = led(host_BN[:, torch.cat([a, b]).argsort()], index_BK)
+        return merge_into(seen, index_BK, host_BN, importance_BN * sizes, sizes)
 
     def macs(self, n: int, k: int, dim: int) -> int:
         a, b = n + self.num_prefix, k + self.num_prefix
-        if not self.one_step_ahead:
-            return n * n // 4 * dim
         return n * n // 4 * dim - 2 * (a - b) * dim**2 - (a**2 - b**2) * dim

@@ -31,9 +31,8 @@ def wide(x: Tensor) -> torch.dtype:
 class Seen:
     """Input of Reducer.plan: the tokens of a block, and its queries, keys and values.
 
-    x_BTC are the tokens that enter the block; at stage "residual" they are the residual stream
-    after its attention. At stage "input" only x_BTC and num_prefix are set. If the reducer
-    `selects`, q_BHTD may hold the class token's query only.
+    x_BTC enter the block; at stage "residual" they are the residual stream after its attention.
+    Stage "input" has no q, k and v. If the reducer `selects`, q may be the class token's only.
     """
 
     x_BTC: Tensor
@@ -43,16 +42,13 @@ class Seen:
     v_BHTD: Any = None
     scale: float = 1.0
     sizes_BT: Tensor | None = None  # number of patches merged into each token; None: one each
-    rope_B1ND: Tensor | None = None  # at stage "block": rotary positions of the image tokens
+    rope_B1ND: Tensor | None = None  # rotary positions of the image tokens
     bias_B11T: Tensor | None = None  # log of the sizes, added to the attention logits
     class_token: bool = True
 
     def rows(self) -> Tensor:
-        """Attention that each token receives in each head, (B, H, T), in float32 or wider.
-
-        From the class token: one row of the softmax, not the T x T matrix. Without a class token
-        averaged over all queries.
-        """
+        """Attention of the class token (without one: mean over all queries) to each token in each
+        head, (B, H, T), in float32 or wider: one row of the softmax."""
         k_BHTD, bias_B11T = self.k_BHTD, self.bias_B11T
         if not self.class_token:
             logits = ((self.q_BHTD * self.scale) @ k_BHTD.mT).float()
@@ -66,10 +62,7 @@ class Seen:
         return row_BHT.softmax(-1, dtype=wide(row_BHT))
 
     def scores(self) -> Tensor:
-        """Class attention of the image tokens, averaged over the heads, (B, N).
-
-        The softmax includes the prefix tokens; their columns are cut off without renormalising.
-        """
+        """Class attention of the image tokens, mean over the heads, (B, N); not renormalised."""
         return self.rows().mean(1)[:, self.num_prefix :]
 
     def image(self) -> Tensor:
@@ -80,54 +73,38 @@ class Seen:
         """Number of patches merged into each image token, (B, N), float32."""
         if self.sizes_BT is not None:
             return self.sizes_BT[:, self.num_prefix :]
-        B, T, _ = self.x_BTC.shape
-        return self.x_BTC.new_ones(B, T - self.num_prefix, dtype=torch.float32)
+        return torch.ones_like(self.image()[:, :, 0], dtype=torch.float32)
 
 
 @dataclass(eq=False)
 class Reduction:
-    """Linear map from N image tokens to K; prefix tokens stay first and unchanged.
+    """Linear map from N image tokens to K; prefix tokens stay first and unchanged."""
 
-    Args:
-        index_BK: the kept image tokens; where tokens are merged, the leader of each group.
-        num_prefix: P.
-        rest_BN: append one fused token, the sum of the image tokens with these weights; zero for
-            the tokens in index_BK.
-        weight_BKN: merge tokens: weight of each old token in each new one, summing to 1 over N.
-        host_BN: index of the new image token that contains each old one, -1 if it was dropped;
-            default: derived from index_BK and rest_BN.
-        sizes_BT: number of patches in each new token, prefix tokens included.
-    """
-
-    index_BK: Tensor
+    index_BK: Tensor  # the kept image tokens; where tokens are merged, the leader of each group
     num_prefix: int
-    rest_BN: Tensor | None = None
-    weight_BKN: Tensor | None = None
-    host_BN: Tensor | None = None
-    sizes_BT: Tensor | None = None
+    rest_BN: Tensor | None = None  # weights of the sum that is one more token; 0 for kept ones
+    weight_BKN: Tensor | None = None  # of each old token in each new one, summing to 1 over N
+    host_BN: Tensor | None = None  # the new token that contains each old one, -1: dropped
+    sizes_BT: Tensor | None = None  # number of patches in each new token, prefix tokens included
 
     def __call__(self, x_BTC: Tensor) -> Tensor:
         """Apply the map to tokens (B, P + N, C); returns (B, P + K, C)."""
         prefix, image = x_BTC[:, : self.num_prefix], x_BTC[:, self.num_prefix :]
         if self.weight_BKN is not None:
             return torch.cat([prefix, self.weight_BKN.to(x_BTC.dtype) @ image], 1)
-        parts = [prefix, image.gather(1, self.index_BK[..., None].expand(-1, -1, image.shape[2]))]
+        parts = [prefix, pick(image, self.index_BK)]
         if self.rest_BN is not None:
             parts.append(torch.bmm(self.rest_BN.to(x_BTC.dtype)[:, None], image))
         return torch.cat(parts, 1)
 
-    def project(self, linear: nn.Module, x_BTC: Tensor) -> Tensor:
-        """Compute self(linear(x)), with the linear layer applied after the reduction.
-
-        A fused token is a weighted sum, so its bias is corrected; the weights of a mean sum to 1.
-        """
+    def project(self, linear: Any, x_BTC: Tensor) -> Tensor:
+        """self(linear(x)), with the linear layer applied after the reduction. The bias of a fused
+        token, a weighted sum, is corrected; the weights of a mean sum to 1."""
         if not plain(linear, nn.Linear):
             return self(linear(x_BTC))
-        bias: Any = linear.bias
-        out = linear(self(x_BTC))
+        out, bias = linear(self(x_BTC)), linear.bias
         if self.rest_BN is not None and bias is not None:
-            more_B1 = (self.rest_BN.sum(1, keepdim=True) - 1).to(out.dtype)
-            out[:, -1].add_(more_B1 * bias)
+            out[:, -1].add_((self.rest_BN.sum(1, keepdim=True) - 1).to(out.dtype) * bias)
         return out
 
     @property
@@ -143,32 +120,37 @@ class Reduction:
         return kept_BK if self.rest_BN is None else F.pad(kept_BK, (0, 1), value=-1)
 
     def positions(self, rope_B1ND: Any) -> Any:
-        """Rotary positions of the remaining tokens. A merged token gets its leader's position, a
-        fused one that of its heaviest member. None stays None."""
+        """Rotary positions of the remaining tokens: a fused one has its heaviest member's."""
         if rope_B1ND is None:
             return None
         index_BK = self.index_BK
         if self.rest_BN is not None:
             index_BK = torch.cat([index_BK, self.rest_BN.argmax(1, keepdim=True)], 1)
-        rope_B1ND = rope_B1ND.expand(len(index_BK), -1, -1, -1)
-        return rope_B1ND.gather(2, index_BK[:, None, :, None].expand(-1, 1, -1, rope_B1ND.shape[3]))
+        return pick(rope_B1ND[:, 0].expand(len(index_BK), -1, -1), index_BK)[:, None]
 
     def hosts(self, num_tokens: int) -> Tensor:
         """Index of the new image token that contains each of N old ones, (B, N); -1: dropped."""
         if self.host_BN is not None:
             return self.host_BN
         B, K = self.index_BK.shape
-        places_BK = torch.arange(K, device=self.index_BK.device).expand(B, K)
         rest = -1 if self.rest_BN is None else K
-        return self.index_BK.new_full((B, num_tokens), rest).scatter(1, self.index_BK, places_BK)
+        return led(self.index_BK.new_full((B, num_tokens), rest), self.index_BK)
+
+
+def pick(x_BNC: Tensor, index_BK: Tensor) -> Tensor:
+    return x_BNC.gather(1, index_BK[..., None].expand(-1, -1, x_BNC.shape[2]))
+
+
+def led(host_BN: Tensor, index_BK: Tensor) -> Tensor:
+    """host_BN with token index_BK[b, k] in group k: leaders are members of their own groups."""
+    own = torch.arange(index_BK.shape[1], device=index_BK.device).expand_as(index_BK)
+    return host_BN.scatter(1, index_BK, own)
 
 
 def merge_into(
     seen: Seen, index_BK: Tensor, host_BN: Tensor, weight_BN: Tensor, sizes_BN: Tensor | None = None
 ) -> Reduction:
     """Reduction that merges groups of image tokens into their weighted means; sizes add up.
-
-    One small matrix product: deterministic, exportable, about 2 % of the time at 200 tokens.
 
     Args:
         index_BK: the leader of each group.
@@ -179,24 +161,19 @@ def merge_into(
     P, groups_K1 = seen.num_prefix, torch.arange(index_BK.shape[1], device=host_BN.device)[:, None]
     member_BKN = (host_BN[:, None] == groups_K1).to(weight_BN.dtype)
     share_BKN = member_BKN * weight_BN[:, None]
-    total_BK1 = share_BKN.sum(2, keepdim=True)
-    sizes_BT = None
+    mean_BKN, sizes_BT = share_BKN / share_BKN.sum(2, keepdim=True), None
     if sizes_BN is not None:
         sizes_BK = member_BKN @ sizes_BN[..., None].to(member_BKN.dtype)
         sizes_BT = F.pad(sizes_BK.squeeze(2).clamp(min=1), (P, 0), value=1.0).detach()
-    return Reduction(index_BK, P, None, share_BKN / total_BK1, host_BN, sizes_BT)
+    return Reduction(index_BK, P, None, mean_BKN, host_BN, sizes_BT)
 
 
 def nearest(tokens_BNC: Tensor, index_BK: Tensor, eps: float = 1e-12) -> tuple[Tensor, Tensor]:
-    """Find the most similar kept token (index_BK) for every image token; itself, if kept.
-
-    Returns: cosine similarities (B, N), 1 for kept tokens, and positions in index_BK (B, N).
-    """
+    """Cosine similarity (B, N) of every image token to the most similar kept one, and its position
+    in index_BK (B, N); of a kept token 1, and its own."""
     tokens = unit(tokens_BNC, eps)
-    kept = tokens.gather(1, index_BK[..., None].expand(-1, -1, tokens.shape[2]))
-    cosine_BN, host_BN = (tokens @ kept.mT).max(2)
-    own = torch.arange(index_BK.shape[1], device=host_BN.device).expand_as(index_BK)
-    return cosine_BN.scatter(1, index_BK, 1.0), host_BN.scatter(1, index_BK, own)
+    cosine_BN, host_BN = (tokens @ pick(tokens, index_BK).mT).max(2)
+    return cosine_BN.scatter(1, index_BK, 1.0), led(host_BN, index_BK)
 
 
 def unit(x_BTC: Tensor, eps: float = 1e-12) -> Tensor:
@@ -208,14 +185,6 @@ def moved(reduction: Reduction, place_BN: Tensor, num_tokens: int) -> Tensor:
     """Update the token index of each patch by a reduction of num_tokens tokens; -1: dropped."""
     host_BN = reduction.hosts(num_tokens).gather(1, place_BN.clamp(0))
     return torch.where(place_BN >= 0, host_BN, place_BN)
-
-
-def source(found: list[Reduction], ids_BN: Tensor, num_prefix: int) -> Tensor:
-    """Index of the final token of each patch, prefix tokens included, (B, N); -1: dropped."""
-    place_BN, n = ids_BN, ids_BN.shape[1]
-    for reduction in found:
-        place_BN, n = moved(reduction, place_BN, n), reduction.num_left
-    return torch.where(place_BN >= 0, place_BN + num_prefix, place_BN)
 
 
 def survivors(found: list[Reduction], reducer: Any, ids_BN: Tensor) -> list[Tensor]:
@@ -230,24 +199,16 @@ def survivors(found: list[Reduction], reducer: Any, ids_BN: Tensor) -> list[Tens
 
 
 def put_back(states: list[Any], num_prefix: int) -> Iterator[Tensor]:
-    """Yield dense tokens (B, P + N, C) after each block: each patch has the token it went into.
-
-    A dropped patch has its state from before the block that dropped it. `states` are the embedded
-    tokens, then for each block its reduction (if any) and its tokens.
-    """
-    first, *later = states
-    map_BNC = first[:, num_prefix:]
+    """Yield dense tokens (B, P + N, C) after each block: each patch has the token it went into, a
+    dropped one its state from before. `states` are the embedded tokens, then for each block its
+    reduction (if any) and its tokens."""
+    map_BNC = states[0][:, num_prefix:]
     n = map_BNC.shape[1]
-    place_BN = torch.arange(n, device=first.device).expand(first.shape[0], -1)
-    reduced = False
-    for state in later:
+    place_BN = torch.arange(n, device=map_BNC.device).expand(map_BNC.shape[0], -1)
+    for state in states[1:]:
         if type(state) is Reduction:
-            place_BN, n, reduced = moved(state, place_BN, n), state.num_left, True
+            place_BN, n = moved(state, place_BN, n), state.num_left
             continue
-        if reduced:
-            index = place_BN.clamp(0)[..., None].expand_as(map_BNC)
-            tokens = state[:, num_prefix:].gather(1, index)
-            map_BNC = torch.where(place_BN[..., None] >= 0, tokens, map_BNC)
-        else:
-            map_BNC = state[:, num_prefix:]
+        tokens = pick(state[:, num_prefix:], place_BN.clamp(0))
+        map_BNC = torch.where(place_BN[..., None] >= 0, tokens, map_BNC)
         yield torch.cat([state[:, :num_prefix], map_BNC], 1)

@@ -10,17 +10,16 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from evit.reducers.base import Reducer
-from evit.reducers.tokens import Reduction, Seen, merge_into, unit
+from evit.reducers.tokens import Reduction, Seen, led, merge_into, pick, unit
 
 
 def removals(r: Any, depth: int) -> list[Any]:
-    """Number of tokens to remove in each block, from r: an int, a list, or (r, inflect).
-
-    With inflect -1 the number falls from 2 r to 0 over the blocks, with 1 it rises from 0 to 2 r.
-    """
+    """Number of tokens to remove in each block, from r: an int, a list, or (r, inflect): with
+    inflect -1 it falls from 2 r to 0 over the blocks, with 1 it rises from 0 to 2 r."""
     if isinstance(r, Sequence) and len(r) == 2 and isinstance(r[1], float):
         low = int(r[0] * (1 - r[1]))
         step = (2 * r[0] - 2 * low) / max(depth - 1, 1)
@@ -32,20 +31,24 @@ def removals(r: Any, depth: int) -> list[Any]:
     return given + [0] * (depth - len(given))
 
 
-def split(num_tokens: int, num_prefix: int, device: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Indices of the image tokens in ToMe's set A (even positions of the whole sequence) and in B
-    (odd), and the position of each image token in [A, B]."""
+def split(num_tokens: int, num_prefix: int, device: Any) -> list[Tensor]:
+    """Image tokens in ToMe's set A (even positions of the whole sequence) and in B (odd)."""
     first = num_prefix % 2
-    a, b = (torch.arange(start, num_tokens, 2, device=device) for start in (first, 1 - first))
-    return a, b, torch.cat([a, b]).argsort()
+    return [torch.arange(start, num_tokens, 2, device=device) for start in (first, 1 - first)]
+
+
+def join(seen: Seen, a_BA: Tensor, b_BB: Tensor, match_BA: Tensor, stay_BS: Tensor) -> Reduction:
+    """Merge tokens a into their matches in b, by sizes, except those in stay."""
+    sizes, index_BK = seen.sizes(), torch.cat([stay_BS, b_BB], 1)
+    host_BN = torch.zeros_like(sizes, dtype=torch.int64)
+    host_BN = led(host_BN.scatter(1, a_BA, match_BA + stay_BS.shape[1]), index_BK)
+    return merge_into(seen, index_BK, host_BN, sizes, sizes)
 
 
 class Pairing(Reducer):
     """Base of ToMe, PiToMe and MCTF, which remove at most half of the tokens at a place.
 
-    Args:
-        r: image tokens that each block removes: an int, a list per block, or (r, inflect).
-        prop_attn: sizes enter the attention (proportional attention).
+    r: image tokens that each block removes (removals); prop_attn: sizes enter the attention.
     """
 
     schedules: ClassVar[tuple[str, ...]] = ("r",)
@@ -72,20 +75,52 @@ class ToMe(Pairing):
     name = "tome"
 
     def plan(self, i: int, seen: Seen, num_kept: int) -> Reduction:
-        sizes = seen.sizes()
-        n, r = sizes.shape[1], sizes.shape[1] - num_kept
-        a, b, place = split(n, seen.num_prefix, sizes.device)
         metric = unit(seen.k_BHTD.mean(1)[:, seen.num_prefix :])
-        score_BA, match_BA = (metric[:, a] @ metric[:, b].mT).max(2)
+        B, n, _ = metric.shape
+        a, b = (side.expand(B, -1) for side in split(n, seen.num_prefix, metric.device))
+        score_BA, match_BA = (pick(metric, a) @ pick(metric, b).mT).max(2)
         order_BA = score_BA.argsort(1, descending=True)
-        stay_BS = order_BA[:, r:].sort(1).values  # the others go into their matches in B
-        B, S = stay_BS.shape
-        own_BS = torch.arange(S, device=a.device).expand(B, S)
-        host_BA = (match_BA + S).scatter(1, stay_BS, own_BS)
-        host_BB = torch.arange(S, S + len(b), device=a.device).expand(B, -1)
-        host_BN = torch.cat([host_BA, host_BB], 1)[:, place]
-        index_BK = torch.cat([a[stay_BS], b.expand(B, -1)], 1)
-        return merge_into(seen, index_BK, host_BN, sizes, sizes)
+        stay = order_BA[:, n - num_kept :].sort(1).values  # the others go into their matches in B
+        return join(seen, a, b, match_BA, a.gather(1, stay))
 
     def macs(self, n: int, k: int, dim: int) -> int:
         return n * n // 4 * dim // self.num_heads + n * dim
+
+
+class PiToMe(Pairing):
+    """PiToMe (Tran et al., NeurIPS 2024, arXiv 2405.16148): merge the redundant tokens.
+
+    The energy of a token is the mean of ELU(similarity - margin) to all others, by their keys; the
+    margin falls with depth. Tokens of high energy are redundant. In the first half of the blocks
+    all tokens pair up in order of energy; later only the 2 r tokens of highest energy do. Cost:
+    N^2 D products. By default, as in the authors' code for DeiT and unlike the paper, sizes do not
+    enter the attention. ratio: share of the image tokens that each block keeps.
+    """
+
+    name = "pitome"
+    schedules = ("r", "ratio")
+
+    def __init__(self, *, ratio: float | None = None, prop_attn: bool = False, **schedule: Any):
+        super().__init__(prop_attn=prop_attn, **schedule)
+        if ratio is not None and not 0.5 <= ratio <= 1:
+            raise ValueError(f"ratio must be from 0.5 to 1, got {ratio}: it is per block")
+        self.ratio = ratio
+        self.own = self.own or ratio is not None
+
+    def removed(self, i: int, n: int) -> int:
+        return super().removed(i, n) if self.ratio is None else int(n - n * self.ratio)
+
+    def plan(self, i: int, seen: Seen, num_kept: int) -> Reduction:
+        block, metric = self.at[i], unit(seen.k_BHTD.mean(1)[:, seen.num_prefix :])
+        similarity_BNN, n = metric @ metric.mT, metric.shape[1]
+        energy_BN = F.elu(similarity_BNN - (0.75 - 0.75 * block / self.depth)).mean(2)
+        order_BN, r = energy_BN.argsort(1, descending=True), n - num_kept
+        paired = n if block < (self.depth + 1) // 2 else 2 * r
+        a, b, rest = order_BN[:, :paired:2], order_BN[:, 1:paired:2], order_BN[:, paired:]
+        pairs_BAB = pick(similarity_BNN, a).gather(2, b[:, None].expand(-1, a.shape[1], -1))
+        score_BA, match_BA = pairs_BAB.max(2)
+        best_BA = score_BA.argsort(1, descending=True)
+        return join(seen, a, b, match_BA, torch.cat([a.gather(1, best_BA[:, r:]), rest], 1))
+
+    def macs(self, n: int, k: int, dim: int) -> int:
+        return n * n * dim // self.num_heads + n * dim
