@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from timm.data import auto_augment
 
-from evit.data.batch import PILRandAugment, RandAugment, fill_color, source_of, warp_of
+from evit.data.batch import PILRandAugment, RandAugment, source_of, warp_of
 from evit.data.ffcv.augment import NOTHING, apply_operation, argument_of, draw
 from evit.data.order import repeated_order
 from tests.data import build
@@ -16,7 +16,7 @@ from tests.data.test_pixels import photo
 
 DEIT = "rand-m9-mstd0.5-inc1"
 OPERATIONS = auto_augment._RAND_INCREASING_TRANSFORMS
-FILL = fill_color((0.485, 0.456, 0.406))
+FILL = (124, 116, 104)
 GEOMETRIC = (3, 11, 12, 13, 14)
 
 

@@ -6,8 +6,8 @@ import os
 import numpy as np
 import pytest
 
-import evit.data as datasets
 from evit.data import FashionMNIST, folders
+from evit.data import module as datasets
 from tests.data.build import module
 
 

@@ -37,8 +37,8 @@ DAMAGES = {
     "half": (None, "cannot be read"),
     "a dict": ({"map": one_map()}, "cannot be read"),
     "float32": (one_map().float(), "float32 .*, not float16"),
-    "four classes": (one_map()[:, :4].clone(), r"\(2, 4, 6, 6\), not float16 \(2, 5, H, W\)"),
-    "other size": (one_map(height=5), r"cells \(5, 6\), the first map has \(6, 6\)"),
+    "four classes": (one_map()[:, :4].clone(), r"\(2, 4, 6, 6\), not float16 \(2, 5, 6, 6\)"),
+    "other size": (one_map(height=5), r"\(2, 5, 5, 6\), not float16 \(2, 5, 6, 6\)"),
     "nan": (changed(logits=float("nan")), "not finite"),
     "infinite": (changed(logits=float("inf")), "not finite"),
     "id too large": (changed(ids=K), "ids that are not classes, 0 to 6"),
@@ -61,11 +61,13 @@ def test_a_damaged_map_is_named_with_the_reason_and_the_way_out(tmp_path, name):
         torch.save(content, path)
     with pytest.raises(ValueError, match=reason) as refusal:
         read_label_map(path, K, (6, 6))
-    assert str(path) in str(refusal.value) and "src/label_maps.py" in str(refusal.value)
+    assert str(path) in str(refusal.value) and "LABELS/CLASS/STEM.pt" in str(refusal.value)
 
 
 def test_a_missing_map_is_named(tmp_path):
-    with pytest.raises(ValueError, match="x.pt cannot be read .*No such file.*src/label_maps.py"):
+    with pytest.raises(
+        ValueError, match="x.pt cannot be read .*No such file.*LABELS/CLASS/STEM.pt"
+    ):
         read_label_map(tmp_path / "x.pt", K)
 
 

@@ -248,7 +248,7 @@ def test_what_rand_augment_uncovers_has_the_mean_of_the_normalisation(photos, tm
     data.normalize_for(timm.create_model("vit_tiny_patch16_224.augreg_in21k"))
     data.prepare_data()
     data.setup()
-    assert data.train_dataloader().fill.tolist() == [128, 128, 128]
+    assert data.train_dataloader().fill == (128, 128, 128)
 
 
 def test_a_rand_augment_that_is_not_served_is_refused_at_once(photos):
@@ -309,7 +309,7 @@ def test_images_that_do_not_fill_a_step_are_refused(backend, photos, tmp_path):
     data.prepare_data()
     reasons = {
         7: "12 training images do not fill one batch of 2 x 7 on 1 processes: lower recipe.batch_s",
-        4: "recipe.batch_size 14 cannot be shared by 4 .*: make it a multiple",
+        4: "recipe.batch_size=14 must be a multiple of .*, 4",
     }
     for accumulated, reason in reasons.items():
         data.trainer = one_process(accumulated)

@@ -231,10 +231,10 @@ def test_what_is_encoded_anew_keeps_its_colours(tmp_path, quality):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"samples": []}, "nothing to write, .* has no images"),
+        ({"samples": []}, "nothing to write, .* has no readable images"),
         (
             {"samples": [("none.jpg", 0)], "skip_bad": True},
-            "nothing to write, there is no readable",
+            "nothing to write, .* has no readable images",
         ),
         ({"mode": "png"}, "'mode': 'png', .* mode is jpg or raw"),
         ({"max_resolution": 0}, "'max_resolution': 0, .* pixels or null"),

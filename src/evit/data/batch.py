@@ -1,12 +1,8 @@
-"""Augmentation that both backends share: RandAugment (arXiv 1909.13719) as timm configures and
-draws it; and of whole batches on the training device: normalise, erase, mix."""
-
-from __future__ import annotations
+"""Augmentation of both backends: timm's RandAugment; of whole batches: normalise, erase, mix."""
 
 import functools
 import math
 import re
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,59 +17,47 @@ from torch import Tensor
 
 from evit.config import Recipe
 
-Colour = tuple[float, float, float]
-
 
 @functools.cache
-def per_channel(colour: Colour, device: torch.device) -> Tensor:
+def per_channel(colour: tuple[float, ...], device: torch.device) -> Tensor:
     """A colour as (3, 1, 1). It stays on the device: each copy to a GPU would wait for it."""
     return torch.tensor(colour, device=device).view(3, 1, 1)
 
 
-def normalize(images: Tensor, mean: Colour = MEAN, std: Colour = STD) -> Tensor:
-    """uint8 images (B, 3, H, W) to float32, with the mean and standard deviation of each colour."""
+def normalize(images: Tensor, mean: Any = MEAN, std: Any = STD) -> Tensor:
+    """uint8 images (B, 3, H, W) to float32, with the mean and deviation of each colour."""
     shift, scale = (per_channel(tuple(v), images.device) for v in (mean, std))
     return images.to(torch.float32, copy=True).sub_(255 * shift).div_(255 * scale)
 
 
-def denormalize(images: Tensor, mean: Colour = MEAN, std: Colour = STD) -> Tensor:
+def denormalize(images: Tensor, mean: Any = MEAN, std: Any = STD) -> Tensor:
     """The uint8 images that normalize() was given."""
     shift, scale = (per_channel(tuple(v), images.device) for v in (mean, std))
     return (255 * (images * scale + shift)).round().clamp(0, 255).to(torch.uint8)
 
 
 def augment_batch(images: Tensor, *more: Any, random_erasing: float = 0.0) -> tuple[Any, ...]:
-    """DeiT's random erasing of normalised images (B, 3, H, W), in place: with this probability, a
-    rectangle of 2 to 33 % of an image becomes noise. The rest of the batch is returned as it is."""
+    """DeiT's random erasing, in place: with this probability, a part of an image becomes noise."""
     if random_erasing:
         images = RandomErasing(random_erasing, mode="pixel", device=images.device)(images)
     return images, *more
 
 
 def make_mixup(recipe: Recipe, num_classes: int, batch_size: int) -> Mixup | None:
-    """timm's Mixup, or None where both are off: (images, labels) -> images, targets (B, classes).
-
-    One draw for a batch, a pair or each image (recipe.mixup_mode), from numpy's global generator.
-    Works on the images in place.
-    """
+    """timm's Mixup, or None where both are off; in place, and with numpy's global generator."""
     if not (recipe.mixup > 0 or recipe.cutmix > 0):
         return None
     if batch_size % 2:
-        way = "choose another recipe.batch_size, or recipe.mixup=0 recipe.cutmix=0"
-        raise ValueError(f"mixup pairs images, and {batch_size} images per process is odd: {way}")
+        way = "another recipe.batch_size, or recipe.mixup=0 recipe.cutmix=0"
+        raise ValueError(f"mixup makes pairs, and {batch_size} images per process is odd: {way}")
     alphas, how = (recipe.mixup, recipe.cutmix), (recipe.mixup_switch_prob, recipe.mixup_mode)
     return Mixup(*alphas, None, 1.0, *how, True, recipe.label_smoothing, num_classes)
 
 
 def mix_token_box(grid: tuple[int, int]) -> Tensor:
-    """MixToken's patches (H, W), True where those of the flipped batch go: a box, as in CutMix.
-
-    Its area is 1 - Beta(1, 1) of the grid where the border does not cut it. Drawn from numpy's
-    global generator, one for a batch.
-    """
+    """MixToken's patches (H, W), True in a box as of CutMix, from numpy's global generator."""
     side = (1 - np.random.beta(1.0, 1.0)) ** 0.5
-    inside = torch.zeros(grid, dtype=torch.bool)
-    box = []
+    inside, box = torch.zeros(grid, dtype=torch.bool), []
     for size in grid:
         centre, half = np.random.randint(size), int(size * side) // 2
         box.append(slice(max(centre - half, 0), centre + half))
@@ -99,8 +83,7 @@ class RandAugment(NamedTuple):
     maximum: float
 
     @classmethod
-    def parse(cls, config: str) -> RandAugment:
-        """Parsed form of timm's syntax, such as rand-m9-mstd0.5-inc1."""
+    def parse(cls, config: str) -> "RandAugment":
         if not SYNTAX.fullmatch(config) or "inc1" not in config.split("-"):
             way = "write it as timm does, rand-m9-mstd0.5-inc1 (m, n, p, mstd, mmax; always inc1)"
             raise ValueError(f"recipe.rand_augment={config!r}: {way}")
@@ -110,14 +93,8 @@ class RandAugment(NamedTuple):
         return cls(found.num_layers, *map(float, numbers))  # of one type: it is compiled once
 
 
-def fill_color(mean: Sequence[float]) -> tuple[int, ...]:
-    """What timm puts where a geometric operation leaves nothing: the mean of the normalisation."""
-    return tuple(min(255, round(255 * value)) for value in mean)
-
-
 def source_of(operation: int, argument: float, width: float, height: float) -> Any:
-    """The affine map (a, b, c, d, e, f) from a pixel to where it comes from, as PIL wants it:
-    x, y -> a x + b y + c, d x + e y + f. The identity if the operation moves nothing."""
+    """PIL's affine map from a pixel to where it comes from: x, y -> ax + by + c, dx + ey + f."""
     if operation == ROTATE:
         angle = -math.radians(argument % 360.0)
         cos, sin = round(math.cos(angle), 15), round(math.sin(angle), 15)
@@ -130,36 +107,30 @@ def source_of(operation: int, argument: float, width: float, height: float) -> A
     return 1.0, b, c, d, 1.0, f
 
 
-def warp_of(operations: Sequence[int], arguments: Sequence[float]) -> np.ndarray:
-    """The affine map (2, 3) from the unit square of a square image to that of the image before
-    these operations, in the order in which they were applied."""
+def warp_of(operations: Any, arguments: Any) -> np.ndarray:
+    """The affine map (2, 3) of operations, one after the other, on the unit square."""
     warp = np.eye(3)
     for operation, argument in zip(operations, arguments, strict=True):
-        step = np.array(source_of(operation, argument, 1.0, 1.0)).reshape(2, 3)
-        warp = warp @ np.vstack([step, [0, 0, 1]])
+        step = source_of(operation, argument, 1.0, 1.0)
+        warp = warp @ np.reshape([*step, 0, 0, 1], (3, 3))
     return warp[:2].astype(np.float32)
 
 
 class PILRandAugment:
-    """timm's RandAugment of PIL images: an image gives an image, and the map of warp_of.
-
-    Draws from the global generators of `random` and numpy. Bicubic, as in DeiT's training.
-    """
+    """timm's RandAugment: a PIL image gives an image, and the map of warp_of. Bicubic, as DeiT's.
+    Draws from the global generators of `random` and numpy."""
 
     def __init__(self, config: str, fill: tuple[int, ...]):
         options = dict(img_mean=fill, interpolation=Image.Resampling.BICUBIC)
         self.transform: Any = rand_augment_transform(config, options)
-        self.applied: list[tuple[int, float]] = []
         for operation, op in enumerate(self.transform.ops):
             op.aug_fn = functools.partial(self._apply, operation, op.aug_fn)
 
     def _apply(self, operation: int, function: Any, image: Any, *arguments: Any, **more: Any):
         self.applied.append((operation, arguments[0] if arguments else 0.0))
-        if operation == POSTERIZE and arguments[0] < 1:
-            return Image.new(image.mode, image.size)  # Pillow 13 refuses 0 bits, earlier: black
         return function(image, *arguments, **more)
 
     def __call__(self, image: Image.Image) -> tuple[Image.Image, np.ndarray]:
-        self.applied = []
+        self.applied: list[tuple[int, float]] = []
         image = self.transform(image)
         return image, warp_of([op for op, _ in self.applied], [value for _, value in self.applied])

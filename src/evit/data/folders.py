@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import os
 import stat
-from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,14 +18,12 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from evit.files import telling
 
 SPLITS = ("train", "val")
-WAY_OUT = (
-    "remove or replace it, or leave such images out: python src/prepare.py source=DIR skip_bad=true"
-)
+WAY_OUT = "remove it, or leave such images out: python src/prepare.py source=DIR skip_bad=true"
 MAX_ASPECT = 16  # long side / short side, beyond which an image is cut before it is enlarged
 
 
 def class_names(folder: Path) -> list[str]:
-    """Names of the class folders in a folder, sorted, hidden ones left out; [] without one."""
+    """Names of the class folders in a folder, sorted, hidden ones left out."""
     found: Any = os.scandir(folder) if folder.is_dir() else []
     return sorted(e.name for e in found if e.is_dir() and not e.name.startswith("."))
 
@@ -36,40 +34,26 @@ def in_words(classes: list[str]) -> list[str]:
     return list(info.label_descriptions()) if classes == info.label_names() else classes
 
 
-def splits_there(root: Path, needed: Sequence[str]) -> list[str]:
-    """The splits that are needed, and those that have class folders in ROOT beside them."""
-    return [split for split in SPLITS if split in needed or class_names(root / split)]
-
-
-def tree_classes(root: Path, needed: Sequence[str] = SPLITS) -> list[str]:
-    """The classes of ROOT/train, once ROOT is seen to be a tree of train/CLASS and val/CLASS.
-
-    Where val/ alone is needed and there is no train/, the classes are those of val/.
-    """
-    found = {split: class_names(root / split) for split in splits_there(root, needed)}
-    if missing := [split for split, names in found.items() if not names]:
+def tree_classes(root: Path, needed: Any = SPLITS) -> list[str]:
+    """The classes of ROOT/train, or of ROOT/val where that alone is needed and there."""
+    found = {split: class_names(root / split) for split in SPLITS}
+    if missing := [split for split in needed if not found[split]]:
+        what = f"has no class folders in {missing[0]}/" if root.is_dir() else "does not exist"
         layout = " and ".join(f"{root}/{split}/CLASS/*.jpg" for split in needed)
         if root.is_dir() and missing == ["val"]:
             layout += "; data.val_fraction=0.1 holds out some of train/"
         if any(root.glob("ILSVRC*")) or any(root.glob("val/ILSVRC2012_*")):
             layout += f". ImageNet as downloaded can be prepared: make imagenet ROOT={root}"
-        what = f"has no class folders in {missing[0]}/" if root.is_dir() else "does not exist"
         raise ValueError(f"data folder {str(root)!r} {what}: expected {layout}")
-    classes = next(iter(found.values()))
-    if strange := sorted(set(found.get("val", ())) - set(classes)):
-        raise ValueError(
-            f"{str(root / 'val')!r} has classes that train/ lacks: {', '.join(strange[:5])}. "
-            f"Add them to train/, or remove them from val/"
-        )
+    classes = found["train"] or found["val"]
+    if strange := ", ".join(sorted({*found["val"]} - {*classes})[:5]):
+        raise ValueError(f"{root}/val has classes that train/ lacks: {strange}. Add or remove them")
     return classes
 
 
 def image_files(folder: str, others: list[str] | None = None) -> list[str]:
     """Image files in a folder and its subfolders, in the order of torchvision's ImageFolder.
-
-    Files with another ending than the usual ones are images if Pillow opens them; the rest is added
-    to `others`. Hidden files are left out: macOS and editors leave them behind.
-    """
+    Files of unusual endings are images if Pillow opens them, or added to `others`."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -86,11 +70,9 @@ def image_files(folder: str, others: list[str] | None = None) -> list[str]:
 
 
 def _opens(path: str) -> bool:
-    try:
-        with open_image(path) as file, Image.open(file):
-            return True
-    except Exception:  # Pillow raises nearly anything on what is no image
-        return False
+    with suppress(Exception), open_image(path) as file, Image.open(file):
+        return True
+    return False
 
 
 def open_image(path: str | Path) -> BinaryIO:
@@ -128,11 +110,8 @@ def cut_long(image: Image.Image) -> Image.Image:
     return image.crop((left, top, image.width - left, image.height - top)) if left + top else image
 
 
-def held_out(samples: Sequence[tuple[str, int]], share: float) -> set[tuple[str, int]]:
-    """A share of the images of each class, at least one: those whose names' hashes are lowest.
-
-    Raises: ValueError if the share is not between 0 and 1, or takes all images of a class.
-    """
+def held_out(samples: list[tuple[str, int]], share: float) -> set[tuple[str, int]]:
+    """A share of the images of each class, at least one: those whose names' hashes are lowest."""
     chosen = set[tuple[str, int]]()
     for _, group in itertools.groupby(samples, lambda sample: sample[1]):
         images = sorted(group, key=lambda s: hashlib.sha256(os.fsencode(Path(s[0]).name)).digest())
@@ -145,8 +124,7 @@ def held_out(samples: Sequence[tuple[str, int]], share: float) -> set[tuple[str,
 
 
 class ClassFolders(ImageFolder):
-    """torchvision's ImageFolder with the labels of given classes, whichever of them it holds, and
-    the images of image_files. Files that are no images are counted, and left out."""
+    """torchvision's ImageFolder of given classes, of which it need not hold all."""
 
     def __init__(self, root: str | Path, classes: list[str]):
         self._given = classes
@@ -170,27 +148,22 @@ class ClassFolders(ImageFolder):
 
 
 @telling(lambda: "looking for changed images")
-def fingerprint(samples: Sequence[tuple[str, int]], root: Path) -> str:
-    """A hash of the names, sizes, modification times and labels of files: it tells whether a tree
-    has changed."""
+def fingerprint(samples: list[tuple[str, int]], root: Path) -> str:
+    """A hash of the names, sizes, modification times and labels of files."""
     digest, inside = hashlib.sha256(), f"{root}/"
     for path, label in samples:
         found = os.stat(path) if os.path.exists(path) else os.lstat(path)  # a dangling link
         # relpath takes long, and is needed only for what lies beside the root.
         name = path[len(inside) :] if path.startswith(inside) else os.path.relpath(path, root)
-        said = f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0{label}\n"
-        digest.update(os.fsencode(said))
+        digest.update(os.fsencode(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0{label}\n"))
     return digest.hexdigest()
 
 
-def require_imagenet(classes: Sequence[str], root: Path) -> None:
+def require_imagenet(classes: list[str], root: Path) -> None:
     """Raise ValueError for other classes than ImageNet-1k's, or for another order of them."""
     expected = ImageNetInfo("imagenet-1k").label_names()
     if list(classes) != expected:
         pairs = enumerate(zip(classes, expected, strict=False))
         first = next((f", class {i} is {a!r}, not {b!r}" for i, (a, b) in pairs if a != b), "")
-        raise ValueError(
-            f"{root} has {len(classes)} classes{first}. Published checkpoints need ImageNet-1k's "
-            f"{len(expected)}, in folders named by their WordNet ids: for a data set of your own "
-            f"use data=folder data.root={root}, and imagenet=false to prepare it"
-        )
+        way = "need ImageNet-1k's 1000 WordNet ids: take data=folder, or imagenet=false to prepare"
+        raise ValueError(f"{root} has {len(classes)} classes{first}. Published checkpoints {way}")

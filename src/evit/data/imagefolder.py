@@ -2,7 +2,6 @@
 
 import copy
 import random
-from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +9,7 @@ import torch
 from lightning.pytorch.utilities import CombinedLoader
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision.transforms import InterpolationMode
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2 as T
 
 from evit.config import Recipe
@@ -22,24 +20,20 @@ from evit.data.order import EpochLoader
 
 
 class RandomResizedCropFlip:
-    """torchvision's RandomResizedCrop, bicubic, RandomHorizontalFlip, and then timm's RandAugment:
-    an image gives uint8 (3, size, size), and what was done, as in evit.data.ffcv.stream, its crop
-    (5,) and with RandAugment a map (2, 3)."""
+    """torchvision's RandomResizedCrop, a flip, timm's RandAugment; crop and map as FFCVStream's."""
 
-    def __init__(self, size: int, recipe: Recipe, fill: tuple[int, ...] = (0, 0, 0)):
+    def __init__(self, size: int, recipe: Recipe, fill: tuple[int, ...]):
         scale, name = tuple(recipe.crop_scale), recipe.rand_augment
-        self.crop = T.RandomResizedCrop(size, scale, interpolation=InterpolationMode.BICUBIC)
+        self.crop = T.RandomResizedCrop(size, scale, interpolation=T.InterpolationMode.BICUBIC)
         self.flip, self.rand_augment = recipe.flip, PILRandAugment(name, fill) if name else None
 
     def __call__(self, image: Image.Image) -> tuple[Tensor, ...]:
         width, height = image.size
         image = image.convert("RGB")
         box = self.crop.make_params([image])
-        left, top = box["left"], box["top"]
-        right, bottom = left + box["width"], top + box["height"]
-        flipped = bool(torch.rand(1) < self.flip)
-        shares = left / width, top / height, right / width, bottom / height, float(flipped)
-        said = [torch.tensor(shares)]
+        x, y, flipped = box["left"], box["top"], bool(torch.rand(1) < self.flip)
+        corners = x / width, y / height, (x + box["width"]) / width, (y + box["height"]) / height
+        said = [torch.tensor([*corners, float(flipped)])]
         image = self.crop.transform(image, box)
         image = T.functional.horizontal_flip(image) if flipped else image
         if self.rand_augment:
@@ -48,23 +42,23 @@ class RandomResizedCropFlip:
         return T.functional.pil_to_tensor(image), *said
 
 
-def evaluation_transform(img_size: int, crop_pct: float) -> Callable[[Image.Image], Tensor]:
+def evaluation_transform(img_size: int, crop_pct: float) -> Any:
     """DeiT's: short side to img_size / crop_pct, bicubic, and the centre: uint8 (3, size, size)."""
-    resize = T.Resize(int(img_size / crop_pct), interpolation=InterpolationMode.BICUBIC)
+    resize = T.Resize(int(img_size / crop_pct), interpolation=T.InterpolationMode.BICUBIC)
     return T.Compose([T.RGB(), cut_long, resize, T.CenterCrop(img_size), T.PILToTensor()])
 
 
 class Pictures(Dataset):
-    """Images of a data set with their label maps, by keys (epoch, index), or these and which view
-    it is. In training they depend on seed and key alone, not on the worker."""
+    """Images with their label maps, by keys (epoch, index) or (epoch, index, view). In training
+    they depend on seed and key alone, not on the worker."""
 
-    def __init__(self, dataset: Any, seed: int | None, label_maps: list[str], num_classes: int):
-        self.dataset, self.seed = dataset, seed
+    def __init__(self, dataset: Any, indices: Any, seed: Any, label_maps: Any, num_classes: int):
+        self.dataset, self.indices, self.seed = dataset, indices, seed
         self.label_maps, self.num_classes = label_maps, num_classes
         self.map_shape = read_label_map(label_maps[0], num_classes).shape[2:] if label_maps else ()
 
     def __getitem__(self, key: tuple[int, ...]) -> tuple[Any, ...]:
-        index = key[1]
+        index = self.indices[key[1]]
         if self.seed is None:
             return self.dataset[index]
         seed = hash((self.seed, *key))
@@ -79,32 +73,21 @@ class Pictures(Dataset):
 
 
 class FolderLoader(EpochLoader):
-    """Batches, as of evit.data.ffcv.stream, of one of torchvision's data sets, bicubic as DeiT's.
-    Its label maps are the files `label_maps`."""
+    """Batches as of evit.data.ffcv.stream, of one of torchvision's data sets, bicubic as DeiT's."""
 
-    def __init__(
-        self,
-        dataset: Any,
-        label_maps: Sequence[str] | None = None,
-        num_classes: int = 0,
-        *,
-        num_workers: int,
-        fill: tuple[int, ...] = (0, 0, 0),
-        **shown: Any,
-    ) -> None:
+    def __init__(self, dataset: Any, label_maps: Any = None, num_classes: int = 0, **shown: Any):
         super().__init__(len(dataset), **shown)
-        recipe, shard, train, img_size = self.recipe, self.shard, self.train, self.img_size
-        dataset, transform = copy.copy(dataset), evaluation_transform(img_size, recipe.crop_pct)
-        dataset.transform = RandomResizedCropFlip(img_size, recipe, fill) if train else transform
-        indices, seed = self.indices.tolist(), shard.seed if train else None
-        maps = [label_maps[i] for i in indices] if train and label_maps else []
+        dataset, seed = copy.copy(dataset), self.shard.seed if self.train else None
+        dataset.transform = evaluation_transform(self.img_size, self.recipe.crop_pct)
+        if self.train:
+            dataset.transform = RandomResizedCropFlip(self.img_size, self.recipe, self.fill)
+        pictures = Pictures(dataset, self.indices.tolist(), seed, label_maps, num_classes)
         self.keys: list[list[int]] = []  # of an epoch
-        pictures = Pictures(Subset(dataset, indices), seed, maps, num_classes)
-        how: Any = dict(num_workers=num_workers, persistent_workers=num_workers > 0)
-        how |= dict(sampler=self.keys, pin_memory=torch.cuda.is_available())
-        self.loader: DataLoader = DataLoader(pictures, shard.batch_size, **how)
+        how: Any = dict(sampler=self.keys, pin_memory=torch.cuda.is_available())
+        how |= dict(num_workers=self.num_workers, persistent_workers=self.num_workers > 0)
+        self.loader: DataLoader = DataLoader(pictures, self.shard.batch_size, **how)
 
-    def batches(self, start: int) -> Generator[Any]:
+    def batches(self, start: int) -> Any:
         order, views = self.order(self.epoch), self.recipe.repeated_augmentations > 1
         keys = np.stack([np.full_like(order, self.epoch), order, np.arange(len(order))], 1)
         self.keys[:] = self.own(keys)[start * self.shard.batch_size :, : 2 + views].tolist()

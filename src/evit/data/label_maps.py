@@ -1,12 +1,8 @@
-"""Token labels: maps of a strong classifier's five best classes, and training targets from them.
-
-The format is that of TokenLabeling (arXiv 2104.10858): for each training image one file
-LABELS/CLASS/STEM.pt, a float16 tensor (2, 5, H, W) with the five highest logits of each cell of the
-image, and the ids of their classes.
+"""Token labels, as TokenLabeling (arXiv 2104.10858) stores them, and training targets from them.
+LABELS/CLASS/STEM.pt is a float16 tensor (2, 5, H, W): five logits of each cell, and their classes.
 """
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +12,11 @@ from torch import Tensor
 
 TOP = 5
 MAX_ID = 2048  # up to here float16 holds every integer
-WAY_OUT = "make it with python src/label_maps.py source=DIR target=LABELS"
-
-Shape = tuple[int, int]
+WAY_OUT = "make it as TokenLabeling does, LABELS/CLASS/STEM.pt"
 
 
-def label_map_paths(
-    images: Sequence[str], root: Path, label_maps: Path, needed: bool = True
-) -> list[str]:
-    """Where the label map of each image is: root/CLASS/a.jpg -> label_maps/CLASS/a.pt.
-
-    Two images that would share a map are refused, and a map that is not there, if it is needed.
-    """
+def label_map_paths(images: list[str], root: Path, label_maps: Path, needed: bool = True) -> Any:
+    """Where the label map of each image is: root/CLASS/a.jpg -> label_maps/CLASS/a.pt."""
     found: dict[str, str] = {}
     for image in images:
         stem, _ = os.path.splitext(os.path.relpath(image, root))
@@ -36,8 +25,8 @@ def label_map_paths(
             raise ValueError(f"{found[path]} and {image} would share {path}: rename one of them")
         found[path] = image
     if missing := [path for path in found if needed and not os.path.isfile(path)]:
-        count = f"{len(missing)} of {len(found)}"
-        raise ValueError(f"{count} training images have no label map, as {missing[0]}: {WAY_OUT}")
+        count = f"{len(missing)} of {len(found)} training images"
+        raise ValueError(f"{count} have no label map, as {missing[0]}: {WAY_OUT}")
     return list(found)
 
 
@@ -45,15 +34,15 @@ def read_label_map(path: str | Path, num_classes: int, shape: Any = None) -> Ten
     """A label map (2, 5, H, W), float16; ValueError where it is damaged or of another shape."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-        if found.dtype != torch.float16 or found.ndim != 4 or found.shape[:2] != (2, TOP):
-            raise ValueError(f"{found.dtype} {tuple(found.shape)}, not float16 (2, {TOP}, H, W)")
-        if shape and found.shape[2:] != shape:
-            raise ValueError(f"cells {tuple(found.shape[2:])}, the first map has {tuple(shape)}")
+        wanted = (2, TOP, *(shape or found.shape[2:]))
+        if found.dtype != torch.float16 or found.ndim != 4 or found.shape != wanted:
+            raise ValueError(f"{found.dtype} {tuple(found.shape)}, not float16 {wanted}")
         logits, ids = found.float()
-        if not logits.isfinite().all():
-            raise ValueError("logits that are not finite")
-        if not ((ids >= 0) & (ids < min(num_classes, MAX_ID + 1)) & (ids % 1 == 0)).all():
-            raise ValueError(f"ids that are not classes, 0 to {num_classes - 1}")
+        good = logits.isfinite() & (ids >= 0) & (ids < min(num_classes, MAX_ID + 1))
+        if not (good & (ids % 1 == 0)).all():
+            raise ValueError(
+                f"logits not finite, or ids that are not classes, 0 to {num_classes - 1}"
+            )
     except Exception as error:  # pickle and zip raise nearly anything on a bad file
         reason = f"cannot be read ({type(error).__name__}: {error})".splitlines()[0]
         raise ValueError(f"label map {path} {reason}: delete it, and {WAY_OUT}") from None
@@ -65,27 +54,16 @@ def token_targets(
     maps: Tensor,
     crops: Tensor,
     num_classes: int,
-    grid_size: int | Shape,
+    grid_size: Any,
     label_smoothing: float = 0.0,
     warps: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The soft labels of cropped images, and of each of their patches.
+    """Soft labels of cropped images (B, K) and, row by row, of each of their patches (B, N, K).
 
     The logits of a map, zero outside the five best classes, are averaged over each patch of the
     crop (at the points of RoIAlign, as TokenLabeling does) and then turned into probabilities. The
-    published code swaps the axes of the crop and scales both by the map's width; here both are
-    right.
-
-    Args:
-        maps: (B, 2, 5, H, W), top-5 logits and their class ids.
-        crops: (B, 5), x0, y0, x1, y1 as shares of the image's width and height, and 1 where the
-            crop was mirrored.
-        grid_size: patches of a side, or (rows, columns).
-        warps: (B, 2, 3), affine maps from the unit square that is shown to that of the mirrored
-            crop (RandAugment's geometric operations). What lies outside the crop has logits of 0.
-
-    Returns:
-        (B, K) targets of the class token, and (B, N, K) of the patches, row-major; float32.
+    published code swaps the crop's axes and scales both by the map's width; here both are right.
+    maps, crops and warps are those of FFCVStream. What lies outside a crop has logits of 0.
     """
     B, _, _, H, W = maps.shape
     grid = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
@@ -97,7 +75,7 @@ def token_targets(
     mirrored = torch.tensor([0.0, 0.0, 1.0], device=maps.device) - x
     warps = torch.stack([torch.where(crops[:, 4:] > 0, mirrored, x), y], 1)
 
-    def labels(grid: Shape) -> Tensor:
+    def labels(grid: tuple[int, int]) -> Tensor:
         with torch.autocast(maps.device.type, enabled=False):
             found = patch_logits(logits_BKHW, crops[:, :4], warps, grid)
         targets = found.flatten(2).transpose(1, 2).softmax(2)
@@ -106,12 +84,11 @@ def token_targets(
     return labels((1, 1))[:, 0], labels(grid)
 
 
-def patch_logits(logits_BKHW: Tensor, boxes: Tensor, warps: Tensor, grid: Shape) -> Tensor:
-    """Mean the logits over each patch of the crops `boxes` (B, 4): (B, K, rows, columns).
-
-    A patch is the mean of RoIAlign's points: equally far apart, on each side as many as the cells
-    that it covers, bilinear between the cells' centres. Points outside the crop count as 0.
-    """
+def patch_logits(
+    logits_BKHW: Tensor, boxes: Tensor, warps: Tensor, grid: tuple[int, int]
+) -> Tensor:
+    """Mean the logits over each patch of the crops `boxes` (B, 4): (B, K, rows, columns). On each
+    side there are as many equally spaced points as the cells that a patch covers."""
     B, K, H, W = logits_BKHW.shape
     start, extent = boxes[:, :2], boxes[:, 2:] - boxes[:, :2]
     cells = torch.tensor([W, H], device=boxes.device)

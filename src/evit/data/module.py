@@ -1,32 +1,45 @@
-"""The LightningDataModule: images in, uint8 batches to the device, normalised there."""
+"""The data sets, as LightningDataModules: class folders, and those that torchvision downloads."""
 
 import functools
+import gzip
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
+import torchvision
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from evit.config import Recipe
-from evit.data.batch import MEAN, STD, RandAugment, fill_color, normalize
-from evit.data.folders import SPLITS
+from evit.data import folders
+from evit.data.batch import MEAN, STD, RandAugment, normalize
+from evit.data.folders import SPLITS, ClassFolders
+from evit.data.label_maps import label_map_paths
 from evit.data.order import Shard
+from evit.files import printable
+
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # package dataset-fashion-mnist
+FILES = "FashionMNIST/raw/*-ubyte.gz (or install Debian's dataset-fashion-mnist)"
+# Name, number of classes and of training images, and what to put where there is no network.
+DOWNLOADS = dict(
+    FashionMNIST=("fashion-mnist", 10, 60_000, FILES),
+    CIFAR10=("cifar10", 10, 50_000, "cifar-10-python.tar.gz"),
+    CIFAR100=("cifar100", 100, 50_000, "cifar-100-python.tar.gz"),
+)
 
 
 class Images(L.LightningDataModule):
     """Training and validation images of one data set, streamed by FFCV or read with PIL.
-
-    conf/data/_base.yaml says what the arguments are. `splits` are those that are used; the others
-    need not be there. With label maps training batches are (images, labels, maps, crops), as
-    evit.data.ffcv.stream describes them.
-    """
+    conf/data/_base.yaml says what the arguments are. `splits` need not be more than are used."""
 
     name: str
+    root: Path  # of class folders
     classes: Any  # names, in the order of their labels
     num_classes: int
     mean, std = MEAN, STD
@@ -40,7 +53,7 @@ class Images(L.LightningDataModule):
         backend: str = "ffcv",
         num_workers: int | None = None,
         batches_ahead: int = 2,
-        splits: Sequence[str] = SPLITS,
+        splits: Any = SPLITS,
         label_maps: str | Path | None = None,
         **write_options: Any,
     ):
@@ -60,6 +73,7 @@ class Images(L.LightningDataModule):
         used = label_maps if "train" in self.splits else None
         self.label_maps = Path(used).expanduser().resolve() if used else None
         self.has_label_maps = bool(used)
+        self.counts: dict[str, int] = {}  # of images, where they are known beforehand
         self._loaders: dict[str, Any] = {}
 
     def normalize_for(self, model: Any) -> None:
@@ -68,7 +82,6 @@ class Images(L.LightningDataModule):
         self.mean, self.std = wanted.get("mean", MEAN), wanted.get("std", STD)
 
     def dataset(self, split: str) -> Any:
-        """One of torchvision's data sets, of a split."""
         raise NotImplementedError
 
     def samples(self, split: str) -> Any:
@@ -79,62 +92,56 @@ class Images(L.LightningDataModule):
         return list(zip(np.asarray(found.data), np.asarray(found.targets).tolist(), strict=True))
 
     def num_images(self, split: str) -> int:
-        """Number of images of a split, before the recipe's limits."""
-        return len(self.samples(split))
+        return self.counts.get(split) or len(self.samples(split))
 
     def map_paths(self) -> list[str] | None:
-        """The label map of each training image, or None."""
+        if not self.label_maps:
+            return None
+        images = [path for path, _ in self.samples("train")]
+        return label_map_paths(images, self.root / "train", self.label_maps)
 
     def identity(self) -> dict[str, Any]:
-        """Values that change whenever the content of the source changes."""
-        return {}
+        return {}  # values that change whenever the content of the source changes
 
     @functools.cached_property
     def beton_dir(self) -> Path:
         """Folder of the .beton files: one for each content of the source and way of writing."""
-        from evit.data.ffcv import SIDECAR_FORMAT
-
-        identity = self.identity() | self.write_options | dict(format=SIDECAR_FORMAT)
-        key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
+        facts = self.identity() | self.write_options | dict(format=require_ffcv().SIDECAR_FORMAT)
+        key = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
         return self.cache_dir / f"{self.name}-{key}"
 
     def prepare_data(self) -> None:
-        """Write the .beton files that are not there yet; in one process of each node."""
-        if self.backend == "imagefolder":
-            for split in self.splits:
-                self.dataset(split)
-            self.map_paths()
-            return
-        from evit.data.ffcv import check_beton
-        from evit.data.ffcv.write import write_beton
-
-        options = dict(classes=self.classes, identity=self.beton_dir.name, **self.write_options)
-        options |= dict(num_workers=self.num_workers or available_cores())
+        """Download what is missing and write the .beton files; in one process of each node."""
         for split in self.splits:
-            path = self.beton_dir / f"{split}.beton"
-            if path.exists():
-                check_beton(path)
-                continue
-            print(f"Writing {path} once, for FFCV to stream", flush=True)
-            options |= dict(source=f"{self.name}/{split}")
-            options |= dict(label_maps=self.map_paths() if split == "train" else None)
-            write_beton(path, self.samples(split), **options)
+            if self.backend == "imagefolder":
+                self.dataset(split)
+            elif (path := self.beton_dir / f"{split}.beton").exists():
+                require_ffcv().check_beton(path)
+            else:
+                from evit.data.ffcv.write import write_beton
+
+                print(f"Writing {path} once, for FFCV to stream", flush=True)
+                maps = self.map_paths() if split == "train" else None
+                how: Any = dict(classes=self.classes, label_maps=maps, **self.write_options)
+                how |= dict(identity=self.beton_dir.name, source=f"{self.name}/{split}")
+                workers = self.num_workers or available_cores()
+                write_beton(path, self.samples(split), num_workers=workers, **how)
 
     @property
     def local_batch_size(self) -> int:
         """Images of one batch of one process."""
-        trainer, batch_size = self.trainer, self.recipe.batch_size
+        trainer, size = self.trainer, self.recipe.batch_size
         shares = trainer.world_size * trainer.accumulate_grad_batches if trainer else 1
-        if batch_size % shares:
-            how = "(processes x accumulate_grad_batches): make it a multiple"
-            raise ValueError(f"recipe.batch_size {batch_size} cannot be shared by {shares} {how}")
-        return batch_size // shares
+        if size % shares:
+            way = f"must be a multiple of processes x accumulate_grad_batches, {shares}"
+            raise ValueError(f"recipe.batch_size={size} {way}")
+        return size // shares
 
     def setup(self, stage: str | None = None) -> None:
         self._loaders = self._loaders or {split: self._loader(split) for split in self.splits}
 
     def describe_batch(self, epoch: int, batch: int) -> str:
-        """Numbers of the images of a training batch of this process: at most 8 of them."""
+        """Numbers of the images of a training batch of this process, at most 8."""
         loader = self._loaders["train"]
         size = loader.shard.batch_size
         samples = loader.samples(epoch)[batch * size : (batch + 1) * size].tolist()
@@ -147,8 +154,7 @@ class Images(L.LightningDataModule):
     def val_dataloader(self) -> Any:
         return self._loaders["val"]
 
-    # Lightning restores a loader's state by itself, but not if estimated_stepping_batches was
-    # asked for before, as configure_optimizers does.
+    # Lightning restores no loader's state once estimated_stepping_batches was asked for.
     def state_dict(self) -> dict[str, int]:
         return self._loaders["train"].state_dict()
 
@@ -163,13 +169,14 @@ class Images(L.LightningDataModule):
             local = world_size // trainer.num_nodes if sharing else 1  # type: ignore[union-attr]
             workers = max(1, available_cores() // local)
         shard = Shard(rank, world_size, self.local_batch_size, self.seed)
+        fill = tuple(min(255, round(255 * share)) for share in self.mean)  # as timm's
         common: dict[str, Any] = dict(recipe=self.recipe, shard=shard, img_size=self.img_size)
-        common |= dict(train=train, num_workers=workers, fill=fill_color(self.mean))
+        common |= dict(train=train, num_workers=workers, fill=fill)
         if self.backend == "ffcv":
             from evit.data.ffcv.stream import FFCVStream
 
-            path = self.beton_dir / f"{split}.beton"
-            return FFCVStream(path, **common, batches_ahead=self.batches_ahead)
+            common |= dict(batches_ahead=self.batches_ahead)
+            return FFCVStream(self.beton_dir / f"{split}.beton", **common)
         from evit.data.imagefolder import FolderLoader
 
         maps = self.map_paths() if train else None
@@ -179,12 +186,123 @@ class Images(L.LightningDataModule):
         return normalize(batch[0], self.mean, self.std), *batch[1:]
 
 
-def require_ffcv() -> None:
-    """Raise ValueError if FFCV, or a system library that it needs, is not installed."""
+class Folder(Images):
+    """Images in ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg, or ROOT/train.beton and val.beton.
+    Without val/ `val_fraction` of each class in train/ is held out, by the images' names."""
+
+    def __init__(self, root: Any, num_classes: Any = None, val_fraction: Any = None, **more: Any):
+        super().__init__(**more)
+        if not root:
+            raise ValueError("no images are configured: data.root=DIR, or IMAGENET_DIR=DIR")
+        self.root, self.val_fraction = Path(root).expanduser().resolve(), val_fraction
+        self.name = printable(self.root.name)
+        self._listed: dict[str, ClassFolders] = {}
+        files = {split: self.root / f"{split}.beton" for split in self.splits}
+        prepared = self.backend == "ffcv" and all(path.is_file() for path in files.values())
+        if prepared:
+            self._take_prepared(files)
+        else:
+            needed = ["train"] if val_fraction else self.splits
+            self.classes = folders.tree_classes(self.root, needed)
+        if val_fraction and (prepared or folders.class_names(self.root / "val")):
+            raise ValueError(f"{self.root} has validation images: leave out data.val_fraction")
+        self.num_classes = len(self.classes)
+        if num_classes == 1000:
+            folders.require_imagenet(self.classes, self.root)
+        elif num_classes not in (None, self.num_classes):
+            raise ValueError(f"{self.root} has {self.num_classes} classes, not {num_classes}")
+
+    def _take_prepared(self, files: dict[str, Path]) -> None:
+        """Take ROOT/train.beton and ROOT/val.beton instead of images."""
+        found = {split: require_ffcv().check_beton(path) for split, path in files.items()}
+        self.counts = {split: sidecar["num_samples"] for split, sidecar in found.items()}
+        first, last = found[self.splits[0]], found[self.splits[-1]]
+        if first["classes"] != last["classes"]:
+            raise ValueError(f"{self.root}: train.beton and val.beton have different classes")
+        self.beton_dir, self.classes = self.root, first["classes"]
+        self.has_label_maps = "label_map_shape" in first
+        if self.label_maps and not self.has_label_maps:
+            way = f"write it again with src/prepare.py label_maps={self.label_maps}"
+            raise ValueError(f"{self.root}/train.beton has no label maps: {way}")
+
+    def dataset(self, split: str) -> ClassFolders:
+        if split not in self._listed:
+            share = self.val_fraction
+            found = ClassFolders(self.root / ("train" if share else split), self.classes)
+            if share:
+                held = folders.held_out(found.samples, share)
+                found.samples = [s for s in found.samples if (s in held) == (split == "val")]
+            self._listed[split] = found
+        return self._listed[split]
+
+    def identity(self) -> dict[str, Any]:
+        there = [s for s in SPLITS if s in self.splits or folders.class_names(self.root / s)]
+        images = [sample for split in there for sample in self.samples(split)]
+        found = dict(root=str(self.root), tree=folders.fingerprint(images, self.root))
+        if paths := self.map_paths():
+            found["label_maps"] = folders.fingerprint([(path, 0) for path in paths], self.root)
+        return found
+
+
+class Downloaded(Images):
+    """FashionMNIST, CIFAR10 or CIFAR100, which torchvision downloads into cache_dir."""
+
+    def __init__(self, dataset: str, **options: Any):
+        super().__init__(**options)
+        self.source: Any = getattr(torchvision.datasets, dataset)
+        self.name, self.num_classes, train, self.files = DOWNLOADS[dataset]
+        self.counts = dict(train=train, val=10_000)
+        if self.label_maps:
+            raise ValueError(f"{self.name} has no label maps: give images of yours, data.root=DIR")
+
+    @functools.cached_property
+    def classes(self) -> list[str]:  # type: ignore[override]
+        return list(self.dataset("val").classes)
+
+    def dataset(self, split: str) -> Any:
+        raw = self.cache_dir / "FashionMNIST" / "raw"
+        if self.name == "fashion-mnist" and DEBIAN_FASHION_MNIST.is_dir() and not raw.is_dir():
+            unpack_fashion_mnist(raw)
+        try:
+            return self.source(str(self.cache_dir), split == "train", download=True)
+        except (OSError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            way = f"put {self.files} into {self.cache_dir}, or give images with data.root=DIR"
+            raise ValueError(f"{self.name} cannot be downloaded ({reason}): {way}") from error
+
+
+FashionMNIST = functools.partial(Downloaded, "FashionMNIST")
+
+
+def unpack_fashion_mnist(raw: Path) -> None:
+    raw.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=raw.parent) as folder:
+        (partial := Path(folder) / "raw").mkdir()
+        for packed in DEBIAN_FASHION_MNIST.glob("*-ubyte.gz"):
+            (partial / packed.stem).write_bytes(gzip.decompress(packed.read_bytes()))
+        with suppress(OSError):  # another run was faster
+            partial.rename(raw)
+
+
+def auto(root: str | Path | None = None, dataset: str | None = None, **options: Any) -> Images:
+    """Choose the images: those under root; without a root those of `dataset`, or FashionMNIST."""
+    if root:
+        return Folder(root, **options)
+    if share := options.pop("val_fraction", None):
+        raise ValueError(f"data.val_fraction={share} is of a folder: give data.root=DIR")
+    if dataset is None:
+        way = "For images of your own: data.root=DIR, or IMAGENET_DIR=DIR, with train/ and val/"
+        rank_zero_only(print)(f"This is the embedded Fashion-MNIST. {way}", flush=True)
+    return Downloaded(dataset or "FashionMNIST", **options | dict(mode="raw"))
+
+
+def require_ffcv() -> Any:
+    """evit.data.ffcv; ValueError if FFCV, or a system library that it needs, is not installed."""
     try:
-        import evit.data.ffcv.decode  # noqa: F401
+        import evit.data.ffcv.decode
     except ImportError as error:
         raise ValueError(f"{error}; or take data.backend=imagefolder") from error
+    return evit.data.ffcv
 
 
 def available_cores() -> int:

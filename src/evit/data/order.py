@@ -1,7 +1,6 @@
 """Which images an epoch shows to which process, in which order, and how far it has come."""
 
 import time
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,8 +10,6 @@ from evit.config import Recipe
 
 
 class Shard(NamedTuple):
-    """The share of the images that one of `world_size` processes reads, in batches."""
-
     rank: int = 0
     world_size: int = 1
     batch_size: int = 1
@@ -32,51 +29,46 @@ def epoch_length(num_samples: int, repeats: int) -> int:
 
 
 def repeated_order(num_samples: int, repeats: int, seed: int) -> np.ndarray:
-    """The samples of an epoch, shuffled, each `repeats` times in a row, to be dealt out to the
-    processes one by one. An epoch shows a part of the samples, not more images than without.
-
-    For 3 repeats and the epoch as seed it is DeiT's RASampler (facebookresearch/deit, samplers.py).
-    """
+    """The samples of an epoch, shuffled, each `repeats` times in a row: DeiT's RASampler."""
     order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(seed)).numpy()
     return order.repeat(repeats)[: epoch_length(num_samples, repeats)]
 
 
 class EpochLoader:
-    """An iterable of batches, whose position Lightning saves in checkpoints and restores.
-
-    Training: an epoch has whole batches and whole optimizer steps, and disjoint parts of equal size
-    for the processes. Evaluation: image rank, rank + world_size, ... of the data set, each exactly
-    once over all processes; a process without any has one empty batch.
-
-    Attributes:
-        indices: the images of the data set that are used, ascending.
-        position: batches of this epoch given out so far.
-        waited: seconds that consumers have waited for batches since the loader was made.
-    """
+    """Batches, whose position Lightning saves and restores. Training: whole optimizer steps, parts
+    of equal size for the processes. Evaluation: each image exactly once over all processes."""
 
     batches: Any  # batches(start) generates batches start, start + 1, ... of the epoch
-    epoch = position = _start = 0
-    waited = 0.0
+    epoch = position = _start = 0  # position: batches of this epoch given out so far
+    waited = 0.0  # seconds that consumers have waited for batches
     batch_sampler = sampler = property(lambda self: self)  # where Lightning looks for set_epoch
 
-    def __init__(self, num_images: int, recipe: Recipe, shard: Shard, train: bool, img_size: int):
+    def __init__(
+        self,
+        num_images: int,
+        recipe: Recipe,
+        shard: Shard,
+        train: bool,
+        img_size: int,
+        num_workers: int = 1,
+        fill: tuple[int, ...] = (0, 0, 0),  # where a geometric operation leaves nothing
+    ):
         limit = recipe.max_train_images if train else recipe.max_val_images
-        self.indices = choose_samples(num_images, limit)
+        self.indices = choose_samples(num_images, limit)  # the images that are used, ascending
         self.recipe, self.shard, self.train, self.img_size = recipe, shard, train, img_size
-        count, (rank, world_size, batch_size, _) = len(self.indices), shard
-        self._length = max(-(-len(range(rank, count, world_size)) // batch_size), 1)
+        self.num_workers, self.fill = num_workers, fill
+        n, (rank, world_size, batch_size, _) = len(self.indices), shard
+        self._length = max(-(-len(range(rank, n, world_size)) // batch_size), 1)
         if train:
             per_step = max(recipe.batch_size // (world_size * batch_size), 1)
-            length = epoch_length(count, recipe.repeated_augmentations)
+            length = epoch_length(n, recipe.repeated_augmentations)
             self._length = length // world_size // (batch_size * per_step) * per_step
             if not self._length:
-                what = f"one batch of {batch_size} x {per_step} on {world_size} processes"
-                raise ValueError(
-                    f"{count} training images do not fill {what}: lower recipe.batch_size"
-                )
+                step = f"one batch of {batch_size} x {per_step} on {world_size} processes"
+                raise ValueError(f"{n} training images do not fill {step}: lower recipe.batch_size")
 
     def order(self, epoch: int) -> np.ndarray:
-        """Positions in `indices` that an epoch shows, dealt out to the processes one by one."""
+        """Positions in `indices` of an epoch, dealt out to the processes one by one."""
         if not self.train:
             return np.arange(len(self.indices))
         seed = self.shard.seed * 100_003 + epoch  # neighbouring seeds have no order in common
@@ -97,7 +89,7 @@ class EpochLoader:
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Any:
         # As this is a generator, nothing is read before the first batch is asked for: Lightning
         # also asks for iterators that it does not use, and for others before it sets the epoch.
         self.position, self._start = self._start, 0
@@ -125,8 +117,6 @@ class EpochLoader:
         length, then = len(self), state["length"]
         self._start = state["position"] % then
         if self._start and length != then:
-            raise ValueError(
-                f"the checkpoint is from within an epoch of {then} batches for each process, which "
-                f"has {length} now: use as many processes as before, the checkpoint of the end of "
-                f"an epoch (checkpoints/previous.ckpt may be one), or overwrite=true"
-            )
+            now = f"an epoch of {then} batches for each process, which has {length} now"
+            way = "use as many processes as before, checkpoints/previous.ckpt, or overwrite=true"
+            raise ValueError(f"the checkpoint is from within {now}: {way}")

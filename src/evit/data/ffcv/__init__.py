@@ -4,9 +4,7 @@ FFCV is imported here, without its side effects, and nowhere else. Its .beton fo
 
     header | fields | metadata of every sample | data, in pages | allocation table
 
-A sample has one piece of data, its image, or two where the file has label maps too. The sidecar,
-`train.beton.json`, describes the data set and holds a CRC32 of everything except the data.
-"""
+The sidecar, x.beton.json, describes it and holds a CRC32 of everything except the data."""
 
 # ruff: noqa: F401
 
@@ -32,25 +30,19 @@ try:
     from ffcv import types
     from ffcv.fields.rgb_image import get_random_crop
 except (ImportError, OSError, ValueError) as error:
-    raise ImportError(
-        f"FFCV cannot be used here ({error}): run `make setup`, or install libopencv-dev, "
-        "libturbojpeg0-dev, libjpeg-dev, pkg-config, g++ and libtbb12, then `pip install ffcv`"
-    ) from error
+    way = "libopencv-dev libturbojpeg0-dev libjpeg-dev pkg-config g++ libtbb12, then pip's ffcv"
+    raise ImportError(f"FFCV is not usable ({error}): `make setup`, or install {way}") from error
 finally:
     torch.set_num_threads(_torch_threads)
     numba.typed.Dict = _numba_dict
 
 SIDECAR_FORMAT = "evit-beton-3"
 JPEG, RAW = 0, 1
-Shape = tuple[int, int]
 HEADER, FIELD, ALLOCATION = types.HeaderType, types.FieldDescType, types.ALLOC_TABLE_TYPE
 
 
-def layout(label_map_shape: Shape | None = None) -> tuple[np.ndarray, np.dtype]:
-    """Describe the fields image, label and perhaps label_map, as FFCV does, and a sample's record.
-
-    A label map is float16 (2, 5, H, W).
-    """
+def layout(label_map_shape: Any = None) -> tuple[np.ndarray, np.dtype]:
+    """The fields image, label and perhaps label_map, as FFCV describes them, and their record."""
     handlers: dict[str, Any] = dict(image=types.RGBImageField(), label=types.IntField())
     if label_map_shape:
         handlers["label_map"] = types.NDArrayField(np.dtype("<f2"), (2, 5, *label_map_shape))
@@ -71,7 +63,6 @@ class BetonError(ValueError):
 
 
 def sidecar_path(path: str | Path) -> Path:
-    """train.beton -> train.beton.json"""
     return Path(f"{path}.json")
 
 
@@ -82,16 +73,13 @@ def sidecar_crc32(content: dict[str, Any]) -> int:
 
 
 def check_beton(path: str | Path) -> dict[str, Any]:
-    """Check all of a file but its data, in 0.1 s for ImageNet, and return its sidecar.
-
-    FFCV could crash on a damaged file, or show wrong images. Damage to a JPEG is found when it is
-    decoded, damage to raw pixels never. BetonError says what is wrong and what to do.
-    """
+    """Check all of a file but its data, and return its sidecar."""
     return open_beton(path)[0]
 
 
 def open_beton(path: str | Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]:
-    """Check a file; return its sidecar, its bytes, and of each sample metadata and image bytes."""
+    """Check a file; return its sidecar, its bytes, and each sample's metadata and image size.
+    Damage to a JPEG is found when it is decoded, damage to raw pixels never."""
     try:
         content = np.memmap(path, np.uint8, "r")
         sidecar = json.loads(sidecar_path(path).read_bytes())
@@ -104,10 +92,9 @@ def open_beton(path: str | Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray
         found = f"{len(content)} bytes, not {sidecar['bytes']}"
         raise BetonError(path, f"truncated, or not the file of its sidecar ({found})")
     fields, metadata = layout(sidecar.get("label_map_shape"))
-    begin, count = HEADER.itemsize + fields.nbytes, sidecar["num_samples"]
+    begin, count, pieces = HEADER.itemsize + fields.nbytes, sidecar["num_samples"], len(fields) - 1
     if content[HEADER.itemsize : begin].tobytes() != fields.tobytes():  # FFCV unpickles others
         raise BetonError(path, "its fields are not exactly image and label, or these and label_map")
-    pieces = len(fields) - 1
     start = content[: begin + count * metadata.itemsize].tobytes()
     end = content[len(content) - count * pieces * ALLOCATION.itemsize :].tobytes()
     if zlib.crc32(end, zlib.crc32(start)) != sidecar["index_crc32"]:

@@ -1,9 +1,6 @@
 """RandAugment in functions that numba keeps on disk: to the bit the pixels that Pillow gives timm.
 
-They are all in this file, as numba looks at no other to tell whether what it has kept is valid.
-"""
-
-from __future__ import annotations
+They are all in this file: numba looks at no other to tell whether what it has kept is valid."""
 
 import math
 
@@ -13,7 +10,8 @@ import numpy as np
 from evit.data import batch as ra
 
 NOTHING = -1
-CHUNK = 32
+CHUNK = 32  # pixels that _rotate takes at once
+LOW, HIGH = np.float32(0), np.float32(255)
 RANGES = np.zeros(ra.NUM_OPERATIONS)  # degrees, or shares of the side
 RANGES[[ra.ROTATE, *range(ra.SHEAR_X, ra.TRANSLATE_Y + 1)]] = 30, 0.3, 0.3, 0.45, 0.45
 
@@ -22,21 +20,8 @@ jit = numba.njit(cache=True, nogil=True)
 
 @jit
 def _cut(value):
-    value = value if value > 0.0 else 0.0
-    return np.uint8(value if value < 255.0 else 255.0)
-
-
-@jit
-def _blend(low, high, factor):
-    """Both and the factor are float32."""
-    value = low + factor * (high - low)
-    value = value if value > np.float32(0) else np.float32(0)
-    return np.uint8(value if value < np.float32(255) else np.float32(255))
-
-
-@jit
-def _gray(pixel):
-    return (pixel[0] * 19595 + pixel[1] * 38470 + pixel[2] * 7471 + 0x8000) >> 16
+    value = value if value > LOW else LOW
+    return np.uint8(value if value < HIGH else HIGH)
 
 
 @jit
@@ -70,12 +55,6 @@ def _tables(pixels, operation, argument):
         for c in range(3):
             _stretch(counts[c], operation == ra.EQUALIZE, tables[c])
         return tables
-    gray = np.float32(0)
-    if operation == ra.CONTRAST:
-        total = 0
-        for i in range(len(pixels)):
-            total += _gray(pixels[i])
-        gray = np.float32(int(total / len(pixels) + 0.5))
     number = int(argument)
     for i in range(256):
         value = i
@@ -83,44 +62,42 @@ def _tables(pixels, operation, argument):
             value = 255 - i
         elif operation == ra.SOLARIZE_ADD and i < 128:
             value = min(255, i + number)
-        elif operation == ra.POSTERIZE:  # of no bits: black, as Pillow gave it before version 13
-            value = i & -(1 << (8 - number)) if number > 0 else 0
-        elif operation == ra.CONTRAST or operation == ra.BRIGHTNESS:
-            value = _blend(gray, np.float32(i), np.float32(argument))
+        elif operation == ra.POSTERIZE:
+            value = i & -(1 << (8 - number))
         tables[:, i] = value
     return tables
 
 
 @jit
-def _color(image, factor):
-    """Away from gray."""
-    height, width, _ = image.shape
-    gray, values = np.empty(3 * width, np.float32), image.reshape(height, 3 * width)
-    for y in range(height):
-        for x in range(width):
-            gray[3 * x] = gray[3 * x + 1] = gray[3 * x + 2] = np.float32(_gray(image[y, x]))
-        for i in range(3 * width):
-            values[y, i] = _blend(gray[i], np.float32(values[y, i]), factor)
-
-
-@jit
-def _sharpness(image, factor):
-    """Away from PIL's SMOOTH, whose border stays as it is."""
+def _enhance(image, operation, factor):
+    """Away from gray, its mean, black, or PIL's SMOOTH, whose border stays as it is."""
     height, length = image.shape[0], 3 * image.shape[1]
-    source = image.copy().reshape(height, length)
-    output = image.reshape(height, length)
-    share, half, four = np.float32(1 / 13), np.float32(0.5), np.float32(4)
-    total = np.empty(length, np.float32)
-    for y in range(1, height - 1):
-        above, row, below = source[y - 1], source[y], source[y + 1]
-        for i in range(length):
-            total[i] = np.float32(above[i]) + np.float32(below[i]) + np.float32(row[i])
-        left, middle, right = total[:-6], total[3:-3], total[6:]
-        centre, inner = row[3:-3], output[y, 3:-3]
-        for i in range(len(inner)):
-            value = np.float32(centre[i])
-            smooth = (left[i] + middle[i] + right[i] + four * value) * share + half
-            inner[i] = _blend(np.float32(np.uint8(smooth)), value, factor)
+    source, other = image.reshape(height, length), image.copy().reshape(height, length)
+    pixels, grays = image.reshape(-1, 3), other.reshape(-1, 3)
+    if operation == ra.COLOR or operation == ra.CONTRAST:
+        for i in range(len(pixels)):
+            gray = pixels[i, 0] * 19595 + pixels[i, 1] * 38470 + pixels[i, 2] * 7471 + 0x8000
+            grays[i, 0] = grays[i, 1] = grays[i, 2] = gray >> 16
+    if operation == ra.CONTRAST:
+        grays[:] = int(grays[:, 0].sum() / len(grays) + 0.5)
+    elif operation == ra.BRIGHTNESS:
+        grays[:] = 0
+    elif operation == ra.SHARPNESS:
+        share, half, four = np.float32(1 / 13), np.float32(0.5), np.float32(4)
+        total = np.empty(length, np.float32)
+        for y in range(1, height - 1):
+            above, row, below = source[y - 1], source[y], source[y + 1]
+            for i in range(length):
+                total[i] = np.float32(above[i]) + np.float32(below[i]) + np.float32(row[i])
+            left, middle, right = total[:-6], total[3:-3], total[6:]
+            centre, smooth = row[3:-3], other[y, 3:-3]
+            for i in range(len(smooth)):
+                nine = left[i] + middle[i] + right[i] + four * np.float32(centre[i])
+                smooth[i] = np.uint8(nine * share + half)
+    before, values = other.reshape(-1), image.reshape(-1)
+    for i in range(len(values)):
+        low, high = np.float32(before[i]), np.float32(values[i])
+        values[i] = _cut(low + factor * (high - low))
 
 
 @jit
@@ -130,10 +107,10 @@ def _cubic(v1, v2, v3, v4, d):
 
 
 @jit
-def _shift_rows(source, image, slope, offset, fill):
-    """Shift each row of source by slope * y + offset to the left, into image, both (H, W, 3)."""
-    height, width, _ = source.shape
-    rows, output = source.reshape(height, 3 * width), image.reshape(height, 3 * width)
+def _shift_rows(image, slope, offset, fill):
+    """Shift each row of an image (H, W, 3) by slope * y + offset to the left."""
+    height, width, _ = image.shape
+    rows, output = image.copy().reshape(height, 3 * width), image.reshape(height, 3 * width)
     line, distances = np.empty(3 * width + 12), np.empty((width, 3))
     for y in range(height):
         for i in range(3 * width):
@@ -169,13 +146,11 @@ def _row(neighbours, first, shift, d):
 
 @jit
 def _rotate(image, affine, fill):
-    """Move the pixels of an image (H, W, 3): an affine map says where each comes from.
-
-    The 16 neighbours of CHUNK pixels are collected first, so that the compiler takes several pixels
-    at once.
-    """
+    """Move the pixels of an image (H, W, 3); their 16 neighbours are collected first, so that the
+    compiler takes several pixels at once."""
     height, width, _ = image.shape
-    a, b, c, d, e, f = affine
+    a, b, c = affine[0], affine[1], affine[2]
+    d, e, f = affine[3], affine[4], affine[5]
     packed, pixels = np.empty(height * width, np.uint32), image.reshape(-1, 3)
     for i in range(len(packed)):
         red, green, blue = pixels[i, 0], pixels[i, 1], pixels[i, 2]
@@ -222,16 +197,13 @@ def apply_operation(image, operation, argument, affine, fill):
     if operation == ra.ROTATE:
         _rotate(image, affine, fill)
     elif operation == ra.SHEAR_X or operation == ra.TRANSLATE_X:
-        _shift_rows(image.copy(), image, affine[1], affine[2], fill)
+        _shift_rows(image, affine[1], affine[2], fill)
     elif operation == ra.SHEAR_Y or operation == ra.TRANSLATE_Y:  # rows are faster than columns
         turned = np.ascontiguousarray(image.transpose((1, 0, 2)))
-        output = np.empty_like(turned)
-        _shift_rows(turned, output, affine[3], affine[5], fill)
-        image[:] = output.transpose((1, 0, 2))
-    elif operation == ra.COLOR:
-        _color(image, np.float32(argument))
-    elif operation == ra.SHARPNESS:
-        _sharpness(image, np.float32(argument))
+        _shift_rows(turned, affine[3], affine[5], fill)
+        image[:] = turned.transpose((1, 0, 2))
+    elif ra.COLOR <= operation <= ra.SHARPNESS:
+        _enhance(image, operation, np.float32(argument))
     else:
         pixels = image.reshape(-1, 3)
         tables = _tables(pixels, operation, argument)
@@ -245,9 +217,7 @@ def augment_batch(images, operations, arguments, affines, fill):
     """Change images (B, H, W, 3); operations and arguments (B, layers), affines (B, layers, 6)."""
     for k in numba.prange(len(images)):
         for i in range(operations.shape[1]):
-            a = affines[k, i]
-            affine = a[0], a[1], a[2], a[3], a[4], a[5]
-            apply_operation(images[k], operations[k, i], arguments[k, i], affine, fill)
+            apply_operation(images[k], operations[k, i], arguments[k, i], affines[k, i], fill)
 
 
 @jit

@@ -1,8 +1,6 @@
 """Decode, crop, resize and flip a batch of images in one compiled, parallel loop.
 
-Of a JPEG no more is decoded than the crop shows, and in training at 1/2, 1/4 or 1/8 of the size
-where that leaves twice the pixels that are wanted on either side. The rest is a mean over areas.
-"""
+Of a JPEG no more is decoded than the crop shows. Resizing is a mean over areas."""
 
 import ctypes
 import os
@@ -47,30 +45,24 @@ def _library() -> ctypes.CDLL:
             subprocess.run([*command, "-o", made, *found.stdout.split()], **options)
             os.replace(made, library)  # at once: other processes may be about to do the same
     except (OSError, subprocess.CalledProcessError) as error:
-        raise ImportError(
-            f"jpeg_crop.c could not be compiled ({getattr(error, 'stderr', None) or error}): run "
-            f"`make setup`, or install g++, pkg-config and libjpeg-dev (libjpeg-turbo's)"
-        ) from error
+        reason = getattr(error, "stderr", None) or error
+        way = "`make setup`, or install g++ pkg-config libjpeg-dev (libjpeg-turbo's)"
+        raise ImportError(f"jpeg_crop.c cannot be compiled ({reason}): {way}") from error
     return ctypes.CDLL(str(library))
 
 
 # By name and not by ctypes, because numba does not keep functions that hold an address on disk.
 _address = ctypes.cast(_library().evit_jpeg_crop, ctypes.c_void_p).value
 llvmlite.binding.add_symbol("evit_jpeg_crop", _address)
-_pointer, _unsigned = types.uintp, types.uint32
-_jpeg_crop = types.ExternalFunction(
-    "evit_jpeg_crop",
-    types.int32(_pointer, types.ulong, *(_unsigned,) * 7, _pointer, types.ulong, _pointer),
-)
+_data = types.uintp, types.ulong  # a pointer, and bytes of all or of a row
+_signature = types.int32(*_data, *(types.uint32,) * 7, *_data, types.uintp)
+_jpeg_crop = types.ExternalFunction("evit_jpeg_crop", _signature)
 
 
 @jit
 def _decode_jpeg(data, height, width, shrink, top, bottom, left, right):
-    """Decode the rows top to bottom and the columns left to right of the shrunk image.
-
-    Returns: the pixels; in which column of them `left` is; 0, or -1 if libjpeg-turbo failed or
-    had to guess.
-    """
+    """Rows top to bottom and columns left to right of the shrunk image; in which column of them
+    `left` is; 0, or -1 for a damaged JPEG."""
     pixels = np.empty((bottom - top, right - left + _BESIDE, 3), np.uint8)
     found = np.zeros(1, np.uint32)
     status = _jpeg_crop(
@@ -82,10 +74,8 @@ def _decode_jpeg(data, height, width, shrink, top, bottom, left, right):
 
 @jit
 def _areas(start, length, scale, size):
-    """Cut start to start + length into `size` equal parts, over pixels that are `scale` wide.
-
-    Returns: the first pixel of each part; the shares (size, n) that it and the next have in it.
-    """
+    """Cut start to start + length into `size` equal parts, over pixels that are `scale` wide: the
+    first pixel of each part, and the shares (size, n) that it and the next have in it."""
     pixel = scale * size  # in units of 1 / size, everything is whole
     firsts = np.empty(size, np.int64)
     shares = np.zeros((size, -(-length // pixel) + 1), np.float32)
@@ -134,10 +124,8 @@ def _resize(pixels, rows, row_shares, columns, column_shares, mirror, output):
 @jit
 def crop_image(data, is_jpeg, size, box, flip, shrinks, output):
     """Fill output (H, W, 3) with the box (top, left, height, width) of an image of size (height,
-    width). Returns 0, or another status for a damaged JPEG.
-
-    If it `shrinks`, a JPEG is decoded at the smallest size that has twice the output's pixels.
-    """
+    width); not 0 for a damaged JPEG. If it `shrinks`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its
+    size where that leaves twice the output's pixels."""
     top, left, height, width = box
     enough = min(height // (2 * output.shape[0]), width // (2 * output.shape[1]))
     shrink = 1
@@ -163,8 +151,7 @@ def crop_image(data, is_jpeg, size, box, flip, shrinks, output):
 
 @numba.njit(cache=True, nogil=True, parallel=True)
 def crop_batch(file, images, sizes, boxes, flips, shrinks, output):
-    """Fill output (B, H, W, 3) from images (B,), as FFCV's metadata say where they are, and sizes
-    (B,), their bytes. Returns the statuses (B,) of crop_image."""
+    """Fill output (B, H, W, 3) from FFCV's metadata of images (B,) and their bytes, sizes (B,)."""
     status = np.zeros(len(images), np.int32)
     for k in numba.prange(len(images)):
         image = images[k]
@@ -194,11 +181,9 @@ def random_crops(heights, widths, seeds, scale, ratio, flip):
     return boxes, flips
 
 
-def center_crops(
-    heights: np.ndarray, widths: np.ndarray, img_size: int, crop_pct: float
-) -> np.ndarray:
-    """Find the boxes (B, 4), top, left, height, width, that torchvision's Resize(int(img_size /
-    crop_pct)) and CenterCrop(img_size) leave of each image, to the nearest pixel."""
+def center_crops(heights: Any, widths: Any, img_size: int, crop_pct: float) -> np.ndarray:
+    """Boxes (B, 4), top, left, height, width, that torchvision's Resize(int(img_size / crop_pct))
+    and CenterCrop(img_size) leave of each image, to the nearest pixel."""
     sizes = np.stack([heights, widths]).astype(np.int64)
     short = sizes.min(0)
     resized_short = int(img_size / crop_pct)
@@ -207,11 +192,3 @@ def center_crops(
     offset = np.rint(np.rint((resized - img_size) / 2) * sizes / resized)
     offset = np.clip(offset, 0, sizes - side)
     return np.stack([*offset, side, side], axis=1).astype(np.int64)
-
-
-def shares(sizes: Any, boxes: np.ndarray, flips: np.ndarray) -> np.ndarray:
-    """Turn boxes into crops (B, 5), float32, as FFCVStream gives them; sizes (2, B) are heights
-    and widths."""
-    starts, ends = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
-    corners = [found / np.stack(sizes, 1) for found in (starts, ends)]
-    return np.column_stack([*(found[:, ::-1] for found in corners), flips]).astype(np.float32)

@@ -1,9 +1,6 @@
 """Batches from a .beton file, for Lightning or any plain loop."""
 
-from __future__ import annotations
-
 from collections import deque
-from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -17,7 +14,6 @@ from evit.data.batch import RandAugment, source_of, warp_of
 from evit.data.ffcv import BetonError, augment, config, decode, open_beton
 from evit.data.order import EpochLoader
 
-Batch = tuple[torch.Tensor, ...]
 SALT = np.uint32(0x9E3779B9)  # crops are drawn from the seeds themselves
 
 
@@ -27,42 +23,18 @@ class FFCVStream(EpochLoader):
     If the file has label maps, a training batch has two more entries: maps float16 (B, 2, 5, h, w),
     and crops float32 (B, 5): x0, y0, x1, y1 as shares of the source image's width and height, and 1
     where the crop was mirrored. With RandAugment it has a third, affine maps (B, 2, 3) from the
-    unit square that is shown to that of the crop.
+    unit square that is shown to that of the crop. The number of threads does not matter."""
 
-    Training: torchvision's RandomResizedCrop, a horizontal flip, then RandAugment. Evaluation: the
-    short side is resized to img_size / crop_pct, and the centre cut out; the cut comes first. Each
-    entry of an epoch has a seed, so that a batch does not depend on `num_workers`.
-
-    Args:
-        num_workers: threads, at most one per core.
-        batches_ahead: batches made while one is used.
-        fill: the colour where a geometric operation leaves nothing.
-
-    Raises:
-        BetonError: of check_beton; or, at the next batch, a sample is damaged.
-    """
-
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        num_workers: int = 1,
-        batches_ahead: int = 2,
-        fill: tuple[int, ...] = (0, 0, 0),
-        **shown: Any,
-    ) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, batches_ahead: int = 2, **shown: Any) -> None:
+        self.path, self.batches_ahead = Path(path), batches_ahead
         self.info, self.content, self.metadata, self.sizes = open_beton(path)
         super().__init__(self.info["num_samples"], **shown)
-        recipe, train = self.recipe, self.train
-        self.num_workers = min(max(num_workers, 1), config.NUMBA_NUM_THREADS)
-        self.batches_ahead, self.fill = batches_ahead, np.array(fill)
-        self.label_map_shape = tuple(self.info.get("label_map_shape", ())) if train else ()
-        name = recipe.rand_augment if train else None
+        self.num_workers = min(max(self.num_workers, 1), config.NUMBA_NUM_THREADS)
+        self.label_map_shape = tuple(self.info.get("label_map_shape", ())) if self.train else ()
+        name = self.recipe.rand_augment if self.train else None
         self.rand_augment: Any = RandAugment.parse(name) if name else None
 
     def draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """An epoch's order, and the seeds (uint32) of its crops."""
         rng, order = np.random.default_rng((self.shard.seed, epoch)), super().order(epoch)
         if self.train and self.recipe.repeated_augmentations == 1:
             order = rng.permutation(len(order))
@@ -71,7 +43,7 @@ class FFCVStream(EpochLoader):
     def order(self, epoch: int) -> np.ndarray:
         return self.draw(epoch)[0]
 
-    def batches(self, start: int) -> Generator[Batch]:
+    def batches(self, start: int) -> Any:
         order, seeds = map(self.own, self.draw(self.epoch))
         samples, size, pool = self.indices[order], self.shard.batch_size, ThreadPoolExecutor(1)
         begun = (
@@ -87,12 +59,11 @@ class FFCVStream(EpochLoader):
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def read(self, samples: np.ndarray, seeds: np.ndarray) -> Batch:
-        """The batch of some samples of the file, made by num_workers threads."""
+    def read(self, samples: np.ndarray, seeds: np.ndarray) -> tuple[torch.Tensor, ...]:
         numba.set_num_threads(self.num_workers)
         rows, size = self.metadata[samples], (self.img_size, self.img_size)
         found, labels, *map_starts = (rows[name] for name in rows.dtype.names)
-        sides = heights, widths = [found[side].astype(np.int64) for side in ("height", "width")]
+        heights, widths = (found[side].astype(np.int64) for side in ("height", "width"))
         if self.train:
             scale, flip = np.array(self.recipe.crop_scale, float), float(self.recipe.flip)
             boxes, flips = decode.random_crops(heights, widths, seeds, scale, decode.RATIO, flip)
@@ -109,10 +80,13 @@ class FFCVStream(EpochLoader):
             steps = zip(operations.ravel().tolist(), arguments.ravel().tolist(), strict=True)
             affines = np.array([source_of(*step, *size) for step in steps])
             affines = affines.reshape(*operations.shape, 6)
-            augment.augment_batch(pixels, operations, arguments, affines, self.fill)
+            augment.augment_batch(pixels, operations, arguments, affines, np.array(self.fill))
         more = [labels]
         if self.label_map_shape:
-            more += [self.label_maps(samples, map_starts[0]), decode.shares(sides, boxes, flips)]
+            top, left, height, width = boxes.T
+            ends = (left + width) / widths, (top + height) / heights
+            crops = np.stack([left / widths, top / heights, *ends, flips], 1).astype(np.float32)
+            more += [self.label_maps(samples, map_starts[0]), crops]
             if self.rand_augment:
                 warps = [warp_of(*steps) for steps in zip(operations, arguments, strict=True)]
                 more.append(np.stack(warps))
@@ -120,7 +94,6 @@ class FFCVStream(EpochLoader):
         return images.permute(0, 3, 1, 2), *(t.pin_memory() if pin else t for t in batch)
 
     def label_maps(self, samples: np.ndarray, starts: np.ndarray) -> np.ndarray:
-        """Label maps (B, 2, 5, H, W), float16."""
         maps = np.empty((len(samples), 2, 5, *self.label_map_shape), "<f2")
         for start, rest in zip(starts, maps, strict=True):
             rest[:] = self.content[start:][: rest.nbytes].view("<f2").reshape(rest.shape)

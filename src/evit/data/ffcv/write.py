@@ -1,7 +1,5 @@
 """Write .beton files for FFCV: all of a file or nothing."""
 
-from __future__ import annotations
-
 import ctypes
 import fcntl
 import io
@@ -10,7 +8,6 @@ import json
 import os
 import signal
 import zlib
-from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,18 +23,15 @@ from evit.data.folders import WAY_OUT, open_image, to_rgb
 from evit.data.label_maps import read_label_map
 from evit.files import followed, whole_file
 
-Picture = str | Path | bytes | Image.Image | np.ndarray
-
 PAGE = 2**26  # bytes; no piece of data crosses from one to the next
 MAX_SIDE = 2**16 - 1
 VERSION = 2  # of FFCV's format
 
 
 def encode(
-    picture: Picture, mode: str = "jpg", max_resolution: int | None = 500, jpeg_quality: int = 95
+    picture: Any, mode: str = "jpg", max_resolution: int | None = 500, jpeg_quality: int = 95
 ) -> tuple[int, int, int, bytes, bool]:
-    """Decode an image, and return its mode, width, height, the bytes to store, and whether these
-    are the file's own. EXIF orientation is left aside, as in timm."""
+    """An image's mode, width, height, the bytes to store, and whether these are the file's own."""
     source = None
     if isinstance(picture, str | Path):
         with open_image(picture) as file:
@@ -55,24 +49,20 @@ def encode(
     image = to_rgb(image).resize((width, height), Image.Resampling.BICUBIC)
     if mode == "raw":
         return beton.RAW, width, height, image.tobytes(), False
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=jpeg_quality, subsampling=0)
+    image.save(buffer := io.BytesIO(), "JPEG", quality=jpeg_quality, subsampling=0)
     return beton.JPEG, width, height, buffer.getvalue(), False
 
 
 def _is_sound_jpeg(image: Image.Image, data: bytes) -> bool:
-    """Whether our decoder gives the pixels of Pillow for these bytes, without a warning."""
-    kept = image.format == "JPEG" and image.mode in ("RGB", "L")
-    pixels = decode_jpeg(data, image.height, image.width) if kept else None
-    if pixels is None:
+    """Whether our decoder gives the pixels of Pillow for these bytes."""
+    if image.format != "JPEG" or image.mode not in ("RGB", "L"):
         return False
-    difference = pixels.astype(np.int16) - np.asarray(image.convert("RGB"))
-    return bool(np.abs(difference).mean() < 1)  # two libjpegs may round differently
+    pixels = decode_jpeg(data, image.height, image.width)
+    right = np.asarray(image.convert("RGB"), np.int16)  # another libjpeg may round differently
+    return pixels is not None and bool(np.abs(pixels - right).mean() < 1)
 
 
 class _Encoded(Dataset):
-    """Data set of encoded samples for FFCV's writer."""
-
     def __init__(self, samples: Any, options: Any, classes: int, maps: Any) -> None:
         self.samples, self.options, self.num_classes, self.maps = samples, options, classes, maps
         self.map_shape = read_label_map(maps[0], classes).shape[2:] if maps else None
@@ -106,47 +96,33 @@ def write_beton(
     path: str | Path,
     samples: Any,
     *,
-    classes: Sequence[str],
+    classes: list[str],
     source: str,
     max_resolution: int | None = 500,
     jpeg_quality: int = 95,
     mode: str = "jpg",
     num_workers: int = 1,
     skip_bad: bool = False,
-    label_maps: Sequence[str] | None = None,
+    label_maps: list[str] | None = None,
     identity: str | None = None,
 ) -> dict[str, Any]:
-    """Write samples of (image, label) to `path`, and return the content of its sidecar.
+    """Write a map-style data set of (image, label) to `path`; return the content of its sidecar.
 
-    Args:
-        samples: a map-style data set; an image is a path, the bytes of a file, a PIL image or an
-            array (H, W) or (H, W, 3) of uint8.
-        max_resolution, jpeg_quality, mode, skip_bad: as in conf/prepare.yaml.
-        num_workers: processes.
-        label_maps: files (evit.data.label_maps) of the samples, in order, all of one shape.
-        identity: what tells these samples from others. A file that is there already, of the same
-            identity and settings, is left as it is; None: it is always written.
-
-    Raises:
-        ValueError, OSError, RuntimeError: of an image, a label or an argument; of a full disk; of a
-            process that died. `path` is as it was before.
-    """
+    An image is a path, the bytes of a file, a PIL image or an array of uint8. A file of the same
+    `identity`, which tells these samples from others, and settings is left as it is. After an error
+    `path` is as it was before (ValueError, OSError; RuntimeError if a process died)."""
     path, count = Path(path), len(samples)
     options = dict(mode=mode, max_resolution=max_resolution, jpeg_quality=jpeg_quality)
     sides = max_resolution is None or 1 <= max_resolution <= MAX_SIDE
     if mode not in ("jpg", "raw") or not 1 <= jpeg_quality <= 100 or not sides:
-        raise ValueError(
-            f"{options}: mode is jpg or raw, max_resolution pixels or null, jpeg_quality 1 to 100"
-        )
-    if not count:
-        raise ValueError(f"{path}: nothing to write, {source} has no images")
+        way = "mode is jpg or raw, max_resolution pixels or null, jpeg_quality 1 to 100"
+        raise ValueError(f"{options}: {way}")
     head: dict[str, Any] = dict(format=beton.SIDECAR_FORMAT, source=source, classes=list(classes))
     head |= dict(num_classes=len(classes), identity=identity, **options)
     dataset = _Encoded(samples, options, len(classes), label_maps)
     how: Any = dict(batch_size=32, sampler=range(count), num_workers=num_workers, collate_fn=list)
-    how |= dict(multiprocessing_context="fork")  # the samples need not be pickled
-    how |= dict(generator=torch.Generator())  # or it would draw from the global one
-    loader: Any = DataLoader(dataset, **how, worker_init_fn=_end_with_parent)
+    how |= dict(multiprocessing_context="fork", worker_init_fn=_end_with_parent)
+    loader: Any = DataLoader(dataset, **how, generator=torch.Generator())  # not the global one
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -161,6 +137,8 @@ def write_beton(
         with whole_file(path) as file:
             shown = followed(loader, f"Writing {path.name}", len(loader))
             sidecar = head | _write(file, shown, count, dataset.map_shape, skip_bad)
+            if not sidecar["num_samples"]:
+                raise ValueError(f"{path}: nothing to write, {source} has no readable images")
             sidecar["crc32"] = beton.sidecar_crc32(sidecar)
             # It is there before its file: until then the pair does not match, and is refused.
             with whole_file(beton.sidecar_path(path)) as description:
@@ -170,14 +148,11 @@ def write_beton(
     return sidecar
 
 
-def _write(
-    file: BinaryIO, batches: Iterable[Any], count: int, shape: Any, skip_bad: bool
-) -> dict[str, Any]:
+def _write(file: BinaryIO, batches: Any, count: int, shape: Any, skip_bad: bool) -> dict[str, Any]:
     """Write the file, and return what the sidecar says of its content."""
     fields, metadata = beton.layout(shape)
     at = beton.HEADER.itemsize + fields.nbytes + count * metadata.itemsize
-    skipped, kept = list[dict[str, str]](), 0
-    records, table = list[Any](), list[tuple[int, int, int]]()
+    skipped, records, table, kept = list[Any](), list[Any](), list[Any](), 0
     for image, *rest in itertools.chain.from_iterable(batches):
         if isinstance(image, str):
             if rest[0] is None:
@@ -197,8 +172,6 @@ def _write(
             file.write(data)
             at += len(data)
         records.append(((*size, starts[0]), label, *starts[1:]))
-    if not records:
-        raise ValueError("nothing to write, there is no readable image")
     # Where images were left out, unused bytes lie between the metadata and the data.
     head = np.array([(VERSION, len(fields), PAGE, len(records), at)], beton.HEADER).tobytes()
     head += fields.tobytes() + np.array(records, metadata).tobytes()
