@@ -1,7 +1,6 @@
 """Files are whole or not there, on a disk that is really full."""
 
 import errno
-import pickle
 import random
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from PIL import Image
 
 from evit import files
+from evit.models.weights import read_file
 from evit.report import results
 from evit.tracking import JsonlLogger
 from evit.training.checkpoints import WholeFiles
@@ -65,12 +65,7 @@ def test_whichever_bit_of_a_checkpoint_flips_it_is_noticed_or_means_nothing(tmp_
         changed = bytearray(content)
         changed[bit // 8] ^= 1 << bit % 8
         path.write_bytes(changed)
-        try:
-            files.check_zip(path)
-        except ValueError as error:
-            assert "damaged" in str(error)
-            continue
-        passed += 1
-        with suppress(RuntimeError, UnicodeDecodeError, pickle.UnpicklingError):  # torch's own
-            assert torch.equal(torch.load(path, weights_only=True)["x"], weights)
+        with suppress(ValueError):
+            assert torch.equal(read_file(path)["x"], weights)
+            passed += 1
     assert passed < 100

@@ -20,21 +20,16 @@ FROM_1 = (  # numbers that begin at 1, the others at 0
     "max_train_images max_val_images max_batch_per_process"
 ).split()
 TO_1 = "ema_decay mixup_switch_prob random_erasing flip drop_path label_smoothing crop_pct".split()
-NAMES = dict(
-    lr_schedule=("plain", "timm", "deit"),  # evit.training.module.lr_at says what they are
-    mixup_mode=("batch", "pair", "elem"),
-)
+NAMES = dict(lr_schedule=("plain", "timm", "deit"), mixup_mode=("batch", "pair", "elem"))
 
 
 @dataclass
 class Recipe:
-    """Knobs of training. By default a part is off; the published numbers are in conf/recipe/."""
+    """Knobs of training; the published values are in conf/recipe/."""
 
     epochs: int = MISSING
-    # Images per optimizer step, over all processes and accumulated batches.
-    batch_size: int = MISSING
-    # Most images that a process takes at once; it accumulates the rest. null: no limit.
-    max_batch_per_process: int | None = None
+    batch_size: int = MISSING  # images per optimizer step, over all processes
+    max_batch_per_process: int | None = None  # it accumulates the rest; null: no limit
     finetune: bool = False  # starts from trained weights, never from random ones
     train_in_eval_mode: bool = False  # as EViT's finetune.sh: no drop path
     lr: float = MISSING
@@ -44,9 +39,8 @@ class Recipe:
     warmup_epochs: float = 0
     warmup_lr: float = 1e-6
     cooldown_epochs: float = 0  # the last ones, at min_lr
-    # DynamicViT: everything but the predictors learns at this share of lr, after these epochs.
-    backbone_lr: float = 1.0
-    backbone_frozen_epochs: float = 0
+    backbone_lr: float = 1.0  # DynamicViT: share of lr of all but the predictors
+    backbone_frozen_epochs: float = 0  # the first ones, in which these alone learn
     frozen: list[str] = field(default_factory=list)  # parameters that stay as they are
     weight_decay: float = 0.05
     clip_grad: float | None = None
@@ -64,8 +58,7 @@ class Recipe:
     crop_scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
     flip: float = 0.5
     crop_pct: float = 0.875  # evaluation: short side resized to img_size / crop_pct, then cropped
-    # Keep rates that one checkpoint learns, as in [1,0.9,0.8,0.7,0.6,0.5]: each step draws one.
-    any_rate: list[float] | None = None
+    any_rate: list[float] | None = None  # keep rates of one checkpoint: each step draws one
     shrink_start_epoch: int = 0
     shrink_epochs: int = 0
     token_multiple: int | None = None  # while the keep rate moves; null: 1, with compile=true 8
@@ -97,12 +90,10 @@ class Recipe:
 
     @property
     def full_rate_epoch(self) -> int:
-        """The first epoch (0-based) at the final keep rate."""
         return self.shrink_start_epoch + self.shrink_epochs
 
     @property
     def peak_lr(self) -> float:
-        """Learning rate after warm-up: linear in the batch size if lr_batch_size is set."""
         return self.lr * (self.batch_size / self.lr_batch_size if self.lr_batch_size else 1)
 
     def accumulation(self, processes: int) -> int:
@@ -114,12 +105,8 @@ class Recipe:
 
 
 def plain(cfg: DictConfig) -> dict[str, Any]:
-    """The configuration of a run as in its config.json: resolved, the model's knobs at the root.
-
-    A model may set its own keep_rate (model=deit: 1), which then is the run's.
-    """
-    knobs = [str(knob) for knob in cfg if knob != "hydra" and knob not in HOW]
-    masked = OmegaConf.masked_copy(cfg, knobs)
+    """The configuration of a run as in its config.json: resolved, the model's knobs at the root."""
+    masked = OmegaConf.masked_copy(cfg, [str(k) for k in cfg if k not in ("hydra", *HOW)])
     config: Any = OmegaConf.to_container(masked, resolve=True, throw_on_missing=True)
     config |= {k: v for k, v in config["model"].items() if k in ("keep_rate", "fusion", "img_size")}
     return config | dict(crop_pct=config["recipe"]["crop_pct"])
@@ -128,18 +115,14 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 def scale_for(cfg: DictConfig) -> str:
     """The choice of conf/scale that fits a run's data: published for ImageNet, own, or demo."""
     root, imagenet = cfg.data.get("root"), os.environ.get("IMAGENET_DIR")
-    if cfg.data.get("num_classes") == 1000:
-        return "published"
-    if root and imagenet and os.path.abspath(imagenet) == os.path.abspath(root):
+    same = root and imagenet and os.path.abspath(imagenet) == os.path.abspath(root)
+    if same or cfg.data.get("num_classes") == 1000:
         return "published"
     return "own" if root else "demo"
 
 
 def of(share: float, whole: int, *, _parent_: Any) -> float:
-    """${of:10,300} in a recipe: 10 of 300 epochs, or as large a share of recipe.epochs.
-
-    An int gives whole epochs.
-    """
+    """${of:10,300} in a recipe: 10 of 300 epochs, or that share; an int gives whole epochs."""
     epochs = share * _parent_["epochs"] / whole
     return round(epochs) if isinstance(share, int) else epochs
 
@@ -156,10 +139,7 @@ def choices(group: str) -> str:
 
 
 def folder_name(overrides: str) -> str:
-    """A folder name that says what was overridden: short ASCII without need of quotes.
-
-    Long names are cut; short overrides come first, so that the seed and the keep rate stay in.
-    """
+    """A folder name that says what was overridden: ASCII, and the shortest first if it is cut."""
     name = re.sub(r"[^A-Za-z0-9_.+-]+", "_", overrides) or "default"
     if len(name) <= 100 and overrides.isascii():
         return name
@@ -176,7 +156,6 @@ def overridden(overrides: list[str]) -> set[str]:
 
 
 def counted(count: int, noun: str) -> str:
-    """A number with its noun: 1 epoch, 2 epochs."""
     return f"{count} {noun}{'s' * (count != 1)}"
 
 

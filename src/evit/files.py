@@ -5,7 +5,7 @@ import os
 import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -26,10 +26,7 @@ def printable(value: Any) -> Any:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that replaces `path` when all of it is on the disk.
-
-    After an error, or a signal, it is removed, and `path` is as it was.
-    """
+    """Open a file that replaces `path` when all of it is on the disk; an error removes it."""
     partial = path.with_name(f"{path.name}.tmp")
     try:
         with partial.open("wb") as file:
@@ -42,22 +39,10 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.errno:
             error.filename = path
         raise
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush the entries of a folder to the disk, so that renames survive a power failure."""
-    number = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    with suppress(OSError):  # a network's file system may have no such thing
-        os.fsync(number)
-    os.close(number)
 
 
 def refused(error: BaseException, folder: Path) -> str | None:
-    """Message for the user if a disk is full or cannot be used; None for other errors.
-
-    folder: where the program writes, for an error that names no file.
-    """
+    """Message for the user if a disk (folder, if no file is named) cannot be used; else None."""
     if not isinstance(error, OSError) or errno.errorcode.get(error.errno or 0) not in REFUSED:
         return None
     path, reason = os.path.relpath(error.filename or folder), os.strerror(error.errno or 0)
@@ -66,15 +51,10 @@ def refused(error: BaseException, folder: Path) -> str | None:
 
 def check_zip(path: Path) -> None:
     """Check the checksums of a zip file, such as torch.save's; torch.load does not."""
-    if not zipfile.is_zipfile(path):
-        return  # left to its reader
-    try:
+    if zipfile.is_zipfile(path):  # others are left to their reader
         with zipfile.ZipFile(path) as archive:
-            changed = archive.testzip()
-    except Exception as error:  # zlib, struct or zipfile raise, depending on the byte
-        raise ValueError(f"damaged: {error}") from error
-    if changed:
-        raise ValueError(f"damaged: {changed} is not as it was written")
+            if changed := archive.testzip():
+                raise ValueError(f"damaged: {changed} is not as it was written")
 
 
 @contextmanager

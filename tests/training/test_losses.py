@@ -155,10 +155,7 @@ def test_frozen_parameters_stay_as_they_are_and_out_of_the_optimizer():
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        (
-            dict(frozen=["cls_tokn"]),
-            "recipe.frozen names 'cls_tokn', which ReducedViT does not have",
-        ),
+        (dict(frozen=["cls_tokn"]), "recipe.frozen: ReducedViT has no 'cls_tokn'"),
         (dict(backbone_lr=0.1), "recipe.backbone_lr .* reducer that learns"),
         (dict(backbone_frozen_epochs=1), "backbone_frozen_epochs .* reducer that learns"),
     ],

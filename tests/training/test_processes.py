@@ -159,7 +159,7 @@ def test_an_image_that_one_process_cannot_read_ends_both_and_is_named_once(
 def test_a_loss_of_one_process_that_is_not_finite_ends_both_and_is_said_once(
     launcher, start, tmp_path
 ):
-    script = tmp_path / "spoilt.py"
+    script = tmp_path / "train.py"  # the command is named after it
     script.write_text(SPOILT)
     said = start(launcher, script=script).ended(200)
     assert said.count("error: the loss is nan (epoch 2/10000, step 4, ") == 1, said

@@ -94,11 +94,6 @@ def test_lines_are_plain_and_say_how_far_and_how_fast_training_is(clock, capsys)
     assert steps[1].startswith("epoch 2/2  step 3/4  train/loss")
 
 
-def test_the_first_step_of_compiled_training_says_once_how_long_it_took(clock, capsys):
-    fit(clock, compiled=True)
-    assert capsys.readouterr().out.count("The first step took 1 s\n") == 1
-
-
 def test_a_long_evaluation_says_how_far_it_is(clock, capsys):
     progress = Progress(batch_size=8)
     trainer = SimpleNamespace(is_global_zero=True, num_val_batches=[50], callback_metrics={})

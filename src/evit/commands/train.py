@@ -110,8 +110,7 @@ def make_callbacks(cfg: DictConfig, recipe: Recipe, folder: Path) -> list[Any]:
     """The run's callbacks in the order of their calls; Progress is first."""
     inside, every = folder / "checkpoints", cfg.checkpoint_every_n_steps
     bar = callbacks.progress_bar()
-    found: list[Any] = [callbacks.Progress(recipe.batch_size, bool(bar), bool(cfg.compile)), *bar]
-    found += [callbacks.NonFinite(), Signals()]
+    found: list[Any] = [callbacks.Progress(recipe.batch_size, bool(bar)), *bar, Signals()]
     found += [checkpoints.LastCheckpoint(inside, every, cfg.keep_checkpoint_every_n_epochs)]
     found += [checkpoints.BestCheckpoint(inside, recipe.full_rate_epoch)]
     if recipe.ema_decay is not None:

@@ -29,43 +29,25 @@ REFUSED = {  # our knobs, and the arguments of lightning.Trainer that they repla
     "recipe.clip_grad": "gradient_clip_val",
     "logger=wandb, csv, tensorboard or none": "logger",
     "name=NAME, or checkpoint_every_n_steps": "default_root_dir enable_checkpointing",
-    "nothing, it has its own": "callbacks plugins barebones num_sanity_val_steps "
-    "enable_progress_bar enable_model_summary use_distributed_sampler "
-    "reload_dataloaders_every_n_epochs",
 }
 
 
-def build_trainer(
-    options: Any, folder: Path, callbacks: list[L.Callback], **more: Any
-) -> L.Trainer:
-    """Build Lightning's Trainer from the configuration's options and further arguments.
-
-    With several devices and no launcher, this runs the command again under torchrun, one process
-    per device, and then exits: call it early.
-    """
+def build_trainer(options: Any, folder: Path, callbacks: list[Any], **more: Any) -> L.Trainer:
+    """Build Lightning's Trainer; for several devices, run the command under torchrun and exit."""
     options = OmegaConf.to_container(options, resolve=True)
     for way, names in REFUSED.items():
         for name in set(names.split()) & options.keys():
             raise ValueError(f"trainer.{name} is not taken here: set {way}")
     if options["precision"] == "auto":
-        bf16 = options["accelerator"] != "cpu" and torch.cuda.is_available()
-        bf16 = bf16 and torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16 = options["accelerator"] != "cpu" and torch.cuda.is_bf16_supported(False)
         options["precision"] = "bf16-mixed" if bf16 else "32-true"
     options["accumulate_grad_batches"] = options["accumulate_grad_batches"] or 1
     options |= processes(options["devices"], options["num_nodes"])
+    more |= dict(callbacks=callbacks, plugins=[WholeFiles()], default_root_dir=folder, logger=False)
+    more |= dict(enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks))
+    more |= dict.fromkeys(("enable_model_summary", "use_distributed_sampler"), False)
     try:
-        trainer = L.Trainer(
-            **options,
-            **more,
-            logger=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks),
-            num_sanity_val_steps=0,
-            default_root_dir=folder,
-            callbacks=callbacks,
-            plugins=[WholeFiles()],
-        )
+        trainer = L.Trainer(**options, **more, num_sanity_val_steps=0)
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise ValueError(f"trainer: {error}") from error
     launched = torch.distributed.is_torchelastic_launched() or SLURMEnvironment.detect()
@@ -93,15 +75,16 @@ def start_processes(count: int, nodes: int) -> NoReturn:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:  # the process has printed the reason
             sys.exit(failure.exitcode)
-        name = signal.Signals(-failure.exitcode).name
-        text = f"process {rank} has ended ({name}), and so have the others"
-        raise ChildProcessError(text) from None
+        how = signal.Signals(-failure.exitcode).name
+        raise ChildProcessError(
+            f"process {rank} has ended ({how}), and so have the others"
+        ) from None
     sys.exit()
 
 
 def processes(devices: Any, num_nodes: Any) -> dict[str, Any]:
     """Choose devices and num_nodes of the Trainer; auto: as torchrun or srun has started."""
-    env, wanted = os.environ, len(devices) if isinstance(devices, list) else devices
+    env = os.environ
     if torch.distributed.is_torchelastic_launched():
         tasks, local = int(env["WORLD_SIZE"]), int(env["LOCAL_WORLD_SIZE"])
     elif SLURMEnvironment.detect():
@@ -111,19 +94,15 @@ def processes(devices: Any, num_nodes: Any) -> dict[str, Any]:
             raise ValueError(f"SLURM has {tasks} tasks for this job: begin the command with srun")
     else:
         return dict(devices=devices, num_nodes=1 if num_nodes == "auto" else num_nodes)
-    if wanted not in ("auto", -1, local) or num_nodes not in ("auto", tasks // local):
-        raise ValueError(
-            f"trainer.devices={devices} trainer.num_nodes={num_nodes}, but {local} processes on "
-            f"each of {tasks // local} nodes were started: leave both at auto"
-        )
-    return dict(devices=devices if isinstance(devices, list) else local, num_nodes=tasks // local)
+    found = dict(devices=local, num_nodes=tasks // local)
+    if devices not in ("auto", -1, local) or num_nodes not in ("auto", found["num_nodes"]):
+        started = f"but {local} processes on each of {tasks // local} nodes were started"
+        raise ValueError(f"trainer.devices={devices} trainer.num_nodes={num_nodes}, {started}")
+    return found
 
 
 class Signals(L.Callback):
-    """Keep our handler of SIGTERM, and end this process if its torchrun dies.
-
-    Lightning's handler waits for all processes of the run, which may be waiting for this one.
-    """
+    """Keep our handler of SIGTERM (Lightning's waits for all processes); end with our torchrun."""
 
     def __init__(self) -> None:
         self.handler = signal.getsignal(signal.SIGTERM)

@@ -1,6 +1,5 @@
-"""Lightning's callbacks: keep rate, pictures, progress, a stop at NaN, moving average (EMA)."""
+"""Lightning's callbacks: keep rate, pictures, progress, moving average of the weights (EMA)."""
 
-import math
 import random
 import sys
 import time
@@ -11,7 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import RichProgressBar, WeightAveraging
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_only
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from evit.data.batch import denormalize
@@ -21,19 +20,9 @@ from evit.reducers import keep_rate_at
 from evit.report.pictures import draw_kept
 from evit.tracking import Tracker
 
-WAY_OUT = (
-    "continue from before it by resume=RUN/checkpoints/last.ckpt, with a lower recipe.lr or "
-    "recipe.clip_grad=1"
-)
-
 
 class KeepRateSchedule(L.Callback):
-    """Lower the model's keep rate at every training step, from 1 to its final value.
-
-    Logs keep_rate (or keep_rate/1, /2, ... if places differ) and tokens_per_image: image tokens in
-    the MLP, averaged over the blocks. Until the final rate, token counts are rounded up to
-    multiples of token_multiple.
-    """
+    """Lower the model's keep rate at every training step, from 1 to its final value; log it."""
 
     def __init__(self, shrink_start_epoch: int, shrink_epochs: int, token_multiple: int = 1):
         self.schedule, self.multiple = (shrink_start_epoch, shrink_epochs), token_multiple
@@ -74,26 +63,19 @@ class KeepRateSchedule(L.Callback):
 
 
 class KeptPatches(L.Callback):
-    """Draw which patches of some validation images are kept, anew at each evaluation.
-
-    The images are spread evenly over those of the first process.
-    """
+    """Draw the kept patches of images spread over the first process's, at each evaluation."""
 
     def __init__(self, path: Path, num_images: int = 8):
         self.path, self.num_images = path, num_images
         self.images: list[Any] = []  # and their labels
 
-    def on_validation_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, i: int, *_: Any
-    ) -> None:
-        if not trainer.is_global_zero:
-            return
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        _, batch, i, *_ = args
         data, batches = trainer.datamodule, trainer.num_val_batches[0]
         step = max(1, batches * data.local_batch_size // self.num_images)
-        found = [] if i == 0 else self.images
         some = (t[-i * data.local_batch_size % step :: step].clone() for t in batch)
-        self.images = [*found, *zip(*some, strict=True)]
-        if i < batches - 1:
+        self.images = [*(self.images if i else []), *zip(*some, strict=True)]
+        if i < batches - 1 or not trainer.is_global_zero:
             return
         images, labels = map(torch.stack, zip(*self.images[: self.num_images], strict=True))
         pixels, names = denormalize(images, data.mean, data.std), in_words(list(data.classes))
@@ -106,35 +88,18 @@ class KeptPatches(L.Callback):
 
 
 class Progress(L.Callback):
-    """Log training speed; print a line every 30 s (if there is no bar) and after evaluations.
+    """Log training speed; print a line every 30 s (if there is no bar) and after evaluations."""
 
-    Images per second count all processes; data_wait is the share of time in which this process
-    waits for images. Both leave out the first step of an epoch.
-
-    Args:
-        batch_size: images per optimizer step.
-        compiled: print the time of the first step, which compiles.
-    """
-
-    def __init__(self, batch_size: int, bar: bool = False, compiled: bool = False):
-        self.batch_size, self.bar, self.compiled = batch_size, bar, compiled
-        self.due, self.epoch, self.numbers = time.monotonic() + 8, -1, ""
-        self.waiting = ""  # "in the first step", which may take long
+    def __init__(self, batch_size: int, bar: bool = False):
+        self.batch_size, self.bar, self.epoch, self.numbers = batch_size, bar, -1, ""
+        self.waiting = "" if bar else rank_zero_only(lambda: "in the first step", default="")()
+        self.due = time.monotonic() + 8
         self.images_per_s: float | None = None  # until two steps of an epoch were taken
-
-    def on_train_start(self, trainer: Any, *_: Any) -> None:
-        self.waiting = "in the first step" if trainer.is_global_zero and not self.bar else ""
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.begun = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         done, total = args[-1] + 1, trainer.num_training_batches
         now = (done, time.perf_counter(), trainer.train_dataloader.waited)
-        if self.compiled and trainer.is_global_zero:
-            self.compiled = False
-            print(f"The first step took {now[1] - self.begun:.0f} s", flush=True)
-        if self.epoch != trainer.current_epoch:
+        if self.epoch != trainer.current_epoch:  # its first batch, which may compile, is left out
             self.epoch, self.start = trainer.current_epoch, now
         else:
             batches, seconds, waited = (b - a for a, b in zip(self.start, now, strict=True))
@@ -154,18 +119,15 @@ class Progress(L.Callback):
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         self.tell(trainer, f"evaluating {args[2] + 1}/{sum(trainer.num_val_batches)}")
 
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        self.tell(trainer, "", ("train/loss", "val/loss", "val/top1", "val/top5"), always=True)
+    def on_validation_end(self, trainer: Any, *_: Any) -> None:
+        self.tell(trainer, "", ("train/loss", "val/loss", "val/top1", "val/top5"))
 
-    def tell(
-        self, trainer: Any, what: str, names: Any = (), more: str = "", always: bool = False
-    ) -> None:
+    def tell(self, trainer: Any, what: str, names: Any = (), more: str = "") -> None:
         """Print a line with metrics if one is due; reading them waits for the GPU."""
         self.waiting, now = "", time.monotonic()
-        due = always or (not self.bar and now >= self.due)
-        if not trainer.is_global_zero or not due:
+        if not trainer.is_global_zero or (what and (self.bar or now < self.due)):
             return
-        self.due = self.due if always else now + 30
+        self.due = now + 30 if what else self.due
         epoch, values = min(trainer.current_epoch + 1, trainer.max_epochs), trainer.callback_metrics
         numbers = [f"{name} {float(values[name]):.3f}" for name in names if name in values]
         words = [f"epoch {epoch}/{trainer.max_epochs}", what, *numbers, more]
@@ -173,80 +135,21 @@ class Progress(L.Callback):
 
 
 def progress_bar() -> list[L.Callback]:
-    """Lightning's progress bar, on a terminal."""
     return [RichProgressBar(10)] if sys.stdout.isatty() else []
 
 
-class NonFinite(L.Callback):
-    """Stop the run if the loss of a step is not finite.
-
-    Reading a loss makes the host wait for the GPU. Losses are therefore read when metrics are
-    logged, and always before an evaluation or a checkpoint, so no checkpoint contains such a step.
-    """
-
-    def __init__(self) -> None:
-        self.steps: list[tuple[str, int, Tensor]] = []  # since the last look
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        lr = trainer.optimizers[0].param_groups[0]["lr"]
-        self.at = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}, step "
-        self.at += f"{trainer.global_step + 1}, learning rate {lr:.3g}"
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
-        rates = "/".join(f"{rate:.3g}" for rate in getattr(pl_module.model, "keep_rate", ()))
-        at = self.at + f", keep rate {rates}" * bool(rates)
-        self.steps.append((at, args[-1], outputs["loss"]))
-        every = trainer.log_every_n_steps * trainer.accumulate_grad_batches
-        if every and (args[-1] + 1) % every == 0:
-            self.look(trainer)
-
-    def look(self, trainer: Any, *_: Any) -> None:
-        """Check the losses since the last look; all processes do this at the same step."""
-        steps, self.steps = self.steps, []
-        if not steps:
-            return
-        bad = ~torch.stack([loss for _, _, loss in steps]).isfinite()
-        bad = trainer.strategy.reduce(bad.int(), reduce_op="max")
-        if not bad.any():
-            return
-        at, batch, loss = steps[int(bad.nonzero()[0])]
-        images = trainer.datamodule.describe_batch(trainer.current_epoch, batch)
-        text = f"the loss is {loss} ({at}), for images of process {trainer.global_rank}: {images}"
-        found = [(math.isfinite(loss), text)] * trainer.world_size
-        if trainer.world_size > 1:
-            torch.distributed.all_gather_object(found, found[0])
-        raise FloatingPointError(f"{min(found)[1]}. No checkpoint contains this: {WAY_OUT}")
-
-    on_validation_start = on_train_epoch_end = look  # type: ignore[assignment]
-
-    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
-        self.look(trainer)
-        for name, value in pl_module.state_dict().items():
-            if value.is_floating_point() and not value.isfinite().all():
-                text = f"after {trainer.global_step} steps {name} is not finite"
-                raise FloatingPointError(f"{text}. No checkpoint contains this: {WAY_OUT}")
-
-
 class EMA(WeightAveraging):
-    """Exponential moving average of the weights, updated at every optimizer step.
-
-    Args:
-        evaluated: evaluate the average, and store it as "state_dict" in checkpoints, as LV-ViT's
-            and DynamicViT's authors do. False evaluates and stores the trained weights, as DeiT's
-            and EViT's authors do; checkpoints then have the average as "ema_state_dict".
-    """
+    """Moving average of the weights: evaluated and saved as "state_dict", or "ema_state_dict"."""
 
     def __init__(self, decay: float, evaluated: bool = True):
-        # Update all weights in one call; Lightning's EMAWeightAveraging updates them one by one.
-        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))
+        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))  # of all weights in one call
         self.evaluated = evaluated
         if not evaluated:
             for name in ("validation_epoch_start", "validation_epoch_end", "train_end"):
                 setattr(self, f"on_{name}", lambda *_: None)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert self._average_model is not None  # it is created before the model is on its device
-        self._average_model.to(pl_module.device)
+        self._average_model.to(pl_module.device)  # type: ignore[union-attr]  # it was on the CPU
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: Any, checkpoint: Any) -> None:
         super().on_save_checkpoint(trainer, pl_module, checkpoint)

@@ -9,7 +9,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from evit.files import sync_folder, whole_file
+from evit.files import whole_file
 from evit.models.weights import read_file
 
 
@@ -26,32 +26,25 @@ class WholeFiles(TorchCheckpointIO):
 
 
 class LastCheckpoint(Checkpoint):
-    """Write last.ckpt after every epoch and every `every_n_steps` optimizer steps.
+    """Write last.ckpt every epoch and some steps, and epoch_010.ckpt every `keep` epochs."""
 
-    The one before it becomes previous.ckpt; every `keep_every_n_epochs` epochs, epoch_010.ckpt and
-    so on are kept. A checkpoint inside an epoch is renamed to last.ckpt when the next batch begins:
-    only then does metrics.jsonl contain the metrics of its step.
-    """
-
-    def __init__(self, folder: Path, every_n_steps: int | None, keep_every_n_epochs: int | None):
-        self.folder, self.every_n_steps, self.keep = folder, every_n_steps, keep_every_n_epochs
+    def __init__(self, folder: Path, every_n_steps: int | None, keep: int | None):
+        self.folder, self.every_n_steps, self.keep = folder, every_n_steps, keep
         self.next, self.last = folder / "next.ckpt", folder / "last.ckpt"
 
     def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self.saved_step = trainer.global_step
         if trainer.is_global_zero:  # left by a process that was killed while writing
             for path in (*self.folder.glob("*.tmp"), *self.folder.glob("next.ckpt")):
                 path.unlink()
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        step = trainer.global_step
-        due = self.every_n_steps and step % self.every_n_steps == 0 and step != self.saved_step
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        whole_step = (args[-1] + 1) % trainer.accumulate_grad_batches == 0
+        due = self.every_n_steps and whole_step and trainer.global_step % self.every_n_steps == 0
         if due and not trainer.is_last_batch:  # the end of the epoch saves anyway
-            self.saved_step = step
             trainer.save_checkpoint(self.next)
 
     def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self.saved_step, epochs = trainer.global_step, trainer.current_epoch + 1
+        epochs = trainer.current_epoch + 1
         if self.keep and epochs % self.keep == 0:
             trainer.save_checkpoint(self.folder / f"epoch_{epochs:03d}.ckpt")
         trainer.save_checkpoint(self.next)
@@ -61,8 +54,7 @@ class LastCheckpoint(Checkpoint):
         if trainer.is_global_zero and self.next.is_file():
             if self.last.exists():
                 self.last.replace(self.folder / "previous.ckpt")
-            self.next.replace(self.last)
-            sync_folder(self.folder)
+            self.next.replace(self.last)  # only now does metrics.jsonl have its step, too
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -90,8 +82,8 @@ def optimizer_steps(path: Path) -> int:
 def unfinished(folder: Path) -> Path | None:
     """Find the last readable checkpoint of an interrupted run, or None if there is none."""
     kept = sorted(folder.glob("checkpoints/epoch_*.ckpt"), reverse=True)
-    found = [folder / "checkpoints/last.ckpt", folder / "checkpoints/previous.ckpt", *kept]
-    found = [path for path in found if path.is_file()]
+    newest = [folder / "checkpoints/last.ckpt", folder / "checkpoints/previous.ckpt"]
+    found = [path for path in newest + kept if path.is_file()]
     for path in found:
         try:
             optimizer_steps(path)
@@ -118,10 +110,8 @@ def given(resume: str, folder: Path) -> Path | None:
 
 def require_unfinished(path: Path, data: Any, epochs: int) -> None:
     """Raise a ValueError if a checkpoint has already seen all epochs of this run's data."""
-    steps = optimizer_steps(path)
-    wanted = len(data.train_dataloader()) // data.trainer.accumulate_grad_batches * epochs
-    if steps >= wanted:
-        raise ValueError(
-            f"resume={path} has seen {steps} steps, and this run has {wanted} in {epochs} epochs: "
-            f"raise recipe.epochs, or start from its weights by checkpoint={path}"
-        )
+    seen = optimizer_steps(path)
+    steps = len(data.train_dataloader()) // data.trainer.accumulate_grad_batches * epochs
+    if seen >= steps:
+        has = f"has seen {seen} steps, and this run has {steps} in {epochs} epochs"
+        raise ValueError(f"resume={path} {has}: raise recipe.epochs, or take checkpoint={path}")

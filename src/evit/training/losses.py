@@ -24,13 +24,9 @@ def mean_of(values: Tensor, chosen: Tensor) -> Tensor:
 
 
 class Classification:
-    """Cross-entropy with mixup and cutmix, or the loss of a reducer that learns (its `losses`).
+    """Cross-entropy with mixup and cutmix, distillation from a teacher, or a reducer's own loss.
 
-    losses() contains no random draws, so it compiles.
-
-    Args:
-        teacher: a dense model to distil: its class logits, and for each kept token its token of
-            the same patch; "self": this model at keep rate 1.
+    any_rate: the largest rate learns from labels, and teaches the one that KeepRateSchedule draws.
     """
 
     def __init__(
@@ -47,7 +43,13 @@ class Classification:
 
     def __call__(self, images: Tensor, labels: Tensor, *_: Tensor) -> dict[str, Tensor]:
         images, targets = self.mixup(images, labels) if self.mixup else (images, labels)
-        return self.losses(images, targets, *self.taught(images))
+        if not self.recipe.any_rate:
+            return self.losses(images, targets, *self.taught(images))
+        largest = self.at(max(self.recipe.any_rate), self.model, images)
+        consistency = divergence(self.model(images), largest.detach()).mean()
+        return dict(
+            loss=self.cross_entropy(largest, targets) + consistency, consistency=consistency
+        )
 
     @torch.no_grad()
     def taught(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -67,23 +69,19 @@ class Classification:
         return found
 
     def losses(self, images: Tensor, targets: Tensor, *wanted: Tensor) -> dict[str, Tensor]:
-        model, recipe = self.model, self.recipe
+        model, common = self.model, (self.cross_entropy, self.teacher, self.recipe)
         if self.learns:
-            common = self.cross_entropy, self.teacher, recipe
             return model.reducer.losses(model, images, targets, *common)
         if not wanted:
             return dict(loss=self.cross_entropy(model(images), targets))
         x, ids, reductions = self.encoded(images)
         logits, tokens = model.logits(x, reductions), model.token_outputs(x)[1]
-        teacher_logits, teacher_tokens = wanted
-        index = ids.clamp(0).view(*ids.shape, *(1,) * (tokens.ndim - 2)).expand_as(tokens)
-        distance = model.token_distance(tokens, teacher_tokens.gather(1, index))
-        parts = dict(
-            class_distillation=divergence(logits, teacher_logits).mean(),
-            token_distillation=mean_of(distance, ids >= 0),
-        )
+        teachers = wanted[1].take_along_dim(ids.clamp(0)[..., None], 1)
+        distance = model.token_distance(tokens, teachers)
+        parts = dict(class_distillation=divergence(logits, wanted[0]).mean())
+        parts |= dict(token_distillation=mean_of(distance, ids >= 0))
         loss = self.cross_entropy(logits, targets)
-        return dict(loss=loss + recipe.distill_weight * sum(parts.values()), **parts)
+        return dict(loss=loss + self.recipe.distill_weight * sum(parts.values()), **parts)
 
     def encoded(self, images: Tensor, *swapped: Tensor) -> tuple[Tensor, Tensor, Any]:
         """Encode to normalised tokens (B, T, C), their patch ids (B, N; -1: none), reductions."""
@@ -96,31 +94,13 @@ class Classification:
         return model.norm(x), ids, reductions
 
 
-class AnyRate(Classification):
-    """Train one checkpoint for many keep rates: the largest learns from the labels, and teaches
-    the model's own rate, which KeepRateSchedule draws at each step."""
-
-    def __call__(self, images: Tensor, labels: Tensor, *_: Tensor) -> dict[str, Tensor]:
-        images, targets = self.mixup(images, labels) if self.mixup else (images, labels)
-        largest = self.at(max(self.recipe.any_rate or ()), self.model, images)
-        consistency = divergence(self.model(images), largest.detach()).mean()
-        loss = self.cross_entropy(largest, targets) + consistency
-        return dict(loss=loss, consistency=consistency)
-
-
 class TokenLabels(Classification):
-    """LV-ViT's token labelling with MixToken.
-
-    Batches are (images, labels, label maps, crops) and, with RandAugment, its geometric maps. The
-    class token learns the label of the crop, every remaining token the label of its own patch: a
-    merged token that of its leader, a fused token none. After MixToken, a patch keeps the label of
-    the image it came from.
-    """
+    """LV-ViT's token labels with MixToken: a token learns its patch's (merged: its leader's)."""
 
     def __call__(self, images: Tensor, labels: Tensor, *more: Tensor) -> dict[str, Tensor]:
         (maps, crops, *warps), grid = more, self.model.patch_embed.grid_size
-        smoothing = self.recipe.label_smoothing
-        of_class, of_patches = token_targets(maps, crops, self.num_classes, grid, smoothing, *warps)
+        sizes = self.num_classes, grid, self.recipe.label_smoothing
+        of_class, of_patches = token_targets(maps, crops, *sizes, *warps)
         swapped = mix_token_box(grid).to(images.device).flatten()
         share = swapped.float().mean()
         of_class = (1 - share) * of_class + share * of_class.flip(0)
@@ -131,9 +111,8 @@ class TokenLabels(Classification):
         of_patches, swapped = more
         x, ids, _ = self.encoded(images, swapped)
         class_logits, token_logits = self.model.heads(x)
-        index = ids.clamp(0)[..., None].expand_as(token_logits)
-        each = soft_cross_entropy(token_logits, of_patches.gather(1, index))
-        token_loss = mean_of(each, ids >= 0)
+        of_tokens = of_patches.take_along_dim(ids.clamp(0)[..., None], 1)
+        token_loss = mean_of(soft_cross_entropy(token_logits, of_tokens), ids >= 0)
         class_loss = soft_cross_entropy(class_logits, targets).mean()
         loss = class_loss + self.recipe.token_label_weight * token_loss
         return dict(loss=loss, class_loss=class_loss, token_loss=token_loss)
@@ -147,31 +126,19 @@ def dense_teacher(model: Any) -> Any:
 
 
 def make_objective(
-    model: Any,
-    recipe: Recipe,
-    num_classes: int,
-    batch_size: int,
-    label_maps: bool = False,
-    teacher: Any = None,
+    model, recipe: Recipe, num_classes: int, batch_size: int, label_maps: bool = False, teacher=None
 ) -> Classification:
-    """Choose the loss: the reducer's own, token labels if the model has a head for them, or plain.
-
-    ValueError: any_rate, a teacher, label maps or mixup cannot be combined with it.
-    """
+    """Choose the loss: the reducer's own, token labels if there is a head for them, or plain."""
     reducer: Any = getattr(model, "reducer", None)
-    learns, distilled = reducer is not None and reducer.masked, teacher is not None
-    if recipe.any_rate and (reducer is None or learns or reducer.own or reducer.given):
-        raise ValueError("recipe.any_rate is for a reducer of keep rates without predictors")
-    if recipe.any_rate and distilled:
-        raise ValueError("recipe.any_rate has its own teacher, the largest rate: leave out teacher")
-    if label_maps and (recipe.any_rate or (distilled and not learns)):
+    learns, taught = reducer is not None and reducer.masked, teacher is not None
+    if recipe.any_rate and (taught or reducer is None or learns or reducer.own or reducer.given):
+        what = "is for a reducer of keep rates without predictors, and has its own teacher"
+        raise ValueError(f"recipe.any_rate {what}")
+    if label_maps and (recipe.any_rate or (taught and not learns)):
         raise ValueError("recipe.any_rate and recipe.teacher need data.label_maps=null")
-    kind: type[Classification] = AnyRate if recipe.any_rate else Classification
-    if label_maps and hasattr(model, "heads") and not learns:
-        kind = TokenLabels
-        if recipe.mixup or recipe.cutmix:
-            raise ValueError(
-                "token labels go with MixToken, not with mixup and cutmix: take recipe=lvvit, or "
-                "recipe.mixup=0 recipe.cutmix=0; or data.label_maps=null trains without them"
-            )
+    labelled = label_maps and hasattr(model, "heads") and not learns
+    if labelled and (recipe.mixup or recipe.cutmix):
+        way = "take recipe=lvvit, recipe.mixup=0 recipe.cutmix=0, or data.label_maps=null"
+        raise ValueError(f"token labels go with MixToken, not with mixup and cutmix: {way}")
+    kind = TokenLabels if labelled else Classification
     return kind(model, recipe, num_classes, batch_size, teacher)

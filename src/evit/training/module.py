@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import lightning as L
 import torch
@@ -22,8 +22,8 @@ from evit.config import Recipe
 from evit.data.batch import augment_batch
 from evit.reducers import Reducer
 from evit.reducers.dynamicvit import divergence
-from evit.training.callbacks import WAY_OUT
-from evit.training.losses import Classification
+
+WAY_OUT = "resume=RUN/checkpoints/last.ckpt with a lower recipe.lr or recipe.clip_grad=1"
 
 
 def mix_seed(*parts: int) -> int:
@@ -32,20 +32,10 @@ def mix_seed(*parts: int) -> int:
 
 
 def lr_at(epoch: float, recipe: Recipe) -> float:
-    """Learning rate at a (fractional) epoch: linear warm-up to the peak, then half a cosine.
-
-    recipe.lr_schedule:
-        plain: changes at every step; the cosine starts at the peak, after the warm-up.
-        timm: constant within an epoch. The cosine spans all epochs except the cooldown, and the
-            warm-up replaces its beginning (timm's train.py, LV-ViT).
-        deit: as timm, one epoch late: DeiT's and EViT's loops step the scheduler after an epoch
-            with that epoch's number, so the first two epochs run at warmup_lr.
-    """
+    """Learning rate at a (fractional) epoch: linear warm-up to the peak, then half a cosine."""
     start: float = recipe.warmup_epochs
-    if recipe.lr_schedule != "plain":
-        start, epoch = 0, math.floor(epoch)
-        if recipe.lr_schedule == "deit":
-            epoch = max(epoch - 1, 0)
+    if recipe.lr_schedule != "plain":  # by epoch, the warm-up in the cosine; deit: an epoch late
+        start, epoch = 0, max(math.floor(epoch) - (recipe.lr_schedule == "deit"), 0)
     if epoch < recipe.warmup_epochs:
         share = epoch / recipe.warmup_epochs
         return recipe.warmup_lr + (recipe.peak_lr - recipe.warmup_lr) * share
@@ -53,18 +43,11 @@ def lr_at(epoch: float, recipe: Recipe) -> float:
     return recipe.min_lr + (recipe.peak_lr - recipe.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def make_optimizer(
-    model: Any, recipe: Recipe, total_steps: int
-) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """Make AdamW and its schedule over total_steps; biases, norms and embeddings do not decay.
-
-    The parameters of a reducer use recipe.lr; the backbone of such a model uses recipe.backbone_lr
-    times that, after recipe.backbone_frozen_epochs.
-    """
+def make_optimizer(model: Any, recipe: Recipe, total_steps: int) -> tuple[Any, LambdaLR]:
+    """Make AdamW and its schedule over total_steps; biases, norms and embeddings do not decay."""
     new = {id(p) for n, p in model.named_parameters() if n.startswith("reducer.")}
-    decayed = param_groups_weight_decay(
-        model, recipe.weight_decay, no_weight_decay_list=model.no_weight_decay()
-    )
+    undecayed = model.no_weight_decay()
+    decayed = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=undecayed)
     steps_per_epoch = total_steps / recipe.epochs
 
     def rate(scale: float, first_epoch: float, step: int) -> float:
@@ -72,75 +55,77 @@ def make_optimizer(
         return 0.0 if epoch < first_epoch else scale * lr_at(epoch, recipe)
 
     groups, rates = list[Any](), list[Any]()
-    kinds = [(True, 1.0, 0.0), (False, recipe.backbone_lr, recipe.backbone_frozen_epochs)]
-    for of_reducer, scale, first_epoch in kinds if new else [(False, 1.0, 0.0)]:
+    backbone = recipe.backbone_lr, recipe.backbone_frozen_epochs
+    for of_reducer, scale, first_epoch in [(True, 1.0, 0.0), (False, *backbone)]:
         for group in decayed:
-            chosen = [p for p in group["params"] if (id(p) in new) == of_reducer]
-            if chosen:
+            if chosen := [p for p in group["params"] if (id(p) in new) == of_reducer]:
                 groups.append(group | dict(params=chosen, lr_scale=scale))
                 rates.append(partial(rate, scale, first_epoch))
-    cuda = torch.cuda.is_available() and groups[0]["params"][0].is_cuda
-    optimizer = torch.optim.AdamW(groups, lr=1.0, fused=cuda or None)
+    optimizer = torch.optim.AdamW(groups, lr=1.0, fused=groups[0]["params"][0].is_cuda or None)
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # or none is clipped
     return optimizer, LambdaLR(optimizer, rates)
 
 
 class Classifier(L.LightningModule):
-    """Train a model by a recipe; checkpoints hold `knobs` under "evit".
-
-    Logs train/loss and lr at steps, and val/loss, val/top1 and val/top5 (percent, over the images
-    of all processes) at evaluations.
-    """
+    """Train a model by a recipe until a loss is not finite; checkpoints hold `knobs` as "evit"."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        recipe: Recipe,
-        num_classes: int,
-        objective: Classification,
-        seed: int = 0,
-        knobs: dict[str, Any] | None = None,
+        self, model: Any, recipe: Recipe, num_classes: int, objective, seed: int = 0, knobs=None
     ):
         super().__init__()
         self.model, self.recipe, self.seed = model, recipe, seed
         self.objective, self.knobs = objective, knobs
+        self.steps, self.lr = list[tuple[Any, ...]](), 0.0  # those whose losses are to be looked at
         parameters = dict(model.named_parameters())
         apart = recipe.backbone_lr != 1 or recipe.backbone_frozen_epochs
         if apart and not any(name.startswith("reducer.") for name in parameters):
-            raise ValueError(
-                "recipe.backbone_lr and recipe.backbone_frozen_epochs are for a reducer that "
-                "learns, as DynamicViT's: leave them at 1 and 0"
-            )
+            what = "recipe.backbone_lr and recipe.backbone_frozen_epochs"
+            raise ValueError(f"{what} are for a reducer that learns: leave them at 1 and 0")
         for name in recipe.frozen:
             if name not in parameters:
-                kind = type(model).__name__
-                raise ValueError(f"recipe.frozen names {name!r}, which {kind} does not have")
+                raise ValueError(f"recipe.frozen: {type(model).__name__} has no {name!r}")
             parameters[name].requires_grad_(False)
-        self.metrics: Any = nn.ModuleDict(
-            dict(
-                loss=MeanMetric(nan_strategy=math.nan),  # the default leaves NaN out of the mean
-                top1=MulticlassAccuracy(num_classes, average="micro"),
-                top5=MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro"),
-            )
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.model(images)
+        found: Any = dict(loss=MeanMetric(nan_strategy=math.nan))  # the default leaves NaN out
+        for name, k in dict(top1=1, top5=min(5, num_classes)).items():
+            found[name] = MulticlassAccuracy(num_classes, top_k=k, average="micro")
+        self.metrics: Any = nn.ModuleDict(found)
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
-        # Erasing, mixup and drop path use global generators. A seed per batch and process makes a
-        # resumed run draw the same numbers as an uninterrupted one.
+        # Erasing, mixup and drop path draw from global generators: a resumed run draws the same.
         seed = mix_seed(self.seed, self.current_epoch, batch_idx, self.global_rank)
         L.seed_everything(seed, verbose=False)
-        batch = augment_batch(*batch, random_erasing=self.recipe.random_erasing)
-        losses = self.objective(*batch)
-        trainer: Any = self.trainer
-        every = trainer.log_every_n_steps if trainer.world_size > 1 else 0
+        losses = self.objective(*augment_batch(*batch, random_erasing=self.recipe.random_erasing))
+        trainer, step = cast(Any, self.trainer), self.global_step + 1
+        logged = trainer.log_every_n_steps and step % trainer.log_every_n_steps == 0
         for name, value in losses.items():
-            if every and (self.global_step + 1) % every == 0:
+            if logged:
                 value = trainer.strategy.reduce(value.detach().clone())  # the mean of all processes
             self.log(f"train/{name}", value, prog_bar=name == "loss")
+        at = step, self.lr, getattr(self.model, "keep_rate", ()), batch_idx
+        self.steps.append((*at, losses["loss"].detach()))
+        if logged:
+            self.look()
         return losses["loss"]
+
+    def look(self) -> None:
+        """Check the losses since the last look (it waits for the GPU), in all processes at once."""
+        steps, self.steps, trainer = self.steps, [], cast(Any, self.trainer)
+        if not steps:
+            return
+        bad = ~torch.stack([loss for *_, loss in steps]).isfinite() * (self.global_rank + 1)
+        bad = trainer.strategy.reduce(bad, reduce_op="max")
+        if not bad.any():
+            return
+        first = int(bad.nonzero()[0])
+        step, lr, rates, batch, loss = steps[first]
+        at = f"epoch {self.current_epoch + 1}/{trainer.max_epochs}, step {step}, learning rate "
+        at += f"{lr:.3g}, keep rate " + ("/".join(f"{rate:.3g}" for rate in rates) or "1")
+        images = trainer.datamodule.describe_batch(self.current_epoch, batch)
+        text = f"the loss is {loss} ({at}), for images of process {self.global_rank}: {images}"
+        text = trainer.strategy.broadcast(text, int(bad[first]) - 1)
+        raise FloatingPointError(f"{text}. No checkpoint contains this: {WAY_OUT}")
+
+    on_validation_start = on_train_epoch_end = look
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         images, labels = batch
@@ -156,11 +141,8 @@ class Classifier(L.LightningModule):
             value = metric.compute() * (1 if name == "loss" else 100)
             metric.reset()
             if not value.isfinite():
-                raise FloatingPointError(
-                    f"val/loss is {value} after epoch {self.current_epoch + 1}/"
-                    f"{self.recipe.epochs}, {self.global_step} steps: the model has diverged: "
-                    f"{WAY_OUT}"
-                )
+                at = f"epoch {self.current_epoch + 1}/{self.recipe.epochs}"
+                raise FloatingPointError(f"val/{name} is {value} after {at}: {WAY_OUT}")
             self.log(f"val/{name}", value, prog_bar=name == "top1")
 
     def configure_optimizers(self) -> Any:
@@ -168,20 +150,23 @@ class Classifier(L.LightningModule):
         optimizer, scheduler = make_optimizer(self.model, self.recipe, int(steps))
         return [optimizer], [dict(scheduler=scheduler, interval="step")]
 
-    def on_fit_start(self) -> None:
-        if self.objective.teacher is not None:  # not a submodule, so not in checkpoints
-            self.objective.teacher.to(self.device)
-
     def on_train_start(self) -> None:
         self.model.train(not self.recipe.train_in_eval_mode)
+        if self.objective.teacher is not None:  # not a submodule, so not in checkpoints
+            self.objective.teacher.to(self.device)
 
     def on_train_batch_start(self, *_: Any) -> None:
         if self.current_epoch == self.recipe.epochs - 1:
             self.trainer.check_val_every_n_epoch = 1  # the last epoch is always evaluated
-        scheduler: Any = self.lr_schedulers()  # which is at the next step when this one has ended
-        self.log("lr", scheduler.get_last_lr()[0])
+        self.lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.log("lr", self.lr)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.look()
+        for name, value in self.state_dict().items():
+            if value.is_floating_point() and not value.isfinite().all():
+                text = f"after {self.global_step} steps {name} is not finite"
+                raise FloatingPointError(f"{text}. No checkpoint contains this: {WAY_OUT}")
         if self.knobs:
             checkpoint["evit"] = self.knobs
 
@@ -197,21 +182,14 @@ class Setting(NamedTuple):
 
 def setting_of(reducer: Reducer | None) -> Setting:
     """Describe an attached reducer as a Setting."""
-    rates = () if reducer is None else reducer.keep_rate
-    if reducer is None or set(rates) <= {1.0}:
-        return Setting(rates)
+    if reducer is None or set(reducer.keep_rate) <= {1.0}:
+        return Setting(() if reducer is None else reducer.keep_rate)
     fusion, selection = (getattr(reducer, name, None) for name in ("fusion", "selection"))
-    return Setting(rates, fusion, selection, reducer.name)
+    return Setting(reducer.keep_rate, fusion, selection, reducer.name)
 
 
 class Evaluator(L.LightningModule):
-    """Evaluate a model with several reducers: `chosen`, or [None] for a model without.
-
-    The dense model runs once; each reducer continues from the first block that it reduces.
-    `results` has a dict(top1, top5, loss, kl, images) per reducer, over the images of all
-    processes: top1, top5 in percent, kl = mean KL(dense || reduced) of the predictions. Random
-    selections depend on batch, process and setting, not on the other reducers.
-    """
+    """Evaluate a model with several reducers ([None]: without); the dense one runs once for all."""
 
     def __init__(self, model: Any, chosen: list[Any], num_classes: int, seed: int = 0):
         super().__init__()
@@ -224,15 +202,13 @@ class Evaluator(L.LightningModule):
             counts = [zip(r.at, r.kept(patches), strict=True) for r in chosen]
             self.starts = [next((i for i, k in c if k < patches), self.depth) for c in counts]
         self.top, self.results = min(5, num_classes), list[dict[str, Any]]()
-        self.full = 0  # images per compiled batch; 0: nothing is compiled
-        self.at = "preparing"  # progress text
+        self.full, self.at = 0, "preparing"  # images per compiled batch, if any; progress
 
     def compile_parts(self, batch_size: int) -> None:
         """Compile the parts that logits() calls for this batch size; other batches run eagerly."""
         self.full = batch_size
         for name in ("embed", "encode", "classify") if self.reducers else ("forward",):
-            part: Any = torch.compile(getattr(self.model, name), dynamic=False)
-            setattr(self.model, name, part)
+            setattr(self.model, name, torch.compile(getattr(self.model, name), dynamic=False))
 
     def logits(self, images: Tensor, batch_idx: int) -> Iterator[Tensor]:
         """Yield logits (B, num_classes) of the dense model, then of each reducer."""
@@ -266,9 +242,8 @@ class Evaluator(L.LightningModule):
             each = (logits.float() for logits in self.logits(images, batch_idx))
             dense = next(each)
             for i, (sums, found) in enumerate(zip(self.sums, each, strict=True), 1):
-                count = sum(self.trainer.num_val_batches)
-                place = f"batch {batch_idx + 1}/{count}, setting {i}/{len(self.sums)}"
-                self.at = f"evaluating: {place}"
+                self.at = f"evaluating: batch {batch_idx + 1}/{sum(self.trainer.num_val_batches)}"
+                self.at += f", setting {i}/{len(self.sums)}"
                 right = 100.0 * (found.topk(self.top).indices == labels[:, None])
                 loss = F.cross_entropy(found, labels, reduction="none")
                 values = right[:, 0], right.sum(1), loss, divergence(found, dense)
@@ -280,8 +255,6 @@ class Evaluator(L.LightningModule):
             top1, top5, loss, kl = (total / images for total in totals)
             if not math.isfinite(loss):
                 rates = "/".join(f"{rate:g}" for rate in setting.keep_rate)
-                raise FloatingPointError(
-                    f"the loss is {loss} at keep_rate {rates}: the checkpoint is of a model that "
-                    f"has diverged, or precision {self.trainer.precision} is too low"
-                )
+                text = f"the loss is {loss} at keep_rate {rates}: the model has diverged"
+                raise FloatingPointError(f"{text}, or {self.trainer.precision} is too low")
             self.results.append(dict(top1=top1, top5=top5, loss=loss, kl=kl, images=int(images)))
