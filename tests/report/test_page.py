@@ -229,7 +229,7 @@ def test_two_runs_of_one_setting_and_seed_are_named_and_counted_once(tmp_path):
     fake.write(tmp_path / "b/run", fake.fashion(0.7, 84.0))
     content = read(tmp_path)
     assert [run["top1"] for run in content.runs.values()] == [83.0]
-    assert content.problems == ["b/run has the setting and the seed of a/run, and is left out"]
+    assert content.problems == ["b/run is left out: a/run has its setting and its seed"]
 
 
 def test_a_run_that_is_in_a_runs_json_too_is_one_run(tmp_path):

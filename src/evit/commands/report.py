@@ -10,15 +10,11 @@ KEYS = ("model", "reducer", "keep_rate", "fusion", "img_size", "macs", "throughp
 
 
 def run(cfg: DictConfig) -> None:
-    """What src/report.py does."""
     write(Path(cfg.runs), cfg.target and Path(cfg.target), cfg.page)
 
 
 def write(source: Path, target: Path | None, page: bool = True) -> None:
-    """Print the tables of the runs below a folder, or of a runs.json; write the report to target.
-
-    Without `page`, that is table.md and runs.json alone.
-    """
+    """Print the tables of the runs below a folder or of a runs.json; write the report to target."""
     from evit.report import collect, tables  # with pandas
 
     content = collect.read(source)
@@ -47,8 +43,7 @@ def dashboard(cfg: DictConfig) -> None:
     from evit.tracking import wandb_mode
 
     if wandb_mode("auto") != "online":
-        way = "run wandb login (.venv/bin/wandb), then this again; make sync uploads offline runs"
-        raise ValueError(f"you are not logged in to W&B: {way}. src/report.py compares without it")
+        raise ValueError("not logged in to W&B: run wandb login first, or src/report.py without it")
     try:
         print(workspace(cfg.entity or wandb.Api().default_entity or "", cfg.project).save().url)
     except ImportError as error:

@@ -85,7 +85,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         result |= dict(seconds=round(metrics.earlier + time.monotonic() - started, 1))
         result |= dict(wandb_id=tracker and tracker.version)
         if trainer.is_global_zero:
-            result = results.finish(result, folder)
+            results.write_json(result := result | results.provenance(), folder / "result.json")
             if tracker:
                 tracker.log_summary(results.summary(result))
             results.show(result, folder)

@@ -94,7 +94,6 @@ def benchmark_text(result: Row) -> str:
 
 
 def benchmark_cells(row: Row) -> Row:
-    """Make the cells of a row of a benchmark."""
     low, high = row.get("images_per_s_quartiles", (0, 0))
     kept = rate(row) + FATES[row["fusion"]]
     if row["dense"] or rate(row) == "1":

@@ -1,5 +1,6 @@
 """Read the runs, evaluations and benchmarks below a folder; name what cannot be read."""
 
+import base64
 import io
 import json
 import re
@@ -23,17 +24,17 @@ OWN = dict(
 )
 # Absolute paths in overrides, as the names of run folders have them.
 PATHS = re.compile(r"((?:root|dir|checkpoint|teacher|label_maps|source|target)-)_[^+/]*")
-NAMES = ["result.json", "runs.json", "evaluation.json", "benchmark.json"]  # in this order
+NAMES = ["result", "runs", "evaluation", "benchmark"]  # of JSON files, in this order
 
 
 @dataclass
 class Found:
-    """What lies below a folder: rows, curves and pictures (WebP) of runs by the runs' names."""
+    """What lies below a folder: rows, curves and pictures (URIs) of runs by the runs' names."""
 
     source: Path
     runs: dict[str, Row] = field(default_factory=dict)
     curves: dict[str, list[Row]] = field(default_factory=dict)
-    pictures: dict[str, bytes] = field(default_factory=dict)
+    pictures: dict[str, str] = field(default_factory=dict)
     evaluations: list[Row] = field(default_factory=list)
     benchmarks: list[Row] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -58,8 +59,7 @@ class Found:
         if not same:
             self.runs[name] = run
         elif run["top1"] != self.runs[same[0]]["top1"]:
-            text = f"{name} has the setting and the seed of {same[0]}, and is left out"
-            self.problems.append(text)
+            self.problems.append(f"{name} is left out: {same[0]} has its setting and its seed")
         return not same
 
     def add_folder(self, name: str, folder: Path) -> None:
@@ -70,27 +70,28 @@ class Found:
         with self.reading(path := folder / "kept_patches.png"):
             if path.is_file():  # as WebP it is a fifth
                 Image.open(path).convert("RGB").save(file := io.BytesIO(), "WEBP", quality=92)
-                self.pictures[name] = file.getvalue()
+                coded = base64.b64encode(file.getvalue()).decode()
+                self.pictures[name] = f"data:image/webp;base64,{coded}"
 
 
 def read(source: Path) -> Found:
-    """Read all files of NAMES below a folder, or one runs.json; ValueError: there is none."""
+    """Read all files of NAMES below a folder, or one of them; ValueError: there is none."""
     found = Found(source.parent if source.is_file() else source)
     paths = [source] if source.is_file() else sorted(source.rglob("*.json"))
-    known = [path for name in NAMES for path in paths if path.name == name]
+    known = [path for name in NAMES for path in paths if path.stem == name]
     for path in known:
         with found.reading(path):
             content, name = printable(json.loads(path.read_text())), found.shown(path.parent)
-            if path.name == "result.json" and found.add(name, row(content)):
+            if path.stem == "result" and found.add(name, row(content)):
                 found.add_folder(name, path.parent)
-            elif path.name == "runs.json":
+            elif path.stem == "runs":
                 for i, run in enumerate(content, 1):
                     found.add(f"{found.shown(path)}, run {i}", run)
-            elif path.name == "evaluation.json":
+            elif path.stem == "evaluation":
                 found.evaluations.append(content)
-            elif path.name == "benchmark.json":
+            elif path.stem == "benchmark":
                 found.benchmarks += [dict(device=content["device"]) | r for r in content["rows"]]
-    begun = {path.parent for path in paths if path.name in ("config.json", "failed.json")}
+    begun = {path.parent for path in paths if path.stem in ("config", "failed")}
     for folder in sorted(begun - {path.parent for path in known}):
         failed = results.read_json(folder / "failed.json") or dict(reason="no result.json")
         reason = re.sub(r"(?<!\S)/\S*/", ".../", failed["reason"])
@@ -107,19 +108,14 @@ def row(result: Row) -> Row:
     """Make the row of a run in runs.json from its result.json, without the machine's paths."""
     config, recipe, data = result["config"], result["config"]["recipe"], result["data"]
     limits = {name: recipe[name] for name in ("max_train_images", "max_val_images")}
-    copied = ("seconds", "device", "precision", "commit", "packages")
-    experiment = result["choices"].get("experiment")
+    found = results.summary(result) | dict(timm_name=timm_name(config["model"]), data=data["name"])
+    found |= dict(num_classes=data["num_classes"], whole=not any(limits.values())) | limits
     tuned = bool(config["checkpoint"] or config.get("pretrained"))
-    return (
-        results.summary(result)
-        | dict(timm_name=timm_name(config["model"]), data=data["name"])
-        | dict(num_classes=data["num_classes"], whole=not any(limits.values()))
-        | limits
-        | dict(epochs=recipe["epochs"], from_checkpoint=tuned)
-        | dict(setting=results.setting(config), recipe=training(config, experiment))
-        | dict(started_from=result.get("started_from"), seed=config["seed"])
-        | {name: result[name] for name in copied}
-    )
+    found |= dict(epochs=recipe["epochs"], from_checkpoint=tuned)
+    found |= dict(setting=results.setting(config))
+    found |= dict(recipe=training(config, result["choices"].get("experiment")))
+    found |= dict(started_from=result.get("started_from"), seed=config["seed"])
+    return found | {key: result[key] for key in "seconds device precision commit packages".split()}
 
 
 def training(config: Row, experiment: str | None) -> str:

@@ -1,14 +1,11 @@
 """index.html, one file that fetches nothing: page.js shows charts, views of plotly's traces."""
 
-import base64
-
 import jinja2
 import pandas as pd
 import plotly.offline
 
 from evit.report import Row, paper, tables
 from evit.report.collect import Found
-from evit.report.tables import DENSE, SCRATCH
 
 TOP1 = "top-1 accuracy (%)"
 COSTS = {  # views: column and title of x, then of y
@@ -50,16 +47,15 @@ def pictures(content: Found, points: pd.DataFrame) -> dict[str, str]:
     """Take the picture of the first run of each setting that reduces tokens, by its caption."""
     named = full_names(points)
     return {
-        named[run["setting"]]: f"data:image/webp;base64,{base64.b64encode(picture).decode()}"
+        named[run["setting"]]: content.pictures[name]
         for name, run in reversed(content.runs.items())
-        if run["setting"] in named and run["reducer"] != "none"
-        if (picture := content.pictures.get(name))
+        if run["setting"] in named and run["reducer"] != "none" and name in content.pictures
     }
 
 
 def full_names(points: pd.DataFrame) -> dict[str, str]:
     sizes = points.img_size.map(", {} px".format) if points.img_size.nunique() > 1 else ""
-    rates = points.rate.map(", keep rate {}".format).mask(points.rate == DENSE, "")
+    rates = points.rate.map(", keep rate {}".format).mask(points.rate == tables.DENSE, "")
     return dict(zip(points.setting, line_names(points) + rates + sizes, strict=True))
 
 
@@ -67,8 +63,9 @@ def line_names(points: pd.DataFrame) -> pd.Series:
     """Name the line of each setting by what differs, without the keep rate and the image size."""
     parts = tables.labels(points).drop(columns=["keep rate", "px", "runs"])
     models, epochs = parts.model, points.epochs.where(points.epochs < paper.EPOCHS)
-    parts = parts.replace(dict(kept=dict(attentive=""), weights={SCRATCH: ""}, images=dict(all="")))
-    parts["reducer"] = parts.reducer.mask(points.rate == DENSE, DENSE)
+    plain = dict(kept=dict(attentive=""), weights={tables.SCRATCH: ""}, images=dict(all=""))
+    parts = parts.replace(plain)
+    parts["reducer"] = parts.reducer.mask(points.rate == tables.DENSE, tables.DENSE)
     parts["epochs"] = tables.texts(epochs, "{:.0f} epochs")
     parts["images"] = parts.images.where(parts.images == "", parts.images + " images")
     parts = parts.loc[:, parts.nunique() > 1]
@@ -107,11 +104,8 @@ def curves(key: str, content: Found, points: pd.DataFrame) -> Row:
 
 
 def chart(key: str, title: str, points: pd.DataFrame, views: Row) -> Row:
-    """Make a chart of the same lines, which look the same, over different axes.
-
-    points: settings with their line, a part of it, style (plotly's mode) and text to hover; the
-    paper's are hollow. A view of fewer than two is left out.
-    """
+    """Make a chart of the same lines over different axes: a line of points for each line and part,
+    in its style (plotly's mode); the paper's are hollow. A view of fewer than two is left out."""
     lines, drawn = list(points.line.unique()), []
     for view, (x, x_title, y, y_title) in views.items():
         shown, traces = points.dropna(subset=[x, y]).sort_values(x, kind="stable"), list[Row]()

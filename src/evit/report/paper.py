@@ -22,17 +22,12 @@ TITLES = {key: model["title"] for key, model in MODEL_LIST.items()}
 
 @functools.cache
 def training_runs() -> tuple[Row, ...]:
-    """List every trained model of the tables: the table, its model, and the row's numbers.
-
-    fusion is None if dense, or if the model has no such choice; epochs None if not published; ratio
-    is its images/s beside the dense model's at 224 px.
-    """
-    default = dict(fusion=None, img_size=BASE_SIZE, finetuned=False, top5=None)
+    """List every trained model of the tables. fusion: None if dense, or without such a choice;
+    epochs: None if not published; ratio: its images/s beside the dense model's at 224 px."""
     return tuple(
-        default
+        dict(fusion=None, img_size=BASE_SIZE, finetuned=False, top5=None, table=name)
         | dict(epochs=None if row.get("finetuned") else EPOCHS)
-        | dict(ratio=row["throughput"] / dense_throughput(row["model"]), table=name)
-        | dict(reducer=reducer(row["model"]))
+        | dict(ratio=row["throughput"] / dense_throughput(row["model"]))
         | row
         for name, table in TABLES.items()
         for row in table["rows"]

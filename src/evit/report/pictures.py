@@ -4,10 +4,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 
 from evit.reducers.tokens import moved
 
@@ -22,24 +21,21 @@ LOWEST = 1e-6  # weights below it are shown as it
 
 @torch.no_grad()
 def follow(model: Any, images: Tensor) -> tuple[list[str], list[Tensor], Tensor, Tensor]:
-    """Follow the patches of images through the reductions of a model in evaluation mode.
-
-    Returns: a title for each place that reduces; the token (B, N) of each patch after it, -1 if it
-    was dropped or fused; its weight (B, N) in the final tokens; and the logits.
+    """Follow the patches of images: a title for each place that reduces, the token (B, N) of each
+    patch after it, -1 if dropped or fused, its weight (B, N) in the final tokens, and the logits.
     """
     x = model.embed(images)  # not model(), which may be compiled, and would be again
     logits, found = model.classify(x)
     reductions, reducer, tokens = iter(found), model.reducer, model.patch_ids(x)
     n = patches = tokens.shape[1]
-    parts_BTN = F.pad(torch.eye(n, device=x.device), (0, 0, model.num_prefix_tokens, 0))
-    parts_BTN = parts_BTN.expand(len(x), -1, -1)
+    parts_TN = F.pad(torch.eye(n, device=x.device), (0, 0, model.num_prefix_tokens, 0))
+    parts_BTN = parts_TN.expand(len(x), -1, -1)
     when, titles, places = "before" if reducer.stage == "input" else "after", [], []
     for block, kept in zip(reducer.at, reducer.kept(n), strict=True):
         if kept < n:
             reduction = next(reductions)
             tokens = moved(reduction, tokens, n)
-            if reduction.rest_BN is not None:  # the last token is the fused one
-                tokens = torch.where(tokens == kept, -1, tokens)
+            tokens[tokens == kept] = -1  # a fused one
             parts_BTN, n = reduction(parts_BTN), kept + reducer.extra
         titles.append(f"{when} block {block + 1}\n{kept} of {patches} tokens")
         places.append(tokens)
@@ -50,16 +46,18 @@ def draw_kept(model: Any, images: Tensor, pixels: Tensor, *classes: list[str]) -
     """Draw a row for each image: it, its tokens after each reduction, and weights of the rest.
 
     Discarded patches fade into a checkerboard; those of one token have their mean colour, within an
-    edge. For reducers that fuse, the last column is a heat map, on a logarithmic scale, of the
-    weight of each patch in the fused tokens. images: (B, 3, H, W), the model's input; pixels: the
-    same as uint8; classes: the names of all classes, to write predictions, and of the images'.
+    edge. The last column, if tokens are fused, is a heat map (logarithmic) of the weight of each
+    patch in them. images: (B, 3, H, W), the model's input; pixels: the same as uint8; classes: the
+    names of all classes, to write predictions, and of the images'.
     """
     titles, places, left, logits = follow(model, images)
-    count, grid = min(len(places), MOST), model.patch_embed.grid_size
-    shown = [(i + 1) * len(places) // count - 1 for i in range(count)]
-    tokens, large = [places[i].cpu().unflatten(1, grid) for i in shown], enlarged(pixels)
-    columns = {titles[i]: draw_tokens(at, large) for i, at in zip(shown, tokens, strict=True)}
-    discarded = tokens[-1] < 0
+    large = F.interpolate(pixels.cpu().float(), scale_factor=-(-MIN_SIDE // pixels.shape[-1]))
+    columns = {f"{pixels.shape[-1]} x {pixels.shape[-2]} px": large}
+    for i in range(count := min(len(places), MOST)):
+        at = (i + 1) * len(places) // count - 1
+        tokens = places[at].cpu().unflatten(1, model.patch_embed.grid_size)
+        columns[titles[at]] = draw_tokens(tokens, large)
+    discarded = tokens < 0
     if model.reducer.extra and discarded.any():
         weight = left.float().cpu().view_as(discarded).clamp(LOWEST)
         low, high = weight[discarded].min(), weight[discarded].max()
@@ -67,7 +65,7 @@ def draw_kept(model: Any, images: Tensor, pixels: Tensor, *classes: list[str]) -
         ramp = 2.6 * share[:, None] - torch.arange(3).view(3, 1, 1)  # black, red, yellow, pale
         heat = torch.where(discarded[:, None], 255 * ramp.clamp(0, 1), 225.0)
         columns[f"fused weight\n{low:.1g} to {high:.1g}"] = upsample(heat, large)
-    return compose(pixels, columns, captions(logits, *classes))
+    return compose(columns, captions(logits, *classes))
 
 
 def captions(logits: Tensor, names: list[str] | None = None, truths: Any = ()) -> list[str]:
@@ -77,14 +75,9 @@ def captions(logits: Tensor, names: list[str] | None = None, truths: Any = ()) -
     return [f"{own}: {text}" for own, text in zip(truths, said, strict=True)] if truths else said
 
 
-def enlarged(pixels: Tensor) -> Tensor:
-    """Enlarge images (B, 3, H, W) to MIN_SIDE at least, so that their patches can be seen."""
-    return F.interpolate(pixels.cpu().float(), scale_factor=-(-MIN_SIDE // pixels.shape[-1]))
-
-
 def upsample(values: Tensor, like: Tensor) -> Tensor:
     """Repeat a value per patch (B, C, rows, columns) for each pixel."""
-    return F.interpolate(values.float(), size=like.shape[-2:], mode="nearest").to(values.dtype)
+    return F.interpolate(values.float(), size=like.shape[-2:]).to(values.dtype)
 
 
 def draw_tokens(tokens: Tensor, pixels: Tensor) -> Tensor:
@@ -108,16 +101,16 @@ def draw_tokens(tokens: Tensor, pixels: Tensor) -> Tensor:
     return torch.where(edge, 255.0, shown)
 
 
-def compose(pixels: Tensor, columns: dict[str, Tensor], captions: list[str]) -> Image.Image:
-    """Join images and the columns (B, 3, H, W) by their titles, with a caption for each row."""
-    titles = [f"{pixels.shape[-1]} x {pixels.shape[-2]} px", *columns]
-    cells = torch.stack([enlarged(pixels), *columns.values()], 1)
+def compose(columns: dict[str, Tensor], captions: list[str]) -> Image.Image:
+    """Join columns (B, 3, H, W) with their titles, and a caption above each row."""
+    cells = torch.stack([*columns.values()], 1)
     cells = F.pad(cells, (0, 0, (FONT + GAP // 2) * bool(captions), 0), value=255)
-    grid = make_grid(cells.flatten(0, 1), len(titles), padding=GAP, pad_value=255)
+    grid = torchvision.utils.make_grid(cells.flatten(0, 1), len(columns), GAP, pad_value=255)
     top, width = 2 * FONT + 2 * GAP, cells.shape[-1] + GAP
-    picture = to_pil_image(F.pad(grid, (0, 0, top, 0), value=255).round().byte())
+    grid = F.pad(grid, (0, 0, top, 0), value=255).round().byte()
+    picture = torchvision.transforms.functional.to_pil_image(grid)
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(FONT)
-    for column, title in enumerate(titles):
+    for column, title in enumerate(columns):
         at = GAP + column * width + cells.shape[-1] // 2, top + GAP // 2
         draw.multiline_text(at, title, "black", font, anchor="md", align="center")
     for row, caption in enumerate(captions):

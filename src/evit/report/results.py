@@ -52,12 +52,6 @@ def finished(folder: Path) -> dict[str, Any] | None:
     return read_json(folder / "result.json")
 
 
-def finish(result: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Add the provenance to a result, and write result.json."""
-    write_json(result := result | provenance(), folder / "result.json")
-    return result
-
-
 def outcome(folder: Path | None) -> dict[str, Any] | None:
     """Return the metrics that identify a run's outcome; None if no run has finished there."""
     result = folder and finished(folder)
@@ -100,14 +94,12 @@ def harmless(text: str) -> Any:
         sources = HydraConfig.get().runtime.config_sources
         folders |= {Path(source.path) for source in sources if source.schema == "file"}
     for path in (path for folder in folders for path in folder.rglob("*.yaml")):
-        known.update(re.findall(r"^_target_: *(\S+)", path.read_text(), re.MULTILINE))
+        known.update(re.findall(r"(?m)^_target_: *(\S+)", path.read_text()))
 
     def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         for key, value in pairs:
             if key == "_target_" and value not in known:
-                raise ValueError(
-                    f"it asks to call {value}, which is not in conf/ or --config-dir DIR"
-                )
+                raise ValueError(f"it asks to call {value}, which is not in conf/ or --config-dir")
             if key == "checkpoint_path":
                 raise ValueError(f"it asks timm to load {value}")
             if "${" in f"{key}{value}":
@@ -134,12 +126,11 @@ def sha256(path: Path) -> str:
 
 def started_from(checkpoint: str | Path | None) -> str | None:
     """Identify first weights: by the setting of the run that they are from, else by SHA-256."""
-    if not checkpoint:
-        return None
-    config = (folder := run_folder(checkpoint)) and read_json(folder / "config.json")
+    folder = checkpoint and run_folder(checkpoint)
+    config = folder and read_json(folder / "config.json")
     if isinstance(config, dict) and "recipe" in config:  # or it is of another program
         return setting(config)
-    return sha256(Path(checkpoint))
+    return sha256(Path(checkpoint)) if checkpoint else None
 
 
 def provenance() -> dict[str, Any]:
@@ -175,8 +166,7 @@ def trained_keep_rate(run: dict[str, Any]) -> Any:
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
     """Return the numbers that runs are compared by; throughput (images/s) may be None."""
-    config, model = result["config"], result["model"]
-    name = result["choices"]["model"]
+    config, model, name = result["config"], result["model"], result["choices"]["model"]
     if name.startswith("timm_"):  # one file of conf/model for all of timm's models
         name = config["model"].get("model_name", name)
     rate = one_rate(model.get("keep_rate") or 1.0)
@@ -184,8 +174,7 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
     numbers |= dict(throughput=result.get("throughput"), params=model["params"])
     numbers |= dict(macs=model.get("macs", model["macs_executed"]), model=name)
     numbers |= dict(reducer="none" if rate == 1 else model["reducer"], keep_rate=rate)
-    fused = model.get("fusion", False) and rate != 1
-    return numbers | dict(fusion=fused, img_size=config["img_size"])
+    return numbers | dict(fusion=rate != 1 and model["fusion"], img_size=config["img_size"])
 
 
 def show(result: dict[str, Any], folder: Path) -> None:

@@ -1,9 +1,8 @@
 """One frame of settings, ours and the paper's, and the tables of the report made from it.
 
-Settings of one section can be compared. name: bare, of timm; rate: "dense", "0.7" or "0.9,0.8,0.7";
-origin: the setting or SHA-256 of the first weights; way: how images_per_s was measured; dense: the
-index of the dense setting that this one is compared with, or -1; change, share, faster: points of
-top-1 above it, % of its MACs, times its images/s.
+Settings of one section can be compared. rate: "dense", "0.7" or "0.9,0.8,0.7"; origin: the setting
+or SHA-256 of the first weights; way: how images_per_s was measured; dense: the index of the dense
+setting beside it, or -1; change, share, faster: points of top-1, % of MACs, times images/s of that.
 """
 
 from typing import Any
@@ -55,7 +54,6 @@ def frame(found: list[Row]) -> pd.DataFrame:
 
 
 def choices(reducer: str, rates: Any, fusion: bool | None) -> Row:
-    """Make the columns that say how tokens are reduced."""
     rate = ",".join(f"{rate:g}" for rate in listed(results.one_rate(rates or 1)))
     if rate == "1":
         return dict(reducer="", rate=DENSE, rest="")
@@ -71,7 +69,7 @@ def published() -> pd.DataFrame:
         for fusion in (True, False)[: 1 if row["keep_rate"] == 1 else 2]  # which is not published
     ]
     for row in paper.training_runs():
-        own = choices(row["reducer"], row["keep_rate"], row["fusion"])
+        own = choices(paper.reducer(row["model"]), row["keep_rate"], row["fusion"])
         own |= dict(start=TUNED if row["finetuned"] else SCRATCH, faster=row["ratio"])
         found.append(row | own | dict(images_per_s=row["throughput"]))
     names = {key: bare(model["timm"][-1]) for key, model in paper.MODEL_LIST.items()}
@@ -98,12 +96,10 @@ def ours(content: Found) -> pd.DataFrame:
 
 
 def of_evaluation(result: Row) -> list[Row]:
-    """Make the rows of an evaluation, of a run's checkpoint or a dense model's weights."""
     model, data, trained = result["model"], result["data"], result["trained_keep_rate"]
     limit, sha256 = result["config"]["max_val_images"], result["checkpoint_sha256"]
     rate = choices("", trained, None)["rate"]
-    about = dict(model=model["name"], img_size=model["img_size"], params=model["params"])
-    about |= dict(data=data["name"], num_classes=data["num_classes"])
+    about = model | dict(model=model["name"], data=data["name"], num_classes=data["num_classes"])
     about |= dict(max_val_images=limit, whole=not limit, recipe=sha256, started_from=sha256)
     about |= dict(start=SHELF if rate == DENSE else f"trained at {rate}")
     about |= dict(timm_name=timm_name(result["config"]["model"]))
@@ -190,19 +186,14 @@ def texts(values: pd.Series, form: str, missing: str = "") -> pd.Series:
 
 
 def of_settings(points: pd.DataFrame) -> list[Row]:
-    """Make a table of our settings on each data set, beside their dense models.
-
-    A label that is the same in all rows stands in the note instead.
-    """
+    """Make a table of our settings on each data set; a label of all rows stands in its note."""
     found = []
     for title, own in points.groupby("section", sort=False):
         own = own.sort_values(["start", "macs"], ascending=[True, False], kind="stable")
         which, same = labels(own), []
         for name in which.columns.difference(["keep rate", "the rest"]):
-            values = set(which[name])
-            if name in ("reducer", "kept"):  # which a dense model does not have
-                values.discard("")
-            if len(values) < 2:
+            absent = {""} if name in ("reducer", "kept") else set()  # a dense model has neither
+            if len(values := set(which[name]) - absent) < 2:
                 del which[name]
                 same += [f"{name}: {value}" for value in values if value]
         which["top-1 (%)"] = texts(own.top1, "{:.2f}") + texts(own.spread, " ± {:.2f}")
@@ -246,11 +237,10 @@ def of_paper(content: Found, points: pd.DataFrame) -> list[Row]:
 
 def provenance(content: Found) -> str:
     """List the devices, commits and versions of torch of the runs."""
-    if not (rows := content.runs.values()):
-        return "No run has finished."
+    rows = content.runs.values()
     found = [(row["device"], str(row["commit"]), str(row["packages"]["torch"])) for row in rows]
-    each = (", ".join(sorted(set(values))) for values in zip(*found, strict=True))
-    return "{}; commit {}; torch {}.".format(*each)
+    each = [", ".join(sorted(set(values))) for values in zip(*found, strict=True)]
+    return "{}; commit {}; torch {}.".format(*each) if each else "No run has finished."
 
 
 def report(content: Found, found: list[Row], papers: list[Row]) -> str:
