@@ -17,8 +17,7 @@ def write(source: Path, target: Path | None, page: bool = True) -> None:
     """Print the tables of the runs below a folder or of a runs.json; write the report to target."""
     from evit.report import collect, tables  # with pandas
 
-    content = collect.read(source)
-    points = tables.ours(content)
+    points = tables.ours(content := collect.read(source))
     found = tables.of_settings(points)
     written = {"table.md": tables.report(content, found, [])}
     print(written["table.md"])
@@ -46,10 +45,8 @@ def dashboard(cfg: DictConfig) -> None:
         raise ValueError("not logged in to W&B: run wandb login first, or src/report.py without it")
     try:
         print(workspace(cfg.entity or wandb.Api().default_entity or "", cfg.project).save().url)
-    except ImportError as error:
-        raise ValueError(f"{error}: pip install 'evit-lab[dashboard]'") from error
     except Exception as error:  # W&B raises many types
-        raise ValueError(f"W&B refuses, or cannot be reached: {error}") from error
+        raise ValueError(f"the workspace cannot be saved on W&B: {error}") from error
 
 
 def workspace(entity: str, project: str) -> Any:

@@ -28,8 +28,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     folder, started = Path(HydraConfig.get().runtime.output_dir), time.monotonic()
     choices, config = HydraConfig.get().runtime.choices, plain(cfg)
     if not cfg.overwrite:
-        results.check_config(folder, config)
-        if before := results.finished(folder):
+        if before := results.finished(folder, config):
             say("This run has finished before: overwrite=true repeats it.")
             rank_zero_only(results.show)(before, folder)
             return before

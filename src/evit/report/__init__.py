@@ -9,7 +9,6 @@ from evit.config import counted
 
 Row = dict[str, Any]
 REST = {True: "fused", False: "dropped", None: ""}  # what becomes of the other tokens
-FATES = {True: " fuse", False: " drop", None: ""}
 MODES = {False: "eager", True: "compiled", "reduce-overhead": "graphs"}
 NUMBERS = {  # columns of a benchmark: name in a row, format, divisor
     "ms": ("latency_ms", ",.2f", 1),
@@ -95,7 +94,7 @@ def benchmark_text(result: Row) -> str:
 
 def benchmark_cells(row: Row) -> Row:
     low, high = row.get("images_per_s_quartiles", (0, 0))
-    kept = rate(row) + FATES[row["fusion"]]
+    kept = rate(row) + {True: " fuse", False: " drop", None: ""}[row["fusion"]]
     if row["dense"] or rate(row) == "1":
         kept = "dense" + ", this code" * (not row["dense"])
     model, reason = row["model"].replace("_patch16", "").removesuffix("_224"), row.get("reason", "")

@@ -29,7 +29,7 @@ NAMES = ["result", "runs", "evaluation", "benchmark"]  # of JSON files, in this 
 
 @dataclass
 class Found:
-    """What lies below a folder: rows, curves and pictures (URIs) of runs by the runs' names."""
+    """What lies below a folder: runs and curves by name, pictures (URIs) by setting, the rest."""
 
     source: Path
     runs: dict[str, Row] = field(default_factory=dict)
@@ -49,8 +49,7 @@ class Found:
         try:
             yield
         except Exception as error:  # of json, PIL, or of what is computed from its entries
-            text = f"{path} cannot be read ({type(error).__name__}: {error})"
-            self.problems.append(self.shown(text))
+            self.problems.append(self.shown(f"{path} cannot be read: {error!r}"))
 
     def add(self, name: str, run: Row) -> bool:
         """Add a run unless it is known; another result of its setting and seed is a problem."""
@@ -68,10 +67,11 @@ class Found:
             for line in path.read_text().splitlines():
                 self.curves.setdefault(name, []).append(json.loads(line))
         with self.reading(path := folder / "kept_patches.png"):
-            if path.is_file():  # as WebP it is a fifth
+            if path.is_file() and self.runs[name]["reducer"] != "none":  # as WebP it is a fifth
                 Image.open(path).convert("RGB").save(file := io.BytesIO(), "WEBP", quality=92)
                 coded = base64.b64encode(file.getvalue()).decode()
-                self.pictures[name] = f"data:image/webp;base64,{coded}"
+                setting = self.runs[name]["setting"]
+                self.pictures.setdefault(setting, f"data:image/webp;base64,{coded}")
 
 
 def read(source: Path) -> Found:
@@ -111,8 +111,7 @@ def row(result: Row) -> Row:
     found = results.summary(result) | dict(timm_name=timm_name(config["model"]), data=data["name"])
     found |= dict(num_classes=data["num_classes"], whole=not any(limits.values())) | limits
     tuned = bool(config["checkpoint"] or config.get("pretrained"))
-    found |= dict(epochs=recipe["epochs"], from_checkpoint=tuned)
-    found |= dict(setting=results.setting(config))
+    found |= dict(epochs=recipe["epochs"], from_checkpoint=tuned, setting=results.setting(config))
     found |= dict(recipe=training(config, result["choices"].get("experiment")))
     found |= dict(started_from=result.get("started_from"), seed=config["seed"])
     return found | {key: result[key] for key in "seconds device precision commit packages".split()}

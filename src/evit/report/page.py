@@ -17,7 +17,6 @@ STEP = "training step (optimizer updates)"
 CURVES = {
     "top-1": ("step", STEP, "val/top1", "top-1 accuracy, validation (%)"),
     "training loss": ("step", STEP, "train/loss", "training loss (nats)"),
-    "keep rate": ("step", STEP, "keep_rate", "keep rate (share of tokens)"),
 }
 MOST = 20_000  # points in all curves of a view
 # Readable on white and on black.
@@ -32,25 +31,16 @@ def html(content: Found) -> str:
         title, own = table["title"], points[points.section == table["title"]]
         made = [] if title == "ImageNet" else [accuracy(f"accuracy-{i}", title, own)]
         made = [c for c in (*made, curves(f"curves-{i}", content, own)) if c["views"]]
-        sections.append(dict(table=table, charts=made, pictures=pictures(content, own)))
+        named, seen = full_names(own), content.pictures
+        pictures = {text: seen[setting] for setting, text in named.items() if setting in seen}
+        sections.append(dict(table=table, charts=made, pictures=pictures))
     loader = jinja2.PackageLoader("evit.report", "template")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True)
     whole = accuracy("imagenet", "ImageNet", points[points.section == "ImageNet"])
     shown = dict(sections=sections, paper=whole, papers=tables.of_paper(content, points))
     shown |= dict(rows=[*content.runs.values()], labels=[*tables.LABELS.values()])
     shown |= dict(problems=content.problems, provenance=tables.provenance(content))
-    shown |= dict(plotly=plotly.offline.get_plotlyjs())
-    return environment.get_template("page.html").render(shown)
-
-
-def pictures(content: Found, points: pd.DataFrame) -> dict[str, str]:
-    """Take the picture of the first run of each setting that reduces tokens, by its caption."""
-    named = full_names(points)
-    return {
-        named[run["setting"]]: content.pictures[name]
-        for name, run in reversed(content.runs.items())
-        if run["setting"] in named and run["reducer"] != "none" and name in content.pictures
-    }
+    return environment.get_template("page.html").render(shown, plotly=plotly.offline.get_plotlyjs())
 
 
 def full_names(points: pd.DataFrame) -> dict[str, str]:
@@ -63,11 +53,10 @@ def line_names(points: pd.DataFrame) -> pd.Series:
     """Name the line of each setting by what differs, without the keep rate and the image size."""
     parts = tables.labels(points).drop(columns=["keep rate", "px", "runs"])
     models, epochs = parts.model, points.epochs.where(points.epochs < paper.EPOCHS)
-    plain = dict(kept=dict(attentive=""), weights={tables.SCRATCH: ""}, images=dict(all=""))
-    parts = parts.replace(plain)
+    parts = parts.replace(dict(kept=dict(attentive=""), weights={tables.SCRATCH: ""}))
     parts["reducer"] = parts.reducer.mask(points.rate == tables.DENSE, tables.DENSE)
     parts["epochs"] = tables.texts(epochs, "{:.0f} epochs")
-    parts["images"] = parts.images.where(parts.images == "", parts.images + " images")
+    parts["images"] = points.images.where(points.images == "", points.images + " images")
     parts = parts.loc[:, parts.nunique() > 1]
     differ = pd.Series([", ".join(filter(None, row)) for row in parts.values], points.index, str)
     return differ.where(differ != "", models)
@@ -77,10 +66,9 @@ def accuracy(key: str, title: str, points: pd.DataFrame) -> Row:
     """Plot top-1 against the cost of an image; on ImageNet beside the paper's."""
     found, whole = points.assign(ours=True), title == "ImageNet"
     if whole:
-        theirs = tables.published().assign(ours=False)
+        kind = "model reducer rate rest img_size start epochs".split()
+        theirs = tables.published().drop_duplicates(kind).assign(ours=False)
         found = pd.concat([theirs, found.replace(dict(model=paper.CONF))], ignore_index=True)
-        kind = ["ours", *"model reducer rate rest img_size start epochs".split()]
-        found = found[found.ours | ~found.duplicated(kind)]
     larger = (found.img_size != paper.BASE_SIZE) & whole
     found["line"] = line_names(found) + larger.map({True: ", higher resolution", False: ""})
     found["style"] = larger.map({True: "markers", False: "lines+markers"})
@@ -97,8 +85,7 @@ def curves(key: str, content: Found, points: pd.DataFrame) -> Row:
         if run["setting"] in named
         for row in content.curves.get(name, [])
     ]
-    shown = ["line", "part", "step", *(y for *_, y, _ in CURVES.values())]
-    found = pd.DataFrame(rows, columns=shown)
+    found = pd.DataFrame(rows, columns=["line", "part", "step", "val/top1", "train/loss"])
     found = found.assign(hover=found.part, ours=True, style="lines", spread=0.0)
     return chart(key, "How training went", found, CURVES)
 

@@ -35,13 +35,7 @@ def training_runs() -> tuple[Row, ...]:
     )
 
 
-def reducer(model: str) -> str:
-    """Name the reducer of a model of timm's registry, or of the tables."""
-    return "dynamicvit" if model.startswith("dynamicvit") else "evit"
-
-
 def dense_throughput(model: str) -> float:
-    """Return the images/s of a model's dense one at 224 px."""
     return TABLES[f"keep_rate_{model.removeprefix('dynamicvit_')}"]["rows"][0]["throughput"]
 
 

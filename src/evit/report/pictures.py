@@ -21,9 +21,8 @@ LOWEST = 1e-6  # weights below it are shown as it
 
 @torch.no_grad()
 def follow(model: Any, images: Tensor) -> tuple[list[str], list[Tensor], Tensor, Tensor]:
-    """Follow the patches of images: a title for each place that reduces, the token (B, N) of each
-    patch after it, -1 if dropped or fused, its weight (B, N) in the final tokens, and the logits.
-    """
+    """Follow patches: a title for each place that reduces, the token (B, N) of each patch after it,
+    -1 if dropped or fused; the weight (B, N) of each in the final tokens; and the logits."""
     x = model.embed(images)  # not model(), which may be compiled, and would be again
     logits, found = model.classify(x)
     reductions, reducer, tokens = iter(found), model.reducer, model.patch_ids(x)
@@ -46,10 +45,8 @@ def draw_kept(model: Any, images: Tensor, pixels: Tensor, *classes: list[str]) -
     """Draw a row for each image: it, its tokens after each reduction, and weights of the rest.
 
     Discarded patches fade into a checkerboard; those of one token have their mean colour, within an
-    edge. The last column, if tokens are fused, is a heat map (logarithmic) of the weight of each
-    patch in them. images: (B, 3, H, W), the model's input; pixels: the same as uint8; classes: the
-    names of all classes, to write predictions, and of the images'.
-    """
+    edge. Fused ones have a heat map (logarithmic) of their weights. images: (B, 3, H, W), for the
+    model; pixels: the same as uint8; classes: names of all, for predictions, and the images'."""
     titles, places, left, logits = follow(model, images)
     large = F.interpolate(pixels.cpu().float(), scale_factor=-(-MIN_SIDE // pixels.shape[-1]))
     columns = {f"{pixels.shape[-1]} x {pixels.shape[-2]} px": large}

@@ -48,7 +48,11 @@ def write_json(content: dict[str, Any], path: Path) -> None:
         file.write(json.dumps(content, indent=1, allow_nan=False).encode() + b"\n")
 
 
-def finished(folder: Path) -> dict[str, Any] | None:
+def finished(folder: Path, config: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """Read a run's result; ValueError: the run is of another configuration than the given one."""
+    if config and read_json(folder / "config.json") not in (None, config):
+        ways = "overwrite=true replaces it, name=NAME puts this run elsewhere"
+        raise ValueError(f"{folder} holds a run of another configuration (config.json): {ways}")
     return read_json(folder / "result.json")
 
 
@@ -56,13 +60,6 @@ def outcome(folder: Path | None) -> dict[str, Any] | None:
     """Return the metrics that identify a run's outcome; None if no run has finished there."""
     result = folder and finished(folder)
     return {name: result.get(name) for name in ("top1", "top5", "loss")} if result else None
-
-
-def check_config(folder: Path, config: dict[str, Any]) -> None:
-    """Raise a ValueError if a folder holds a run of another configuration."""
-    if read_json(folder / "config.json") not in (None, config):
-        ways = "overwrite=true replaces it, name=NAME puts this run elsewhere"
-        raise ValueError(f"{folder} holds a run of another configuration (config.json): {ways}")
 
 
 def run_folder(checkpoint: str | Path) -> Path | None:
@@ -73,8 +70,8 @@ def run_folder(checkpoint: str | Path) -> Path | None:
 
 def run_config(checkpoint: str | Path) -> dict[str, Any]:
     """Read the configuration, which must be harmless, of a checkpoint's run; {}: it has none."""
-    folder = run_folder(checkpoint)
-    if not folder or not (path := folder / "config.json").is_file():
+    path = (run_folder(checkpoint) or Path(checkpoint)) / "config.json"
+    if not path.is_file():
         return {}
     try:
         config = harmless(path.read_text())
@@ -87,8 +84,7 @@ def harmless(text: str) -> Any:
     """Read a configuration, whose targets Hydra will call, from JSON; ValueError: of a stranger.
 
     Only targets of conf/ may be called: a prefix proves nothing, as evit.report.results.os.system
-    is os.system. And ${oc.env:NAME} would copy a secret of the environment into the result.
-    """
+    is os.system. And ${oc.env:NAME} would copy a secret of the environment into the result."""
     folders, known = {CONF_DIR}, {"timm.create_model"}
     if HydraConfig.initialized():  # and those that the user has given to Hydra
         sources = HydraConfig.get().runtime.config_sources
@@ -148,19 +144,16 @@ def git_commit() -> str | None:
 
 
 def device_name(device: torch.device) -> str:
-    """Name the accelerator, or the processor with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU ({platform.machine()}, {counted(torch.get_num_threads(), 'thread')})"
 
 
 def one_rate(rates: Any) -> Any:
-    """Return one number if all places have the same keep rate, else the rates."""
     return rates[0] if isinstance(rates, list) and len(set(rates)) == 1 else rates
 
 
 def trained_keep_rate(run: dict[str, Any]) -> Any:
-    """Return the keep rate, or rates, that a run was trained at; None for {}, no run."""
     return (run["model"]["reducer"] or dict(keep_rate=1.0)).get("keep_rate") if run else None
 
 

@@ -2,8 +2,7 @@
 
 Settings of one section can be compared. rate: "dense", "0.7" or "0.9,0.8,0.7"; origin: the setting
 or SHA-256 of the first weights; way: how images_per_s was measured; dense: the index of the dense
-setting beside it, or -1; change, share, faster: points of top-1, % of MACs, times images/s of that.
-"""
+setting beside it, or -1; change, share, faster: points of top-1, % of MACs, times images/s."""
 
 from typing import Any
 
@@ -47,10 +46,10 @@ NOTES = {  # by column
 
 
 def frame(found: list[Row]) -> pd.DataFrame:
-    """Make a frame of settings from rows, which leave out what is not known."""
+    """Make a frame of settings from rows, each once, which leave out what is not known."""
     made = pd.DataFrame(found, columns=[*NUMBERS, *TEXTS, *OTHERS], dtype=object)
     made = made.fillna(dict.fromkeys(TEXTS, "") | dict(val_images=0))
-    return made.astype(dict.fromkeys(NUMBERS, float) | dict(img_size=int))
+    return made.astype(dict.fromkeys(NUMBERS, float) | dict(img_size=int)).drop_duplicates()
 
 
 def choices(reducer: str, rates: Any, fusion: bool | None) -> Row:
@@ -66,21 +65,21 @@ def published() -> pd.DataFrame:
     found = [
         row | shelf | choices("evit", row["keep_rate"], fusion)
         for row in paper.TABLES["off_the_shelf"]["rows"]
-        for fusion in (True, False)[: 1 if row["keep_rate"] == 1 else 2]  # which is not published
+        for fusion in (True, False)  # which is not published
     ]
+    names = {key: model["timm"][-1] for key, model in paper.MODEL_LIST.items()}
     for row in paper.training_runs():
-        own = choices(paper.reducer(row["model"]), row["keep_rate"], row["fusion"])
-        own |= dict(start=TUNED if row["finetuned"] else SCRATCH, faster=row["ratio"])
-        found.append(row | own | dict(images_per_s=row["throughput"]))
-    names = {key: bare(model["timm"][-1]) for key, model in paper.MODEL_LIST.items()}
-    return frame([row | dict(name=names[row["model"]]) for row in found])
+        reducer = names[row["model"]].partition("_")[0]
+        own = choices(reducer, row["keep_rate"], row["fusion"]) | dict(faster=row["ratio"])
+        own |= dict(start=TUNED if row["finetuned"] else SCRATCH, images_per_s=row["throughput"])
+        found.append(row | own)
+    return frame([row | dict(name=bare(names[row["model"]])) for row in found])
 
 
 def ours(content: Found) -> pd.DataFrame:
     """Make the settings of our runs, the mean over the seeds of each, and of our evaluations."""
     runs = [row | dict(way=f"{row['device']}, {row['precision']}") for row in content.runs.values()]
-    evaluated = [row for one in content.evaluations for row in of_evaluation(one)]
-    points = frame([flat(row) for row in runs + evaluated]).drop_duplicates()
+    points = frame([flat(row) for row in sum(map(of_evaluation, content.evaluations), runs)])
     points = points.sort_values("macs", ascending=False, kind="stable", ignore_index=True)
     seeds = points.groupby(["setting", "start"])
     one_way = points.groupby("section").way.transform("nunique") == 1
@@ -97,13 +96,12 @@ def ours(content: Found) -> pd.DataFrame:
 
 def of_evaluation(result: Row) -> list[Row]:
     model, data, trained = result["model"], result["data"], result["trained_keep_rate"]
-    limit, sha256 = result["config"]["max_val_images"], result["checkpoint_sha256"]
-    rate = choices("", trained, None)["rate"]
-    about = model | dict(model=model["name"], data=data["name"], num_classes=data["num_classes"])
-    about |= dict(max_val_images=limit, whole=not limit, recipe=sha256, started_from=sha256)
+    config, sha256 = result["config"], result["checkpoint_sha256"]
+    rate, limit = choices("", trained, None)["rate"], config["max_val_images"]
+    about = dict(model=model["name"], data=data["name"], recipe=sha256, started_from=sha256)
+    about |= dict(timm_name=timm_name(config["model"]), max_val_images=limit, whole=not limit)
     about |= dict(start=SHELF if rate == DENSE else f"trained at {rate}")
-    about |= dict(timm_name=timm_name(result["config"]["model"]))
-    rows = [about | row for row in result["settings"] if row["macs"] is not None]
+    rows = [model | data | about | row for row in result["settings"] if row["macs"] is not None]
     if trained is None and all(results.one_rate(row["keep_rate"]) != 1 for row in rows):
         return []  # nothing says that the weights are a dense model's
     return [row | dict(setting=results.digest(row)) for row in rows]
@@ -129,11 +127,9 @@ def flat(row: Row) -> Row:
 
 def beside_dense(points: pd.DataFrame) -> pd.DataFrame:
     """Compare each setting with a dense one, which was trained by the same recipe: as long, on as
-    many images of the same size. Else, a fine-tuned run is compared with what it began with.
-    """
+    many images of the same size. Else, a fine-tuned run is compared with what it began with."""
     models, keys = points.model.map(bare), ["start", "origin", "recipe", "img_size"]
-    dense = points[(points.rate == DENSE) & points.top1.notna()]
-    dense = dense.sort_values("runs", ascending=False, kind="stable")
+    dense = points[points.rate == DENSE].sort_values("runs", ascending=False, kind="stable")
 
     def find(at: Any) -> Any:
         row = points.loc[at]
@@ -156,17 +152,16 @@ def measured(content: Found, points: pd.DataFrame) -> pd.DataFrame:
     for row in content.benchmarks:
         at_base = row["compared_with"].endswith(f"={paper.BASE_SIZE}")
         if row["what"] == "inference" and (at_base or row["model"] not in paper.NAMES):
-            reducer = row.get("reducer") or paper.reducer(row["model"])
+            reducer = row.get("reducer") or row["model"].partition("_")[0]
             way = f"{row['device']}, batch {row['batch_size']:g}, {row['precision']}"
             way += f", compile={row['compile']}" * bool(row["compile"])
-            own = dict(way=way, name=bare(row["model"]), faster=row["ratio"])
-            own |= choices(reducer, row["keep_rate"], row["fusion"])
-            timed.append(row | own | dict(macs=row["macs"] / 1e9))
-    numbers = [*SPEEDS, "macs"]
-    speeds = frame(timed).drop_duplicates(["way", *TIMED], keep="last")[[*TIMED, *numbers]]
+            own = choices(reducer, row["keep_rate"], row["fusion"]) | dict(way=way)
+            own |= dict(name=bare(row["model"]), faster=row["ratio"], macs=row["macs"] / 1e9)
+            timed.append(row | own)
+    speeds = frame(timed).drop_duplicates(["way", *TIMED], keep="last")
     both = points[TIMED].reset_index().merge(speeds, on=TIMED)
     best = max(speeds.way.unique(), key=both.way.tolist().count, default="")
-    return both[both.way == best].set_index("index")[numbers].reindex(points.index)
+    return both[both.way == best].set_index("index").reindex(points.index)
 
 
 def labels(points: pd.DataFrame) -> pd.DataFrame:
@@ -217,8 +212,7 @@ def of_paper(content: Found, points: pd.DataFrame) -> list[Row]:
         own, speeds = both.reindex(theirs.index), measured(content, theirs)
         own = own.assign(faster=speeds.faster, macs=speeds.macs.fillna(own.macs))
         shown = labels(theirs)[["model", "weights", "epochs", "keep rate", "the rest", "px"]]
-        differ = shown.replace("", None).nunique() > 1
-        shown = shown.loc[:, differ | (shown.columns == "keep rate")]
+        shown = shown.loc[:, shown.replace("", None).nunique() > 1]
         seeds = own.runs.where(own.spread.notna())
         for title, (key, form) in METRICS.items():
             if theirs[key].notna().any():
@@ -237,9 +231,8 @@ def of_paper(content: Found, points: pd.DataFrame) -> list[Row]:
 
 def provenance(content: Found) -> str:
     """List the devices, commits and versions of torch of the runs."""
-    rows = content.runs.values()
-    found = [(row["device"], str(row["commit"]), str(row["packages"]["torch"])) for row in rows]
-    each = [", ".join(sorted(set(values))) for values in zip(*found, strict=True)]
+    found = [(r["device"], r["commit"], r["packages"]["torch"]) for r in content.runs.values()]
+    each = [", ".join(sorted(set(map(str, values)))) for values in zip(*found, strict=True)]
     return "{}; commit {}; torch {}.".format(*each) if each else "No run has finished."
 
 
