@@ -142,9 +142,9 @@ def opened(cfg: DictConfig) -> tuple[Any, dict[str, Any], DictConfig, Source]:
     reducer = None if set(rates) == {1.0} else model.reducer
     about = dict(model=choice or source.model or config.get("model_name", "model"))  # in conf/model
     about |= dict(reducer=reducer and reducer.name, keep_rate=rates, img_size=cfg.img_size)
-    about |= dict(fusion=getattr(reducer, "fusion", None))
-    about |= dict(num_classes=model.num_classes, classes=source.run.get("classes"))
+    about |= dict(fusion=getattr(reducer, "fusion", None), num_classes=model.num_classes)
     about |= dict(mean=list(wanted["mean"]), std=list(wanted["std"]))
+    about |= dict(classes=source.run.get("classes"))
     about |= dict(checkpoint=source.path and source.path.name, commit=results.git_commit())
     return model.eval().requires_grad_(False), about, cfg, source
 

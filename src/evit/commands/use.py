@@ -243,11 +243,9 @@ def write_onnx(model: Any, about: dict[str, Any], path: Path) -> Any:
 
     for name in ("torch.onnx", "onnxscript", "onnx_ir"):  # they tell what they rewrite
         logging.getLogger(name).setLevel(logging.ERROR)
-    names: Any = dict(input_names=["images"], output_names=["logits"])
+    options: Any = dict(input_names=["images"], output_names=["logits"], dynamo=True, verbose=False)
     with warnings.catch_warnings(action="ignore"):  # from inside the exporter
-        program: Any = torch.onnx.export(
-            model, **example(about), **names, dynamo=True, opset_version=20, verbose=False
-        )
+        program: Any = torch.onnx.export(model, **example(about), **options, opset_version=20)
     program.model.metadata_props.update({k: json.dumps(v) for k, v in about.items()})
     program.save(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
