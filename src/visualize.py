@@ -1,4 +1,3 @@
 from evit.commands import main
 
-if __name__ == "__main__":
-    main()
+main(__name__)

@@ -186,3 +186,25 @@ def test_sigusr1_requeues_a_job_of_slurm_once(number, procid, requeued, heard, m
         os.kill(os.getpid(), number)
     assert (ended.value.code, ran) == (128 + number, requeued)
     assert capfd.readouterr().err.count("stopped by") == (procid == "0")
+
+
+@pytest.mark.parametrize(
+    ("given", "run", "left"),
+    [
+        ("", "work/outputs/dev/a", "work"),
+        ("", "work/mine/a", "work"),
+        ("out", "work/out/dev/a", "work/out"),
+        ("../data/out", "data/out/dev/a", "data/out"),
+        ("", "data/out/a", "data/out"),
+    ],
+)
+def test_of_the_empty_folders_only_those_of_the_run_go(given, run, left, monkeypatch, tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / run).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("EVIT_OUTPUT", given) if given else monkeypatch.delenv("EVIT_OUTPUT", False)
+    monkeypatch.setattr(cli, "run_folder", lambda: tmp_path / run)
+    with cli.ended_in_a_line():
+        pass
+    kept = tmp_path / left
+    assert kept.is_dir() and not list(kept.iterdir()) and not (tmp_path / run).exists()

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.conftest import QUICK, command
+from tests.conftest import command
 
 TINY = ["+model.embed_dim=48", "+model.depth=4", "+model.num_heads=3", "img_size=32"]
 SMALL = [
@@ -63,13 +63,6 @@ def test_knobs_of_parts_that_are_off_are_named(tmp_path, shared_photos):
     printed, _, _ = trained(tmp_path, *words, f"data.root={shared_photos}")
     names = ", ".join(knob.partition("=")[0] for knob in idle)
     assert f"Without effect here (model=evit_deit_micro): {names}." in printed
-
-
-def test_a_teacher_for_another_kind_of_model_is_refused(tmp_path, shared_photos):
-    words = ["model=dynamicvit_deit_micro", "recipe.teacher=self"]
-    done = command("train.py", *QUICK, f"data.root={shared_photos}", *words, cwd=tmp_path)
-    assert done.returncode == 2
-    assert "recipe.teacher=self is for reducers of keep rates" in done.stderr
 
 
 @pytest.mark.slow

@@ -65,7 +65,7 @@ class Recipe:
     token_label_weight: float = 1.0  # of the dense loss of token labels, beside the class loss
     ratio_weight: float = 2.0  # DynamicViT: of the distance to the shares of tokens to keep
     distill_weight: float = 0.5  # of what the dense teacher says
-    teacher: str | None = None  # its weights, or self; null: none, DynamicViT: checkpoint=
+    teacher: str | None = None  # its weights; null: none, DynamicViT: checkpoint=
     eval_every: int = 1  # epochs; the last is always evaluated
     max_train_images: int | None = None
     max_val_images: int | None = None
@@ -112,13 +112,14 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return config | dict(crop_pct=config["recipe"]["crop_pct"])
 
 
-def scale_for(cfg: DictConfig) -> str:
-    """The choice of conf/scale that fits a run's data: published for ImageNet, own, or demo."""
+def scale_of(cfg: DictConfig) -> list[str]:
+    """The override that a run's data need: none for ImageNet, scale=own, or scale=demo."""
+    given = "scale" in overridden(cfg.hydra.overrides.task)
     root, imagenet = cfg.data.get("root"), os.environ.get("IMAGENET_DIR")
     same = root and imagenet and os.path.abspath(imagenet) == os.path.abspath(root)
-    if same or cfg.data.get("num_classes") == 1000:
-        return "published"
-    return "own" if root else "demo"
+    if given or same or cfg.data.get("num_classes") == 1000:
+        return []
+    return ["scale=own" if root else "scale=demo"]
 
 
 def of(share: float, whole: int, *, _parent_: Any) -> float:

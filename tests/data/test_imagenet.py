@@ -122,7 +122,7 @@ def test_the_devkit_is_read_by_torchvision(layout, tmp_path):
     pytest.importorskip("scipy")
     root = layout("flat val")
     (root / torchvision_imagenet.META_FILE).unlink()
-    with pytest.raises(ValueError, match="classes of the validation images are missing"):
+    with pytest.raises(ValueError, match="lacks the classes of val/"):
         find_images(root)
 
 

@@ -128,7 +128,7 @@ def test_mixup_beside_token_labels_is_refused():
 
 def test_a_teacher_beside_token_labels_is_for_reducers_that_learn():
     with pytest.raises(ValueError, match="recipe.teacher need data.label_maps=null"):
-        make_objective(tiny(), RECIPE, 7, 4, label_maps=True, teacher="self")
+        make_objective(tiny(), RECIPE, 7, 4, label_maps=True, teacher=tiny())
     learning = tiny(reducer="dynamicvit")
     make_objective(learning, RECIPE, 7, 4, label_maps=True, teacher=tiny())
 

@@ -26,15 +26,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from evit import files
-from evit.config import CONF_DIR, RESOLVERS, Recipe, overridden, scale_for
+from evit.config import CONF_DIR, RESOLVERS, Recipe, scale_of
 
 # Commands that are a function in a file of another name; the others are `run` in their own.
 FILES = dict(evaluate="use", visualize="use", predict="use", export="use", dashboard="report")
 NOT_COMPOSED = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
-def main() -> None:
-    """Run the command whose script was started: src/NAME.py or evit-NAME."""
+def main(module: str = "__main__") -> None:
+    """Run the command whose script was started, src/NAME.py or evit-NAME, and not imported."""
+    if module != "__main__":
+        return
     name = Path(sys.argv[0]).stem.removeprefix("evit-")
     if name == "sweep":  # it composes the configurations of many runs
         with ended_in_a_line():
@@ -101,27 +103,26 @@ def quoted(override: str) -> str:
 def with_scale(words: list[str]) -> list[str]:
     """Add the scale that the data need to overrides without one; of a multirun the first decide."""
     overrides = [word for word in words if not word.startswith("-") and "=" in word]
-    if "scale" in overridden(overrides):
-        return words
     for option, folder in zip(words, words[1:], strict=False):
         if option in ("--config-dir", "-cd"):
             overrides.append(f"hydra.searchpath=['file://{Path(folder).absolute()}']")
     for i, one in enumerate(OverridesParser.create().parse_overrides(overrides)):
         if one.is_sweep_override():
             overrides[i] = f"{one.key_or_group}={next(one.sweep_string_iterator())}"
-    scale = scale_for(composed("config", overrides))
-    return words if scale == "published" else [*words, f"scale={scale}"]
+    return words + scale_of(composed("config", overrides))
 
 
-def composed(config: str, overrides: list[str]) -> DictConfig:
-    """A configuration of conf/, with `hydra` in it; a ValueError of one line if none."""
+def composed(config: str, overrides: list[str], scaled: bool = False) -> DictConfig:
+    """A configuration of conf/, with `hydra` in it; scaled: as `with_scale` would have it."""
     register()
     options, begun = dict(version_base="1.3"), GlobalHydra.instance().is_initialized()
     with nullcontext() if begun else hydra.initialize_config_dir(str(CONF_DIR), **options):
         try:
-            return hydra.compose(config, overrides, return_hydra_config=True)
+            cfg = hydra.compose(config, overrides, return_hydra_config=True)
         except NOT_COMPOSED as error:
             raise explained(error, config) from error
+    more = scale_of(cfg) if scaled else []
+    return composed(config, overrides + more) if more else cfg
 
 
 def knobs(config: str) -> dict[str, Any]:
@@ -199,10 +200,18 @@ def ended_in_a_line() -> Iterator[None]:
             raise
         fail(text)
     finally:
-        with suppress(OSError):
-            os.removedirs(os.path.relpath(run_folder()))  # of Hydra's folders the empty ones
+        clear(run_folder().absolute())
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def clear(folder: Path) -> None:
+    """Remove Hydra's folder of this run, and those around it in outputs/, if they are empty."""
+    with suppress(OSError):
+        ends = {Path.cwd(), Path(os.path.abspath(os.environ.get("EVIT_OUTPUT", "")))}
+        while folder not in ends:
+            folder.rmdir()
+            folder = folder.parent if ends & {*folder.parents} else Path.cwd()
 
 
 def mistake(error: BaseException) -> str | None:
@@ -232,7 +241,6 @@ def terminate(number: int, _: Any = None) -> NoReturn:
 
 
 def fail(text: str) -> NoReturn:
-    """End the program with a user's mistake."""
     print("error:", "\n".join(map(files.printable, text.split("\n"))), file=sys.stderr)
     sys.exit(2)
 

@@ -2,11 +2,9 @@
 
 import json
 from collections import namedtuple
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from hydra import compose
 from hydra.core.hydra_config import HydraConfig
@@ -14,9 +12,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from evit import load_checkpoint
+from evit.commands.plan import build
 from evit.config import OUTPUTS, Recipe, folder_name, listed, overridden
 from evit.data.batch import MEAN, STD
-from evit.models.vit import check_images
 from evit.models.weights import fit_state_dict, read_file, read_state_dict
 from evit.reducers import REDUCERS
 from evit.report import rate, results
@@ -24,7 +22,6 @@ from evit.report import rate, results
 # Defaults for checkpoints that do not come from a run of ours.
 DEFAULTS = dict(keep_rate=0.7, fusion=True, img_size=224, crop_pct=0.875, max_val_images=None)
 WAYS = dict(checkpoint="PATH", pretrained="true (timm's download)", random="true (to try out)")
-REDUCED = "take it with a reducer by model=timm_vit model.model_name=NAME"
 # A checkpoint, and knobs and model of its run (a name in conf/model, or timm's); empty without one.
 Source = namedtuple("Source", "path weights run model", defaults=(None, {}, {}, None))
 
@@ -108,23 +105,23 @@ def validation(cfg: DictConfig, batch_size: int, most: int | None, ready: bool =
 
 def load(model: Any, source: Source) -> None:
     """Load the weights that there are, without those of a reducer that the model does not have."""
-    reducer: Any = getattr(model, "reducer", None)
-    if reducer and (reducer.own or reducer.given) and given() & {"keep_rate", "keep_rates"}:
+    reducer = model.reducer
+    if (reducer.own or reducer.given) and given() & {"keep_rate", "keep_rates"}:
         way = f"leave keep_rate out, or choose the reducer anew, reducer={reducer.name}"
         raise ValueError(f"reducer {reducer.name} has another schedule than keep_rate: {way}")
     if not source.weights:
         return
     weights = fit_state_dict(source.weights, model)
-    if reducer is None or not reducer.state_dict():
-        others = ("reducer.", *chain(*(kind.published_names for kind in REDUCERS.values())))
+    if not reducer.state_dict():
+        others = ("reducer.", *REDUCERS["dynamicvit"].published_names)
         weights = {k: w for k, w in weights.items() if not k.startswith(others)}
     elif not any(k.startswith("reducer.") for k in weights):
-        why = f"reducer {reducer.name} has to be trained, and {source.path} has no weights of it"
-        raise ValueError(f"{why}: take another")
+        why = f"and {source.path} has no weights of it: take another"
+        raise ValueError(f"reducer {reducer.name} has to be trained, {why}")
     try:
         load_checkpoint(model, weights)
     except ValueError as error:
-        had = f"; the run had model={source.model}" * bool(source.model)
+        had = f"; the run had model={source.model}" if source.model else ""
         raise ValueError(f"{error}{had}") from error
 
 
@@ -138,19 +135,16 @@ def opened(cfg: DictConfig) -> tuple[Any, dict[str, Any], DictConfig, Source]:
     config: Any = OmegaConf.to_container(cfg.model, resolve=True, throw_on_missing=True)
     if (head := source.weights.get("head.weight")) is not None:
         config["num_classes"] = len(head)
-    torch.manual_seed(cfg.seed)
-    model = instantiate(config, _convert_="all")
-    check_images(model, cfg.img_size)
+    model = build(config, cfg.seed, cfg.img_size)
     load(model, source)
-    reducer: Any = getattr(model, "reducer", None)
     wanted = (getattr(model, "pretrained_cfg", None) or dict(mean=MEAN, std=STD)) | source.run
-    rates = [] if reducer is None else list(reducer.keep_rate)
-    dense, choice = set(rates) <= {1.0}, HydraConfig.get().runtime.choices["model"]
+    rates, choice = list(model.keep_rate), HydraConfig.get().runtime.choices["model"]
+    reducer = None if set(rates) == {1.0} else model.reducer
     about = dict(model=choice or source.model or config.get("model_name", "model"))  # in conf/model
-    about |= dict(reducer=None if dense else reducer.name, keep_rate=rates)
-    about |= dict(fusion=None if dense else getattr(reducer, "fusion", None), img_size=cfg.img_size)
-    about |= dict(num_classes=model.num_classes, classes=source.run.get("classes"))
+    about |= dict(reducer=reducer and reducer.name, keep_rate=rates, img_size=cfg.img_size)
+    about |= dict(fusion=getattr(reducer, "fusion", None), num_classes=model.num_classes)
     about |= dict(mean=list(wanted["mean"]), std=list(wanted["std"]))
+    about |= dict(classes=source.run.get("classes"))
     about |= dict(checkpoint=source.path and source.path.name, commit=results.git_commit())
     return model.eval().requires_grad_(False), about, cfg, source
 

@@ -22,23 +22,28 @@ IMAGENET = dict(name="ImageNet", num_classes=1000, train_images=1_281_167, val_i
 GPUS = 8  # of the estimate of hours
 
 
+def build(node: Any, seed: int, img_size: int, **options: Any) -> Any:
+    """Build the model of a node of conf/model, initialised from a seed."""
+    torch.manual_seed(seed)
+    model = instantiate(node, **options, _convert_="all")
+    if not hasattr(model, "reducer"):
+        way = "take it with a reducer by model=timm_vit model.model_name=NAME"
+        raise ValueError(f"{type(model).__name__} reduces no tokens: {way}")
+    check_images(model, img_size)
+    return model
+
+
 def build_model(cfg: DictConfig, recipe: Recipe, num_classes: int, **options: Any) -> Any:
-    """Build the model of a configuration, initialised from its seed."""
-    torch.manual_seed(mix_seed(cfg.seed))
     options |= dict(num_classes=num_classes, drop_path_rate=recipe.drop_path)
-    return instantiate(cfg.model, **options, _convert_="all")
+    return build(cfg.model, mix_seed(cfg.seed), cfg.img_size, **options)
 
 
 def build_teacher(cfg: DictConfig, model: Any) -> Any:
     """Build the dense teacher, or return None; DynamicViT's is the model that it starts from."""
-    wanted, reducer = cfg.recipe.teacher, getattr(model, "reducer", None)
-    fixed = reducer is None or reducer.masked or reducer.own or reducer.given
-    if wanted and (reducer is None or wanted == "self" and fixed):
-        kind = "models with a reducer" if reducer is None else "reducers of keep rates"
-        raise ValueError(f"recipe.teacher={wanted} is for {kind}: leave it out, or give a PATH")
-    if wanted == "self" or not wanted and not (reducer and reducer.masked):
-        return wanted
-    weights = read_state_dict(wanted or cfg.checkpoint) if wanted or cfg.checkpoint else {}
+    wanted, path = cfg.recipe.teacher, cfg.recipe.teacher or cfg.checkpoint
+    if not wanted and not model.reducer.masked:
+        return None
+    weights = read_state_dict(path) if path else {}
     own = (getattr(model, "pretrained_cfg", None) or {}) if cfg.pretrained else {}
     classes = len(weights["head.weight"]) if "head.weight" in weights else own.get("num_classes")
     if classes != model.num_classes and not wanted:
@@ -52,7 +57,6 @@ def build_teacher(cfg: DictConfig, model: Any) -> Any:
 def build_module(cfg: DictConfig, recipe: Recipe, data: Any, config: Any) -> Any:
     """Build the LightningModule: model, weights, loss, and the knobs that checkpoints store."""
     model = build_model(cfg, recipe, data.num_classes)
-    check_images(model, cfg.img_size)
     data.normalize_for(model)
     if not hasattr(model, "heads"):
         data.label_maps = None  # LV-ViT alone learns from them: announce() says so
@@ -103,11 +107,11 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
     parts = (model, recipe, data["num_classes"])
     objective = make_objective(*parts, recipe.batch_size, data["label_maps"])
     Classifier(*parts, objective)  # refuses what a run would
-    masked = getattr(getattr(model, "reducer", None), "masked", False)  # DynamicViT
+    masked = model.reducer.masked  # DynamicViT
     start = "missing" if recipe.finetune else "random"
     start = "checkpoint" if cfg.checkpoint else "pretrained" if cfg.pretrained else start
     shrink = (0, 0) if masked else (recipe.shrink_start_epoch, recipe.shrink_epochs)
-    epochs, final = range(recipe.epochs), list(getattr(model, "keep_rate", ()))
+    epochs, final = range(recipe.epochs), list(model.keep_rate)
     keep_rates = [list(keep_rate_at(epoch, 1, final, *shrink)) for epoch in epochs]
     labelled = data["label_maps"] or masked or not hasattr(model, "heads")
     rows, hours = list[Any](), None
@@ -116,7 +120,7 @@ def plan(cfg: DictConfig) -> dict[str, Any]:
         facts |= dict(epochs=round(recipe.epochs - recipe.cooldown_epochs))
         facts |= dict(fusion=None if final[0] == 1 or masked else model.fusion)
         rows = paper.runs(cfg.model.model_name, **facts)
-    if rows and hasattr(model, "reducer"):
+    if rows:
         macs = dict[Any, int]()  # of an image, by its keep rates
         for rates in set(map(tuple, keep_rates)):
             model.set_keep_rate(rates)

@@ -19,7 +19,6 @@ from evit.data.module import available_cores, require_ffcv
 
 KAGGLE = Path("ILSVRC/Data/CLS-LOC")
 SOLUTION = "LOC_val_solution.csv"
-NUM_IMAGES = dict(train=1_281_167, val=50_000)
 ARCHIVES = {split: name for split, (name, _) in ARCHIVE_META.items()}
 
 
@@ -27,9 +26,7 @@ def run(cfg: Any) -> None:
     prepare(**cfg)
 
 
-def prepare(
-    source: Any, target: Any = None, label_maps: Any = None, imagenet: bool = False, **options: Any
-) -> Path:
+def prepare(source, target=None, label_maps=None, imagenet: bool = False, **options: Any) -> Path:
     """Write TARGET/train.beton and TARGET/val.beton, return TARGET; as conf/prepare.yaml has it."""
     require_ffcv()
     from evit.data.ffcv.write import write_beton
@@ -42,9 +39,6 @@ def prepare(
     classes, samples = python_dataset(*own.groups()) if own else find_images(root)
     if imagenet:
         folders.require_imagenet(classes, root)
-        for split, expected in NUM_IMAGES.items():
-            if (count := len(samples[split])) != expected:
-                print(f"warning: {split} has {count} images, ImageNet-1k has {expected}")
     options |= dict(classes=classes, num_workers=options.get("num_workers") or available_cores())
     for split in "val", "train":  # the small one first, as a trial
         path, more = folder / f"{split}.beton", dict[str, Any](source=f"{root.name}/{split}")
@@ -103,8 +97,7 @@ def find_images(root: Path) -> tuple[list[str], dict[str, Any]]:
     try:
         classes = folders.tree_classes(base, ["train"] if flat else SPLITS)
     except ValueError as error:
-        downloads = ", ".join(ARCHIVES.values())
-        way = f"as downloaded ({downloads}), or as Kaggle has it ({KAGGLE}/ and {SOLUTION})"
+        way = f"as downloaded ({', '.join(ARCHIVES.values())}), or as Kaggle has it ({KAGGLE}/)"
         raise ValueError(f"{error}. ImageNet may be {way}") from None
     train = ClassFolders(base / "train", classes).samples
     if not flat:
@@ -127,7 +120,6 @@ def _val_wnids(root: Path) -> dict[str, str]:
             torchvision_imagenet.parse_devkit_archive(root)
         wnids = load_meta_file(root)[1]
     except (ImportError, OSError, RuntimeError) as error:
-        what = f"{root}: the classes of the validation images are missing ({error})"
         way = f"put {ARCHIVES['devkit']} there and pip install scipy, or put {SOLUTION} there"
-        raise ValueError(f"{what}: {way}") from error
+        raise ValueError(f"{root} lacks the classes of val/ ({error}): {way}") from error
     return {f"ILSVRC2012_val_{i:08}": wnid for i, wnid in enumerate(wnids, 1)}

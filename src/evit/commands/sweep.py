@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from evit.commands import NOT_COMPOSED, check_spelling, composed, with_scale
+from evit.commands import NOT_COMPOSED, check_spelling, composed
 from evit.config import CONF_DIR, OUTPUTS, counted, listed, overridden, plain
 from evit.report import results
 
@@ -206,7 +206,7 @@ def make_job(program: str, overrides: list[str], source: Path | None = None) -> 
         overrides = [word for word in overrides if not word.startswith("fusion=")]
     try:
         check_spelling(overrides, config_name)
-        cfg = composed(config_name, with_scale(overrides) if program == "train" else overrides)
+        cfg = composed(config_name, overrides, scaled=program == "train")
         HydraConfig.instance().set_config(cfg)
         # An evaluation completes its groups from the checkpoint's run.
         knobs = [str(knob) for knob in cfg if not isinstance(cfg[knob], DictConfig)]

@@ -38,7 +38,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     last = None if cfg.overwrite else checkpoints.unfinished(folder)
     tempfile.TemporaryFile(dir=folder).close()  # is an OSError now, not after hours
     mode = wandb_mode(config["logger"]["mode"])
-
     beside = make_callbacks(cfg, recipe, folder)
     options = dict(max_epochs=recipe.epochs, gradient_clip_val=recipe.clip_grad)
     options |= dict(check_val_every_n_epoch=recipe.eval_every)
@@ -67,11 +66,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         found = fit(trainer, module, data, last or first)
         model = module.model
         facts = dict(img_size=data.img_size, params=count_params(model))
-        facts |= dict(macs_executed=count_macs(model, executed=True))
-        if hasattr(model, "reducer"):
-            facts |= dict(reducer=model.reducer.name, keep_rate=list(model.keep_rate))
-            facts |= dict(drop_loc=list(model.drop_loc), fusion=model.fusion)
-            facts |= dict(macs=count_macs(model))
+        facts |= dict(macs=count_macs(model), macs_executed=count_macs(model, executed=True))
+        facts |= dict(reducer=model.reducer.name, fusion=model.fusion)
+        facts |= dict(keep_rate=list(model.keep_rate), drop_loc=list(model.drop_loc))
         groups = ("reducer", "model", "data", "recipe", "experiment")
         result: dict[str, Any] = {name: found[f"val/{name}"] for name in ("top1", "top5", "loss")}
         result |= dict(train_images_per_s=beside[0].images_per_s)
@@ -114,32 +111,26 @@ def make_callbacks(cfg: DictConfig, recipe: Recipe, folder: Path) -> list[Any]:
     found += [checkpoints.BestCheckpoint(inside, recipe.full_rate_epoch)]
     if recipe.ema_decay is not None:
         found += [callbacks.EMA(recipe.ema_decay, recipe.ema_evaluated)]
-    if "reducer" in cfg.model:
-        multiple = recipe.token_multiple or (8 if cfg.compile else 1)
-        shrink = (recipe.shrink_start_epoch, recipe.shrink_epochs)
-        found += [callbacks.KeepRateSchedule(*shrink, multiple)]
-        found += [callbacks.KeptPatches(folder / "kept_patches.png")]
-    return found
+    multiple = recipe.token_multiple or (8 if cfg.compile else 1)
+    shrink = (recipe.shrink_start_epoch, recipe.shrink_epochs, multiple)
+    pictures = callbacks.KeptPatches(folder / "kept_patches.png")
+    return [*found, callbacks.KeepRateSchedule(*shrink), pictures]
 
 
 def announce(cfg: DictConfig, recipe: Recipe, data: Any, module: Any) -> None:
     """Print the data and schedule of the run, and the given knobs that have no effect."""
     model, choices = module.model, HydraConfig.get().runtime.choices
-    reducer: Any = getattr(model, "reducer", None)
-    masked = getattr(reducer, "masked", False)  # DynamicViT
-    dense, no_teacher = set(getattr(model, "keep_rate", [1])) == {1}, not module.objective.teacher
-    fixed = dense or masked or reducer.own or reducer.given or bool(recipe.any_rate)
+    dense, no_teacher = set(model.keep_rate) == {1}, not module.objective.teacher
+    masked = model.reducer.masked  # DynamicViT
     without_effect = {
         "keep_rate": dense and cfg.keep_rate != 1,
-        "fusion": dense or not hasattr(reducer, "fusion"),
-        "recipe.shrink_epochs recipe.shrink_start_epoch recipe.token_multiple": fixed,
+        "fusion": dense or not hasattr(model.reducer, "fusion"),
         "recipe.ratio_weight": not masked,
         "recipe.distill_weight": no_teacher,
         "recipe.token_label_weight": not data.has_label_maps,
         "data.label_maps": not hasattr(model, "heads"),
         "recipe.mixup_mode recipe.mixup_switch_prob": not recipe.mixup and not recipe.cutmix,
         "recipe.ema_evaluated": recipe.ema_decay is None,
-        "pretrained": cfg.checkpoint,
     }
     given = overridden(HydraConfig.get().overrides.task)
     names = [name for group, idle in without_effect.items() if idle for name in group.split()]

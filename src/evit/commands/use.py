@@ -16,7 +16,6 @@ from hydra.utils import instantiate
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from timm.data import ImageNetInfo
-from torch import Tensor
 
 from evit import measure, reduce
 from evit.commands import checkpoint
@@ -28,11 +27,8 @@ from evit.files import telling
 from evit.measure.speed import keep_compiled
 from evit.report import rate, results, show_evaluation
 from evit.report.pictures import draw_kept
-from evit.training import Signals, build_trainer, quiet, say
-from evit.training.callbacks import progress_bar
+from evit.training import Signals, build_trainer, callbacks, quiet, say
 from evit.training.module import Evaluator, setting_of
-
-TOLERANCE = 1e-4  # of the logits of an exported file
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
@@ -48,7 +44,7 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     if gpu and cfg.trainer.precision == "auto" and torch.cuda.is_bf16_supported(False):
         cfg.trainer.precision = "bf16-true"
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    bar, options = progress_bar(), dict(max_epochs=1, enable_checkpointing=False)
+    bar, options = callbacks.progress_bar(), dict(max_epochs=1, enable_checkpointing=False)
     trainer = build_trainer(cfg.trainer, folder, [Signals(), *bar], **options)
     batch_size = cfg.batch_size * trainer.world_size * trainer.accumulate_grad_batches
     data = checkpoint.validation(cfg, batch_size, cfg.max_val_images)
@@ -71,19 +67,18 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     say(f"Evaluating {counted(len(reducers), 'setting')} on {text}")
     for step in data.prepare_data, data.setup:  # raises the errors of the data here
         rank_zero_only(step)()
-
     started = time.perf_counter()
     with telling(lambda: "" if bar or not trainer.is_global_zero else evaluator.at):
         trainer.validate(evaluator, data, verbose=False)
     each = zip(evaluator.settings, evaluator.results, costs, strict=True)
     facts = dict(name=about["model"], img_size=data.img_size, params=measure.count_params(model))
-    facts |= dict(drop_loc=list(getattr(model, "drop_loc", [])))
-    result: dict[str, Any] = dict(checkpoint=str(source.path))
-    result |= dict(checkpoint_sha256=results.sha256(source.path))
-    result |= dict(trained_keep_rate=results.trained_keep_rate(source.run))
-    result |= dict(settings=[setting._asdict() | found | cost for setting, found, cost in each])
-    result |= dict(images=evaluator.results[0]["images"], model=facts, config=config)
+    facts |= dict(drop_loc=list(model.drop_loc))
+    settings = [setting._asdict() | found | cost for setting, found, cost in each]
+    digest, trained = results.sha256(source.path), results.trained_keep_rate(source.run)
+    result: dict[str, Any] = dict(checkpoint=str(source.path), checkpoint_sha256=digest)
+    result |= dict(trained_keep_rate=trained, settings=settings, images=settings[0]["images"])
     result |= dict(data=dict(name=data.name, num_classes=data.num_classes, backend=data.backend))
+    result |= dict(model=facts, config=config)
     result |= dict(precision=str(trainer.precision) + ", compiled" * compiled)
     result |= dict(device=results.device_name(trainer.strategy.root_device))
     result |= dict(processes=trainer.world_size, seconds=round(time.perf_counter() - started, 3))
@@ -96,17 +91,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
 
 def choose(config: dict[str, Any], nodes: list[Any], model: Any, source: Any) -> list[Any]:
     """All combinations of reducer, keep rate, fusion and selection, each once: (reducer, costs)."""
-
-    def costs(**published: Any) -> dict[str, Any]:
-        return published | dict(macs_executed=measure.count_macs(model, executed=True))
-
     rates, budgets = config["keep_rates"], listed(config["gmacs"] or [])
     rates = listed(rates or ([] if budgets else [config["keep_rate"]]))
-    if not hasattr(model, "reducer"):
-        if budgets or not all(listed(share) == [1] for share in rates):
-            text = f"{type(model).__name__} reduces no tokens: keep_rate=1"
-            raise ValueError(f"{text}, or {checkpoint.REDUCED}")
-        return [(None, costs(macs=None))]
     choices = {k: listed(config[k]) for k in ("selection", "fusion") if config[k] not in (None, [])}
     if not all(isinstance(value, bool) for value in choices.get("fusion", [])):
         raise ValueError(f"fusion must be true, false or [true,false], got {config['fusion']!r}")
@@ -125,18 +111,17 @@ def choose(config: dict[str, Any], nodes: list[Any], model: Any, source: Any) ->
             if budget:
                 measure.match_macs(model, budget)
             if (setting := setting_of(model.reducer)) not in chosen:
-                chosen[setting] = model.reducer, costs(macs=measure.count_macs(model))
+                costs = dict(macs=measure.count_macs(model))
+                costs |= dict(macs_executed=measure.count_macs(model, executed=True))
+                chosen[setting] = model.reducer, costs
     return list(chosen.values())
 
 
 @telling(lambda: "drawing")
 def visualize(cfg: DictConfig) -> None:
-    """Draw the patches of images that are kept."""
     if cfg.num_images < 1:
         raise ValueError(f"num_images must be at least 1, got {cfg.num_images}")
     model, about, cfg, _ = checkpoint.opened(cfg)
-    if not hasattr(model, "reducer"):
-        raise ValueError(f"{type(model).__name__} reduces no tokens: {checkpoint.REDUCED}")
     target, truths = checkpoint.target_file(cfg, about, "pictures", ".png"), list[str]()
     if cfg.images is not None:
         pixels = read_pixels(image_paths(cfg.images, cfg.num_images), cfg)
@@ -156,7 +141,6 @@ def visualize(cfg: DictConfig) -> None:
 @telling(lambda: "predicting")
 @torch.no_grad()
 def predict(cfg: DictConfig) -> None:
-    """Predict the classes of images; print names and probabilities, and write a table."""
     if cfg.top < 1 or cfg.batch_size < 1:
         raise ValueError(f"top={cfg.top} and batch_size={cfg.batch_size} must be at least 1")
     rows: list[Any] = [("image", "rank", "class", "probability")]
@@ -201,7 +185,7 @@ def image_paths(images: Any, most: int | None = None) -> list[Path]:
     return paths
 
 
-def read_pixels(paths: list[Path], cfg: DictConfig) -> Tensor:
+def read_pixels(paths: list[Path], cfg: DictConfig) -> torch.Tensor:
     """Crop images as in evaluations, to uint8 (B, 3, img_size, img_size)."""
     crop = evaluation_transform(cfg.img_size, cfg.crop_pct)
     return torch.stack([crop(load_image(path)) for path in paths])
@@ -227,7 +211,7 @@ def export(cfg: DictConfig) -> Path:
         for batch in (1, 2, 5):  # it is exported at another
             images = torch.randn(batch, 3, size, size, generator=generator)
             differences.append(float(np.abs(compute(images) - model(images).numpy()).max()))
-            if not differences[-1] <= TOLERANCE:  # NaN is not
+            if not differences[-1] <= 1e-4:  # NaN is not
                 text = f"at batch size {batch} the exported logits differ by {differences[-1]:.1e}"
                 raise RuntimeError(f"{text}; where two tokens score alike, another seed= helps")
         unchecked.replace(target)
@@ -246,7 +230,7 @@ def example(about: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_pt2(model: Any, about: dict[str, Any], path: Path) -> Any:
-    """Write a torch.export file; return a function that runs it."""
+    """Write a torch.export file; return a function that runs it, as write_onnx does."""
     program = torch.export.export(model, **example(about))
     torch.export.save(program, path, extra_files={"about.json": json.dumps(about)})
     module = torch.export.load(path).module()
@@ -254,17 +238,14 @@ def write_pt2(model: Any, about: dict[str, Any], path: Path) -> Any:
 
 
 def write_onnx(model: Any, about: dict[str, Any], path: Path) -> Any:
-    """Write an ONNX file; return a function that runs it."""
     import onnxruntime
     import onnxscript  # noqa: F401
 
     for name in ("torch.onnx", "onnxscript", "onnx_ir"):  # they tell what they rewrite
         logging.getLogger(name).setLevel(logging.ERROR)
-    names: Any = dict(input_names=["images"], output_names=["logits"])
+    options: Any = dict(input_names=["images"], output_names=["logits"], dynamo=True, verbose=False)
     with warnings.catch_warnings(action="ignore"):  # from inside the exporter
-        program: Any = torch.onnx.export(
-            model, **example(about), **names, dynamo=True, opset_version=20, verbose=False
-        )
+        program: Any = torch.onnx.export(model, **example(about), **options, opset_version=20)
     program.model.metadata_props.update({k: json.dumps(v) for k, v in about.items()})
     program.save(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])

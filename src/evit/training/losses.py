@@ -29,13 +29,13 @@ class Classification:
     any_rate: the largest rate learns from labels, and teaches the one that KeepRateSchedule draws.
     """
 
-    def __init__(
-        self, model: Any, recipe: Recipe, num_classes: int, batch_size: int, teacher: Any = None
-    ):
+    def __init__(self, model, recipe: Recipe, num_classes: int, batch_size: int, teacher=None):
         self.model, self.recipe, self.num_classes = model, recipe, num_classes
         self.mixup = make_mixup(recipe, num_classes, batch_size)
-        self.teacher = model if teacher == "self" else teacher
-        self.learns = getattr(getattr(model, "reducer", None), "masked", False)
+        self.teacher, self.learns = (
+            teacher,
+            getattr(getattr(model, "reducer", None), "masked", False),
+        )
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         smoothing = self.recipe.label_smoothing if targets.ndim == 1 else 0.0
@@ -45,7 +45,10 @@ class Classification:
         images, targets = self.mixup(images, labels) if self.mixup else (images, labels)
         if not self.recipe.any_rate:
             return self.losses(images, targets, *self.taught(images))
-        largest = self.at(max(self.recipe.any_rate), self.model, images)
+        own = self.model.keep_rate
+        self.model.set_keep_rate(max(self.recipe.any_rate))
+        largest = self.model(images)
+        self.model.set_keep_rate(own)
         consistency = divergence(self.model(images), largest.detach()).mean()
         return dict(
             loss=self.cross_entropy(largest, targets) + consistency, consistency=consistency
@@ -56,17 +59,8 @@ class Classification:
         """Ask the teacher for class logits and tokens; () if there is none, or the loss asks it."""
         if self.teacher is None or self.learns:
             return ()
-        forward = self.teacher.forward_features
-        x = self.at(1.0, forward, images) if self.teacher is self.model else forward(images)
+        x = self.teacher.forward_features(images)
         return self.teacher.forward_head(x), self.teacher.token_outputs(x)[1]
-
-    def at(self, keep_rate: float, forward: Any, images: Tensor) -> Tensor:
-        """Call forward with the model at another keep rate than its own."""
-        own = self.model.keep_rate
-        self.model.set_keep_rate(keep_rate)
-        found = forward(images)
-        self.model.set_keep_rate(own)
-        return found
 
     def losses(self, images: Tensor, targets: Tensor, *wanted: Tensor) -> dict[str, Tensor]:
         model, common = self.model, (self.cross_entropy, self.teacher, self.recipe)
