@@ -2,8 +2,7 @@
 
 from evit.models.lvvit import LVViT
 from evit.models.registry import create_model
-from evit.models.vit import DynamicViT, EViT, ReducedViT, reduce, reorganize
+from evit.models.vit import DynamicViT, EViT, ReducedViT, reduce
 from evit.models.weights import load_checkpoint
 
-__all__ = ["DynamicViT", "EViT", "LVViT", "ReducedViT"]
-__all__ += ["create_model", "load_checkpoint", "reduce", "reorganize"]
+__all__ = ["DynamicViT", "EViT", "LVViT", "ReducedViT", "create_model", "load_checkpoint", "reduce"]

@@ -2,7 +2,7 @@
 
 import bisect
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from evit import reducers
 from evit.reducers import KeepRate, Reducer, Reduction
 from evit.reducers.blocks import ReducedBlock, ReducedEvaBlock, Step
-from evit.reducers.tokens import moved, put_back, survivors
+from evit.reducers.tokens import Module, moved, put_back
 
 # Heads that read the prefix tokens only, if these are pooled: the last block skips the others.
 HEADS = VisionTransformer.forward_head, VisionTransformerDistilled.forward_head, Eva.forward_head
@@ -36,27 +36,14 @@ class PatchConv2d(nn.Conv2d):
         return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
-def of_reducer(name: str) -> Any:
-    """Property that reads and sets an attribute of the model's reducer; False if it has none."""
-
-    def change(model: Any, value: Any) -> None:
-        model.set_keep_rate(value) if name == "keep_rate" else setattr(model.reducer, name, value)
-
-    return property(lambda model: getattr(model.reducer, name, False), change)
-
-
-class Reduced(nn.Module):
+class Reduced(Module):
     """Mixin that adds a token reducer to a timm Vision Transformer."""
 
     kind: Any = None  # the timm class that this one extends
     built_from: dict[str, Any] = {}  # the arguments of timm.create_model
     block_class: Any = ReducedBlock
-    drop_loc, keep_rate = of_reducer("at"), of_reducer("keep_rate")
-    fusion, selection = of_reducer("fusion"), of_reducer("selection")
-
-    if TYPE_CHECKING:  # timm's attributes, and embed of the classes below
-
-        def __getattr__(self, name: str) -> Any: ...
+    drop_loc = property(lambda self: self.reducer.at)
+    fusion = property(lambda self: getattr(self.reducer, "fusion", False))
 
     def _attach(self, reducer: Reducer) -> None:
         if type(self.patch_drop) not in (nn.Identity, type(None)):
@@ -83,6 +70,8 @@ class Reduced(nn.Module):
     def set_keep_rate(self, keep_rate: KeepRate) -> None:
         """Use keep_rate, one number or one per entry of drop_loc, from the next forward pass on."""
         self.reducer.set_keep_rate(keep_rate)
+
+    keep_rate = property(lambda self: self.reducer.keep_rate, set_keep_rate)
 
     def tokens_per_block(self) -> list[int]:
         """Number of image tokens in the MLP of each block (a fused token counts as one)."""
@@ -113,7 +102,7 @@ class Reduced(nn.Module):
         """Run embedded tokens (not reduced yet) through the blocks start to stop - 1, to tokens
         (B, T', C), and the reductions (none for places that keep all tokens).
         prefix: the last block returns the prefix tokens only, unless it reduces.
-        states: a list to extend, for each block, by its reduction (if any) and its tokens.
+        states: a list to extend, for each block, by its reduction (or None) and its tokens.
         """
         n, P = x.shape[1] - self.num_prefix_tokens, self.num_prefix_tokens
         kept = dict(zip(self.drop_loc, enumerate(self.reducer.kept(n)), strict=True))
@@ -122,16 +111,15 @@ class Reduced(nn.Module):
         for i in range(start, len(self.blocks) if stop is None else stop):
             place, num_kept = kept.get(i, (0, n))
             bias = self.reducer.key_bias(sizes, x.dtype)
-            step: Any = Step(P) if prefix and i == last else None
+            step = Step(P) if prefix and i == last else None
             if num_kept < n:
                 step = Step(P, self.reducer, place, num_kept, sizes, self.cls_token is not None)
             x = self.run(self.blocks[i], x, attn_mask=bias, step=step, rope=rope)
-            new = [step.reduction] if num_kept < n else []
-            for reduction in new:
+            if reduction := step and step.reduction:
+                found.append(reduction)
                 sizes, n, rope = reduction.sizes_BT, reduction.num_left, reduction.positions(rope)
-            found += new
             if states is not None:
-                states += [*new, x]
+                states.append((reduction, x))
         return x, found
 
     def run(self, block: Any, x: Tensor, **given: Any) -> Tensor:
@@ -149,10 +137,8 @@ class Reduced(nn.Module):
         indices: int | list[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
-        stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-        output_dict: bool = False,
         attn_mask: None = None,
     ) -> Any:
         """timm's forward_intermediates at any keep rate: each patch has the token it went into, or
@@ -160,20 +146,16 @@ class Reduced(nn.Module):
         if attn_mask is not None:
             raise ValueError("attn_mask is not supported: tokens are removed")
         assert output_fmt in ("NCHW", "NLC"), output_fmt
-        take, last = feature_take_indices(len(self.blocks), indices)
-        size, P, states = x.shape[-2:], self.num_prefix_tokens, [self.embed(x)]
-        self.encode(states[0], stop=last + 1 if stop_early else None, states=states)
-        placed = list(put_back(states, P))
+        take, _ = feature_take_indices(len(self.blocks), indices)
+        size, x, P, states = x.shape[-2:], self.embed(x), self.num_prefix_tokens, list[Any]()
+        self.encode(x, states=states)
+        placed = list(put_back(x, states, P))
         chosen = [self.norm(placed[i]) if norm else placed[i] for i in take]
-        maps: list[Any] = [tokens[:, P:] for tokens in chosen]
+        found: list[Any] = [tokens[:, P:] for tokens in chosen]
         if output_fmt == "NCHW":
-            maps = [self.as_grid(tokens, size) for tokens in maps]
-        prefix = [tokens[:, :P] for tokens in chosen] if P and return_prefix_tokens else None
-        if output_dict:
-            more = dict(image_intermediates_prefix=prefix) if prefix else {}
-            features = {} if intermediates_only else dict(image_features=self.norm(placed[-1]))
-            return dict(image_intermediates=maps) | more | features
-        found = list(zip(maps, prefix, strict=True)) if prefix else maps
+            found = [self.as_grid(tokens, size) for tokens in found]
+        if P and return_prefix_tokens:
+            found = list(zip(found, [tokens[:, :P] for tokens in chosen], strict=True))
         return found if intermediates_only else (self.norm(placed[-1]), found)
 
     def as_grid(self, tokens: Tensor, size: Any) -> Tensor:
@@ -199,20 +181,25 @@ class Reduced(nn.Module):
         more = return_kept or return_source or return_map
         if self.reducer.masked and self.training and not more:
             return self.forward_head(self.norm(self.reducer.masked_features(self, x)[0]))
-        states: list[Any] | None = [x] if return_map else None
+        states: list[Any] | None = [] if return_map else None
         logits, found = self.classify(x, states=states)
-        results: list[Any] = [logits]
-        place, n = self.patch_ids(x), x.shape[1] - P
-        if return_kept:
-            results.append(survivors(found, self.reducer, place))
+        if not more:
+            return logits
+        ids = place = self.patch_ids(x)
+        n, kept, left = ids.shape[1], list[Tensor](), iter(found)
+        for k in self.reducer.kept(n):
+            if k < n:
+                reduction = next(left)
+                ids, place = reduction.ids(ids), moved(reduction, place, n)
+                n = reduction.num_left
+            kept.append(ids[:, :k])
+        results = [logits, kept] if return_kept else [logits]
         if return_source:
-            for reduction in found:
-                place, n = moved(reduction, place, n), reduction.num_left
             results.append(torch.where(place >= 0, place + P, place))
         if states is not None:
-            *_, last = put_back(states, P)
+            *_, last = put_back(x, states, P)
             results.append(self.as_grid(self.norm(last)[:, P:], size))
-        return tuple(results) if more else logits
+        return tuple(results)
 
     def classify(
         self, x: Tensor, start: int = 0, states: list[Any] | None = None
@@ -250,8 +237,7 @@ def check_img_size(embed: Any) -> None:
     """Raise a ValueError unless the image size is a multiple of the patch size."""
     for size, patch in zip(embed.img_size, embed.patch_size, strict=True):
         if size < patch or size % patch:
-            lower = max(size // patch, 1) * patch
-            way = f"take {lower} or {lower + patch}"
+            way = f"take {(lower := max(size // patch, 1) * patch)} or {lower + patch}"
             raise ValueError(f"img_size {size} is not a multiple of the patch size {patch}: {way}")
 
 
@@ -273,9 +259,12 @@ class ReducedViT(Reduced, VisionTransformer):  # type: ignore[misc]
         check_img_size(self.patch_embed)
         self._attach(made)
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to the tokens (B, T, C) that enter the first block."""
-        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
+    def embed(self, images: Tensor, swapped: Tensor | None = None) -> Tensor:
+        """Images (B, 3, H, W) to the tokens (B, T, C) that enter the first block; for MixToken,
+        patches with swapped (N,) true come from the batch in reverse."""
+        x = self.patch_embed(images)
+        x = x if swapped is None else torch.where(swapped[:, None], x.flip(0), x)
+        return self.norm_pre(self._pos_embed(x))
 
 
 class ReducedEva(Reduced, Eva):  # type: ignore[misc]

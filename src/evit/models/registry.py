@@ -46,11 +46,9 @@ def _entry(name: str, defaults: dict[str, Any]) -> Callable[..., ReducedViT]:
     return create
 
 
-LV_VIT_CFG: Any = dict(
-    **dict(num_classes=1000, input_size=(3, 224, 224), fixed_input_size=True),
-    **dict(crop_pct=0.9, interpolation="bicubic"),
-    **dict(first_conv="patch_embed.conv1", classifier=("head", "aux_head")),
-)
+LV_VIT_CFG: Any = dict(num_classes=1000, input_size=(3, 224, 224), fixed_input_size=True)
+LV_VIT_CFG |= dict(crop_pct=0.9, interpolation="bicubic", first_conv="patch_embed.conv1")
+LV_VIT_CFG |= dict(classifier=("head", "aux_head"))
 CFGS: Any = {name: LV_VIT_CFG for name in NAMES if "deit" not in name}
 for _size in DEIT:  # DeiT's weights are loaded unchanged
     _cfg = timm.models.get_pretrained_cfg(f"deit_{_size}_patch16_224")

@@ -41,13 +41,6 @@ def reduce(
     return model
 
 
-def reorganize(
-    model: Any, keep_rate: KeepRate = 0.7, fusion: bool = True, drop_loc: Any = None
-) -> ReducedViT:
-    """Turn a timm VisionTransformer into an EViT, in place: reduce(model, "evit")."""
-    return reduce(model, "evit", keep_rate, at=drop_loc, fusion=fusion)
-
-
 def check_model(model: Any) -> None:
     """Raise a ValueError unless this is a timm VisionTransformer or Eva with plain blocks."""
     kind = type(model).__name__

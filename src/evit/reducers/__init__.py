@@ -12,10 +12,8 @@ from evit.reducers.merge import DiffRate, Merge, Squeeze
 from evit.reducers.tokens import Reduction, Seen, merge_into, nearest
 from evit.reducers.tome import PiToMe, ToMe
 
-KINDS: list[type[Reducer]] = [
-    *(EViT, Drop, Random, Merge, Cover, ToMe, PiToMe, MCTF, Squeeze, ATS, DynamicViT, DiffRate)
-]
-REDUCERS: dict[str, type[Reducer]] = {kind.name: kind for kind in KINDS} | {"topk": Drop}
+ALL: Any = EViT, Drop, Random, Merge, Cover, ToMe, PiToMe, MCTF, Squeeze, ATS, DynamicViT, DiffRate
+REDUCERS: dict[str, type[Reducer]] = {kind.name: kind for kind in ALL} | {"topk": Drop}
 
 
 def make(reducer: str | Reducer, **arguments: Any) -> Reducer:
@@ -45,6 +43,6 @@ def take(kwargs: dict[str, Any], reducer: str | Reducer | None) -> Reducer:
     return make(reducer, **{name: value for name, value in own.items() if value is not None})
 
 
-__all__ = [kind.__name__ for kind in KINDS]
-__all__ += ["KINDS", "KeepRate", "REDUCERS", "Reducer", "Reduction", "Seen"]
+__all__ = [kind.__name__ for kind in ALL]
+__all__ += ["KeepRate", "REDUCERS", "Reducer", "Reduction", "Seen"]
 __all__ += ["keep_rate_at", "make", "merge_into", "nearest", "options", "take"]

@@ -91,8 +91,9 @@ class Reducer(nn.Module):
         n, count = self.num_patches, len(self.at)
         if self.given is not None:
             given = list(self.given) if isinstance(self.given, Sequence) else []
-            whole = len(given) == count and all(isinstance(c, int) and c > 0 for c in given)
-            if not whole or [n, *given] != sorted([n, *given], reverse=True):
+            pairs = itertools.pairwise([n, *given])
+            falls = all(isinstance(after, int) and 0 < after <= before for before, after in pairs)
+            if len(given) != count or not falls:
                 what = f"whole numbers from {n} to 1, one for each of {count} places"
                 raise ValueError(f"counts={self.given} must be {what}, none more than the last")
             self.given = given

@@ -50,17 +50,20 @@ class DynamicViT(Reducer):
 
     name = "dynamicvit"
     stage = "input"
-    masked = True
+    masked = True  # False: a Squeeze without predictors
     published_names = {"score_predictor.": "reducer.predictors."}
 
     def build(self, dim: int) -> None:
-        self.predictors = nn.ModuleList(Predictor(dim) for _ in self.at)
+        if self.masked:
+            self.predictors = nn.ModuleList(Predictor(dim) for _ in self.at)
 
     def shares(self) -> Iterator[float]:
         return itertools.accumulate(self.keep_rate, operator.mul)
 
     def kept(self, n: int) -> list[int]:
-        return list(self.given) if self.given else [int(n * share) for share in self.shares()]
+        if self.masked and not self.given:
+            return [int(n * share) for share in self.shares()]
+        return super().kept(n)
 
     def scores(self, i: int, seen: Seen) -> Tensor:
         """Log-probability of keeping each token, by the predictor of place i, (B, N)."""

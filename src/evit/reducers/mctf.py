@@ -28,14 +28,9 @@ class MCTF(Pairing):
     stage = "block"
 
     def __init__(
-        self,
-        *,
-        tau_sim: float = 1.0,
-        tau_info: float = 20.0,
-        tau_size: float = 40.0,
-        **options: Any,
+        self, *, tau_sim: float = 1.0, tau_info: float = 20.0, tau_size: float = 40.0, **more: Any
     ):
-        super().__init__(**options)
+        super().__init__(**more)
         if not all(tau > 0 for tau in (tau_sim, tau_info, tau_size)):
             raise ValueError(f"{tau_sim=}, {tau_info=} and {tau_size=} must be above 0")
         self.tau_sim, self.tau_info, self.tau_size = tau_sim, tau_info, tau_size
