@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from evit import load_checkpoint
 from evit.config import OUTPUTS, Recipe, folder_name, listed, overridden
 from evit.data.batch import MEAN, STD
-from evit.models.vit import check_images
+from evit.models.registry import check_images
 from evit.models.weights import fit_state_dict, read_file, read_state_dict
 from evit.reducers import REDUCERS
 from evit.report import rate, results

@@ -1,6 +1,7 @@
 """timm's VisionTransformer and Eva with a token reducer: forward passes, feature maps, pickling."""
 
 import bisect
+import functools
 import math
 from typing import Any
 
@@ -127,11 +128,11 @@ class Reduced(Module):
             return checkpoint(block, x, use_reentrant=False, **given)
         return block(x, **given)
 
-    def forward_features(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward_features(self, x: Tensor) -> Tensor:
         """Normalised tokens (B, T, C) of images (B, 3, H, W)."""
         return self.norm(self.encode(self.embed(x))[0])
 
-    def forward_intermediates(  # type: ignore[override]
+    def forward_intermediates(
         self,
         x: Tensor,
         indices: int | list[int] | None = None,
@@ -161,7 +162,7 @@ class Reduced(Module):
     def as_grid(self, tokens: Tensor, size: Any) -> Tensor:
         return tokens.mT.unflatten(2, self.patch_embed.dynamic_feat_size(tuple(size))).contiguous()
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         x: Tensor,
         return_kept: bool = False,
@@ -205,8 +206,8 @@ class Reduced(Module):
         self, x: Tensor, start: int = 0, states: list[Any] | None = None
     ) -> tuple[Tensor, list[Reduction]]:
         """Logits, and reductions, of tokens that have passed the blocks before `start`."""
-        kind: Any = type(self)
-        alone = states is None and self.global_pool == "token" and kind.forward_head in HEADS
+        own = type(self).forward_head in HEADS
+        alone = own and states is None and self.global_pool == "token"
         x, found = self.encode(x, start, prefix=alone, states=states)
         return self.logits(self.norm(x), found), found
 
@@ -224,7 +225,6 @@ class Reduced(Module):
         return self.forward_head(x), x[:, self.num_prefix_tokens :]
 
     def token_distance(self, own: Tensor, teacher: Tensor) -> Tensor:
-        """Distance between two models' token outputs, (B, N)."""
         return (own.float() - teacher.float()).square().mean(-1)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -246,11 +246,10 @@ class ReducedViT(Reduced, VisionTransformer):  # type: ignore[misc]
 
     Parameter names are those of timm's VisionTransformer; a reducer's begin with "reducer.".
 
-    Args:
-        reducer: a name in evit.reducers.REDUCERS, or a Reducer; None: EViT at keep rate 1, the
-            dense model. In the model, `reducer` is the Reducer.
-        **kwargs: keep_rate, drop_loc (`at` of Reducer), fusion (EViT's) and other options of the
-            reducer, and arguments of VisionTransformer. ValueError: they are invalid.
+    reducer: a name in evit.reducers.REDUCERS, or a Reducer, as it is in the model then; None: EViT
+    at keep rate 1, the dense model.
+    kwargs: keep_rate, drop_loc (`at` of Reducer), fusion (EViT's) and other options of the reducer,
+    and arguments of VisionTransformer. ValueError: they are invalid.
     """
 
     def __init__(self, *args: Any, reducer: str | Reducer | None = "evit", **kwargs: Any):
@@ -276,15 +275,12 @@ class ReducedEva(Reduced, Eva):  # type: ignore[misc]
         return self.norm_pre(self._pos_embed(self.patch_embed(images))[0])
 
 
-CLASSES: dict[Any, Any] = {VisionTransformer: ReducedViT, Eva: ReducedEva}
-
-
+@functools.cache
 def reduced_class(kind: Any) -> Any:
     """Class that combines ReducedViT or ReducedEva with one of timm's classes."""
-    if kind not in CLASSES:
-        base = ReducedEva if issubclass(kind, Eva) else ReducedViT
-        CLASSES[kind] = type(f"Reduced{kind.__name__}", (base, kind), dict(kind=kind))
-    return CLASSES[kind]
+    base: Any = ReducedEva if issubclass(kind, Eva) else ReducedViT
+    own = kind in base.__bases__
+    return base if own else type(f"Reduced{kind.__name__}", (base, kind), dict(kind=kind))
 
 
 def blank(kind: Any) -> Reduced:

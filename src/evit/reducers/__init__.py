@@ -7,10 +7,9 @@ from evit.reducers.base import KeepRate, Reducer, keep_rate_at, options
 from evit.reducers.cover import Cover
 from evit.reducers.dynamicvit import DynamicViT
 from evit.reducers.evit import Drop, EViT, Random
-from evit.reducers.mctf import MCTF
 from evit.reducers.merge import DiffRate, Merge, Squeeze
 from evit.reducers.tokens import Reduction, Seen, merge_into, nearest
-from evit.reducers.tome import PiToMe, ToMe
+from evit.reducers.tome import MCTF, PiToMe, ToMe
 
 ALL: Any = EViT, Drop, Random, Merge, Cover, ToMe, PiToMe, MCTF, Squeeze, ATS, DynamicViT, DiffRate
 REDUCERS: dict[str, type[Reducer]] = {kind.name: kind for kind in ALL} | {"topk": Drop}

@@ -1,7 +1,5 @@
-"""The interface of a token reducer: `plan` decides where each token of an image goes.
-
-A plan (a Reduction) is a linear map over the tokens; the framework does the rest.
-"""
+"""The interface of a token reducer: `plan` decides where each token of an image goes, as a linear
+map over the tokens (a Reduction); the framework does the rest."""
 
 import copy
 import inspect
@@ -19,17 +17,15 @@ from evit.reducers.tokens import Reduction, Seen
 KeepRate = float | Sequence[float]
 
 
-def keep_rate_at(
-    step: int, steps_per_epoch: int, keep_rate: Sequence[float], start: int, epochs: int
-) -> tuple[float, ...]:
-    """Keep rate of each place at a training step: as EViT's authors, 1 before epoch `start`, then
-    on half a cosine to keep_rate in so many `epochs`."""
-    epoch, dense = step // steps_per_epoch, 0.0
+def keep_rate_at(step: int, steps: int, rates: Any, start: int, epochs: int) -> tuple[float, ...]:
+    """Keep rate of each place at a training step, with so many steps per epoch: as EViT's authors,
+    1 before epoch `start`, then on half a cosine to its final rate in so many `epochs`."""
+    epoch, dense = step // steps, 0.0
     if epoch < start:
         dense = 1.0
     elif epoch < start + epochs:
-        dense = (1 + math.cos(math.pi * ((step / steps_per_epoch - start) / epochs))) / 2
-    return tuple(rate + (1 - rate) * dense for rate in keep_rate)
+        dense = (1 + math.cos(math.pi * ((step / steps - start) / epochs))) / 2
+    return tuple(rate + (1 - rate) * dense for rate in rates)
 
 
 def options(kind: Any) -> set[str]:
@@ -79,8 +75,7 @@ class Reducer(nn.Module):
         """Set the places, rates and parameters for a model; ValueError: they do not fit it."""
         self.depth, self.num_patches = len(model.blocks), model.patch_embed.num_patches
         self.num_prefix, self.num_heads = model.num_prefix_tokens, model.blocks[0].attn.num_heads
-        if self.at_default:
-            self.at = self.places()
+        self.at = self.places() if self.at_default else self.at
         if list(self.at) != sorted(set(self.at) & set(range(self.depth))):
             what = f"ascending block numbers from 0 to {self.depth - 1}"
             raise ValueError(f"drop_loc or at must be {what}, got {list(self.at)}")

@@ -101,8 +101,7 @@ class Step:
 class Reducing(Module):
     """The forward pass of a reducing block, which calls the parts of `attn` (qkv, norms, proj).
 
-    `whole` is timm's forward pass; `add` adds the attention's output to x; `after` is the rest.
-    """
+    `whole` is timm's forward pass; `add` adds the attention's output to x; `after` is the rest."""
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, step: Any = None, rope: Any = None
