@@ -29,9 +29,8 @@ class ConvStem(PatchEmbed):
     def forward(self, x: Tensor) -> Tensor:
         assert tuple(x.shape[-2:]) == self.img_size, (x.shape, self.img_size)
         x = x.contiguous(memory_format=torch.channels_last)  # as convolutions compute
-        x = self.bn1(self.conv1(x)).relu_()
-        x = self.bn2(self.conv2(x)).relu_()
-        x = self.bn3(self.conv3(x)).relu_()
+        for conv, bn in (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3):
+            x = bn(conv(x)).relu_()
         return self.proj(x).flatten(2).transpose(1, 2)
 
 

@@ -19,6 +19,7 @@ from evit.reducers import KeepRate, Reducer, Reduction
 from evit.reducers.blocks import ReducedBlock, ReducedEvaBlock, Step
 from evit.reducers.tokens import Module, moved, put_back
 
+Encoded = tuple[Tensor, list[Reduction]]
 # Heads that read the prefix tokens only, if these are pooled: the last block skips the others.
 HEADS = VisionTransformer.forward_head, VisionTransformerDistilled.forward_head, Eva.forward_head
 
@@ -99,7 +100,7 @@ class Reduced(Module):
 
     def encode(
         self, x: Tensor, start: int = 0, stop: Any = None, prefix: bool = False, states: Any = None
-    ) -> tuple[Tensor, list[Reduction]]:
+    ) -> Encoded:
         """Run embedded tokens (not reduced yet) through the blocks start to stop - 1, to tokens
         (B, T', C), and the reductions (none for places that keep all tokens).
         prefix: the last block returns the prefix tokens only, unless it reduces.
@@ -171,12 +172,11 @@ class Reduced(Module):
     ) -> Any:
         """Logits (B, num_classes) of images (B, 3, H, W), and what else is requested.
 
-        Args:
-            return_kept: add one int64 tensor (B, k) per reduction: ids of the kept patches in the
-                original grid, row by row from the top left; -1 is a fused token.
-            return_source: add int64 (B, N): the final token that contains each patch (0 is the
-                class token); -1 if it was dropped.
-            return_map: add (B, C, H, W): that token, normalised; of a dropped patch its last state.
+        return_kept: add one int64 tensor (B, k) per reduction: ids of the kept patches in the
+        original grid, row by row from the top left; -1 is a fused token.
+        return_source: add int64 (B, N): the final token that contains each patch (0 is the class
+        token); -1 if it was dropped.
+        return_map: add (B, C, H, W): that token, normalised; of a dropped patch its last state.
         """
         size, x, P = x.shape[-2:], self.embed(x), self.num_prefix_tokens
         more = return_kept or return_source or return_map
@@ -202,9 +202,7 @@ class Reduced(Module):
             results.append(self.as_grid(self.norm(last)[:, P:], size))
         return tuple(results)
 
-    def classify(
-        self, x: Tensor, start: int = 0, states: list[Any] | None = None
-    ) -> tuple[Tensor, list[Reduction]]:
+    def classify(self, x: Tensor, start: int = 0, states: Any = None) -> Encoded:
         """Logits, and reductions, of tokens that have passed the blocks before `start`."""
         own = type(self).forward_head in HEADS
         alone = own and states is None and self.global_pool == "token"

@@ -22,8 +22,7 @@ def make(reducer: str | Reducer, **arguments: Any) -> Reducer:
             raise ValueError(f"{', '.join(given)} is the reducer's: give it where that is made")
         return reducer
     if reducer not in REDUCERS:
-        names = ", ".join(sorted(REDUCERS))
-        raise ValueError(f"reducer {reducer!r} does not exist: take one of {names}")
+        raise ValueError(f"reducer {reducer!r} does not exist: use {', '.join(sorted(REDUCERS))}")
     known = options(REDUCERS[reducer])
     if unknown := ", ".join(sorted({*arguments} - known)):
         raise ValueError(f"reducer {reducer} has no {unknown}: it takes {', '.join(sorted(known))}")

@@ -30,22 +30,19 @@ def keep_rate_at(step: int, steps: int, rates: Any, start: int, epochs: int) -> 
 
 def options(kind: Any) -> set[str]:
     """Names of the arguments that a reducer takes."""
-    inits = [base.__init__ for base in kind.__mro__ if issubclass(base, Reducer)]
-    specs = [inspect.getfullargspec(init) for init in inits]
+    specs = [inspect.getfullargspec(b.__init__) for b in kind.__mro__ if issubclass(b, Reducer)]
     return {name for s in specs for name in s.args + s.kwonlyargs} - {"self", *kind.fixed}
 
 
 class Reducer(nn.Module):
-    """Base class of all token reducers; a subclass implements `plan`.
+    """Base class of all token reducers; a subclass implements `plan`, and stores its options as
+    attributes of the same names.
 
-    A subclass stores its options as attributes of the same names; `config` reads them.
-
-    Args:
-        keep_rate: share of the image tokens kept at each place, in (0, 1]; one number, or one per
-            entry of `at`. 1 is the dense model. Default: 0.7.
-        at: blocks (0-based) that reduce. Default: a quarter, half and three quarters of the depth
-            (3, 6, 9 for DeiT), or every block if the method's own schedule (such as r) is given.
-        counts: image tokens left after each place, instead of keep_rate.
+    keep_rate: share of the image tokens kept at each place, in (0, 1]; one number, or one per entry
+    of `at`. 1 is the dense model. Default: 0.7.
+    at: blocks (0-based) that reduce. Default: a quarter, half and three quarters of the depth
+    (3, 6, 9 for DeiT), or every block if the method's own schedule (such as r) is given.
+    counts: image tokens left after each place, instead of keep_rate.
     """
 
     name: ClassVar[str]  # for `evit.reduce` and `reducer=`
@@ -65,10 +62,8 @@ class Reducer(nn.Module):
     def __init__(self, keep_rate: KeepRate | None = None, at: Any = None, counts: Any = None):
         super().__init__()
         self.keep_rate: Any = 0.7 if keep_rate is None else keep_rate  # attached: one per place
-        self.given = counts
-        self.own = False  # whether the method's own schedule (such as r) is used
-        self.at: tuple[int, ...] = () if at is None else tuple(at)
-        self.at_default = at is None
+        self.given, self.own = counts, False  # own: the method's own schedule (such as r) is used
+        self.at, self.at_default = () if at is None else tuple(at), at is None
         self.num_prefix, self.num_patches = 1, 0  # set by attach
 
     def attach(self, model: Any) -> Self:

@@ -101,7 +101,7 @@ class Step:
 class Reducing(Module):
     """The forward pass of a reducing block, which calls the parts of `attn` (qkv, norms, proj).
 
-    `whole` is timm's forward pass; `add` adds the attention's output to x; `after` is the rest."""
+    `whole` is timm's. Subclasses: `add` adds the attention's output to x; `after` is the rest."""
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, step: Any = None, rope: Any = None
@@ -156,15 +156,16 @@ class Reducing(Module):
         q, k, v = project(self.attn, y, 0, 3, rope)
         return q if count == y.shape[1] else q[:, :, :count], k, v
 
+    def whole(self, x: Tensor, bias: Tensor | None, rope: Tensor | None) -> Tensor:
+        more = {} if rope is None else dict(rope=rope)
+        return self.after(self.add(x, self.attn(self.norm1(x), attn_mask=bias, **more)))
+
     def projected(self, out: Tensor) -> Tensor:
         return self.attn.proj_drop(self.attn.proj(out))
 
 
 class ReducedBlock(Reducing, Block):
     """timm's Block; reduces tokens if forward gets a step."""
-
-    def whole(self, x: Tensor, bias: Tensor | None, rope: Any) -> Tensor:
-        return self.after(self.add(x, self.attn(self.norm1(x), attn_mask=bias)))
 
     def add(self, x: Tensor, out: Tensor) -> Tensor:
         return x + self.drop_path1(self.ls1(out))
@@ -175,9 +176,6 @@ class ReducedBlock(Reducing, Block):
 
 class ReducedEvaBlock(Reducing, EvaBlock):  # type: ignore[misc]
     """timm's EvaBlock with rotary positions; reduces tokens if forward gets a step."""
-
-    def whole(self, x: Tensor, bias: Tensor | None, rope: Any) -> Tensor:
-        return EvaBlock.forward(self, x, rope, bias)
 
     def add(self, x: Tensor, out: Tensor) -> Tensor:
         return x + self.drop_path1(out if self.gamma_1 is None else self.gamma_1 * out)

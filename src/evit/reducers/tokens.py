@@ -153,11 +153,10 @@ def merge_into(
 ) -> Reduction:
     """Reduction that merges groups of image tokens into their weighted means; sizes add up.
 
-    Args:
-        index_BK: the leader of each group.
-        host_BN: the group of each image token, 0 to K - 1, or -1 to drop it.
-        weight_BN: weight of each token in its group, before normalisation; float32.
-        sizes_BN: size that each token adds to its group; None: sizes are not tracked.
+    index_BK: the leader of each group.
+    host_BN: the group of each image token, 0 to K - 1, or -1 to drop it.
+    weight_BN: weight of each token in its group, before normalisation; float32.
+    sizes_BN: size that each token adds to its group; None: sizes are not tracked.
     """
     P, groups_K1 = seen.num_prefix, torch.arange(index_BK.shape[1], device=host_BN.device)[:, None]
     member_BKN = (host_BN[:, None] == groups_K1).to(weight_BN.dtype)

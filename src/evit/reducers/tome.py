@@ -104,8 +104,7 @@ class PiToMe(Pairing):
         super().__init__(prop_attn=prop_attn, **schedule)
         if ratio is not None and not 0.5 <= ratio <= 1:
             raise ValueError(f"ratio must be from 0.5 to 1, got {ratio}: it is per block")
-        self.ratio = ratio
-        self.own = self.own or ratio is not None
+        self.ratio, self.own = ratio, self.own or ratio is not None
 
     def removed(self, i: int, n: int) -> int:
         return super().removed(i, n) if self.ratio is None else int(n - n * self.ratio)
