@@ -81,6 +81,13 @@ class Reduced(Module):
         left = [n, *self.reducer.counts(n)]
         return [left[bisect.bisect(at, i)] for i in range(len(self.blocks))]
 
+    def embed(self, images: Tensor, swapped: Tensor | None = None) -> Tensor:
+        """Images (B, 3, H, W) to the tokens (B, T, C) that enter the first block; for MixToken,
+        patches with swapped (N,) true come from the batch in reverse."""
+        x = self.patch_embed(images)
+        x = self._pos_embed(x if swapped is None else torch.where(swapped[:, None], x.flip(0), x))
+        return self.norm_pre(x[0] if isinstance(x, tuple) else x)  # Eva's come with positions
+
     def patch_ids(self, x: Tensor) -> Tensor:
         """Ids (B, N) of the patches behind embedded tokens (B, T, C)."""
         n = x.shape[1] - self.num_prefix_tokens
@@ -104,8 +111,7 @@ class Reduced(Module):
         """Run embedded tokens (not reduced yet) through the blocks start to stop - 1, to tokens
         (B, T', C), and the reductions (none for places that keep all tokens).
         prefix: the last block returns the prefix tokens only, unless it reduces.
-        states: a list to extend, for each block, by its reduction (or None) and its tokens.
-        """
+        states: a list to extend, for each block, by its reduction (or None) and its tokens."""
         n, P = x.shape[1] - self.num_prefix_tokens, self.num_prefix_tokens
         kept = dict(zip(self.drop_loc, enumerate(self.reducer.kept(n)), strict=True))
         last, rope, sizes = len(self.blocks) - 1, self.rotary(n), None
@@ -176,8 +182,7 @@ class Reduced(Module):
         original grid, row by row from the top left; -1 is a fused token.
         return_source: add int64 (B, N): the final token that contains each patch (0 is the class
         token); -1 if it was dropped.
-        return_map: add (B, C, H, W): that token, normalised; of a dropped patch its last state.
-        """
+        return_map: add (B, C, H, W): that token, normalised; of a dropped patch its last state."""
         size, x, P = x.shape[-2:], self.embed(x), self.num_prefix_tokens
         more = return_kept or return_source or return_map
         if self.reducer.masked and self.training and not more:
@@ -235,7 +240,8 @@ def check_img_size(embed: Any) -> None:
     """Raise a ValueError unless the image size is a multiple of the patch size."""
     for size, patch in zip(embed.img_size, embed.patch_size, strict=True):
         if size < patch or size % patch:
-            way = f"take {(lower := max(size // patch, 1) * patch)} or {lower + patch}"
+            lower = max(size // patch, 1) * patch
+            way = f"take {lower} or {lower + patch}"
             raise ValueError(f"img_size {size} is not a multiple of the patch size {patch}: {way}")
 
 
@@ -247,8 +253,7 @@ class ReducedViT(Reduced, VisionTransformer):  # type: ignore[misc]
     reducer: a name in evit.reducers.REDUCERS, or a Reducer, as it is in the model then; None: EViT
     at keep rate 1, the dense model.
     kwargs: keep_rate, drop_loc (`at` of Reducer), fusion (EViT's) and other options of the reducer,
-    and arguments of VisionTransformer. ValueError: they are invalid.
-    """
+    and arguments of VisionTransformer. ValueError: they are invalid."""
 
     def __init__(self, *args: Any, reducer: str | Reducer | None = "evit", **kwargs: Any):
         made = reducers.take(kwargs, reducer)
@@ -256,21 +261,11 @@ class ReducedViT(Reduced, VisionTransformer):  # type: ignore[misc]
         check_img_size(self.patch_embed)
         self._attach(made)
 
-    def embed(self, images: Tensor, swapped: Tensor | None = None) -> Tensor:
-        """Images (B, 3, H, W) to the tokens (B, T, C) that enter the first block; for MixToken,
-        patches with swapped (N,) true come from the batch in reverse."""
-        x = self.patch_embed(images)
-        x = x if swapped is None else torch.where(swapped[:, None], x.flip(0), x)
-        return self.norm_pre(self._pos_embed(x))
-
 
 class ReducedEva(Reduced, Eva):  # type: ignore[misc]
     """timm's Eva (EVA-02, DINOv3) with a token reducer; tokens keep their rotary positions."""
 
     block_class = ReducedEvaBlock
-
-    def embed(self, images: Tensor) -> Tensor:
-        return self.norm_pre(self._pos_embed(self.patch_embed(images))[0])
 
 
 @functools.cache

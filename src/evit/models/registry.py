@@ -91,8 +91,7 @@ def reduce(
     keep_rate: share of the image tokens kept at each place; default 0.7.
     options: at (the blocks that reduce) and counts (the tokens left after each, instead of
     keep_rate), as in evit.reducers.Reducer, and the method's own.
-    ValueError: the reducer, its options or the model are not supported.
-    """
+    ValueError: the reducer, its options or the model are not supported."""
     check_model(model)
     reducer = reducers.make(name, keep_rate=keep_rate, **options)
     if not hasattr(model, "reducer"):

@@ -82,8 +82,7 @@ def load_checkpoint(
     new_head: start a new classifier if the checkpoint has none or another number of classes.
     new_parts: keep the reducer's initial parameters if the checkpoint has none.
     ema: take the averaged weights, which some checkpoints contain too.
-    ValueError: names the weights that are missing, surplus or of another shape.
-    """
+    ValueError: names the weights that are missing, surplus or of another shape."""
     model = getattr(model, "_orig_mod", model)
     weights, own = fit_state_dict(read_state_dict(source, ema), model), model.state_dict()
     head = {k: w for k, w in own.items() if k.split(".")[0] in HEADS}

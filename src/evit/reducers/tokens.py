@@ -156,8 +156,7 @@ def merge_into(
     index_BK: the leader of each group.
     host_BN: the group of each image token, 0 to K - 1, or -1 to drop it.
     weight_BN: weight of each token in its group, before normalisation; float32.
-    sizes_BN: size that each token adds to its group; None: sizes are not tracked.
-    """
+    sizes_BN: size that each token adds to its group; None: sizes are not tracked."""
     P, groups_K1 = seen.num_prefix, torch.arange(index_BK.shape[1], device=host_BN.device)[:, None]
     member_BKN = (host_BN[:, None] == groups_K1).to(weight_BN.dtype)
     share_BKN = member_BKN * weight_BN[:, None]

@@ -47,9 +47,7 @@ def join(seen: Seen, a_BA: Tensor, b_BB: Tensor, match_BA: Tensor, stay_BS: Tens
 
 class Pairing(Reducer):
     """Base of ToMe, PiToMe and MCTF, which remove at most half of the tokens at a place.
-
-    r: image tokens that each block removes (removals); prop_attn: sizes enter the attention.
-    """
+    r: image tokens that each block removes (removals); prop_attn: sizes enter the attention."""
 
     schedules: ClassVar[tuple[str, ...]] = ("r",)
 
