@@ -155,7 +155,8 @@ class Reduced(Module):
             raise ValueError("attn_mask is not supported: tokens are removed")
         assert output_fmt in ("NCHW", "NLC"), output_fmt
         take, _ = feature_take_indices(len(self.blocks), indices)
-        size, x, P, states = x.shape[-2:], self.embed(x), self.num_prefix_tokens, list[Any]()
+        states: list[Any] = []
+        size, x, P = x.shape[-2:], self.embed(x), self.num_prefix_tokens
         self.encode(x, states=states)
         placed = list(put_back(x, states, P))
         chosen = [self.norm(placed[i]) if norm else placed[i] for i in take]
@@ -192,7 +193,7 @@ class Reduced(Module):
         if not more:
             return logits
         ids = place = self.patch_ids(x)
-        n, kept, left = ids.shape[1], list[Tensor](), iter(found)
+        n, kept, left = ids.shape[1], [], iter(found)
         for k in self.reducer.kept(n):
             if k < n:
                 reduction = next(left)

@@ -78,7 +78,8 @@ class DynamicViT(Reducer):
         for tokens kept by this predictor and all earlier ones (straight-through Gumbel-softmax)."""
         P = model.num_prefix_tokens
         prefix, kept = x.new_ones(len(x), P), x.new_ones(len(x), x.shape[1] - P)
-        decisions, rope = list[Tensor](), model.rotary(x.shape[1] - P)
+        decisions: list[Tensor] = []
+        rope = model.rotary(x.shape[1] - P)
         for i, block in enumerate(model.blocks):
             if i in self.at:
                 log_prob = self.predictors[len(decisions)](x[:, P:], kept)

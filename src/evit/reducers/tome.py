@@ -92,8 +92,7 @@ class PiToMe(Pairing):
     margin falls with depth. Tokens of high energy are redundant. In the first half of the blocks
     all tokens pair up in order of energy; later only the 2 r tokens of highest energy do. Cost:
     N^2 D products. By default, as in the authors' code for DeiT and unlike the paper, sizes do not
-    enter the attention. ratio: share of the image tokens that each block keeps.
-    """
+    enter the attention. ratio: share of the image tokens that each block keeps."""
 
     name = "pitome"
     schedules = ("r", "ratio")
@@ -132,8 +131,7 @@ class MCTF(Pairing):
     the fused tokens only (one step ahead). Needs the full attention matrix of its blocks.
 
     r: image tokens removed by each block except the first; below 1, the share removed at each
-    place of `at`. tau_sim, tau_info, tau_size: temperatures of the three criteria.
-    """
+    place of `at`. tau_sim, tau_info, tau_size: temperatures of the three criteria."""
 
     name = "mctf"
     stage = "block"
