@@ -91,7 +91,7 @@ def test_published_parameters(size, params):
 
 def test_layer_scale_and_further_norms_are_counted():
     plain, extra = (
-        evit.reorganize(timm.create_model("vit_tiny_patch16_224", depth=1, **kwargs), drop_loc=[])
+        evit.reduce(timm.create_model("vit_tiny_patch16_224", depth=1, **kwargs), at=[])
         for kwargs in ({}, dict(init_values=1e-5, qk_norm=True, pre_norm=True))
     )
     layer_scale, qk_norm, norm_pre = 2 * 197 * 192, 2 * 197 * 192, 197 * 192

@@ -63,7 +63,7 @@ def test_training_is_one_graph_with_the_same_gradients(kind):
 
 
 def test_a_reorganized_timm_vit_is_one_graph():
-    model = evit.reorganize(timm.create_model("vit_tiny_patch16_224", img_size=64, depth=4)).eval()
+    model = evit.reduce(timm.create_model("vit_tiny_patch16_224", img_size=64, depth=4)).eval()
     counter = compiled(model)
     with torch.no_grad():
         model(torch.randn(2, 3, 64, 64))

@@ -18,8 +18,8 @@ def test_at_rate_1_all_calls_are_timms():
     for options in (dict(norm=True), dict(output_fmt="NLC"), dict(return_prefix_tokens=True)):
         wanted = dense.forward_intermediates(x, indices=[1, 3], **options)
         torch.testing.assert_close(model.forward_intermediates(x, [1, 3], **options), wanted)
-    wanted = dense.forward_intermediates(x, 2, output_dict=True, return_prefix_tokens=True)
-    found = model.forward_intermediates(x, 2, output_dict=True, return_prefix_tokens=True)
+    wanted = dense.forward_intermediates(x, 2, return_prefix_tokens=True)
+    found = model.forward_intermediates(x, 2, return_prefix_tokens=True)
     torch.testing.assert_close(found, wanted)
     wanted = dense.get_intermediate_layers(x, 2, reshape=True, norm=True)
     torch.testing.assert_close(model.get_intermediate_layers(x, 2, reshape=True, norm=True), wanted)

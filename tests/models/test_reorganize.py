@@ -1,4 +1,4 @@
-"""evit.reorganize on timm's own Vision Transformers."""
+"""evit.reduce on timm's own Vision Transformers."""
 
 import pytest
 import timm
@@ -38,7 +38,7 @@ def test_keep_rate_1_is_the_model_itself(name):
     images = picture(model)
     dense = model(images)
     weights = {k: v.clone() for k, v in model.state_dict().items()}
-    reorganized = evit.reorganize(model, keep_rate=1.0)
+    reorganized = evit.reduce(model, keep_rate=1.0)
     assert reorganized is model
     torch.testing.assert_close(model(images), dense, atol=1e-5, rtol=0)
     assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
@@ -50,7 +50,7 @@ def test_keep_rate_1_is_the_model_itself(name):
 def test_prefix_tokens_are_kept_and_do_not_count(name, fusion):
     model = build(name)
     dense, images = model, picture(model)
-    evit.reorganize(dense, keep_rate=0.5, fusion=fusion)
+    evit.reduce(dense, keep_rate=0.5, fusion=fusion)
     features = model.forward_features(images)
     logits, kept = model(images, return_kept=True)
     n = model.patch_embed.num_patches
@@ -61,7 +61,7 @@ def test_prefix_tokens_are_kept_and_do_not_count(name, fusion):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_trains_with_every_parameter_of_the_blocks(name):
-    model = evit.reorganize(build(name), keep_rate=0.5).train()
+    model = evit.reduce(build(name), keep_rate=0.5).train()
     out = model(picture(model))
     (sum(out) if isinstance(out, tuple) else out).square().sum().backward()
     dead = [n for n, p in model.blocks.named_parameters() if p.grad is None]
@@ -70,15 +70,15 @@ def test_trains_with_every_parameter_of_the_blocks(name):
 
 @torch.no_grad()
 def test_images_of_another_size_where_the_model_takes_them():
-    model = evit.reorganize(build("vit_tiny_patch16_224 dynamic"), keep_rate=0.5)
+    model = evit.reduce(build("vit_tiny_patch16_224 dynamic"), keep_rate=0.5)
     _, kept = model(torch.randn(1, 3, 160, 160), return_kept=True)
     assert kept[0].shape == (1, 50)
 
 
 def test_a_model_may_be_reorganized_again():
-    model = evit.reorganize(build("vit_tiny_patch16_224"))
+    model = evit.reduce(build("vit_tiny_patch16_224"))
     kind = type(model)
-    evit.reorganize(model, keep_rate=0.3, drop_loc=[1])
+    evit.reduce(model, keep_rate=0.3, at=[1])
     assert (type(model), model.keep_rate, model.drop_loc) == (kind, (0.3,), (1,))
 
 
@@ -97,7 +97,7 @@ def test_models_that_cannot_be_served_are_named(name, reason):
     with torch.device("meta"):
         model = timm.create_model(name)
     if reason is None:
-        evit.reorganize(model)
+        evit.reduce(model)
         return
     with pytest.raises(ValueError, match=reason):
-        evit.reorganize(model)
+        evit.reduce(model)

@@ -41,7 +41,7 @@ def test_a_reduced_timm_model_comes_back_reduced(name, tmp_path):
 def test_a_registered_model_comes_back_at_the_rate_it_was_set_to(name, tmp_path):
     model = timm.create_model(name, depth=4, img_size=64, keep_rate=0.9)
     model.set_keep_rate(0.5)
-    model.fusion = False
+    model.reducer.fusion = False
     save_for_hf(model, tmp_path)
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
     assert (again.keep_rate, again.fusion) == ((0.5,) * 3, False)

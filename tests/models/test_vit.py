@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import evit
 from evit import reducers
-from evit.models.vit import check_images
+from evit.models.registry import check_images
 from evit.reducers.blocks import feed_forward
 from tests.models import golden
 

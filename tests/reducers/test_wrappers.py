@@ -289,7 +289,7 @@ WRAPPED = {
 @pytest.mark.parametrize("kind", WRAPPED)
 def test_something_wrapped_is_named_with_what_to_hand_over(kind):
     wrap, way_out = WRAPPED[kind]
-    for convert in (evit.reorganize, lambda model: evit.reduce(model, "tome")):
+    for convert in (evit.reduce, lambda model: evit.reduce(model, "tome")):
         with pytest.raises(ValueError, match=f"{kind}.*{way_out}") as error:
             convert(wrap(vit()))
         assert "\n" not in str(error.value)
@@ -298,4 +298,4 @@ def test_something_wrapped_is_named_with_what_to_hand_over(kind):
 def test_distributed_data_parallel_is_named_too(gloo):
     wrapped = nn.parallel.DistributedDataParallel(vit())
     with pytest.raises(ValueError, match=r"DistributedDataParallel.*model\.module"):
-        evit.reorganize(wrapped)
+        evit.reduce(wrapped)

@@ -11,7 +11,7 @@ from evit import load_checkpoint, measure
 from evit.config import Recipe, listed
 from evit.data.order import epoch_length
 from evit.measure.speed import keep_compiled
-from evit.models.vit import check_images
+from evit.models.registry import check_images
 from evit.models.weights import read_state_dict
 from evit.reducers import keep_rate_at
 from evit.report import paper, results

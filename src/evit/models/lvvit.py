@@ -27,12 +27,10 @@ class ConvStem(PatchEmbed):
         self.proj = nn.Conv2d(64, embed_dim, 8, stride=8)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to tokens (B, N, C)."""
         assert tuple(x.shape[-2:]) == self.img_size, (x.shape, self.img_size)
         x = x.contiguous(memory_format=torch.channels_last)  # as convolutions compute
-        x = self.bn1(self.conv1(x)).relu_()
-        x = self.bn2(self.conv2(x)).relu_()
-        x = self.bn3(self.conv3(x)).relu_()
+        for conv, bn in (self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3):
+            x = bn(conv(x)).relu_()
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
@@ -73,13 +71,6 @@ class LVViT(ReducedViT):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         super().reset_classifier(num_classes, global_pool)
         self.aux_head = self._new_aux_head()
-
-    def embed(self, images: Tensor, swapped: Tensor | None = None) -> Tensor:
-        """Embed images; for MixToken, patches with swapped (N,) true come from x.flip(0)."""
-        x = self.patch_embed(images)
-        if swapped is not None:
-            x = torch.where(swapped[:, None], x.flip(0), x)
-        return self.norm_pre(self.patch_drop(self._pos_embed(x)))
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the class token (B, K) and the image tokens (B, N, K)."""

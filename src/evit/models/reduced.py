@@ -1,8 +1,9 @@
 """timm's VisionTransformer and Eva with a token reducer: forward passes, feature maps, pickling."""
 
 import bisect
+import functools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from evit import reducers
 from evit.reducers import KeepRate, Reducer, Reduction
 from evit.reducers.blocks import ReducedBlock, ReducedEvaBlock, Step
-from evit.reducers.tokens import moved, put_back, survivors
+from evit.reducers.tokens import Module, moved, put_back
 
+Encoded = tuple[Tensor, list[Reduction]]
 # Heads that read the prefix tokens only, if these are pooled: the last block skips the others.
 HEADS = VisionTransformer.forward_head, VisionTransformerDistilled.forward_head, Eva.forward_head
 
@@ -36,27 +38,14 @@ class PatchConv2d(nn.Conv2d):
         return F.linear(patches, self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
-def of_reducer(name: str) -> Any:
-    """Property that reads and sets an attribute of the model's reducer; False if it has none."""
-
-    def change(model: Any, value: Any) -> None:
-        model.set_keep_rate(value) if name == "keep_rate" else setattr(model.reducer, name, value)
-
-    return property(lambda model: getattr(model.reducer, name, False), change)
-
-
-class Reduced(nn.Module):
+class Reduced(Module):
     """Mixin that adds a token reducer to a timm Vision Transformer."""
 
     kind: Any = None  # the timm class that this one extends
     built_from: dict[str, Any] = {}  # the arguments of timm.create_model
     block_class: Any = ReducedBlock
-    drop_loc, keep_rate = of_reducer("at"), of_reducer("keep_rate")
-    fusion, selection = of_reducer("fusion"), of_reducer("selection")
-
-    if TYPE_CHECKING:  # timm's attributes, and embed of the classes below
-
-        def __getattr__(self, name: str) -> Any: ...
+    drop_loc = property(lambda self: self.reducer.at)
+    fusion = property(lambda self: getattr(self.reducer, "fusion", False))
 
     def _attach(self, reducer: Reducer) -> None:
         if type(self.patch_drop) not in (nn.Identity, type(None)):
@@ -84,11 +73,20 @@ class Reduced(nn.Module):
         """Use keep_rate, one number or one per entry of drop_loc, from the next forward pass on."""
         self.reducer.set_keep_rate(keep_rate)
 
+    keep_rate = property(lambda self: self.reducer.keep_rate, set_keep_rate)
+
     def tokens_per_block(self) -> list[int]:
         """Number of image tokens in the MLP of each block (a fused token counts as one)."""
         n, at = self.patch_embed.num_patches, self.drop_loc
         left = [n, *self.reducer.counts(n)]
         return [left[bisect.bisect(at, i)] for i in range(len(self.blocks))]
+
+    def embed(self, images: Tensor, swapped: Tensor | None = None) -> Tensor:
+        """Images (B, 3, H, W) to the tokens (B, T, C) that enter the first block; for MixToken,
+        patches with swapped (N,) true come from the batch in reverse."""
+        x = self.patch_embed(images)
+        x = self._pos_embed(x if swapped is None else torch.where(swapped[:, None], x.flip(0), x))
+        return self.norm_pre(x[0] if isinstance(x, tuple) else x)  # Eva's come with positions
 
     def patch_ids(self, x: Tensor) -> Tensor:
         """Ids (B, N) of the patches behind embedded tokens (B, T, C)."""
@@ -109,12 +107,11 @@ class Reduced(nn.Module):
 
     def encode(
         self, x: Tensor, start: int = 0, stop: Any = None, prefix: bool = False, states: Any = None
-    ) -> tuple[Tensor, list[Reduction]]:
+    ) -> Encoded:
         """Run embedded tokens (not reduced yet) through the blocks start to stop - 1, to tokens
         (B, T', C), and the reductions (none for places that keep all tokens).
         prefix: the last block returns the prefix tokens only, unless it reduces.
-        states: a list to extend, for each block, by its reduction (if any) and its tokens.
-        """
+        states: a list to extend, for each block, by its reduction (or None) and its tokens."""
         n, P = x.shape[1] - self.num_prefix_tokens, self.num_prefix_tokens
         kept = dict(zip(self.drop_loc, enumerate(self.reducer.kept(n)), strict=True))
         last, rope, sizes = len(self.blocks) - 1, self.rotary(n), None
@@ -122,16 +119,15 @@ class Reduced(nn.Module):
         for i in range(start, len(self.blocks) if stop is None else stop):
             place, num_kept = kept.get(i, (0, n))
             bias = self.reducer.key_bias(sizes, x.dtype)
-            step: Any = Step(P) if prefix and i == last else None
+            step = Step(P) if prefix and i == last else None
             if num_kept < n:
                 step = Step(P, self.reducer, place, num_kept, sizes, self.cls_token is not None)
             x = self.run(self.blocks[i], x, attn_mask=bias, step=step, rope=rope)
-            new = [step.reduction] if num_kept < n else []
-            for reduction in new:
+            if reduction := step and step.reduction:
+                found.append(reduction)
                 sizes, n, rope = reduction.sizes_BT, reduction.num_left, reduction.positions(rope)
-            found += new
             if states is not None:
-                states += [*new, x]
+                states.append((reduction, x))
         return x, found
 
     def run(self, block: Any, x: Tensor, **given: Any) -> Tensor:
@@ -139,20 +135,18 @@ class Reduced(nn.Module):
             return checkpoint(block, x, use_reentrant=False, **given)
         return block(x, **given)
 
-    def forward_features(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward_features(self, x: Tensor) -> Tensor:
         """Normalised tokens (B, T, C) of images (B, 3, H, W)."""
         return self.norm(self.encode(self.embed(x))[0])
 
-    def forward_intermediates(  # type: ignore[override]
+    def forward_intermediates(
         self,
         x: Tensor,
         indices: int | list[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
-        stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
-        output_dict: bool = False,
         attn_mask: None = None,
     ) -> Any:
         """timm's forward_intermediates at any keep rate: each patch has the token it went into, or
@@ -160,26 +154,23 @@ class Reduced(nn.Module):
         if attn_mask is not None:
             raise ValueError("attn_mask is not supported: tokens are removed")
         assert output_fmt in ("NCHW", "NLC"), output_fmt
-        take, last = feature_take_indices(len(self.blocks), indices)
-        size, P, states = x.shape[-2:], self.num_prefix_tokens, [self.embed(x)]
-        self.encode(states[0], stop=last + 1 if stop_early else None, states=states)
-        placed = list(put_back(states, P))
+        take, _ = feature_take_indices(len(self.blocks), indices)
+        states: list[Any] = []
+        size, x, P = x.shape[-2:], self.embed(x), self.num_prefix_tokens
+        self.encode(x, states=states)
+        placed = list(put_back(x, states, P))
         chosen = [self.norm(placed[i]) if norm else placed[i] for i in take]
-        maps: list[Any] = [tokens[:, P:] for tokens in chosen]
+        found: list[Any] = [tokens[:, P:] for tokens in chosen]
         if output_fmt == "NCHW":
-            maps = [self.as_grid(tokens, size) for tokens in maps]
-        prefix = [tokens[:, :P] for tokens in chosen] if P and return_prefix_tokens else None
-        if output_dict:
-            more = dict(image_intermediates_prefix=prefix) if prefix else {}
-            features = {} if intermediates_only else dict(image_features=self.norm(placed[-1]))
-            return dict(image_intermediates=maps) | more | features
-        found = list(zip(maps, prefix, strict=True)) if prefix else maps
+            found = [self.as_grid(tokens, size) for tokens in found]
+        if P and return_prefix_tokens:
+            found = list(zip(found, [tokens[:, :P] for tokens in chosen], strict=True))
         return found if intermediates_only else (self.norm(placed[-1]), found)
 
     def as_grid(self, tokens: Tensor, size: Any) -> Tensor:
         return tokens.mT.unflatten(2, self.patch_embed.dynamic_feat_size(tuple(size))).contiguous()
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         x: Tensor,
         return_kept: bool = False,
@@ -188,38 +179,39 @@ class Reduced(nn.Module):
     ) -> Any:
         """Logits (B, num_classes) of images (B, 3, H, W), and what else is requested.
 
-        Args:
-            return_kept: add one int64 tensor (B, k) per reduction: ids of the kept patches in the
-                original grid, row by row from the top left; -1 is a fused token.
-            return_source: add int64 (B, N): the final token that contains each patch (0 is the
-                class token); -1 if it was dropped.
-            return_map: add (B, C, H, W): that token, normalised; of a dropped patch its last state.
-        """
+        return_kept: add one int64 tensor (B, k) per reduction: ids of the kept patches in the
+        original grid, row by row from the top left; -1 is a fused token.
+        return_source: add int64 (B, N): the final token that contains each patch (0 is the class
+        token); -1 if it was dropped.
+        return_map: add (B, C, H, W): that token, normalised; of a dropped patch its last state."""
         size, x, P = x.shape[-2:], self.embed(x), self.num_prefix_tokens
         more = return_kept or return_source or return_map
         if self.reducer.masked and self.training and not more:
             return self.forward_head(self.norm(self.reducer.masked_features(self, x)[0]))
-        states: list[Any] | None = [x] if return_map else None
+        states: list[Any] | None = [] if return_map else None
         logits, found = self.classify(x, states=states)
-        results: list[Any] = [logits]
-        place, n = self.patch_ids(x), x.shape[1] - P
-        if return_kept:
-            results.append(survivors(found, self.reducer, place))
+        if not more:
+            return logits
+        ids = place = self.patch_ids(x)
+        n, kept, left = ids.shape[1], [], iter(found)
+        for k in self.reducer.kept(n):
+            if k < n:
+                reduction = next(left)
+                ids, place = reduction.ids(ids), moved(reduction, place, n)
+                n = reduction.num_left
+            kept.append(ids[:, :k])
+        results = [logits, kept] if return_kept else [logits]
         if return_source:
-            for reduction in found:
-                place, n = moved(reduction, place, n), reduction.num_left
             results.append(torch.where(place >= 0, place + P, place))
         if states is not None:
-            *_, last = put_back(states, P)
+            *_, last = put_back(x, states, P)
             results.append(self.as_grid(self.norm(last)[:, P:], size))
-        return tuple(results) if more else logits
+        return tuple(results)
 
-    def classify(
-        self, x: Tensor, start: int = 0, states: list[Any] | None = None
-    ) -> tuple[Tensor, list[Reduction]]:
+    def classify(self, x: Tensor, start: int = 0, states: Any = None) -> Encoded:
         """Logits, and reductions, of tokens that have passed the blocks before `start`."""
-        kind: Any = type(self)
-        alone = states is None and self.global_pool == "token" and kind.forward_head in HEADS
+        own = type(self).forward_head in HEADS
+        alone = own and states is None and self.global_pool == "token"
         x, found = self.encode(x, start, prefix=alone, states=states)
         return self.logits(self.norm(x), found), found
 
@@ -237,7 +229,6 @@ class Reduced(nn.Module):
         return self.forward_head(x), x[:, self.num_prefix_tokens :]
 
     def token_distance(self, own: Tensor, teacher: Tensor) -> Tensor:
-        """Distance between two models' token outputs, (B, N)."""
         return (own.float() - teacher.float()).square().mean(-1)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -260,12 +251,10 @@ class ReducedViT(Reduced, VisionTransformer):  # type: ignore[misc]
 
     Parameter names are those of timm's VisionTransformer; a reducer's begin with "reducer.".
 
-    Args:
-        reducer: a name in evit.reducers.REDUCERS, or a Reducer; None: EViT at keep rate 1, the
-            dense model. In the model, `reducer` is the Reducer.
-        **kwargs: keep_rate, drop_loc (`at` of Reducer), fusion (EViT's) and other options of the
-            reducer, and arguments of VisionTransformer. ValueError: they are invalid.
-    """
+    reducer: a name in evit.reducers.REDUCERS, or a Reducer, as it is in the model then; None: EViT
+    at keep rate 1, the dense model.
+    kwargs: keep_rate, drop_loc (`at` of Reducer), fusion (EViT's) and other options of the reducer,
+    and arguments of VisionTransformer. ValueError: they are invalid."""
 
     def __init__(self, *args: Any, reducer: str | Reducer | None = "evit", **kwargs: Any):
         made = reducers.take(kwargs, reducer)
@@ -273,29 +262,19 @@ class ReducedViT(Reduced, VisionTransformer):  # type: ignore[misc]
         check_img_size(self.patch_embed)
         self._attach(made)
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to the tokens (B, T, C) that enter the first block."""
-        return self.norm_pre(self.patch_drop(self._pos_embed(self.patch_embed(images))))
-
 
 class ReducedEva(Reduced, Eva):  # type: ignore[misc]
     """timm's Eva (EVA-02, DINOv3) with a token reducer; tokens keep their rotary positions."""
 
     block_class = ReducedEvaBlock
 
-    def embed(self, images: Tensor) -> Tensor:
-        return self.norm_pre(self._pos_embed(self.patch_embed(images))[0])
 
-
-CLASSES: dict[Any, Any] = {VisionTransformer: ReducedViT, Eva: ReducedEva}
-
-
+@functools.cache
 def reduced_class(kind: Any) -> Any:
     """Class that combines ReducedViT or ReducedEva with one of timm's classes."""
-    if kind not in CLASSES:
-        base = ReducedEva if issubclass(kind, Eva) else ReducedViT
-        CLASSES[kind] = type(f"Reduced{kind.__name__}", (base, kind), dict(kind=kind))
-    return CLASSES[kind]
+    base: Any = ReducedEva if issubclass(kind, Eva) else ReducedViT
+    own = kind in base.__bases__
+    return base if own else type(f"Reduced{kind.__name__}", (base, kind), dict(kind=kind))
 
 
 def blank(kind: Any) -> Reduced:

@@ -1,19 +1,24 @@
-"""Model names registered with timm, and timm's own models with a reducer."""
+"""Model names registered with timm; `evit.reduce`, and which models and images it serves."""
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import timm
 from timm.models import build_model_with_cfg, register_model
+from timm.models.eva import Eva, EvaBlock
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
 from evit import reducers
 from evit.models.lvvit import LVViT
-from evit.models.reduced import ReducedViT, check_img_size
-from evit.models.vit import reduce
+from evit.models.reduced import ReducedViT, check_img_size, reduced_class
 from evit.models.weights import fit_state_dict
-from evit.reducers import Reducer
+from evit.reducers import KeepRate, Reducer
+from evit.reducers.blocks import ATTENTIONS, ReducedBlock, ReducedEvaBlock
 
+BLOCKS = Block, EvaBlock, ReducedBlock, ReducedEvaBlock  # the kinds that are served
+EViT = ReducedViT
+DynamicViT: Any = functools.partial(ReducedViT, reducer="dynamicvit")
 HEADS = dict(tiny=3, small=6, base=12)
 DEIT: dict[str, Any] = {k: dict(embed_dim=64 * n, depth=12, num_heads=n) for k, n in HEADS.items()}
 LV_VIT: dict[str, dict[str, Any]] = {
@@ -29,28 +34,24 @@ for _name in "evit_deit_small_patch16", "evit_deit_base_patch16", "evit_lvvit_s"
     NAMES[f"dynamic{_name[1:]}"] = NAMES[_name] | dict(reducer="dynamicvit")
 
 
-def _fit(weights: dict[str, Any], model: Any) -> dict[str, Any]:
-    """Fit timm's dense weights to the model; the reducer's parameters stay as initialised."""
-    own = {name: w for name, w in model.state_dict().items() if name.startswith("reducer.")}
-    return own | fit_state_dict(weights, model)
+def _entry(name: str, defaults: dict[str, Any]) -> Any:
+    def fit(weights: Any, model: Any) -> dict[str, Any]:
+        """Fit timm's dense weights to the model; the reducer's parameters stay as initialised."""
+        own = {name: w for name, w in model.state_dict().items() if name.startswith("reducer.")}
+        return own | fit_state_dict(weights, model)
 
-
-def _entry(name: str, defaults: dict[str, Any]) -> Callable[..., ReducedViT]:
     def create(pretrained: bool = False, **kwargs: Any) -> ReducedViT:
         args, kind = defaults | kwargs, ReducedViT if "deit" in name else LVViT
         args |= dict(feature_cfg=dict(out_indices=args.pop("out_indices", 3), feature_cls="getter"))
-        return build_model_with_cfg(kind, name, pretrained, pretrained_filter_fn=_fit, **args)
+        return build_model_with_cfg(kind, name, pretrained, pretrained_filter_fn=fit, **args)
 
     create.__name__, create.__module__ = name, __name__
-    create.__doc__ = f"{name}: arguments of evit.EViT or evit.LVViT; by default {defaults}."
     return create
 
 
-LV_VIT_CFG: Any = dict(
-    **dict(num_classes=1000, input_size=(3, 224, 224), fixed_input_size=True),
-    **dict(crop_pct=0.9, interpolation="bicubic"),
-    **dict(first_conv="patch_embed.conv1", classifier=("head", "aux_head")),
-)
+LV_VIT_CFG: Any = dict(num_classes=1000, input_size=(3, 224, 224), fixed_input_size=True)
+LV_VIT_CFG |= dict(crop_pct=0.9, interpolation="bicubic", first_conv="patch_embed.conv1")
+LV_VIT_CFG |= dict(classifier=("head", "aux_head"))
 CFGS: Any = {name: LV_VIT_CFG for name in NAMES if "deit" not in name}
 for _size in DEIT:  # DeiT's weights are loaded unchanged
     _cfg = timm.models.get_pretrained_cfg(f"deit_{_size}_patch16_224")
@@ -77,6 +78,60 @@ def create_model(model_name: str, pretrained: bool = False, **kwargs: Any) -> nn
         reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
         what = f"the pretrained weights of {model_name} cannot be downloaded ({reason})"
         raise ValueError(f"{what}: download them elsewhere and give checkpoint=PATH") from error
+
+
+def reduce(
+    model: Any, name: str | Reducer = "evit", keep_rate: KeepRate | None = None, **options: Any
+) -> ReducedViT:
+    """Add a token reducer to a timm VisionTransformer or Eva, in place, and return the model.
+
+    Weights are untouched. Prefix tokens (class, distillation, registers) are never reduced.
+
+    name: a name in evit.reducers.REDUCERS, or a Reducer.
+    keep_rate: share of the image tokens kept at each place; default 0.7.
+    options: at (the blocks that reduce) and counts (the tokens left after each, instead of
+    keep_rate), as in evit.reducers.Reducer, and the method's own.
+    ValueError: the reducer, its options or the model are not supported."""
+    check_model(model)
+    reducer = reducers.make(name, keep_rate=keep_rate, **options)
+    if not hasattr(model, "reducer"):
+        built_from = model.__dict__.pop("_model_args", {})
+        cfg = dict(getattr(model, "pretrained_cfg", {}))
+        model.__class__ = reduced_class(model.__class__)
+        model.built_from = built_from | dict(base=cfg.get("architecture"))
+        model.pretrained_cfg = cfg | dict(architecture="reduced_vit")  # in models/registry.py
+    model._attach(reducer)
+    return model
+
+
+def check_model(model: Any) -> None:
+    """Raise a ValueError unless this is a timm VisionTransformer or Eva with plain blocks."""
+    kind = type(model).__name__
+    if not isinstance(model, VisionTransformer | Eva):
+        kind += f" of {type(model).__module__.split('.')[0]}"
+        way = "use timm.create_model, or the wrapped model.module, model._orig_mod or model.model"
+        raise ValueError(f"{kind} is not a timm VisionTransformer or Eva: {way}")
+    if getattr(model, "rope_mixed", False):
+        raise ValueError(f"{kind} has its own rotary positions in each block: not supported")
+    for i, block in enumerate(model.blocks):
+        attn: Any = getattr(block, "attn", None)
+        what = f"block {i} of {kind}"
+        if type(block) not in BLOCKS or type(attn) not in ATTENTIONS:
+            raise ValueError(f"{what} is a {type(block).__name__}, which is not supported")
+        shares = getattr(attn, "num_kv_heads", attn.num_heads) != attn.num_heads
+        if shares or getattr(attn, "gate", None) is not None:
+            raise ValueError(f"{what} has an attention with a gate or shared keys")
+
+
+def check_images(model: Any, img_size: int) -> None:
+    """Raise a ValueError unless the model takes square RGB images of img_size."""
+    embed = getattr(model, "patch_embed", None)
+    first = getattr(embed, "conv1", getattr(embed, "proj", None))  # LV-ViT's stem, or the patches
+    if (channels := getattr(first, "in_channels", 3)) != 3:
+        raise ValueError(f"model.in_chans={channels}: images are read as RGB, gray ones too: 3")
+    size = getattr(embed, "img_size", None)
+    if size not in (None, (img_size, img_size)):
+        raise ValueError(f"model.img_size={list(size)}: images are squares, of img_size={img_size}")
 
 
 def reduced(model_name: str, reducer: str | Reducer | None = "evit", **kwargs: Any) -> ReducedViT:

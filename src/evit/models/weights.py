@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed
-from torch import Tensor, nn
+from torch import Tensor
 
 from evit.files import check_zip
 
@@ -73,11 +73,7 @@ def fit_state_dict(weights: Mapping[str, Any], model: Any) -> dict[str, Tensor]:
 
 
 def load_checkpoint(
-    model: nn.Module,
-    source: Any,
-    new_head: bool = False,
-    new_parts: bool = False,
-    ema: bool = False,
+    model: Any, source: Any, new_head: bool = False, new_parts: bool = False, ema: bool = False
 ) -> None:
     """Load the weights of a checkpoint into a model of the same architecture.
 
@@ -86,8 +82,7 @@ def load_checkpoint(
     new_head: start a new classifier if the checkpoint has none or another number of classes.
     new_parts: keep the reducer's initial parameters if the checkpoint has none.
     ema: take the averaged weights, which some checkpoints contain too.
-    ValueError: names the weights that are missing, surplus or of another shape.
-    """
+    ValueError: names the weights that are missing, surplus or of another shape."""
     model = getattr(model, "_orig_mod", model)
     weights, own = fit_state_dict(read_state_dict(source, ema), model), model.state_dict()
     head = {k: w for k, w in own.items() if k.split(".")[0] in HEADS}
@@ -97,8 +92,7 @@ def load_checkpoint(
     if new_parts and not any(k.startswith("reducer.") for k in weights):
         weights |= {k: w for k, w in own.items() if k.startswith("reducer.")}
     theirs, ours = ({k: tuple(w.shape) for k, w in part.items()} for part in (weights, own))
-    shared = [k for k in ours if theirs.get(k, ours[k]) != ours[k]]
-    problems = [f"{k} is {theirs[k]}, not {ours[k]}" for k in shared]
+    problems = [f"{k} is {theirs[k]}, not {s}" for k, s in ours.items() if theirs.get(k, s) != s]
     problems += [f"{k} is missing" for k in ours if k not in theirs]
     problems += [f"{k} is not the model's" for k in theirs if k not in ours]
     if problems:

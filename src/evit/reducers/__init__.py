@@ -7,15 +7,12 @@ from evit.reducers.base import KeepRate, Reducer, keep_rate_at, options
 from evit.reducers.cover import Cover
 from evit.reducers.dynamicvit import DynamicViT
 from evit.reducers.evit import Drop, EViT, Random
-from evit.reducers.mctf import MCTF
 from evit.reducers.merge import DiffRate, Merge, Squeeze
 from evit.reducers.tokens import Reduction, Seen, merge_into, nearest
-from evit.reducers.tome import PiToMe, ToMe
+from evit.reducers.tome import MCTF, PiToMe, ToMe
 
-KINDS: list[type[Reducer]] = [
-    *(EViT, Drop, Random, Merge, Cover, ToMe, PiToMe, MCTF, Squeeze, ATS, DynamicViT, DiffRate)
-]
-REDUCERS: dict[str, type[Reducer]] = {kind.name: kind for kind in KINDS} | {"topk": Drop}
+ALL: Any = EViT, Drop, Random, Merge, Cover, ToMe, PiToMe, MCTF, Squeeze, ATS, DynamicViT, DiffRate
+REDUCERS: dict[str, type[Reducer]] = {kind.name: kind for kind in ALL} | {"topk": Drop}
 
 
 def make(reducer: str | Reducer, **arguments: Any) -> Reducer:
@@ -25,8 +22,7 @@ def make(reducer: str | Reducer, **arguments: Any) -> Reducer:
             raise ValueError(f"{', '.join(given)} is the reducer's: give it where that is made")
         return reducer
     if reducer not in REDUCERS:
-        names = ", ".join(sorted(REDUCERS))
-        raise ValueError(f"reducer {reducer!r} does not exist: take one of {names}")
+        raise ValueError(f"reducer {reducer!r} does not exist: use {', '.join(sorted(REDUCERS))}")
     known = options(REDUCERS[reducer])
     if unknown := ", ".join(sorted({*arguments} - known)):
         raise ValueError(f"reducer {reducer} has no {unknown}: it takes {', '.join(sorted(known))}")
@@ -45,6 +41,6 @@ def take(kwargs: dict[str, Any], reducer: str | Reducer | None) -> Reducer:
     return make(reducer, **{name: value for name, value in own.items() if value is not None})
 
 
-__all__ = [kind.__name__ for kind in KINDS]
-__all__ += ["KINDS", "KeepRate", "REDUCERS", "Reducer", "Reduction", "Seen"]
+__all__ = [kind.__name__ for kind in ALL]
+__all__ += ["KeepRate", "REDUCERS", "Reducer", "Reduction", "Seen"]
 __all__ += ["keep_rate_at", "make", "merge_into", "nearest", "options", "take"]

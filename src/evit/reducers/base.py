@@ -1,7 +1,5 @@
-"""The interface of a token reducer: `plan` decides where each token of an image goes.
-
-A plan (a Reduction) is a linear map over the tokens; the framework does the rest.
-"""
+"""The interface of a token reducer: `plan` decides where each token of an image goes, as a linear
+map over the tokens (a Reduction); the framework does the rest."""
 
 import copy
 import inspect
@@ -19,37 +17,32 @@ from evit.reducers.tokens import Reduction, Seen
 KeepRate = float | Sequence[float]
 
 
-def keep_rate_at(
-    step: int, steps_per_epoch: int, keep_rate: Sequence[float], start: int, epochs: int
-) -> tuple[float, ...]:
-    """Keep rate of each place at a training step: as EViT's authors, 1 before epoch `start`, then
-    on half a cosine to keep_rate in so many `epochs`."""
-    epoch, dense = step // steps_per_epoch, 0.0
+def keep_rate_at(step: int, steps: int, rates: Any, start: int, epochs: int) -> tuple[float, ...]:
+    """Keep rate of each place at a training step, with so many steps per epoch: as EViT's authors,
+    1 before epoch `start`, then on half a cosine to its final rate in so many `epochs`."""
+    epoch, dense = step // steps, 0.0
     if epoch < start:
         dense = 1.0
     elif epoch < start + epochs:
-        dense = (1 + math.cos(math.pi * ((step / steps_per_epoch - start) / epochs))) / 2
-    return tuple(rate + (1 - rate) * dense for rate in keep_rate)
+        dense = (1 + math.cos(math.pi * ((step / steps - start) / epochs))) / 2
+    return tuple(rate + (1 - rate) * dense for rate in rates)
 
 
 def options(kind: Any) -> set[str]:
     """Names of the arguments that a reducer takes."""
-    inits = [base.__init__ for base in kind.__mro__ if issubclass(base, Reducer)]
-    specs = [inspect.getfullargspec(init) for init in inits]
+    specs = [inspect.getfullargspec(b.__init__) for b in kind.__mro__ if issubclass(b, Reducer)]
     return {name for s in specs for name in s.args + s.kwonlyargs} - {"self", *kind.fixed}
 
 
 class Reducer(nn.Module):
-    """Base class of all token reducers; a subclass implements `plan`.
+    """Base class of all token reducers; a subclass implements `plan`, and stores its options as
+    attributes of the same names.
 
-    A subclass stores its options as attributes of the same names; `config` reads them.
-
-    Args:
-        keep_rate: share of the image tokens kept at each place, in (0, 1]; one number, or one per
-            entry of `at`. 1 is the dense model. Default: 0.7.
-        at: blocks (0-based) that reduce. Default: a quarter, half and three quarters of the depth
-            (3, 6, 9 for DeiT), or every block if the method's own schedule (such as r) is given.
-        counts: image tokens left after each place, instead of keep_rate.
+    keep_rate: share of the image tokens kept at each place, in (0, 1]; one number, or one per entry
+    of `at`. 1 is the dense model. Default: 0.7.
+    at: blocks (0-based) that reduce. Default: a quarter, half and three quarters of the depth
+    (3, 6, 9 for DeiT), or every block if the method's own schedule (such as r) is given.
+    counts: image tokens left after each place, instead of keep_rate.
     """
 
     name: ClassVar[str]  # for `evit.reduce` and `reducer=`
@@ -69,18 +62,15 @@ class Reducer(nn.Module):
     def __init__(self, keep_rate: KeepRate | None = None, at: Any = None, counts: Any = None):
         super().__init__()
         self.keep_rate: Any = 0.7 if keep_rate is None else keep_rate  # attached: one per place
-        self.given = counts
-        self.own = False  # whether the method's own schedule (such as r) is used
-        self.at: tuple[int, ...] = () if at is None else tuple(at)
-        self.at_default = at is None
+        self.given, self.own = counts, False  # own: the method's own schedule (such as r) is used
+        self.at, self.at_default = () if at is None else tuple(at), at is None
         self.num_prefix, self.num_patches = 1, 0  # set by attach
 
     def attach(self, model: Any) -> Self:
         """Set the places, rates and parameters for a model; ValueError: they do not fit it."""
         self.depth, self.num_patches = len(model.blocks), model.patch_embed.num_patches
         self.num_prefix, self.num_heads = model.num_prefix_tokens, model.blocks[0].attn.num_heads
-        if self.at_default:
-            self.at = self.places()
+        self.at = self.places() if self.at_default else self.at
         if list(self.at) != sorted(set(self.at) & set(range(self.depth))):
             what = f"ascending block numbers from 0 to {self.depth - 1}"
             raise ValueError(f"drop_loc or at must be {what}, got {list(self.at)}")
@@ -91,8 +81,9 @@ class Reducer(nn.Module):
         n, count = self.num_patches, len(self.at)
         if self.given is not None:
             given = list(self.given) if isinstance(self.given, Sequence) else []
-            whole = len(given) == count and all(isinstance(c, int) and c > 0 for c in given)
-            if not whole or [n, *given] != sorted([n, *given], reverse=True):
+            pairs = itertools.pairwise([n, *given])
+            falls = all(isinstance(after, int) and 0 < after <= before for before, after in pairs)
+            if len(given) != count or not falls:
                 what = f"whole numbers from {n} to 1, one for each of {count} places"
                 raise ValueError(f"counts={self.given} must be {what}, none more than the last")
             self.given = given

@@ -6,7 +6,7 @@ weight, overwriting an activation's input) are taken only if nothing hooks or wr
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,9 @@ from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
-from evit.reducers.tokens import Reduction, Seen, plain
+from evit.reducers.tokens import Module, Reduction, Seen, plain
 
-ROTATED = EvaAttention, AttentionRope
-ATTENTIONS = Attention, *ROTATED  # the kinds that are served
+ATTENTIONS = Attention, EvaAttention, AttentionRope  # the kinds that are served
 
 
 def rotated(attn: Any, x_BTC: Tensor, rope_B1ND: Tensor | None) -> list[Tensor]:
@@ -40,7 +39,7 @@ def rotated(attn: Any, x_BTC: Tensor, rope_B1ND: Tensor | None) -> list[Tensor]:
 
 def project(attn: Any, x_BTC: Tensor, first: int, last: int, rope: Any = None) -> list[Tensor]:
     """Compute query (0), key (1), value (2) from first to last - 1, (B, H, T, D) each."""
-    if isinstance(attn, ROTATED):
+    if not isinstance(attn, Attention):
         return rotated(attn, x_BTC, rope)[first:last]
     norms = (attn.q_norm, attn.k_norm, None)[first:last]
     if len(norms) < 3 and plain(attn.qkv, nn.Linear):
@@ -99,15 +98,10 @@ class Step:
     reduction: Reduction | None = None
 
 
-class Reducing(nn.Module):
+class Reducing(Module):
     """The forward pass of a reducing block, which calls the parts of `attn` (qkv, norms, proj).
 
-    `whole` is timm's forward pass; `add` adds the attention's output to x; `after` is the rest.
-    """
-
-    if TYPE_CHECKING:  # those three, and the attributes of timm's block
-
-        def __getattr__(self, name: str) -> Any: ...
+    `whole` is timm's. Subclasses: `add` adds the attention's output to x; `after` is the rest."""
 
     def forward(
         self, x: Tensor, attn_mask: Tensor | None = None, step: Any = None, rope: Any = None
@@ -162,15 +156,16 @@ class Reducing(nn.Module):
         q, k, v = project(self.attn, y, 0, 3, rope)
         return q if count == y.shape[1] else q[:, :, :count], k, v
 
+    def whole(self, x: Tensor, bias: Tensor | None, rope: Tensor | None) -> Tensor:
+        more = {} if rope is None else dict(rope=rope)
+        return self.after(self.add(x, self.attn(self.norm1(x), attn_mask=bias, **more)))
+
     def projected(self, out: Tensor) -> Tensor:
         return self.attn.proj_drop(self.attn.proj(out))
 
 
 class ReducedBlock(Reducing, Block):
     """timm's Block; reduces tokens if forward gets a step."""
-
-    def whole(self, x: Tensor, bias: Tensor | None, rope: Any) -> Tensor:
-        return self.after(self.add(x, self.attn(self.norm1(x), attn_mask=bias)))
 
     def add(self, x: Tensor, out: Tensor) -> Tensor:
         return x + self.drop_path1(self.ls1(out))
@@ -181,9 +176,6 @@ class ReducedBlock(Reducing, Block):
 
 class ReducedEvaBlock(Reducing, EvaBlock):  # type: ignore[misc]
     """timm's EvaBlock with rotary positions; reduces tokens if forward gets a step."""
-
-    def whole(self, x: Tensor, bias: Tensor | None, rope: Any) -> Tensor:
-        return EvaBlock.forward(self, x, rope, bias)
 
     def add(self, x: Tensor, out: Tensor) -> Tensor:
         return x + self.drop_path1(out if self.gamma_1 is None else self.gamma_1 * out)

@@ -17,10 +17,7 @@ from evit.reducers.tokens import Reduction, Seen, led, merge_into, pick, unit, w
 
 
 class Cover(Reducer):
-    """Keep tokens that cover the others; merge every other token into its nearest kept one.
-
-    attention_power, size_power: exponents of a token's class attention and size in its rank.
-    """
+    """attention_power, size_power: exponents of a token's class attention and size in its rank."""
 
     name = "cover"
     stage = "residual"

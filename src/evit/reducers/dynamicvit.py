@@ -7,7 +7,6 @@ removes no token: decisions are sampled, and the attention is masked.
 
 import itertools
 import operator
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,11 +25,8 @@ class Predictor(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.in_conv = nn.Sequential(nn.LayerNorm(dim), nn.Linear(dim, dim), nn.GELU())
-        self.out_conv = nn.Sequential(
-            *(nn.Linear(dim, dim // 2), nn.GELU()),
-            *(nn.Linear(dim // 2, dim // 4), nn.GELU()),
-            *(nn.Linear(dim // 4, 2), nn.LogSoftmax(-1)),
-        )
+        wide = nn.Linear(dim, dim // 2), nn.GELU(), nn.Linear(dim // 2, dim // 4), nn.GELU()
+        self.out_conv = nn.Sequential(*wide, nn.Linear(dim // 4, 2), nn.LogSoftmax(-1))
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -50,17 +46,20 @@ class DynamicViT(Reducer):
 
     name = "dynamicvit"
     stage = "input"
-    masked = True
+    masked = True  # False: a Squeeze without predictors
     published_names = {"score_predictor.": "reducer.predictors."}
 
     def build(self, dim: int) -> None:
-        self.predictors = nn.ModuleList(Predictor(dim) for _ in self.at)
+        if self.masked:
+            self.predictors = nn.ModuleList(Predictor(dim) for _ in self.at)
 
-    def shares(self) -> Iterator[float]:
+    def shares(self) -> Any:
         return itertools.accumulate(self.keep_rate, operator.mul)
 
     def kept(self, n: int) -> list[int]:
-        return list(self.given) if self.given else [int(n * share) for share in self.shares()]
+        if self.masked and not self.given:
+            return [int(n * share) for share in self.shares()]
+        return super().kept(n)
 
     def scores(self, i: int, seen: Seen) -> Tensor:
         """Log-probability of keeping each token, by the predictor of place i, (B, N)."""

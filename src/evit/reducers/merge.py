@@ -31,8 +31,8 @@ class Merge(Reducer):
         index_BK = ranked_BR[:, :num_kept]
         cosine_BN, host_BN = nearest(seen.image(), index_BK)
         if ranked < n:
-            takes_part = torch.zeros_like(host_BN, dtype=torch.bool).scatter(1, ranked_BR, True)
-            host_BN = torch.where(takes_part, host_BN, -1)
+            host_BR = host_BN.gather(1, ranked_BR)
+            host_BN = torch.full_like(host_BN, -1).scatter(1, ranked_BR, host_BR)
         weight_BN = torch.ones_like(cosine_BN)
         return merge_into(seen, index_BK, host_BN, weight_BN, seen.sizes() * cosine_BN)
 
@@ -82,13 +82,6 @@ class Squeeze(DynamicViT):
             raise ValueError(f"score must be class or predictor, got {score!r}")
         self.score, self.masked = score, score == "predictor"
         self.stage = "input" if self.masked else "residual"
-
-    def build(self, dim: int) -> None:
-        if self.masked:
-            super().build(dim)
-
-    def kept(self, n: int) -> list[int]:
-        return super().kept(n) if self.masked else Reducer.kept(self, n)
 
     def plan(self, i: int, seen: Seen, num_kept: int) -> Reduction:
         score_BN = self.scores(i, seen) if self.masked else seen.scores()

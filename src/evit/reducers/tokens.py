@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Module: Any = nn.Module  # base of mixins that use attributes of timm's classes
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
 
 
@@ -152,12 +153,10 @@ def merge_into(
 ) -> Reduction:
     """Reduction that merges groups of image tokens into their weighted means; sizes add up.
 
-    Args:
-        index_BK: the leader of each group.
-        host_BN: the group of each image token, 0 to K - 1, or -1 to drop it.
-        weight_BN: weight of each token in its group, before normalisation; float32.
-        sizes_BN: size that each token adds to its group; None: sizes are not tracked.
-    """
+    index_BK: the leader of each group.
+    host_BN: the group of each image token, 0 to K - 1, or -1 to drop it.
+    weight_BN: weight of each token in its group, before normalisation; float32.
+    sizes_BN: size that each token adds to its group; None: sizes are not tracked."""
     P, groups_K1 = seen.num_prefix, torch.arange(index_BK.shape[1], device=host_BN.device)[:, None]
     member_BKN = (host_BN[:, None] == groups_K1).to(weight_BN.dtype)
     share_BKN = member_BKN * weight_BN[:, None]
@@ -187,28 +186,15 @@ def moved(reduction: Reduction, place_BN: Tensor, num_tokens: int) -> Tensor:
     return torch.where(place_BN >= 0, host_BN, place_BN)
 
 
-def survivors(found: list[Reduction], reducer: Any, ids_BN: Tensor) -> list[Tensor]:
-    """Ids of the patches kept at each place (also if all are kept); -1 is a fused token."""
-    n, kept, left = ids_BN.shape[1], [], iter(found)
-    for k in reducer.kept(n):
-        if k < n:
-            reduction = next(left)
-            ids_BN, n = reduction.ids(ids_BN), reduction.num_left
-        kept.append(ids_BN[:, :k])
-    return kept
-
-
-def put_back(states: list[Any], num_prefix: int) -> Iterator[Tensor]:
-    """Yield dense tokens (B, P + N, C) after each block: each patch has the token it went into, a
-    dropped one its state from before. `states` are the embedded tokens, then for each block its
-    reduction (if any) and its tokens."""
-    map_BNC = states[0][:, num_prefix:]
+def put_back(x_BTC: Tensor, states: list[Any], num_prefix: int) -> Iterator[Tensor]:
+    """Yield dense tokens (B, P + N, C) after each block, given the embedded ones and each block's
+    reduction (or None) and tokens: each patch has the token it went into, or its last state."""
+    map_BNC = x_BTC[:, num_prefix:]
     n = map_BNC.shape[1]
     place_BN = torch.arange(n, device=map_BNC.device).expand(map_BNC.shape[0], -1)
-    for state in states[1:]:
-        if type(state) is Reduction:
-            place_BN, n = moved(state, place_BN, n), state.num_left
-            continue
+    for reduction, state in states:
+        if reduction is not None:
+            place_BN, n = moved(reduction, place_BN, n), reduction.num_left
         tokens = pick(state[:, num_prefix:], place_BN.clamp(0))
         map_BNC = torch.where(place_BN[..., None] >= 0, tokens, map_BNC)
         yield torch.cat([state[:, :num_prefix], map_BNC], 1)
