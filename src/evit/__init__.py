@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 __version__ = "0.2.0"
-__all__ = "DynamicViT EViT LVViT load_checkpoint measure reduce reducers".split()
+__all__ = "DynamicViT EViT LVViT load_checkpoint measure reduce reducers reorganize".split()
 
 
 def __getattr__(name: str) -> Any:

@@ -101,3 +101,12 @@ def test_models_that_cannot_be_served_are_named(name, reason):
         return
     with pytest.raises(ValueError, match=reason):
         evit.reduce(model)
+
+
+def test_reorganize_is_evit():
+    model = evit.reorganize(build("vit_tiny_patch16_224"), 0.6, fusion=False, drop_loc=[1, 2])
+    reducer = evit.reducers.EViT(keep_rate=[0.6, 0.6], at=[1, 2], fusion=False)
+    assert (
+        model.reducer.config()
+        == evit.reduce(build("vit_tiny_patch16_224"), reducer).reducer.config()
+    )

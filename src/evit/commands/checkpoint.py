@@ -15,7 +15,6 @@ from evit import load_checkpoint
 from evit.commands.plan import build
 from evit.config import OUTPUTS, Recipe, folder_name, listed, overridden
 from evit.data.batch import MEAN, STD
-from evit.models.registry import check_images
 from evit.models.weights import fit_state_dict, read_file, read_state_dict
 from evit.reducers import REDUCERS
 from evit.report import rate, results

@@ -122,15 +122,18 @@ def announce(cfg: DictConfig, recipe: Recipe, data: Any, module: Any) -> None:
     model, choices = module.model, HydraConfig.get().runtime.choices
     dense, no_teacher = set(model.keep_rate) == {1}, not module.objective.teacher
     masked = model.reducer.masked  # DynamicViT
+    fixed = dense or masked or model.reducer.own or model.reducer.given or bool(recipe.any_rate)
     without_effect = {
         "keep_rate": dense and cfg.keep_rate != 1,
         "fusion": dense or not hasattr(model.reducer, "fusion"),
+        "recipe.shrink_epochs recipe.shrink_start_epoch recipe.token_multiple": fixed,
         "recipe.ratio_weight": not masked,
         "recipe.distill_weight": no_teacher,
         "recipe.token_label_weight": not data.has_label_maps,
         "data.label_maps": not hasattr(model, "heads"),
         "recipe.mixup_mode recipe.mixup_switch_prob": not recipe.mixup and not recipe.cutmix,
         "recipe.ema_evaluated": recipe.ema_decay is None,
+        "pretrained": cfg.checkpoint,
     }
     given = overridden(HydraConfig.get().overrides.task)
     names = [name for group, idle in without_effect.items() if idle for name in group.split()]

@@ -145,6 +145,7 @@ class Reduced(Module):
         indices: int | list[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
+        stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
         attn_mask: None = None,
@@ -154,10 +155,10 @@ class Reduced(Module):
         if attn_mask is not None:
             raise ValueError("attn_mask is not supported: tokens are removed")
         assert output_fmt in ("NCHW", "NLC"), output_fmt
-        take, _ = feature_take_indices(len(self.blocks), indices)
+        take, last = feature_take_indices(len(self.blocks), indices)
         states: list[Any] = []
         size, x, P = x.shape[-2:], self.embed(x), self.num_prefix_tokens
-        self.encode(x, states=states)
+        self.encode(x, stop=last + 1 if stop_early else None, states=states)
         placed = list(put_back(x, states, P))
         chosen = [self.norm(placed[i]) if norm else placed[i] for i in take]
         found: list[Any] = [tokens[:, P:] for tokens in chosen]

@@ -104,6 +104,11 @@ def reduce(
     return model
 
 
+def reorganize(model: Any, keep_rate: Any = 0.7, fusion: bool = True, drop_loc: Any = None) -> Any:
+    """Turn a timm VisionTransformer into an EViT, in place."""
+    return reduce(model, "evit", keep_rate, at=drop_loc, fusion=fusion)
+
+
 def check_model(model: Any) -> None:
     """Raise a ValueError unless this is a timm VisionTransformer or Eva with plain blocks."""
     kind = type(model).__name__

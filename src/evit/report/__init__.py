@@ -65,8 +65,13 @@ def show_evaluation(result: Row, path: Path) -> None:
         | {"done": f"{row['macs_executed'] / 1e9:.3f}"}
         for row in rows
     ]
-    about = f"{model['name']} on {result['data']['name']}, {model['img_size']} px"
-    print(f"""{about}, {counted(result["images"], "image")}
+    about = f"{model['name']} on {result['data']['name']}, {model['img_size']} px, "
+    about += counted(result["images"], "image")
+    for head in ("reducer", "kept", "others"):  # what all rows that reduce share is said once
+        if len(shared := {row[head] for row in shown} - {""}) < 2:
+            about += "".join(f"; {head}: {value}" for value in shared)
+            shown = [{k: cell for k, cell in row.items() if k != head} for row in shown]
+    print(f"""{about}
 
 {markdown(shown)}
 
