@@ -29,9 +29,7 @@ class Classification:
     any_rate: the largest rate learns from labels, and teaches the one that KeepRateSchedule draws.
     """
 
-    def __init__(
-        self, model: Any, recipe: Recipe, num_classes: int, batch_size: int, teacher: Any = None
-    ):
+    def __init__(self, model, recipe: Recipe, num_classes: int, batch_size: int, teacher=None):
         self.model, self.recipe, self.num_classes = model, recipe, num_classes
         self.mixup = make_mixup(recipe, num_classes, batch_size)
         self.teacher = model if teacher == "self" else teacher
@@ -125,9 +123,7 @@ def dense_teacher(model: Any) -> Any:
     return teacher
 
 
-def make_objective(
-    model, recipe: Recipe, num_classes: int, batch_size: int, label_maps: bool = False, teacher=None
-) -> Classification:
+def make_objective(model, recipe, num_classes, batch_size, label_maps=False, teacher=None) -> Any:
     """Choose the loss: the reducer's own, token labels if there is a head for them, or plain."""
     reducer: Any = getattr(model, "reducer", None)
     learns, taught = reducer is not None and reducer.masked, teacher is not None

@@ -4,7 +4,6 @@ import hashlib
 import math
 import zlib
 from collections.abc import Iterator
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -13,14 +12,12 @@ import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from evit import reducers
 from evit.config import Recipe
 from evit.data.batch import augment_batch
-from evit.reducers import Reducer
 from evit.reducers.dynamicvit import divergence
 
 WAY_OUT = "resume=RUN/checkpoints/last.ckpt with a lower recipe.lr or recipe.clip_grad=1"
@@ -43,7 +40,7 @@ def lr_at(epoch: float, recipe: Recipe) -> float:
     return recipe.min_lr + (recipe.peak_lr - recipe.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def make_optimizer(model: Any, recipe: Recipe, total_steps: int) -> tuple[Any, LambdaLR]:
+def make_optimizer(model: Any, recipe: Recipe, total_steps: int) -> tuple[Any, Any]:
     """Make AdamW and its schedule over total_steps; biases, norms and embeddings do not decay."""
     new = {id(p) for n, p in model.named_parameters() if n.startswith("reducer.")}
     undecayed = model.no_weight_decay()
@@ -63,15 +60,13 @@ def make_optimizer(model: Any, recipe: Recipe, total_steps: int) -> tuple[Any, L
                 rates.append(partial(rate, scale, first_epoch))
     optimizer = torch.optim.AdamW(groups, lr=1.0, fused=groups[0]["params"][0].is_cuda or None)
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # or none is clipped
-    return optimizer, LambdaLR(optimizer, rates)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
 
 
 class Classifier(L.LightningModule):
     """Train a model by a recipe until a loss is not finite; checkpoints hold `knobs` as "evit"."""
 
-    def __init__(
-        self, model: Any, recipe: Recipe, num_classes: int, objective, seed: int = 0, knobs=None
-    ):
+    def __init__(self, model, recipe: Recipe, num_classes: int, objective, seed=0, knobs=None):
         super().__init__()
         self.model, self.recipe, self.seed = model, recipe, seed
         self.objective, self.knobs = objective, knobs
@@ -180,7 +175,7 @@ class Setting(NamedTuple):
     reducer: str | None = None
 
 
-def setting_of(reducer: Reducer | None) -> Setting:
+def setting_of(reducer: reducers.Reducer | None) -> Setting:
     """Describe an attached reducer as a Setting."""
     if reducer is None or set(reducer.keep_rate) <= {1.0}:
         return Setting(() if reducer is None else reducer.keep_rate)
@@ -238,7 +233,7 @@ class Evaluator(L.LightningModule):
         if not len(labels):
             return
         odd = self.full and len(images) != self.full
-        with torch.compiler.set_stance("force_eager") if odd else nullcontext():
+        with torch.compiler.set_stance("force_eager" if odd else "default"):
             each = (logits.float() for logits in self.logits(images, batch_idx))
             dense = next(each)
             for i, (sums, found) in enumerate(zip(self.sums, each, strict=True), 1):
