@@ -160,7 +160,7 @@ MISTAKES = {
     "recipe.lr_schedule=step": "recipe.lr_schedule must be plain, timm, deit, got 'step'",
     "logger.mode=loud": "logger.mode must be",
     "data.backend=dali": "data.backend must be ffcv or imagefolder",
-    "resume=lost.ckpt": "resume=lost.ckpt is neither auto nor a checkpoint",
+    "resume=lost.ckpt": "lost.ckpt' does not exist: give the path of a file",
     "checkpoint_every_n_steps=0": "checkpoint_every_n_steps must be at least 1, got 0",
     "keep_checkpoint_every_n_epochs=0": "keep_checkpoint_every_n_epochs must be at least 1",
 }

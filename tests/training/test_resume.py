@@ -151,7 +151,7 @@ def test_a_run_that_starts_anew_leaves_nothing_to_go_on_with(tmp_path):
 
 
 def test_what_cannot_be_gone_on_with_is_named(tmp_path):
-    with pytest.raises(ValueError, match="resume=lost.ckpt is neither auto nor a checkpoint"):
+    with pytest.raises(ValueError, match="lost.ckpt' does not exist: give the path of a file"):
         callbacks.given("lost.ckpt", tmp_path)
     weights = tmp_path / "weights.pth"
     torch.save(dict(model={}), weights)

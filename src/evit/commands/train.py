@@ -16,16 +16,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from evit.commands.plan import build_module
 from evit.config import Recipe, counted, overridden, plain
-from evit.files import telling
 from evit.measure import count_macs, count_params, speed
 from evit.report import results
 from evit.tracking import JsonlLogger, wandb_logger, wandb_mode
-from evit.training import build_trainer, callbacks, quiet, say
+from evit.training import build_trainer, callbacks, say
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Train; leave result.json in the run's folder. A finished run is shown, not repeated."""
-    quiet()
     folder, started = Path(HydraConfig.get().runtime.output_dir), time.monotonic()
     choices, config = HydraConfig.get().runtime.choices, plain(cfg)
     if not cfg.overwrite:
@@ -42,9 +40,9 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     mode = wandb_mode(config["logger"]["mode"])
 
     beside = make_callbacks(cfg, recipe, folder)
-    options = dict(max_epochs=recipe.epochs, gradient_clip_val=recipe.clip_grad)
+    options = dict(max_epochs=recipe.epochs, gradient_clip_val=recipe.clip_grad, callbacks=beside)
     options |= dict(check_val_every_n_epoch=recipe.eval_every, plugins=[callbacks.WholeFiles()])
-    trainer = build_trainer(cfg.trainer, folder, callbacks=beside, **options)
+    trainer = build_trainer(cfg.trainer, default_root_dir=folder, **options)
     if cfg.trainer.accumulate_grad_batches is None:
         trainer.accumulate_grad_batches = recipe.accumulation(trainer.world_size)
     data = instantiate(cfg.data, recipe=recipe, _convert_="object")
@@ -62,7 +60,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     metrics = JsonlLogger(folder / "metrics.jsonl", steps)
     trainer.loggers = [metrics]
     tracker = mirror(trainer, folder, config, mode)
-    with ExitStack() as stack, telling(lambda: beside[0].waiting):
+    with ExitStack() as stack:
         if tracker:
             stack.push(lambda error, *_: tracker.end(int(error is not None)))
         found = fit(trainer, module, data, last or first)
@@ -83,7 +81,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         result |= dict(processes=trainer.world_size, precision=str(trainer.precision))
         result |= dict(device=results.device_name(trainer.strategy.root_device))
         result |= dict(seconds=round(metrics.earlier + time.monotonic() - started, 1))
-        result |= dict(wandb_id=tracker and tracker.version)
+        result |= dict(wandb_id=tracker and tracker.run_id)
         if trainer.is_global_zero:
             result = results.finish(result, folder)
             if tracker:

@@ -28,7 +28,7 @@ from evit.files import telling
 from evit.measure.speed import keep_compiled
 from evit.report import rate, results, show_evaluation
 from evit.report.pictures import draw_kept
-from evit.training import build_trainer, quiet, say
+from evit.training import build_trainer, say
 from evit.training.module import Evaluator, setting_of
 
 TOLERANCE = 1e-4  # of the logits of an exported file
@@ -36,7 +36,6 @@ TOLERANCE = 1e-4  # of the logits of an exported file
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """Run an evaluation; write evaluation.json into Hydra's run folder."""
-    quiet()
     if {"keep_rate", "keep_rates"} <= checkpoint.given():
         raise ValueError("keep_rate has no effect beside keep_rates: give one of them")
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -45,8 +44,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     model, about, cfg, source = checkpoint.opened(cfg)
     gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    options = dict(max_epochs=1, enable_checkpointing=False)
-    trainer = build_trainer(cfg.trainer, folder, "bf16-true", **options)
+    options = dict(max_epochs=1, enable_checkpointing=False, default_root_dir=folder)
+    trainer = build_trainer(cfg.trainer, "bf16-true", **options)
     batch_size = cfg.batch_size * trainer.world_size * trainer.accumulate_grad_batches
     data = checkpoint.validation(cfg, batch_size, cfg.max_val_images)
     data.trainer = trainer

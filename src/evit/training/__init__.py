@@ -7,7 +7,6 @@ import signal
 import sys
 import warnings
 from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
@@ -24,8 +23,12 @@ TAKEN = (  # arguments of lightning.Trainer; docs/train.md has the knobs that re
 ).split()
 
 
-def build_trainer(options: Any, folder: Path, bf16: str = "bf16-mixed", **more: Any) -> L.Trainer:
+def build_trainer(options: Any, bf16: str = "bf16-mixed", **more: Any) -> L.Trainer:
     """Build Lightning's Trainer; for several devices, run the command under torchrun and exit."""
+    for logger in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
+        logging.getLogger(logger).setLevel(logging.WARNING)  # without advertisements
+    for advice in ("LeafSpec", "exists and is not empty", "logging interval", "srun", "sync_dist"):
+        warnings.filterwarnings("ignore", message=f".*{advice}.*")
     options = OmegaConf.to_container(options, resolve=True)
     for name in options.keys() - set(TAKEN):
         raise ValueError(f"trainer.{name} is not taken here: docs/train.md names the knob")
@@ -36,10 +39,10 @@ def build_trainer(options: Any, folder: Path, bf16: str = "bf16-mixed", **more: 
     options |= processes(options["devices"], options["num_nodes"])
     bar = [RichProgressBar(10)] if sys.stdout.isatty() else []
     more["callbacks"] = [*more.get("callbacks", []), *bar, Signals()]
-    more |= dict(default_root_dir=folder, logger=False, enable_progress_bar=bool(bar))
+    more |= dict(enable_progress_bar=bool(bar), num_sanity_val_steps=0, logger=False)
     more |= dict.fromkeys(("enable_model_summary", "use_distributed_sampler"), False)
     try:
-        trainer = L.Trainer(**options, **more, num_sanity_val_steps=0)
+        trainer = L.Trainer(**options, **more)
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise ValueError(f"trainer: {error}") from error
     launched = torch.distributed.is_torchelastic_launched() or SLURMEnvironment.detect()
@@ -53,8 +56,7 @@ def start_processes(count: int, nodes: int) -> NoReturn:
     if nodes > 1:
         raise ValueError(f"trainer.num_nodes={nodes}: begin the command with torchrun or srun")
     from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.multiprocessing import SignalException, errors
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     logging.disable(logging.ERROR)  # torchrun logs every process that it ends
@@ -63,7 +65,7 @@ def start_processes(count: int, nodes: int) -> NoReturn:
     except SignalException as error:
         print(f"stopped by {error.sigval.name}", file=sys.stderr, flush=True)
         sys.exit(128 + error.sigval)
-    except ChildFailedError as error:
+    except errors.ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:  # the process has printed the reason
             sys.exit(failure.exitcode)
@@ -107,11 +109,3 @@ class Signals(L.Callback):
 
 
 say = rank_zero_only(partial(print, flush=True))  # once for all processes
-
-
-def quiet() -> None:
-    """Silence Lightning's advertisements, and its advice against settings of ours."""
-    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in ("LeafSpec", "exists and is not empty", "logging interval", "srun", "sync_dist"):
-        warnings.filterwarnings("ignore", message=f".*{message}.*")

@@ -18,7 +18,6 @@ from evit.files import whole_file
 from evit.models.weights import read_file
 from evit.reducers import keep_rate_at
 from evit.report.pictures import draw_kept
-from evit.tracking import Tracker
 
 
 class KeepRateSchedule(L.Callback):
@@ -83,7 +82,7 @@ class KeptPatches(L.Callback):
         with whole_file(self.path) as file:
             picture.save(file, "png")
         for logger in trainer.loggers:
-            if isinstance(logger, Tracker):
+            if hasattr(logger, "log_image"):  # W&B's; that of metrics.jsonl does nothing
                 logger.log_image("kept_patches", picture, trainer.global_step)
 
 
@@ -92,7 +91,6 @@ class Progress(L.Callback):
 
     def __init__(self, batch_size: int, bar: bool = False):
         self.batch_size, self.bar, self.epoch, self.numbers = batch_size, bar, -1, ""
-        self.waiting = "" if bar else rank_zero_only(lambda: "in the first step", default="")()
         self.due = time.monotonic() + 8
         self.images_per_s: float | None = None  # until two steps of an epoch were taken
 
@@ -124,10 +122,9 @@ class Progress(L.Callback):
 
     def tell(self, trainer: Any, what: str, names: Any = (), more: str = "") -> None:
         """Print a line with metrics if one is due; reading them waits for the GPU."""
-        self.waiting, now = "", time.monotonic()
-        if not trainer.is_global_zero or (what and (self.bar or now < self.due)):
+        if not trainer.is_global_zero or (what and (self.bar or time.monotonic() < self.due)):
             return
-        self.due = now + 30 if what else self.due
+        self.due = time.monotonic() + 30 if what else self.due
         epoch, values = min(trainer.current_epoch + 1, trainer.max_epochs), trainer.callback_metrics
         numbers = [f"{name} {float(values[name]):.3f}" for name in names if name in values]
         words = [f"epoch {epoch}/{trainer.max_epochs}", what, *numbers, more]
@@ -244,8 +241,6 @@ def given(resume: str, folder: Path) -> tuple[Path | None, int]:
     if resume == "auto":
         return None, 0
     path = Path(resume).expanduser().resolve()
-    if not path.is_file():
-        raise ValueError(f"resume={resume} is neither auto nor a checkpoint")
     if folder.resolve() in path.parents:
         raise ValueError(f"resume={resume} is a checkpoint of this very run: take resume=auto")
     return path, optimizer_steps(path)
@@ -253,7 +248,6 @@ def given(resume: str, folder: Path) -> tuple[Path | None, int]:
 
 @rank_zero_only
 def require_unfinished(path: Path, seen: int, data: Any, epochs: int) -> None:
-    """Raise a ValueError if a checkpoint has already seen all epochs of this run's data."""
     steps = len(data.train_dataloader()) // data.trainer.accumulate_grad_batches * epochs
     if seen >= steps:
         has = f"has seen {seen} steps, and this run has {steps} in {epochs} epochs"

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import MeanMetric, classification
 
 from evit import reducers
 from evit.config import Recipe
@@ -45,10 +44,9 @@ def make_optimizer(model: Any, recipe: Recipe, total_steps: int) -> tuple[Any, A
     new = {id(p) for n, p in model.named_parameters() if n.startswith("reducer.")}
     undecayed = model.no_weight_decay()
     decayed = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=undecayed)
-    steps_per_epoch = total_steps / recipe.epochs
 
     def rate(scale: float, first_epoch: float, step: int) -> float:
-        epoch = step / steps_per_epoch
+        epoch = step / (total_steps / recipe.epochs)
         return 0.0 if epoch < first_epoch else scale * lr_at(epoch, recipe)
 
     groups, rates = list[Any](), list[Any]()
@@ -80,10 +78,9 @@ class Classifier(L.LightningModule):
             if name not in parameters:
                 raise ValueError(f"recipe.frozen: {type(model).__name__} has no {name!r}")
             parameters[name].requires_grad_(False)
-        found: Any = dict(loss=MeanMetric(nan_strategy=math.nan))  # the default leaves NaN out
+        self.metrics: Any = nn.ModuleDict(dict(loss=MeanMetric(nan_strategy=math.nan)))  # keeps NaN
         for name, k in dict(top1=1, top5=min(5, num_classes)).items():
-            found[name] = MulticlassAccuracy(num_classes, top_k=k, average="micro")
-        self.metrics: Any = nn.ModuleDict(found)
+            self.metrics[name] = classification.MulticlassAccuracy(num_classes, k, "micro")
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         # Erasing, mixup and drop path draw from global generators: a resumed run draws the same.
@@ -176,7 +173,6 @@ class Setting(NamedTuple):
 
 
 def setting_of(reducer: reducers.Reducer | None) -> Setting:
-    """Describe an attached reducer as a Setting."""
     if reducer is None or set(reducer.keep_rate) <= {1.0}:
         return Setting(() if reducer is None else reducer.keep_rate)
     fusion, selection = (getattr(reducer, name, None) for name in ("fusion", "selection"))
