@@ -13,7 +13,7 @@ from evit import files
 from evit.models.weights import read_file
 from evit.report import results
 from evit.tracking import JsonlLogger
-from evit.training.checkpoints import WholeFiles
+from evit.training.callbacks import WholeFiles
 
 
 def checkpoint(path: Path, size: int) -> None:

@@ -15,8 +15,8 @@ from evit.data.ffcv.write import write_beton
 from evit.data.label_maps import read_label_map
 from evit.models.weights import read_state_dict
 from evit.report import results
-from evit.training import checkpoints
-from evit.training.checkpoints import WholeFiles
+from evit.training import callbacks
+from evit.training.callbacks import WholeFiles
 from tests.conftest import ROOT
 from tests.data.build import module
 
@@ -59,12 +59,12 @@ def unfinished(path: Path) -> None:
     last.parent.mkdir(parents=True)
     path.rename(last)
     with pytest.warns(UserWarning, match="last.ckpt' cannot be read"):
-        checkpoints.unfinished(path.parent / "run")
+        callbacks.unfinished(path.parent / "run")
 
 
 READ = dict(
     weights=read_state_dict,  # checkpoint= of every program, recipe.teacher=
-    resume=lambda path: checkpoints.given(str(path), path.parent / "run"),
+    resume=lambda path: callbacks.given(str(path), path.parent / "run"),
     last=unfinished,
     label_map=lambda path: read_label_map(path, 10),
 )

@@ -103,7 +103,7 @@ def test_what_is_logged_is_in_wandbs_file(tmp_path):
     tracker.log_summary({"top1": 50.0, "keep_rate": [0.5, 0.7]})
     tracker.end()
     (folder,) = tmp_path.glob("wandb/offline-run-*")
-    content = (folder / f"run-{tracker.version}.wandb").read_bytes()
+    content = (folder / f"run-{tracker.run_id}.wandb").read_bytes()
     assert b"train/loss" in content and b"top1" in content
     assert list(folder.glob("files/media/images/*.jpg"))
 
@@ -160,7 +160,7 @@ def test_a_run_that_goes_on_is_the_same_run_in_wandb_and_another_is_not(tmp_path
     ids = []
     for folder in ("a", "a", "b"):
         tracker = wandb_logger(tmp_path / folder, mode="offline", **RUN)
-        ids.append(tracker.version)
+        ids.append(tracker.run_id)
         tracker.end()
     assert ids[0] == ids[1] != ids[2]
     assert len(list(tmp_path.glob(f"a/wandb/offline-run-*-{ids[0]}/*.wandb"))) in (1, 2)

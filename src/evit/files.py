@@ -7,9 +7,8 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
-T = TypeVar("T")
 REFUSED = "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM ENOTDIR EEXIST EISDIR EIO ESTALE".split()
 
 
@@ -51,10 +50,8 @@ def refused(error: BaseException, folder: Path) -> str | None:
 
 def check_zip(path: Path) -> None:
     """Check the checksums of a zip file, such as torch.save's; torch.load does not."""
-    if zipfile.is_zipfile(path):  # others are left to their reader
-        with zipfile.ZipFile(path) as archive:
-            if changed := archive.testzip():
-                raise ValueError(f"damaged: {changed} is not as it was written")
+    if zipfile.is_zipfile(path) and (changed := zipfile.ZipFile(path).testzip()):
+        raise ValueError(f"damaged: {changed} is not as it was written")
 
 
 @contextmanager
@@ -76,7 +73,7 @@ def telling(text: Callable[[], str], every: float = 30) -> Iterator[None]:
         ended.set()
 
 
-def followed(items: Iterable[T], text: str, total: int) -> Iterator[T]:
+def followed(items: Iterable[Any], text: str, total: int) -> Iterator[Any]:
     """Yield items, and print now and then how many of them are done."""
     items, done = iter(items), 0  # workers are forked before there is a thread
     with telling(lambda: f"{text}: {done} of {total} batches"):

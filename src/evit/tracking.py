@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import wandb
-from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
@@ -22,28 +22,18 @@ STEP = "trainer/global_step"  # as Lightning's own logger names it
 WAITS = dict(init_timeout=30, finish_timeout=30)  # seconds; WANDB_FINISH_TIMEOUT=300 for others
 
 
-class OwnLogger(Logger):
-    name, version = "", ""  # type: ignore[assignment]
-
-    def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """The configuration is kept elsewhere."""
-
-
-class JsonlLogger(OwnLogger):
+class JsonlLogger(DummyLogger):
     """Append each row to a file, at once; a run that resumes after `steps` drops later rows."""
 
-    def __init__(self, path: Path, steps: int | None = None):
+    def __init__(self, path: Path, steps: int = 0):
         self.path, self.start, self.earlier = path, time.monotonic(), 0.0
-        if steps is not None and path.is_file():
-            self.cut(steps)
-
-    @rank_zero_only
-    def cut(self, steps: int) -> None:
-        *lines, _ = self.path.read_text().split("\n")  # the last one is empty, or cut
+        if rank_zero_only.rank or not path.is_file():  # type: ignore[attr-defined]
+            return
+        *lines, _ = path.read_text().split("\n")  # the last one is empty, or cut
         rows = [json.loads(line) for line in lines]
         self.earlier = rows[-1]["seconds"] if rows else 0.0
         kept = [f"{line}\n" for line, row in zip(lines, rows, strict=True) if row["step"] < steps]
-        with whole_file(self.path) as file:
+        with whole_file(path) as file:
             file.write("".join(kept).encode())
 
     @rank_zero_only
@@ -65,11 +55,11 @@ def wandb_mode(mode: str) -> str:
     return "online" if mode == "auto" else mode
 
 
-class Tracker(OwnLogger):
+class Tracker(DummyLogger):
     """Copy a run, begun by `start`, to W&B; if W&B fails, print a line and go on without it."""
 
     def __init__(self, start: Callable[[], wandb.Run], run_id: str):
-        self.version, self.run, self.over = run_id, None, False  # type: ignore[misc, assignment]
+        self.run_id, self.run, self.over = run_id, None, False
         self.attempt(lambda _: setattr(self, "run", start()))
 
     def attempt(self, step: Callable[[Any], Any], last: bool = False) -> None:
@@ -109,7 +99,7 @@ class Tracker(OwnLogger):
 
 
 @rank_zero_only
-def wandb_logger(directory: Path, *, mode: str, config: dict[str, Any], **options: Any) -> Any:
+def wandb_logger(directory: Path, *, mode: str, **options: Any) -> Any:
     """Create the Tracker of a run's folder, with wandb.init's options; None if it is disabled."""
     if mode == "disabled":
         return None
@@ -118,8 +108,8 @@ def wandb_logger(directory: Path, *, mode: str, config: dict[str, Any], **option
     run_id = path.read_text() if path.is_file() else secrets.token_hex(4)
     waits: Any = {k: v for k, v in WAITS.items() if f"WANDB_{k.upper()}" not in os.environ}
     waits |= dict(silent=mode == "offline", finish_timeout_raises=True)  # online: says its address
-    options |= dict(id=run_id, resume="allow", job_type="train", reinit="finish_previous")
-    options |= dict(config=config, dir=str(directory), mode=mode)
+    options |= dict(id=run_id, dir=str(directory), mode=mode, resume="allow")
+    options |= dict(job_type="train", reinit="finish_previous")
 
     def start() -> wandb.Run:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -5,8 +5,7 @@ import torch
 from timm.layers import DropPath
 
 from evit.commands import train as training
-from evit.training.callbacks import EMA, KeepRateSchedule
-from evit.training.checkpoints import BestCheckpoint
+from evit.training.callbacks import EMA, BestCheckpoint, KeepRateSchedule
 from evit.training.module import make_optimizer
 from tests.training.conftest import Killed
 

@@ -10,7 +10,7 @@ import torch
 
 from evit.data.order import EpochLoader, Shard
 from evit.report import results
-from evit.training import checkpoints
+from evit.training import callbacks
 from tests.conftest import FORKS, ROOT, run_script
 from tests.data.build import recipe_of
 from tests.training.conftest import ARGUMENTS, assert_equal, only, rows, training_state
@@ -70,7 +70,7 @@ def test_of_every_second_epoch_the_checkpoint_is_kept(whole):
     folder = only(whole, "checkpoints")
     names = {path.name for path in folder.iterdir()}
     assert names == {"last.ckpt", "previous.ckpt", "best.ckpt", "epoch_002.ckpt"}
-    assert checkpoints.optimizer_steps(folder / "epoch_002.ckpt") == 6
+    assert callbacks.optimizer_steps(folder / "epoch_002.ckpt") == 6
 
 
 def truncated(content: bytes) -> bytes:
@@ -90,16 +90,15 @@ def test_a_damaged_checkpoint_is_left_out_for_the_one_before(damaged, train, tmp
     last = folder / "last.ckpt"
     last.write_bytes(damaged(last.read_bytes()))
     with pytest.warns(UserWarning, match="last.ckpt' cannot be read.*: it is left out"):
-        found = checkpoints.unfinished(folder.parent)
-    assert found == folder / "previous.ckpt"
-    assert checkpoints.optimizer_steps(found) == 3
+        found, steps = callbacks.unfinished(folder.parent)
+    assert found == folder / "previous.ckpt" and steps == 3
     kept = found.rename(folder / "epoch_001.ckpt")
     found.touch()
     with pytest.warns(UserWarning):
-        assert checkpoints.unfinished(folder.parent) == kept
+        assert callbacks.unfinished(folder.parent) == (kept, 3)
     kept.write_bytes(b"")
     with pytest.warns(UserWarning), pytest.raises(ValueError, match="overwrite=true starts anew"):
-        checkpoints.unfinished(folder.parent)
+        callbacks.unfinished(folder.parent)
 
 
 def test_a_run_whose_metrics_cannot_be_read_is_not_tracked(train, tmp_path, monkeypatch):
@@ -112,7 +111,7 @@ def test_a_run_whose_metrics_cannot_be_read_is_not_tracked(train, tmp_path, monk
 
 
 def test_a_checkpoint_is_whole_or_not_there(tmp_path, monkeypatch):
-    files, path = checkpoints.WholeFiles(), tmp_path / "a.ckpt"
+    files, path = callbacks.WholeFiles(), tmp_path / "a.ckpt"
     files.save_checkpoint(dict(x=1), path)
 
     def fail(_, file):
@@ -152,14 +151,14 @@ def test_a_run_that_starts_anew_leaves_nothing_to_go_on_with(tmp_path):
 
 
 def test_what_cannot_be_gone_on_with_is_named(tmp_path):
-    with pytest.raises(ValueError, match="resume=lost.ckpt is neither auto nor a checkpoint"):
-        checkpoints.given("lost.ckpt", tmp_path)
+    with pytest.raises(ValueError, match="lost.ckpt' does not exist: give the path of a file"):
+        callbacks.given("lost.ckpt", tmp_path)
     weights = tmp_path / "weights.pth"
     torch.save(dict(model={}), weights)
     with pytest.raises(ValueError, match="holds weights alone: checkpoint=.*weights.pth"):
-        checkpoints.given(str(weights), tmp_path / "run")
+        callbacks.given(str(weights), tmp_path / "run")
     with pytest.raises(ValueError, match="of this very run: take resume=auto"):
-        checkpoints.given(str(weights), tmp_path)
+        callbacks.given(str(weights), tmp_path)
 
 
 def test_a_program_that_is_killed_goes_on_from_its_first_checkpoint(

@@ -122,7 +122,7 @@ def test_mixed_boxes_are_the_authors_draw_for_draw():
 
 def test_mixup_beside_token_labels_is_refused():
     recipe = Recipe(epochs=10, batch_size=4, lr=1e-3, mixup=0.8)
-    with pytest.raises(ValueError, match="not with mixup and cutmix: take recipe=lvvit"):
+    with pytest.raises(ValueError, match="not mixup and cutmix: take recipe=lvvit"):
         make_objective(tiny(), recipe, 7, 4, label_maps=True)
 
 

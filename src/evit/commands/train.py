@@ -1,5 +1,6 @@
 """Train a model: prepare, fit, evaluate, and write result.json."""
 
+import sys
 import tempfile
 import time
 from contextlib import ExitStack, nullcontext
@@ -15,16 +16,14 @@ from omegaconf import DictConfig, OmegaConf
 
 from evit.commands.plan import build_module
 from evit.config import Recipe, counted, overridden, plain
-from evit.files import telling
 from evit.measure import count_macs, count_params, speed
 from evit.report import results
 from evit.tracking import JsonlLogger, wandb_logger, wandb_mode
-from evit.training import Signals, build_trainer, callbacks, checkpoints, quiet, say
+from evit.training import build_trainer, callbacks, say
 
 
 def run(cfg: DictConfig) -> dict[str, Any]:
     """Train; leave result.json in the run's folder. A finished run is shown, not repeated."""
-    quiet()
     folder, started = Path(HydraConfig.get().runtime.output_dir), time.monotonic()
     choices, config = HydraConfig.get().runtime.choices, plain(cfg)
     if not cfg.overwrite:
@@ -34,14 +33,14 @@ def run(cfg: DictConfig) -> dict[str, Any]:
             return before
     recipe: Any = OmegaConf.to_object(cfg.recipe)
     check(cfg)
-    first = checkpoints.given(cfg.resume, folder)
-    last = None if cfg.overwrite else checkpoints.unfinished(folder)
+    first, seen = callbacks.given(cfg.resume, folder)
+    last, steps = (None, 0) if cfg.overwrite else callbacks.unfinished(folder)
     tempfile.TemporaryFile(dir=folder).close()  # is an OSError now, not after hours
     mode = wandb_mode(config["logger"]["mode"])
     beside = make_callbacks(cfg, recipe, folder)
-    options = dict(max_epochs=recipe.epochs, gradient_clip_val=recipe.clip_grad)
-    options |= dict(check_val_every_n_epoch=recipe.eval_every)
-    trainer = build_trainer(cfg.trainer, folder, beside, **options)
+    options = dict(max_epochs=recipe.epochs, gradient_clip_val=recipe.clip_grad, callbacks=beside)
+    options |= dict(check_val_every_n_epoch=recipe.eval_every, plugins=[callbacks.WholeFiles()])
+    trainer = build_trainer(cfg.trainer, default_root_dir=folder, **options)
     if cfg.trainer.accumulate_grad_batches is None:
         trainer.accumulate_grad_batches = recipe.accumulation(trainer.world_size)
     data = instantiate(cfg.data, recipe=recipe, _convert_="object")
@@ -54,13 +53,12 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         say(f"Going on from {last}: overwrite=true starts anew.")
     else:
         if first:
-            rank_zero_only(checkpoints.require_unfinished)(first, data, recipe.epochs)
+            callbacks.require_unfinished(first, seen, data, recipe.epochs)
         rank_zero_only(results.start)(folder, config)
-    steps = checkpoints.optimizer_steps(last) if last else None
     metrics = JsonlLogger(folder / "metrics.jsonl", steps)
     trainer.loggers = [metrics]
     tracker = mirror(trainer, folder, config, mode)
-    with ExitStack() as stack, telling(lambda: beside[0].waiting):
+    with ExitStack() as stack:
         if tracker:
             stack.push(lambda error, *_: tracker.end(int(error is not None)))
         found = fit(trainer, module, data, last or first)
@@ -79,7 +77,7 @@ def run(cfg: DictConfig) -> dict[str, Any]:
         result |= dict(processes=trainer.world_size, precision=str(trainer.precision))
         result |= dict(device=results.device_name(trainer.strategy.root_device))
         result |= dict(seconds=round(metrics.earlier + time.monotonic() - started, 1))
-        result |= dict(wandb_id=tracker and tracker.version)
+        result |= dict(wandb_id=tracker and tracker.run_id)
         if trainer.is_global_zero:
             results.write_json(result := result | results.provenance(), folder / "result.json")
             if tracker:
@@ -105,10 +103,9 @@ def check(cfg: DictConfig) -> None:
 def make_callbacks(cfg: DictConfig, recipe: Recipe, folder: Path) -> list[Any]:
     """The run's callbacks in the order of their calls; Progress is first."""
     inside, every = folder / "checkpoints", cfg.checkpoint_every_n_steps
-    bar = callbacks.progress_bar()
-    found: list[Any] = [callbacks.Progress(recipe.batch_size, bool(bar)), *bar, Signals()]
-    found += [checkpoints.LastCheckpoint(inside, every, cfg.keep_checkpoint_every_n_epochs)]
-    found += [checkpoints.BestCheckpoint(inside, recipe.full_rate_epoch)]
+    found: list[Any] = [callbacks.Progress(recipe.batch_size, sys.stdout.isatty())]
+    found += [callbacks.LastCheckpoint(inside, every, cfg.keep_checkpoint_every_n_epochs)]
+    found += [callbacks.BestCheckpoint(inside, recipe.full_rate_epoch)]
     if recipe.ema_decay is not None:
         found += [callbacks.EMA(recipe.ema_decay, recipe.ema_evaluated)]
     multiple = recipe.token_multiple or (8 if cfg.compile else 1)

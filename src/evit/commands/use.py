@@ -27,13 +27,12 @@ from evit.files import telling
 from evit.measure.speed import keep_compiled
 from evit.report import rate, results, show_evaluation
 from evit.report.pictures import draw_kept
-from evit.training import Signals, build_trainer, callbacks, quiet, say
+from evit.training import build_trainer, say
 from evit.training.module import Evaluator, setting_of
 
 
 def evaluate(cfg: DictConfig) -> dict[str, Any]:
     """Run an evaluation; write evaluation.json into Hydra's run folder."""
-    quiet()
     if {"keep_rate", "keep_rates"} <= checkpoint.given():
         raise ValueError("keep_rate has no effect beside keep_rates: give one of them")
     folder = Path(HydraConfig.get().runtime.output_dir)
@@ -41,11 +40,9 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
         cfg.reducer = nodes[0]
     model, about, cfg, source = checkpoint.opened(cfg)
     gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    if gpu and cfg.trainer.precision == "auto" and torch.cuda.is_bf16_supported(False):
-        cfg.trainer.precision = "bf16-true"
     config: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    bar, options = callbacks.progress_bar(), dict(max_epochs=1, enable_checkpointing=False)
-    trainer = build_trainer(cfg.trainer, folder, [Signals(), *bar], **options)
+    options = dict(max_epochs=1, enable_checkpointing=False, default_root_dir=folder)
+    trainer = build_trainer(cfg.trainer, "bf16-true", **options)
     batch_size = cfg.batch_size * trainer.world_size * trainer.accumulate_grad_batches
     data = checkpoint.validation(cfg, batch_size, cfg.max_val_images)
     data.trainer = trainer
@@ -68,7 +65,8 @@ def evaluate(cfg: DictConfig) -> dict[str, Any]:
     for step in data.prepare_data, data.setup:  # raises the errors of the data here
         rank_zero_only(step)()
     started = time.perf_counter()
-    with telling(lambda: "" if bar or not trainer.is_global_zero else evaluator.at):
+    silent = trainer.progress_bar_callback or not trainer.is_global_zero
+    with telling(lambda: "" if silent else evaluator.at):
         trainer.validate(evaluator, data, verbose=False)
     each = zip(evaluator.settings, evaluator.results, costs, strict=True)
     facts = dict(name=about["model"], img_size=data.img_size, params=measure.count_params(model))

@@ -7,47 +7,42 @@ import signal
 import sys
 import warnings
 from functools import partial
-from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 
-from evit.training.checkpoints import WholeFiles
-
-REFUSED = {  # our knobs, and the arguments of lightning.Trainer that they replace
-    "recipe.epochs": "max_epochs min_epochs",
-    "recipe.epochs and recipe.max_train_images": "max_steps min_steps max_time fast_dev_run",
-    "recipe.max_train_images": "limit_train_batches overfit_batches",
-    "recipe.max_val_images": "limit_val_batches",
-    "recipe.eval_every": "val_check_interval check_val_every_n_epoch",
-    "recipe.clip_grad": "gradient_clip_val",
-    "logger=wandb, csv, tensorboard or none": "logger",
-    "name=NAME, or checkpoint_every_n_steps": "default_root_dir enable_checkpointing",
-}
+TAKEN = (  # arguments of lightning.Trainer; docs/train.md has the knobs that replace the others
+    "accelerator devices num_nodes strategy precision accumulate_grad_batches log_every_n_steps "
+    "sync_batchnorm benchmark profiler detect_anomaly gradient_clip_algorithm inference_mode"
+).split()
 
 
-def build_trainer(options: Any, folder: Path, callbacks: list[Any], **more: Any) -> L.Trainer:
+def build_trainer(options: Any, bf16: str = "bf16-mixed", **more: Any) -> L.Trainer:
     """Build Lightning's Trainer; for several devices, run the command under torchrun and exit."""
+    for logger in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
+        logging.getLogger(logger).setLevel(logging.WARNING)  # without advertisements
+    for advice in ("LeafSpec", "exists and is not empty", "logging interval", "srun", "sync_dist"):
+        warnings.filterwarnings("ignore", message=f".*{advice}.*")
     options = OmegaConf.to_container(options, resolve=True)
-    for way, names in REFUSED.items():
-        for name in set(names.split()) & options.keys():
-            raise ValueError(f"trainer.{name} is not taken here: set {way}")
+    for name in options.keys() - set(TAKEN):
+        raise ValueError(f"trainer.{name} is not taken here: docs/train.md names the knob")
     if options["precision"] == "auto":
-        bf16 = options["accelerator"] != "cpu" and torch.cuda.is_bf16_supported(False)
-        options["precision"] = "bf16-mixed" if bf16 else "32-true"
+        has = options["accelerator"] != "cpu" and torch.cuda.is_bf16_supported(False)
+        options["precision"] = bf16 if has else "32-true"
     options["accumulate_grad_batches"] = options["accumulate_grad_batches"] or 1
     options |= processes(options["devices"], options["num_nodes"])
-    more |= dict(callbacks=callbacks, plugins=[WholeFiles()], default_root_dir=folder, logger=False)
-    more |= dict(enable_progress_bar=any(isinstance(c, ProgressBar) for c in callbacks))
+    bar = [RichProgressBar(10)] if sys.stdout.isatty() else []
+    more["callbacks"] = [*more.get("callbacks", []), *bar, Signals()]
+    more |= dict(enable_progress_bar=bool(bar), num_sanity_val_steps=0, logger=False)
     more |= dict.fromkeys(("enable_model_summary", "use_distributed_sampler"), False)
     try:
-        trainer = L.Trainer(**options, **more, num_sanity_val_steps=0)
+        trainer = L.Trainer(**options, **more)
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise ValueError(f"trainer: {error}") from error
     launched = torch.distributed.is_torchelastic_launched() or SLURMEnvironment.detect()
@@ -61,8 +56,7 @@ def start_processes(count: int, nodes: int) -> NoReturn:
     if nodes > 1:
         raise ValueError(f"trainer.num_nodes={nodes}: begin the command with torchrun or srun")
     from torch.distributed import run as torchrun
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.multiprocessing import SignalException, errors
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     logging.disable(logging.ERROR)  # torchrun logs every process that it ends
@@ -71,14 +65,13 @@ def start_processes(count: int, nodes: int) -> NoReturn:
     except SignalException as error:
         print(f"stopped by {error.sigval.name}", file=sys.stderr, flush=True)
         sys.exit(128 + error.sigval)
-    except ChildFailedError as error:
+    except errors.ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:  # the process has printed the reason
             sys.exit(failure.exitcode)
         how = signal.Signals(-failure.exitcode).name
-        raise ChildProcessError(
-            f"process {rank} has ended ({how}), and so have the others"
-        ) from None
+        text = f"process {rank} has ended ({how}), and so have the others"
+        raise ChildProcessError(text) from None
     sys.exit()
 
 
@@ -116,11 +109,3 @@ class Signals(L.Callback):
 
 
 say = rank_zero_only(partial(print, flush=True))  # once for all processes
-
-
-def quiet() -> None:
-    """Silence Lightning's advertisements, and its advice against settings of ours."""
-    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in ("LeafSpec", "exists and is not empty", "logging interval", "srun", "sync_dist"):
-        warnings.filterwarnings("ignore", message=f".*{message}.*")

@@ -1,7 +1,6 @@
-"""Lightning's callbacks: keep rate, pictures, progress, moving average of the weights (EMA)."""
+"""Lightning's callbacks: keep rate, pictures, progress, average of the weights, checkpoints."""
 
 import random
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -9,16 +8,16 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import RichProgressBar, WeightAveraging
-from lightning.pytorch.utilities import rank_zero_only
-from torch.optim.swa_utils import get_ema_multi_avg_fn
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from evit.data.batch import denormalize
 from evit.data.folders import in_words
 from evit.files import whole_file
+from evit.models.weights import read_file
 from evit.reducers import keep_rate_at
 from evit.report.pictures import draw_kept
-from evit.tracking import Tracker
 
 
 class KeepRateSchedule(L.Callback):
@@ -83,7 +82,7 @@ class KeptPatches(L.Callback):
         with whole_file(self.path) as file:
             picture.save(file, "png")
         for logger in trainer.loggers:
-            if isinstance(logger, Tracker):
+            if hasattr(logger, "log_image"):  # W&B's; that of metrics.jsonl does nothing
                 logger.log_image("kept_patches", picture, trainer.global_step)
 
 
@@ -92,7 +91,6 @@ class Progress(L.Callback):
 
     def __init__(self, batch_size: int, bar: bool = False):
         self.batch_size, self.bar, self.epoch, self.numbers = batch_size, bar, -1, ""
-        self.waiting = "" if bar else rank_zero_only(lambda: "in the first step", default="")()
         self.due = time.monotonic() + 8
         self.images_per_s: float | None = None  # until two steps of an epoch were taken
 
@@ -124,29 +122,23 @@ class Progress(L.Callback):
 
     def tell(self, trainer: Any, what: str, names: Any = (), more: str = "") -> None:
         """Print a line with metrics if one is due; reading them waits for the GPU."""
-        self.waiting, now = "", time.monotonic()
-        if not trainer.is_global_zero or (what and (self.bar or now < self.due)):
+        if not trainer.is_global_zero or (what and (self.bar or time.monotonic() < self.due)):
             return
-        self.due = now + 30 if what else self.due
+        self.due = time.monotonic() + 30 if what else self.due
         epoch, values = min(trainer.current_epoch + 1, trainer.max_epochs), trainer.callback_metrics
         numbers = [f"{name} {float(values[name]):.3f}" for name in names if name in values]
         words = [f"epoch {epoch}/{trainer.max_epochs}", what, *numbers, more]
         print("  ".join(filter(None, words)), flush=True)
 
 
-def progress_bar() -> list[L.Callback]:
-    return [RichProgressBar(10)] if sys.stdout.isatty() else []
-
-
 class EMA(WeightAveraging):
     """Moving average of the weights: evaluated and saved as "state_dict", or "ema_state_dict"."""
 
     def __init__(self, decay: float, evaluated: bool = True):
-        super().__init__(multi_avg_fn=get_ema_multi_avg_fn(decay))  # of all weights in one call
+        super().__init__(multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(decay))
         self.evaluated = evaluated
         if not evaluated:
-            for name in ("validation_epoch_start", "validation_epoch_end", "train_end"):
-                setattr(self, f"on_{name}", lambda *_: None)
+            self._swap_models = self._copy_average_to_current = lambda *_: None  # type: ignore
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._average_model.to(pl_module.device)  # type: ignore[union-attr]  # it was on the CPU
@@ -162,3 +154,101 @@ class EMA(WeightAveraging):
             trained = checkpoint["state_dict"]
             checkpoint = checkpoint | dict(current_model_state=trained, state_dict=average)
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Give a checkpoint its final name only when all of it is on the disk."""
+
+    def save_checkpoint(self, checkpoint: Any, path: Any, storage_options: Any = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(Path(path)) as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # its zip writer hides the error of the disk
+                raise error.__context__ or error from None
+
+
+class LastCheckpoint(Checkpoint):
+    """Write last.ckpt every epoch and some steps, and epoch_010.ckpt every `keep` epochs."""
+
+    def __init__(self, folder: Path, every_n_steps: int | None, keep: int | None):
+        self.folder, self.every_n_steps, self.keep = folder, every_n_steps, keep
+        self.next, self.last = folder / "next.ckpt", folder / "last.ckpt"
+
+    def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.is_global_zero:  # left by a process that was killed while writing
+            for path in (*self.folder.glob("*.tmp"), *self.folder.glob("next.ckpt")):
+                path.unlink()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        whole_step = (args[-1] + 1) % trainer.accumulate_grad_batches == 0
+        due = self.every_n_steps and whole_step and trainer.global_step % self.every_n_steps == 0
+        if due and not trainer.is_last_batch:  # the end of the epoch saves anyway
+            trainer.save_checkpoint(self.next)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        epochs = trainer.current_epoch + 1
+        if self.keep and epochs % self.keep == 0:
+            trainer.save_checkpoint(self.folder / f"epoch_{epochs:03d}.ckpt")
+        trainer.save_checkpoint(self.next)
+        self.on_train_batch_start(trainer)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.is_global_zero and self.next.is_file():
+            if self.last.exists():
+                self.last.replace(self.folder / "previous.ckpt")
+            self.next.replace(self.last)  # only now does metrics.jsonl have its step, too
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keep the checkpoint of best val/top1 among the epochs at the final keep rate."""
+
+    def __init__(self, folder: Path, first_epoch: int):
+        # Save after the evaluation, so that last.ckpt, written next, records it.
+        more: Any = dict(enable_version_counter=False, save_on_train_epoch_end=False)
+        super().__init__(folder, "best", monitor="val/top1", mode="max", **more)
+        self.first_epoch = first_epoch
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.current_epoch >= self.first_epoch:
+            super().on_validation_end(trainer, pl_module)
+
+
+def optimizer_steps(path: Path) -> int:
+    """Read the number of optimizer steps in a checkpoint; a ValueError if it cannot be read."""
+    checkpoint = read_file(path, "meta")
+    if not isinstance(checkpoint, dict) or "optimizer_states" not in checkpoint:
+        raise ValueError(f"{path} holds weights alone: checkpoint={path} starts from them")
+    return checkpoint["global_step"]
+
+
+def unfinished(folder: Path) -> tuple[Path | None, int]:
+    """Find the last readable checkpoint of an interrupted run, if there is one, and its steps."""
+    names = ("last", "previous", "epoch_*")
+    found = [sorted(folder.glob(f"checkpoints/{name}.ckpt"), reverse=True) for name in names]
+    for path in sum(found, []):
+        try:
+            return path, optimizer_steps(path)
+        except ValueError as error:
+            rank_zero_warn(f"{error}: it is left out")
+    if any(found):
+        raise ValueError(f"no checkpoint in {folder} can be read: overwrite=true starts anew")
+    return None, 0
+
+
+def given(resume: str, folder: Path) -> tuple[Path | None, int]:
+    """Return the checkpoint of resume=PATH and its steps; none for resume=auto."""
+    if resume == "auto":
+        return None, 0
+    path = Path(resume).expanduser().resolve()
+    if folder.resolve() in path.parents:
+        raise ValueError(f"resume={resume} is a checkpoint of this very run: take resume=auto")
+    return path, optimizer_steps(path)
+
+
+@rank_zero_only
+def require_unfinished(path: Path, seen: int, data: Any, epochs: int) -> None:
+    steps = len(data.train_dataloader()) // data.trainer.accumulate_grad_batches * epochs
+    if seen >= steps:
+        has = f"has seen {seen} steps, and this run has {steps} in {epochs} epochs"
+        raise ValueError(f"resume={path} {has}: raise recipe.epochs, or take checkpoint={path}")

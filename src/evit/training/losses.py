@@ -50,9 +50,8 @@ class Classification:
         largest = self.model(images)
         self.model.set_keep_rate(own)
         consistency = divergence(self.model(images), largest.detach()).mean()
-        return dict(
-            loss=self.cross_entropy(largest, targets) + consistency, consistency=consistency
-        )
+        loss = self.cross_entropy(largest, targets) + consistency
+        return dict(loss=loss, consistency=consistency)
 
     @torch.no_grad()
     def taught(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -113,26 +112,21 @@ class TokenLabels(Classification):
 
 
 def dense_teacher(model: Any) -> Any:
-    """Copy a model, frozen and at keep rate 1."""
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
     teacher.set_keep_rate(1.0)
     return teacher
 
 
-def make_objective(
-    model, recipe: Recipe, num_classes: int, batch_size: int, label_maps: bool = False, teacher=None
-) -> Classification:
+def make_objective(model, recipe, num_classes, batch_size, label_maps=False, teacher=None) -> Any:
     """Choose the loss: the reducer's own, token labels if there is a head for them, or plain."""
     reducer: Any = getattr(model, "reducer", None)
     learns, taught = reducer is not None and reducer.masked, teacher is not None
     if recipe.any_rate and (taught or reducer is None or learns or reducer.own or reducer.given):
-        what = "is for a reducer of keep rates without predictors, and has its own teacher"
-        raise ValueError(f"recipe.any_rate {what}")
+        raise ValueError("recipe.any_rate is for a reducer of keep rates, and has its own teacher")
     if label_maps and (recipe.any_rate or (taught and not learns)):
         raise ValueError("recipe.any_rate and recipe.teacher need data.label_maps=null")
     labelled = label_maps and hasattr(model, "heads") and not learns
     if labelled and (recipe.mixup or recipe.cutmix):
-        way = "take recipe=lvvit, recipe.mixup=0 recipe.cutmix=0, or data.label_maps=null"
-        raise ValueError(f"token labels go with MixToken, not with mixup and cutmix: {way}")
+        raise ValueError("token labels need MixToken, not mixup and cutmix: take recipe=lvvit")
     kind = TokenLabels if labelled else Classification
     return kind(model, recipe, num_classes, batch_size, teacher)

@@ -4,7 +4,6 @@ import hashlib
 import math
 import zlib
 from collections.abc import Iterator
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple, cast
 
@@ -13,14 +12,11 @@ import torch
 import torch.nn.functional as F
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import MeanMetric, classification
 
 from evit import reducers
 from evit.config import Recipe
 from evit.data.batch import augment_batch
-from evit.reducers import Reducer
 from evit.reducers.dynamicvit import divergence
 
 WAY_OUT = "resume=RUN/checkpoints/last.ckpt with a lower recipe.lr or recipe.clip_grad=1"
@@ -43,15 +39,14 @@ def lr_at(epoch: float, recipe: Recipe) -> float:
     return recipe.min_lr + (recipe.peak_lr - recipe.min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def make_optimizer(model: Any, recipe: Recipe, total_steps: int) -> tuple[Any, LambdaLR]:
+def make_optimizer(model: Any, recipe: Recipe, total_steps: int) -> tuple[Any, Any]:
     """Make AdamW and its schedule over total_steps; biases, norms and embeddings do not decay."""
     new = {id(p) for n, p in model.named_parameters() if n.startswith("reducer.")}
     undecayed = model.no_weight_decay()
     decayed = param_groups_weight_decay(model, recipe.weight_decay, no_weight_decay_list=undecayed)
-    steps_per_epoch = total_steps / recipe.epochs
 
     def rate(scale: float, first_epoch: float, step: int) -> float:
-        epoch = step / steps_per_epoch
+        epoch = step / (total_steps / recipe.epochs)
         return 0.0 if epoch < first_epoch else scale * lr_at(epoch, recipe)
 
     groups, rates = list[Any](), list[Any]()
@@ -63,15 +58,13 @@ def make_optimizer(model: Any, recipe: Recipe, total_steps: int) -> tuple[Any, L
                 rates.append(partial(rate, scale, first_epoch))
     optimizer = torch.optim.AdamW(groups, lr=1.0, fused=groups[0]["params"][0].is_cuda or None)
     optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # or none is clipped
-    return optimizer, LambdaLR(optimizer, rates)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, rates)
 
 
 class Classifier(L.LightningModule):
     """Train a model by a recipe until a loss is not finite; checkpoints hold `knobs` as "evit"."""
 
-    def __init__(
-        self, model: Any, recipe: Recipe, num_classes: int, objective, seed: int = 0, knobs=None
-    ):
+    def __init__(self, model, recipe: Recipe, num_classes: int, objective, seed=0, knobs=None):
         super().__init__()
         self.model, self.recipe, self.seed = model, recipe, seed
         self.objective, self.knobs = objective, knobs
@@ -85,10 +78,9 @@ class Classifier(L.LightningModule):
             if name not in parameters:
                 raise ValueError(f"recipe.frozen: {type(model).__name__} has no {name!r}")
             parameters[name].requires_grad_(False)
-        found: Any = dict(loss=MeanMetric(nan_strategy=math.nan))  # the default leaves NaN out
+        self.metrics: Any = nn.ModuleDict(dict(loss=MeanMetric(nan_strategy=math.nan)))  # keeps NaN
         for name, k in dict(top1=1, top5=min(5, num_classes)).items():
-            found[name] = MulticlassAccuracy(num_classes, top_k=k, average="micro")
-        self.metrics: Any = nn.ModuleDict(found)
+            self.metrics[name] = classification.MulticlassAccuracy(num_classes, k, "micro")
 
     def training_step(self, batch: tuple[Tensor, ...], batch_idx: int) -> Tensor:
         # Erasing, mixup and drop path draw from global generators: a resumed run draws the same.
@@ -180,8 +172,7 @@ class Setting(NamedTuple):
     reducer: str | None = None
 
 
-def setting_of(reducer: Reducer | None) -> Setting:
-    """Describe an attached reducer as a Setting."""
+def setting_of(reducer: reducers.Reducer | None) -> Setting:
     if reducer is None or set(reducer.keep_rate) <= {1.0}:
         return Setting(() if reducer is None else reducer.keep_rate)
     fusion, selection = (getattr(reducer, name, None) for name in ("fusion", "selection"))
@@ -238,7 +229,7 @@ class Evaluator(L.LightningModule):
         if not len(labels):
             return
         odd = self.full and len(images) != self.full
-        with torch.compiler.set_stance("force_eager") if odd else nullcontext():
+        with torch.compiler.set_stance("force_eager" if odd else "default"):
             each = (logits.float() for logits in self.logits(images, batch_idx))
             dense = next(each)
             for i, (sums, found) in enumerate(zip(self.sums, each, strict=True), 1):
