@@ -1,8 +1,7 @@
-"""Search keep rates that lose least at a given cost: dynamic program over measured losses.
+"""Search keep rates that lose least at a cost; the loss is KL(dense || reduced) of predictions.
 
-The loss of a schedule is KL(dense || reduced) of the predictions, which needs no labels. It is
-measured for each place alone; a dynamic program adds the losses up. The schedules that it proposes
-are measured as a whole and improved by small moves.
+It is measured for each place alone; a dynamic program adds the losses up. The schedules that it
+proposes are measured as a whole, and improved by small moves.
 """
 
 import copy
@@ -22,31 +21,25 @@ from evit.reducers.dynamicvit import divergence
 BINS = 600  # resolution of the saved cost in the dynamic program
 
 
-class Found(NamedTuple):
-    """A schedule: image tokens after each place; its cost, loss and top-1 (percent)."""
-
-    counts: tuple[int, ...]
+class Found(NamedTuple):  # a schedule
+    counts: tuple[int, ...]  # image tokens after each place
     cost: float
     loss: float
-    top1: float
+    top1: float  # percent
 
 
 def gmacs(model: Any) -> float:
-    """Count multiply-accumulates per image as published, in 1e9."""
     return count_macs(model) / 1e9
 
 
 class Search:
     """Schedules of a model in eval mode, whose reducer is replaced, on images (B, 3, H, W).
 
-    `places` are the blocks that may reduce; `cost` is that of the model with its current reducer;
-    `steps` is how many token counts are tried at each place.
+    `places` are the blocks that may reduce, each to `steps` token counts; `cost` is of the model.
     """
 
     @torch.no_grad()
-    def __init__(
-        self, model: Any, images: Tensor, labels: Tensor, places: Any, cost: Any = gmacs, steps=10
-    ):
+    def __init__(self, model: Any, images: Tensor, labels: Tensor, places, cost=gmacs, steps=10):
         self.model, self.labels, self.places, self.cost = model, labels, tuple(places), cost
         self.patches = n = model.patch_embed.num_patches
         self.grid = sorted({math.ceil(n * i / steps) for i in range(1, steps + 1)}, reverse=True)
@@ -107,8 +100,8 @@ class Search:
     def sensitivities(self) -> None:
         """Measure each place alone at every token count, then solve the dynamic program once.
 
-        Assumption: after a place that leaves k tokens, loss and cost are as if it alone had reduced
-        all tokens to k. A place adds the difference to the loss and cost of the counts before it.
+        After a place that leaves k tokens, loss and cost are taken to be as if it alone had reduced
+        all tokens to k: a place adds the difference to the loss and cost of the counts before it.
         """
         L, G = len(self.places), len(self.grid)
         loss, saved = np.full((L, G), np.inf), np.zeros((L, G))
