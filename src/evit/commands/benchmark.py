@@ -1,7 +1,5 @@
 """Time models in alternation with their dense baseline; write benchmark.json and tables."""
 
-import os
-import time
 from itertools import product, starmap
 from pathlib import Path
 from typing import Any
@@ -31,26 +29,22 @@ CHOICES: dict[str, tuple[Any, ...]] = dict(
 )
 
 
-def run(cfg: DictConfig) -> dict[str, Any]:
-    reducers = checkpoint.reducer_nodes(cfg)
+def run(cfg: DictConfig) -> None:
     config: Any = OmegaConf.to_container(cfg)
     config.pop("reducer", None)
     device = complete(config)
-    entries = choose(config | models(config, reducers))
+    entries = choose(config | models(config, checkpoint.reducer_nodes(cfg)))
     for entry in sorted(entries, key=lambda entry: entry.dense):
         facts(entry)  # says what is wrong with a model
     torch.set_num_threads(config["threads"] or torch.get_num_threads())
     torch.manual_seed(config["seed"])
-    started = time.perf_counter()
     result: dict[str, Any] = dict(rows=[], matmul=[], left_out=[], config=config, at="")
     names = ("what", "batch_sizes", "precisions", "compile")
     with telling(lambda: result["at"]):
         for group in starmap(Group, product(*(config[name] for name in names))):
             print(f"{group}: {counted(len(entries), 'model')}", flush=True)
             compare(result, entries, group, device, config)
-    result["seconds"] = round(time.perf_counter() - started, 1)
     write(result, device, [HydraConfig.get().runtime.output_dir, config["target"]])
-    return result
 
 
 def write(result: dict[str, Any], device: torch.device, folders: list[Any]) -> None:
@@ -61,7 +55,7 @@ def write(result: dict[str, Any], device: torch.device, folders: list[Any]) -> N
     for folder in map(Path, filter(None, folders)):
         results.write_json(result, folder / "benchmark.json")
         (folder / "table.md").write_text(text)
-        print(os.path.relpath(folder / "table.md"))
+        print(folder / "table.md")
 
 
 def complete(config: dict[str, Any]) -> torch.device:

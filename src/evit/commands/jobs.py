@@ -19,8 +19,7 @@ from evit.config import CONF_DIR, counted, overridden, plain
 from evit.report import results
 
 SWEEPS, KNOBS = CONF_DIR.parent / "sweeps", CONF_DIR / "sweep.yaml"
-# The programs: their configuration, and the file that a run of them leaves.
-PROGRAMS = {"train": ("config", "result.json"), "evaluate": ("evaluate", "evaluation.json")}
+RESULTS = dict(train="result.json", evaluate="evaluation.json")  # what a run leaves, by program
 FAILED = "failed.json"  # in the folder of a run: why it failed, for the report
 MISTAKES = (*NOT_COMPOSED, ValueError, OSError)
 
@@ -54,15 +53,12 @@ class Job:  # one run of a sweep
 
     @property
     def command(self) -> list[str]:
-        """Continues the run, or begins anew if the run has changed."""
-        anew = self.program == "train" and self.state() == "changed"
-        script = str(CONF_DIR.parent / f"src/{self.program}.py")
-        return [sys.executable, script, *self.overrides, *["overwrite=true"] * anew]
+        anew = ["overwrite=true"] * (self.program == "train" and self.state() == "changed")
+        return [sys.executable, f"{CONF_DIR.parent}/src/{self.program}.py", *self.overrides, *anew]
 
     def state(self) -> str:
         """One of broken, missing, failed, finished, or changed: another configuration or source."""
-        result = self.folder / PROGRAMS[self.program][1]
-        training = self.program == "train"
+        result, training = self.folder / RESULTS[self.program], self.program == "train"
         before = results.read_json(self.folder / "config.json" if training else result)
         missing = "failed" if (self.folder / FAILED).is_file() else "missing"
         if self.error or before is None:
@@ -144,7 +140,7 @@ def expand(line: str, more: list[str]) -> list[list[str]]:
 
 def make_job(program: str, overrides: list[str], source: Path | None = None) -> Job:
     """The job of a run; with an error, and a folder that tells it apart, if it does not compose."""
-    config_name, _ = PROGRAMS[program]
+    config_name = "config" if program == "train" else program
     if "keep_rate=1" in overrides:  # there is nothing to fuse
         overrides = [word for word in overrides if not word.startswith("fusion=")]
     try:

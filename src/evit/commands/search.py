@@ -19,7 +19,7 @@ from evit.report import results
 
 
 @telling(lambda: "searching")
-def run(cfg: DictConfig) -> dict[str, Any]:
+def run(cfg: DictConfig) -> None:
     """Search on one half of the images, report on the other; print the overrides to type next."""
     budgets = {k: cfg[k] for k in ("gmacs", "images_per_s", "accuracy") if cfg[k] is not None}
     if len(budgets) != 1 or cfg.images < 2:
@@ -48,10 +48,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     search.uniform(budget)  # or it cannot be met
     search.sensitivities()
     front = search.front()  # from the cheapest
-    if knob == "accuracy":
-        found = next((f for f in front if f.top1 >= dense.top1 + value), dense)
-    else:
-        found = search.best(budget)
+    accurate = (f for f in front if f.top1 >= dense.top1 + value)
+    found = next(accurate, dense) if knob == "accuracy" else search.best(budget)
     uniforms = [u for f in front if (u := search.uniform(f.cost, or_none=True))]
     uniform = search.uniform(found.cost, or_none=True) or dense
     at, rates = search.keep_rates(found)
@@ -72,7 +70,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     results.write_json(result, folder / "front.json")
     draw(dict(searched=front, uniform=uniforms), found, unit, folder / "front.png")
     print(f"{folder}/front.json, front.png")
-    return result
 
 
 def seconds(model: Any, images: torch.Tensor) -> float:

@@ -31,9 +31,8 @@ def run(arguments: list[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(KNOBS.read_text() + f"\nSweeps: {', '.join(names())}")
         return 0
-    name, *rest = arguments
-    cfg, more = split(rest)
-    sweep = read(name)
+    name, sweep = arguments[0], read(arguments[0])
+    cfg, more = split(arguments[1:])
     jobs = make_jobs(name, sweep, more)
     wanted = range(len(jobs)) if cfg["job"] is None else listed(cfg["job"])
     if not {*wanted} <= {job.number for job in jobs}:
@@ -55,8 +54,7 @@ def run(arguments: list[str]) -> int:
     if cfg["launcher"] == "slurm":
         submit(name, todo, cfg["slurm"])
         return bool(failed)
-    before = len(sound) - len(todo)
-    print(f"{counted(len(jobs), 'run')}, of which {before} have finished before", flush=True)
+    print(f"{counted(len(jobs), 'run')}, of which {len(sound) - len(todo)} have finished before")
     failed += run_all(sound, cfg["slots"])
     show(name, jobs)
     tell_failed(failed)
@@ -162,9 +160,7 @@ def stop(popens: list[subprocess.Popen]) -> None:
 
 
 @dataclass
-class Task:
-    """The work of one SLURM task: the run's command. The tasks are the run's processes."""
-
+class Task:  # the work of one SLURM task, which is one of the run's processes
     command: list[str]
     popen: Any = None
 
@@ -196,30 +192,28 @@ def submit(name: str, jobs: list[Job], options: dict[str, Any]) -> None:
         known = folder and (folder / JOB_ID).is_file()
         return (folder / JOB_ID).read_text().strip() if known else ""
 
-    def send(jobs: list[Job], **more: Any) -> None:
-        executor.update_parameters(slurm_additional_parameters=extra | more)
-        with executor.batch():  # one job array
-            array = [executor.submit(Task(job.command)) for job in jobs]
-        for job, sent in zip(jobs, array, strict=True):
-            job.folder.mkdir(parents=True, exist_ok=True)
-            (job.folder / JOB_ID).write_text(f"{sent.job_id}\n")
-            print(f"job {job.number} submitted as {sent.job_id}: {job.name}")
-
-    queue = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
+    queue = "squeue --me --noheader --array --format=%i".split()
     setup = f'export PYTHONPATH={shlex.quote(str(CONF_DIR.parent / "src"))}:"$PYTHONPATH"'
     given = {key: value for key, value in options.items() if value is not None}
     extra = dict(requeue=True) | given.pop("slurm_additional_parameters", {})
     logs, failed = OUTPUTS / "slurm" / name / "%j", submitit.core.utils.FailedJobError
     try:
-        there = subprocess.run(queue, capture_output=True, text=True, check=True).stdout.split()
+        there = subprocess.check_output(queue, text=True).split()
         todo = [job for job in jobs if job_id(job.folder) not in there]
         folders = {job.folder for job in todo}
         later = [job for job in todo if job.source in folders or job_id(job.source) in there]
         executor = submitit.AutoExecutor(logs, cluster="slurm", slurm_max_num_timeout=1000)
         executor.update_parameters(**dict(name=name, slurm_setup=[setup]) | given)
-        send([job for job in todo if job not in later])
-        for job in later:
-            send([job], dependency=f"afterok:{job_id(job.source)}")
+        first = [job for job in todo if job not in later]
+        for group in filter(None, [first, *([job] for job in later)]):
+            after = {} if group is first else dict(dependency=f"afterok:{job_id(group[0].source)}")
+            executor.update_parameters(slurm_additional_parameters=extra | after)
+            with executor.batch():  # one job array
+                array = [executor.submit(Task(job.command)) for job in group]
+            for job, sent in zip(group, array, strict=True):
+                job.folder.mkdir(parents=True, exist_ok=True)
+                (job.folder / JOB_ID).write_text(f"{sent.job_id}\n")
+                print(f"job {job.number} submitted as {sent.job_id}: {job.name}")
     except (OSError, subprocess.CalledProcessError, failed, NameError, TypeError) as error:
         raise ValueError(f"launcher=slurm: {error}") from error
     print(f"{counted(len(todo), 'run')} submitted, {len(jobs) - len(todo)} in the queue before")

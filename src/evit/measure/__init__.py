@@ -33,16 +33,12 @@ def count_macs(model: Any, img_size: int | tuple | None = None, executed: bool =
         model.train(was_training)
         return counter.get_total_flops() // 2
     if not hasattr(model, "reducer"):
-        name = type(model).__name__
-        raise ValueError(f"no published count for {name}: evit.reduce it, or executed=True")
+        raise ValueError(f"no published count for {type(model).__name__}: give executed=True")
     return _published(model, size)
 
 
 def match_macs(model: Any, gmacs: float) -> float:
-    """Set and return the largest keep rate that costs at most `gmacs` (1e9 per image).
-
-    A ValueError if that is above the dense model's cost, or below the least that is possible.
-    """
+    """Set and return the largest keep rate of at most `gmacs` (1e9 per image), or a ValueError."""
 
     def cost(rate: float) -> Any:
         try:
@@ -55,8 +51,7 @@ def match_macs(model: Any, gmacs: float) -> float:
     first, end = bisect(rates, 0, key=cost), bisect(rates, gmacs, key=cost)
     if end <= first or gmacs > cost(1):
         least = f"{cost(rates[first]):.3f}, the least of {model.reducer.name}"
-        most = f"{cost(1):.3f}, which keep rate 1 costs"
-        raise ValueError(f"gmacs must be from {least}, to {most}, got {gmacs}")
+        raise ValueError(f"gmacs must be from {least}, to {cost(1):.3f}, got {gmacs}")
     model.set_keep_rate(rates[end - 1])
     return rates[end - 1]
 

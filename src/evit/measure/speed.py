@@ -1,7 +1,4 @@
-"""Time and memory of models relative to their dense baselines.
-
-Machines are noisy, so models alternate: each runs once per round, with ratios within a round.
-"""
+"""Time and memory of models, which take turns with their dense baselines: machines are noisy."""
 
 import functools
 import json
@@ -51,10 +48,7 @@ class Group(NamedTuple):  # settings shared by all entries of one comparison
         return f"{self.what}, batch {self.batch_size}, {self.precision}, {MODES[self.compile]}"
 
 
-Bases = dict[Entry, Entry]  # each entry's dense baseline
-
-
-def choose(config: Row) -> Bases:
+def choose(config: Row) -> dict[Entry, Entry]:
     """Choose the models of a configuration, or of the paper, each with its dense baseline."""
     if isinstance(table := config["paper"], str):
         name, rows = paper.MODELS[table], paper.costs(table)
@@ -70,9 +64,9 @@ def choose(config: Row) -> Bases:
     return compared(chosen, at_base_size=bool(table))
 
 
-def compared(chosen: list[Entry], at_base_size: bool) -> Bases:
+def compared(chosen: list[Entry], at_base_size: bool) -> dict[Entry, Entry]:
     """Map entries to their dense baselines: entries too, of 224 px at_base_size as the paper's."""
-    entries: Bases = {}
+    entries = dict[Entry, Entry]()
     for entry in chosen:
         base = dense(entry)
         if at_base_size and entry.model in paper.NAMES:
@@ -86,7 +80,6 @@ def compared(chosen: list[Entry], at_base_size: bool) -> Bases:
 
 
 def dense(entry: Entry) -> Entry:
-    """The dense baseline at the same image size."""
     name = entry.model.removeprefix("evit_").removeprefix("dynamicvit_")
     name += "_224" * (name != entry.model and name.startswith("deit"))
     options = {k: v for k, v in json.loads(entry.options).items() if k != "reducer"}
@@ -217,11 +210,8 @@ def prepare(entry: Entry, group: Group, device: torch.device, min_seconds: float
     return step, calls, group._asdict() | facts(entry) | costs | dict(memory_bytes=memory)
 
 
-def compare(result: Row, entries: Bases, group: Group, device: Any, config: Row, until=inf) -> None:
-    """Time entries in turns with their dense baselines: rows of result, and of its left_out.
-
-    Left out is what PyTorch cannot run, or not before `until` (time.perf_counter()).
-    """
+def compare(result: Row, entries: dict, group: Group, device: Any, config: Row, until=inf) -> None:
+    """Time entries in turns with their baselines: rows of result, or of its left_out."""
     keep_compiled()
     torch.compiler.reset()
     set_precision(group.precision)
