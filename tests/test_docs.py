@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from evit import commands as cli
-from evit.commands import sweep
+from evit.commands import jobs
 from tests.conftest import ROOT
 from tests.test_readme import commands
 
@@ -72,10 +72,10 @@ def test_every_command_on_the_pages_composes(line):
     if words[0] == "make":
         makefile = (ROOT / "Makefile").read_text()
         name = words[1].removeprefix("sweep-")
-        assert name in sweep.names() or re.search(rf"^{name}:", makefile, re.M)
+        assert name in jobs.names() or re.search(rf"^{name}:", makefile, re.M)
         arguments = [a for w in words[2:] if w.startswith("ARGS=") for a in w[5:].split()]
         if words[1].startswith("sweep-"):
-            sweep.split(arguments)
+            jobs.split(arguments)
         return
     assert Path(words[0]).parent == Path(".venv/bin")
     program = Path(words[1]).stem
@@ -89,4 +89,4 @@ def test_every_command_on_the_pages_composes(line):
 def test_the_table_of_small_sweeps_has_their_runs():
     text = (ROOT / "docs/sweeps.md").read_text()
     rows = dict(re.findall(r"^\| `make sweep-(\w+)` \|[^|]*\| (\d+) \|", text, re.M))
-    assert rows == {n: str(len(sweep.make_jobs(n, sweep.read(n), []))) for n in sweep.names()}
+    assert rows == {n: str(len(jobs.make_jobs(n, jobs.read(n), []))) for n in jobs.names()}

@@ -14,7 +14,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from evit.commands import sweep as sweeps
+from evit.commands import jobs as sweeps
 from evit.config import CONF_DIR
 from tests.conftest import QUICK, ROOT, write_photos
 from tests.conftest import command as run

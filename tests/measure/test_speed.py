@@ -32,6 +32,11 @@ def test_a_turn_s_seconds_are_of_one_call(monkeypatch):
     assert speed.warm_up(three_seconds, 10, CPU) == 4
 
 
+def test_on_a_cpu_the_compiler_is_not_imported_to_time_a_step(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", None)  # it would be
+    assert speed.timed(lambda: None, 1, CPU) > 0
+
+
 def test_peak_memory_is_of_what_is_held_at_once():
     """Two tensors of 4 MB at a time, though three are made."""
 

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from evit.commands import jobs
 from evit.commands import sweep as command
-from evit.commands.sweep import Job
+from evit.commands.jobs import Job
 from evit.report import collect
 
 # What a run leaves, but where keep_rate=0.5 is still to be killed.
@@ -35,7 +36,7 @@ open("result.json", "w").write(json.dumps(result))
 @pytest.fixture
 def sweep(tmp_path, monkeypatch, capsys):
     """Run a sweep of lines, with small scripts as its runs: the exit status, and what it says."""
-    monkeypatch.setattr(command, "SWEEPS", tmp_path)
+    monkeypatch.setattr(jobs, "SWEEPS", tmp_path)
     monkeypatch.setattr(Job, "command", property(script))
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.chdir(tmp_path)
@@ -110,7 +111,7 @@ def test_of_real_runs_the_one_out_of_memory_and_the_killed_one_fail_alone(
     python.write_text(f'#!/bin/sh\nulimit -v 16000000\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    monkeypatch.setattr(command, "SWEEPS", tmp_path)
+    monkeypatch.setattr(jobs, "SWEEPS", tmp_path)
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.chdir(tmp_path)
     small = "model=evit_deit_micro img_size=28 recipe.batch_size=4 recipe.warmup_epochs=0 "

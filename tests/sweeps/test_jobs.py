@@ -6,7 +6,7 @@ import json
 import pytest
 
 from evit.commands import sweep as command
-from evit.commands.sweep import Sweep, expand, make_jobs, names, read
+from evit.commands.jobs import Sweep, expand, make_jobs, names, read
 from evit.config import CONF_DIR
 from evit.report import paper, results
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from evit.commands import ended_in_a_line, sweep
-from evit.commands.sweep import Job
+from evit.commands.jobs import Job
 from tests.conftest import ROOT
 
 DONE = "open('result.json', 'w').write('{}')"

@@ -1,9 +1,6 @@
 """Time models in alternation with their dense baseline; write benchmark.json and tables."""
 
-import os
-import time
-from collections.abc import Iterable
-from itertools import product
+from itertools import product, starmap
 from pathlib import Path
 from typing import Any
 
@@ -32,40 +29,33 @@ CHOICES: dict[str, tuple[Any, ...]] = dict(
 )
 
 
-def run(cfg: DictConfig) -> dict[str, Any]:
-    """Run a benchmark; write benchmark.json into Hydra's run folder."""
-    reducers = checkpoint.reducer_nodes(cfg)
+def run(cfg: DictConfig) -> None:
     config: Any = OmegaConf.to_container(cfg)
     config.pop("reducer", None)
     device = complete(config)
-    entries = choose(config | models(config, reducers))
+    entries = choose(config | models(config, checkpoint.reducer_nodes(cfg)))
     for entry in sorted(entries, key=lambda entry: entry.dense):
         facts(entry)  # says what is wrong with a model
     torch.set_num_threads(config["threads"] or torch.get_num_threads())
     torch.manual_seed(config["seed"])
-    started = time.perf_counter()
     result: dict[str, Any] = dict(rows=[], matmul=[], left_out=[], config=config, at="")
     names = ("what", "batch_sizes", "precisions", "compile")
     with telling(lambda: result["at"]):
-        for values in product(*(config[name] for name in names)):
-            group = Group(*values)
+        for group in starmap(Group, product(*(config[name] for name in names))):
             print(f"{group}: {counted(len(entries), 'model')}", flush=True)
             compare(result, entries, group, device, config)
-    result |= dict(seconds=round(time.perf_counter() - started, 1))
-    folders = HydraConfig.get().runtime.output_dir, config["target"]
-    write(result, device, map(Path, filter(None, folders)))
-    return result
+    write(result, device, [HydraConfig.get().runtime.output_dir, config["target"]])
 
 
-def write(result: dict[str, Any], device: torch.device, folders: Iterable[Path]) -> None:
+def write(result: dict[str, Any], device: torch.device, folders: list[Any]) -> None:
     """Print the tables of what was measured; write them into folders."""
     del result["at"]
     result |= dict(device=results.device_name(device)) | results.provenance()
     print(f"\n{(text := benchmark_text(result))}")
-    for folder in folders:
+    for folder in map(Path, filter(None, folders)):
         results.write_json(result, folder / "benchmark.json")
         (folder / "table.md").write_text(text)
-        print(os.path.relpath(folder / "table.md"))
+        print(folder / "table.md")
 
 
 def complete(config: dict[str, Any]) -> torch.device:
@@ -83,14 +73,13 @@ def complete(config: dict[str, Any]) -> torch.device:
     asked = {config["device"], *config["precisions"], *config["compile"]}
     if not gpu and (needs := {"cuda", "tf32", "reduce-overhead"} & asked):
         raise ValueError(f"{', '.join(needs)} needs a GPU, and this runs on the CPU")
-    if isinstance(config["paper"], str) and (both := checkpoint.given() & ROWS):
-        names = ", ".join(sorted(both))
-        raise ValueError(f"paper={config['paper']} chooses its rows itself: leave out {names}")
+    if isinstance(config["paper"], str) and (both := sorted(checkpoint.given() & ROWS)):
+        raise ValueError(f"paper={config['paper']} chooses its rows: leave out {', '.join(both)}")
     return torch.device("cuda" if gpu else "cpu")
 
 
 def models(config: dict[str, Any], reducers: dict[Any, Any]) -> dict[str, Any]:
-    """Arguments of choose(): from a run's checkpoint, or models of conf/model or timm."""
+    """Arguments of choose(): of a run's checkpoint, or of models of conf/model or timm."""
     sizes, nodes = config["img_sizes"], list[Any]()
     if source := config["checkpoint"]:
         run = checkpoint.open_source(source).run

@@ -19,7 +19,7 @@ from evit.report import results
 
 
 @telling(lambda: "searching")
-def run(cfg: DictConfig) -> dict[str, Any]:
+def run(cfg: DictConfig) -> None:
     """Search on one half of the images, report on the other; print the overrides to type next."""
     budgets = {k: cfg[k] for k in ("gmacs", "images_per_s", "accuracy") if cfg[k] is not None}
     if len(budgets) != 1 or cfg.images < 2:
@@ -41,19 +41,15 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     unit, cost = ("s", timing) if knob == "images_per_s" else ("GMACs", gmacs)
     print(f"Searching {reducer.name} on {len(images[::2])} images of {data.name}", flush=True)
     search, held_out = (Search(model, images[i::2], labels[i::2], places, cost) for i in (0, 1))
-    dense = search.dense
-    limits = dict(gmacs=value, images_per_s=dense.cost / (value or 1), accuracy=dense.cost)
-    if not 0 < (budget := limits[knob]) <= dense.cost:
-        most = f"the dense model takes {dense.cost:.4g} {unit}"
-        raise ValueError(f"{knob}={value} is no limit: {most}, give less")
+    dense, most = search.dense, search.dense.cost
+    limits = dict(gmacs=value, images_per_s=most / (value or 1), accuracy=most)
+    if not 0 < (budget := limits[knob]) <= most:
+        raise ValueError(f"{knob}={value} is no limit: the dense model takes {most:.4g} {unit}")
     search.uniform(budget)  # or it cannot be met
     search.sensitivities()
-    print(f"{len(search.known)} schedules measured; now those of several places", flush=True)
     front = search.front()  # from the cheapest
-    if knob == "accuracy":
-        found = next((f for f in front if f.top1 >= dense.top1 + value), dense)
-    else:
-        found = search.best(budget)
+    accurate = (f for f in front if f.top1 >= dense.top1 + value)
+    found = next(accurate, dense) if knob == "accuracy" else search.best(budget)
     uniforms = [u for f in front if (u := search.uniform(f.cost, or_none=True))]
     uniform = search.uniform(found.cost, or_none=True) or dense
     at, rates = search.keep_rates(found)
@@ -74,7 +70,6 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     results.write_json(result, folder / "front.json")
     draw(dict(searched=front, uniform=uniforms), found, unit, folder / "front.png")
     print(f"{folder}/front.json, front.png")
-    return result
 
 
 def seconds(model: Any, images: torch.Tensor) -> float:
@@ -84,7 +79,6 @@ def seconds(model: Any, images: torch.Tensor) -> float:
 
 
 def draw(lines: dict[str, list[Found]], found: Found, unit: str, path: Path) -> None:
-    """Draw divergence against cost, of the searched and the uniform schedules."""
     figure = Figure(figsize=(5, 3.3), layout="constrained")
     axes = figure.add_subplot(xlabel=f"{unit} per image", ylabel="KL(dense || reduced)")
     axes.set_yscale("log")

@@ -14,17 +14,12 @@ def count_params(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def count_macs(
-    model: Any, img_size: int | tuple[int, int] | None = None, executed: bool = False
-) -> int:
+def count_macs(model: Any, img_size: int | tuple | None = None, executed: bool = False) -> int:
     """Count multiply-accumulates per image.
 
-    The default counts the published algorithm as the published tables do (torchprofile 0.0.4:
-    matrix products, convolutions, elementwise products, affine norms; not softmax, GELU, sorting).
-    executed=True counts the products that this code computes, with its shortcuts, by PyTorch.
-
-    Raises:
-        ValueError: the published convention is not defined for this model.
+    The default is as in the published tables (torchprofile 0.0.4: matrix products, convolutions,
+    elementwise products, affine norms; not softmax, GELU, sorting), and a ValueError for a model
+    without a reducer. executed=True: the products of this code, with its shortcuts, by PyTorch.
     """
     size = model.patch_embed.img_size if img_size is None else to_2tuple(img_size)
     if executed:
@@ -38,17 +33,12 @@ def count_macs(
         model.train(was_training)
         return counter.get_total_flops() // 2
     if not hasattr(model, "reducer"):
-        name = type(model).__name__
-        raise ValueError(f"no published count for {name}: evit.reduce it, or executed=True")
+        raise ValueError(f"no published count for {type(model).__name__}: give executed=True")
     return _published(model, size)
 
 
 def match_macs(model: Any, gmacs: float) -> float:
-    """Set and return the largest keep rate that costs at most `gmacs` (1e9 per image).
-
-    Raises:
-        ValueError: the budget is above the dense model's cost or below the smallest possible one.
-    """
+    """Set and return the largest keep rate of at most `gmacs` (1e9 per image), or a ValueError."""
 
     def cost(rate: float) -> Any:
         try:
@@ -61,8 +51,7 @@ def match_macs(model: Any, gmacs: float) -> float:
     first, end = bisect(rates, 0, key=cost), bisect(rates, gmacs, key=cost)
     if end <= first or gmacs > cost(1):
         least = f"{cost(rates[first]):.3f}, the least of {model.reducer.name}"
-        most = f"{cost(1):.3f}, which keep rate 1 costs"
-        raise ValueError(f"gmacs must be from {least}, to {most}, got {gmacs}")
+        raise ValueError(f"gmacs must be from {least}, to {cost(1):.3f}, got {gmacs}")
     model.set_keep_rate(rates[end - 1])
     return rates[end - 1]
 
@@ -84,9 +73,11 @@ def _published(model: Any, size: tuple[int, int]) -> int:
         attn, t = block.attn, prefix + n
         scaled = t * dim if lvvit else heads * t**2  # LV-ViT scales queries, others the attention
         norms = heads * (_affine(attn.q_norm) + _affine(attn.k_norm)) + _affine(attn.norm)
-        macs += t * (_linear(attn) + dim + norms + _scale(block, 1)) + 2 * t**2 * dim + scaled
+        scales = ("gamma_1", "gamma_2") if hasattr(block, "gamma_1") else ("ls1", "ls2")  # Eva's
+        scale_1, scale_2 = (_affine(getattr(block, name, None)) for name in scales)
+        macs += t * (_linear(attn) + dim + norms + scale_1) + 2 * t**2 * dim + scaled
         n = left
-        macs += (prefix + n) * (_linear(block.mlp) + dim + _scale(block, 2))
+        macs += (prefix + n) * (_linear(block.mlp) + dim + scale_2)
     macs += (prefix + n) * _affine(model.norm) + _affine(model.fc_norm)
     classifiers = sum(getattr(model, name, None) is not None for name in ("head", "head_dist"))
     return macs + classifiers * dim * model.num_classes + (model.head_macs(n) if lvvit else 0)
@@ -97,13 +88,7 @@ def _linear(module: nn.Module) -> int:
     return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))
 
 
-def _scale(block: Any, number: int) -> int:
-    """Products per token of a block's LayerScale: a module in timm's Block, a tensor in Eva's."""
-    gamma = getattr(block, f"gamma_{number}", None)
-    return _affine(getattr(block, f"ls{number}", None)) if gamma is None else gamma.numel()
-
-
-def _affine(module: nn.Module | None) -> int:
-    """Products per token of an affine norm or LayerScale: one per channel; otherwise 0."""
-    weight = getattr(module, "weight", getattr(module, "gamma", None))
-    return 0 if weight is None else weight.numel()
+def _affine(part: Any) -> int:
+    """Products per token of an affine norm or LayerScale (in Eva a tensor): its channels, or 0."""
+    weight = getattr(part, "weight", getattr(part, "gamma", part))
+    return weight.numel() if isinstance(weight, torch.Tensor) else 0

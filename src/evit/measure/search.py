@@ -1,9 +1,5 @@
-"""Search keep rates that lose least at a given cost: dynamic program over measured losses.
-
-The loss of a schedule is KL(dense || reduced) of the predictions, which needs no labels. It is
-measured for each place alone; a dynamic program adds the losses up. The schedules that it proposes
-are measured as a whole and improved by small moves.
-"""
+"""Search keep rates that lose least at a cost; the loss is KL(dense || reduced) of predictions.
+A dynamic program adds the losses of each place; what it proposes is measured and improved."""
 
 import copy
 import math
@@ -22,31 +18,22 @@ from evit.reducers.dynamicvit import divergence
 BINS = 600  # resolution of the saved cost in the dynamic program
 
 
-class Found(NamedTuple):
-    """A schedule: image tokens after each place; its cost, loss and top-1 (percent)."""
-
-    counts: tuple[int, ...]
+class Found(NamedTuple):  # a schedule
+    counts: tuple[int, ...]  # image tokens after each place
     cost: float
     loss: float
-    top1: float
+    top1: float  # percent
 
 
 def gmacs(model: Any) -> float:
-    """Count multiply-accumulates per image as published, in 1e9."""
     return count_macs(model) / 1e9
 
 
 class Search:
-    """Schedules of a model in eval mode, whose reducer is replaced, on images (B, 3, H, W).
-
-    `places` are the blocks that may reduce; `cost` is that of the model with its current reducer;
-    `steps` is how many token counts are tried at each place.
-    """
+    """Schedules of a model, whose reducer is replaced; `places` are the blocks that may reduce."""
 
     @torch.no_grad()
-    def __init__(
-        self, model: Any, images: Tensor, labels: Tensor, places: Any, cost: Any = gmacs, steps=10
-    ):
+    def __init__(self, model: Any, images: Tensor, labels: Tensor, places, cost=gmacs, steps=10):
         self.model, self.labels, self.places, self.cost = model, labels, tuple(places), cost
         self.patches = n = model.patch_embed.num_patches
         self.grid = sorted({math.ceil(n * i / steps) for i in range(1, steps + 1)}, reverse=True)
@@ -100,15 +87,13 @@ class Search:
             else:
                 high = rate
         if fitting is None and not or_none:
-            name = self.reducer.name
-            raise ValueError(f"no keep rate of {name} gets down to {budget:.4g}: give more")
+            raise ValueError(f"no keep rate of {self.reducer.name} gets down to {budget:.4g}")
         return fitting
 
     def sensitivities(self) -> None:
         """Measure each place alone at every token count, then solve the dynamic program once.
 
-        Assumption: after a place that leaves k tokens, loss and cost are as if it alone had reduced
-        all tokens to k. A place adds the difference to the loss and cost of the counts before it.
+        A place is taken to add the difference to the loss and cost of the counts before it.
         """
         L, G = len(self.places), len(self.grid)
         loss, saved = np.full((L, G), np.inf), np.zeros((L, G))
@@ -135,18 +120,15 @@ class Search:
         return min(fitting, default=(0.0, ()))[1]
 
     def front(self, count: int = 12) -> list[Found]:
-        """Measured schedules from the cheapest to the dense one."""
         paths = {self.path(int(bins)) for bins in np.linspace(BINS, 0, count)} - {()}
         return sorted(filter(None, map(self.measure, paths)), key=lambda f: f.cost)
 
     def best(self, budget: float, moves: int = 60) -> Found:
         """Find the schedule of least loss within the budget, at least as good as uniform()."""
         best, wanted = self.uniform(budget), (self.dense.cost - budget) / self.unit
-        for bins in range(max(0, math.floor(wanted)), BINS + 1, 6):
-            path = self.path(bins)
-            if path and (found := self.measure(path)) and found.cost <= budget:
-                best = min(best, found, key=lambda f: f.loss)
-                break
+        paths = filter(None, map(self.path, range(max(0, math.floor(wanted)), BINS + 1, 6)))
+        within = (found for found in map(self.measure, paths) if found and found.cost <= budget)
+        best = min(best, next(within, best), key=lambda f: f.loss)
         step, limit, before = max(1, self.patches // 16), len(self.known) + moves, None
         while best != before:
             before = best

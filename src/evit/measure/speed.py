@@ -1,23 +1,16 @@
-"""Time and memory of models relative to their dense baselines.
-
-Machines are noisy and their speed drifts, so the compared models alternate: every model runs once
-per round, and ratios are taken within a round.
-"""
+"""Time and memory of models, which take turns with their dense baselines: machines are noisy."""
 
 import functools
 import json
 import os
-import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import product
 from math import ceil, inf
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from hydra.utils import instantiate
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,12 +24,10 @@ Step = Callable[[], object]
 DTYPES = dict(fp32=torch.float32, tf32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 
 
-class Entry(NamedTuple):
-    """One model at one setting; fusion=None and reducer=None are the model's defaults."""
-
+class Entry(NamedTuple):  # one model at one setting
     model: str
-    keep_rate: float | tuple[float, ...] = 1.0
-    fusion: bool | None = None
+    keep_rate: Any = 1.0  # or a tuple, one for each place
+    fusion: bool | None = None  # None: the model's default, as for reducer
     img_size: int = paper.BASE_SIZE
     dense: bool = False  # timm's own model, or the LV-ViT that keeps every token
     reducer: str | None = None
@@ -47,9 +38,7 @@ class Entry(NamedTuple):
         return " ".join(filter(None, (self.model, self.reducer, rate, f"img_size={self.img_size}")))
 
 
-class Group(NamedTuple):
-    """Settings shared by all entries of one comparison."""
-
+class Group(NamedTuple):  # settings shared by all entries of one comparison
     what: str
     batch_size: int
     precision: str
@@ -59,14 +48,11 @@ class Group(NamedTuple):
         return f"{self.what}, batch {self.batch_size}, {self.precision}, {MODES[self.compile]}"
 
 
-Bases = dict[Entry, Entry]  # each entry's dense baseline
-
-
-def choose(config: Row) -> Bases:
+def choose(config: Row) -> dict[Entry, Entry]:
     """Choose the models of a configuration, or of the paper, each with its dense baseline."""
     if isinstance(table := config["paper"], str):
-        rows = [[row[k] for k in ("keep_rate", "fusion", "img_size")] for row in paper.costs(table)]
-        chosen = [Entry(paper.MODELS[table], *row) for row in rows]
+        name, rows = paper.MODELS[table], paper.costs(table)
+        chosen = [Entry(name, row["keep_rate"], row["fusion"], row["img_size"]) for row in rows]
         return compared([e if e.keep_rate != 1 else dense(e) for e in chosen], at_base_size=True)
     chosen, knobs = [], ("models", "img_sizes", "reducers", "keep_rates", "fusion")
     for (model, options), size, name, rate, fusion in product(*(config[knob] for knob in knobs)):
@@ -78,18 +64,15 @@ def choose(config: Row) -> Bases:
     return compared(chosen, at_base_size=bool(table))
 
 
-def compared(chosen: Iterable[Entry], at_base_size: bool) -> Bases:
-    """Map each entry to its dense baseline: an entry too, of 224 px at_base_size as in the paper.
-
-    After timm's add our model with every token kept: what that gains is not the reduction's.
-    """
-    entries: Bases = {}
+def compared(chosen: list[Entry], at_base_size: bool) -> dict[Entry, Entry]:
+    """Map entries to their dense baselines: entries too, of 224 px at_base_size as the paper's."""
+    entries = dict[Entry, Entry]()
     for entry in chosen:
         base = dense(entry)
         if at_base_size and entry.model in paper.NAMES:
             base = base._replace(img_size=paper.BASE_SIZE)
         entries[base] = base
-        if not entry.dense and base.model not in NAMES:
+        if not entry.dense and base.model not in NAMES:  # what it gains is not the reduction's
             entries[base._replace(model=entry.model, dense=False)] = base
         if entry.dense or entry.keep_rate != 1:
             entries[entry] = base
@@ -97,8 +80,7 @@ def compared(chosen: Iterable[Entry], at_base_size: bool) -> Bases:
 
 
 def dense(entry: Entry) -> Entry:
-    """Name the dense baseline at the same image size."""
-    name = re.sub(r"^(evit|dynamicvit)_", "", entry.model)
+    name = entry.model.removeprefix("evit_").removeprefix("dynamicvit_")
     name += "_224" * (name != entry.model and name.startswith("deit"))
     options = {k: v for k, v in json.loads(entry.options).items() if k != "reducer"}
     return Entry(name, img_size=entry.img_size, dense=True, options=json.dumps(options))
@@ -106,12 +88,11 @@ def dense(entry: Entry) -> Entry:
 
 def build(entry: Entry) -> nn.Module:
     """Build an entry's model with random weights; a ValueError if it refuses the options."""
-    knobs: dict[str, Any] = {} if entry.dense else dict(keep_rate=entry.keep_rate)
-    knobs |= {} if entry.fusion is None else dict(fusion=entry.fusion)
+    knobs: Row = {} if entry.dense else dict(keep_rate=entry.keep_rate, fusion=entry.fusion)
     options = json.loads(entry.options)
     if node := options.get("reducer"):
-        own = {k: v for k, v in knobs.items() if k in node}
-        knobs = dict(reducer=instantiate(node | own, _convert_="all"))
+        node |= {k: v for k, v in knobs.items() if k in node}
+        knobs = dict(reducer=instantiate(node, _convert_="all"))
     make = create_model if entry.dense or entry.model in NAMES else reduced
     try:
         return make(entry.model, img_size=entry.img_size, **options | knobs)
@@ -133,7 +114,8 @@ def facts(entry: Entry) -> Row:
 def keep_compiled() -> None:
     """Let torch.compile keep a graph on disk for each combination of token counts."""
     # The default cache is a folder in /tmp with a predictable name: other users could fill it.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{Path.home()}/.cache/evit-lab/inductor")
+    folder = os.path.expanduser("~/.cache/evit-lab/inductor")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
     limits: Any = torch.compiler.config
     limits.recompile_limit = limits.accumulated_recompile_limit = 4096
 
@@ -146,11 +128,12 @@ def set_precision(precision: str) -> None:
 
 def timed(step: Step, calls: int, device: torch.device) -> float:
     """Run a step `calls` times; return the seconds."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = torch.get_device_module(device).synchronize
     wait()
     started = time.perf_counter()
     for _ in range(calls):
-        torch.compiler.cudagraph_mark_step_begin()
+        if device.type == "cuda":  # on a CPU it would only import the compiler, for seconds
+            torch.compiler.cudagraph_mark_step_begin()
         step()
     wait()
     return time.perf_counter() - started
@@ -173,7 +156,7 @@ def take_turns(steps: list[Step], calls: list[int], repeats: int, device: torch.
 
 
 def peak_memory(step: Step, device: torch.device) -> int:
-    """Measure the peak of the bytes that a step allocates by PyTorch's allocator."""
+    """Measure the most bytes that a step holds in PyTorch's allocator."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -197,7 +180,7 @@ def make_step(model: nn.Module, forward: Any, images: Tensor, dtype: torch.dtype
     def step() -> None:
         optimizer.zero_grad()
         with torch.autocast(images.device.type, dtype, enabled=dtype not in (None, torch.float32)):
-            loss = F.cross_entropy(forward(images), labels)
+            loss = nn.functional.cross_entropy(forward(images), labels)
         loss.backward()
         optimizer.step()
 
@@ -208,9 +191,9 @@ def prepare(entry: Entry, group: Group, device: torch.device, min_seconds: float
     """Build and warm up an entry: its step, its calls per round, and its row of the result."""
     dtype, training = DTYPES[group.precision], group.what == "training"
     own: Any = dict(device=device, dtype=torch.float32 if training else dtype)
-    forward: Any = build(entry).to(**own).train(training).requires_grad_(training)
+    model: Any = build(entry).to(**own).train(training).requires_grad_(training)
     images = torch.randn(group.batch_size, 3, entry.img_size, entry.img_size, **own)
-    model, memory = forward, None
+    forward, memory = model, None
     with FlopCounterMode(display=False) as counter:
         make_step(model, model, images, dtype)()
     if group.compile:
@@ -223,18 +206,12 @@ def prepare(entry: Entry, group: Group, device: torch.device, min_seconds: float
         copies = 3 if training else 1  # AdamW keeps two numbers for each weight
         held = [*[*model.parameters()] * copies, *model.buffers(), images]
         memory = peak_memory(step, device) + sum(t.nbytes for t in held)
-    macs = counter.get_total_flops() // 2 // group.batch_size
-    costs = dict(macs_executed=macs, memory_bytes=memory)
-    return step, calls, group._asdict() | facts(entry) | costs
+    costs = dict(macs_executed=counter.get_total_flops() // 2 // group.batch_size)
+    return step, calls, group._asdict() | facts(entry) | costs | dict(memory_bytes=memory)
 
 
-def compare(
-    result: Row, entries: Bases, group: Group, device: torch.device, config: Row, until: float = inf
-) -> None:
-    """Time the entries in turns with their dense baselines; add a row for each to result.
-
-    "left_out" lists those that PyTorch cannot run, or not before `until` (time.perf_counter()).
-    """
+def compare(result: Row, entries: dict, group: Group, device: Any, config: Row, until=inf) -> None:
+    """Time entries in turns with their baselines: rows of result, or of its left_out."""
     keep_compiled()
     torch.compiler.reset()
     set_precision(group.precision)
@@ -267,7 +244,6 @@ def compare(
         for name, values in numbers.items():
             low, row[name], high = np.percentile(values, [25, 50, 75]).tolist()
             row[f"{name}_quartiles"] = [low, high]
-        rates = set(row["keep_rate"])
-        if config["paper"] and not entry.reducer and group.what == "inference" and len(rates) == 1:
-            row["paper"] = paper.cost(entry.model, rates.pop(), entry.fusion, entry.img_size)
+        if config["paper"] and not entry.reducer and group.what == "inference":
+            row["paper"] = paper.cost(entry.model, entry.keep_rate, entry.fusion, entry.img_size)
     result["rows"] += rows.values()

@@ -19,7 +19,8 @@ from omegaconf import OmegaConf
 
 TAKEN = (  # arguments of lightning.Trainer; docs/train.md has the knobs that replace the others
     "accelerator devices num_nodes strategy precision accumulate_grad_batches log_every_n_steps "
-    "sync_batchnorm benchmark profiler detect_anomaly gradient_clip_algorithm inference_mode"
+    "sync_batchnorm benchmark deterministic profiler detect_anomaly gradient_clip_algorithm "
+    "inference_mode"
 ).split()
 
 
