@@ -1,3 +1,4 @@
 from evit.commands import main
 
-main(__name__)
+if __name__ == "__main__":
+    main()

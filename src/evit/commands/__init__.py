@@ -33,10 +33,8 @@ FILES = dict(evaluate="use", visualize="use", predict="use", export="use", dashb
 NOT_COMPOSED = (HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
-def main(module: str = "__main__") -> None:
-    """Run the command whose script was started, src/NAME.py or evit-NAME, and not imported."""
-    if module != "__main__":
-        return
+def main() -> None:
+    """Run the command whose script was started: src/NAME.py or evit-NAME."""
     name = Path(sys.argv[0]).stem.removeprefix("evit-")
     if name == "sweep":  # it composes the configurations of many runs
         with ended_in_a_line():
