@@ -22,7 +22,7 @@ from torchvision.transforms import v2 as T
 
 from evit.commands.prepare import prepare
 from evit.data.ffcv import BetonError, check_beton
-from evit.data.folders import ClassFolders, cut_long, image_files, to_rgb
+from evit.data.folders import class_samples, cut_long, image_files, to_rgb
 from evit.data.imagefolder import evaluation_transform
 from tests.conftest import write_photos
 from tests.data import build
@@ -290,7 +290,7 @@ def test_linked_folders_are_read_and_files_come_in_torchvision_s_order(photos, t
         shutil.copytree(photos / "val/dog", photos / "val/cat" / inner)
     (photos / "val/cat/b").symlink_to(photos / "val/dog")
     theirs = ImageFolder(photos / "val").samples
-    assert ClassFolders(photos / "val", ["cat", "dog"]).samples == theirs and len(theirs) == 21
+    assert class_samples(photos / "val", ["cat", "dog"]) == theirs and len(theirs) == 21
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -13,9 +13,9 @@ from torchvision.datasets import imagenet as torchvision_imagenet
 from torchvision.datasets.imagenet import ARCHIVE_META, META_FILE, load_meta_file
 
 from evit.data import folders
-from evit.data.folders import SPLITS, ClassFolders
+from evit.data.folders import SPLITS, class_samples
 from evit.data.label_maps import label_map_paths
-from evit.data.module import available_cores, require_ffcv
+from evit.data.module import require_ffcv
 
 KAGGLE = Path("ILSVRC/Data/CLS-LOC")
 SOLUTION = "LOC_val_solution.csv"
@@ -45,7 +45,6 @@ def prepare(
         for split, expected in NUM_IMAGES.items():
             if (count := len(samples[split])) != expected:
                 print(f"warning: {split} has {count} images, ImageNet-1k has {expected}")
-    options |= dict(classes=classes, num_workers=options.get("num_workers") or available_cores())
     for split in "val", "train":  # the small one first, as a trial
         path, more = folder / f"{split}.beton", dict[str, Any](source=f"{root.name}/{split}")
         if label_maps and split == "train":
@@ -54,7 +53,7 @@ def prepare(
         if not own:
             files = [*samples[split], *((name, 0) for name in more.get("label_maps", ()))]
             more["identity"] = folders.fingerprint(files, root)
-        info = write_beton(path, samples[split], **more, **options)
+        info = write_beton(path, samples[split], classes=classes, **more, **options)
         size = f"{info['num_samples']} images in {info['num_classes']} classes, "
         size += f"{info['bytes'] / 1e6:.1f} MB, {info['kept_original']} as they were"
         print(f"{path}: {size}, {len(info['skipped'])} left out")
@@ -106,9 +105,9 @@ def find_images(root: Path) -> tuple[list[str], dict[str, Any]]:
         downloads = ", ".join(ARCHIVES.values())
         way = f"as downloaded ({downloads}), or as Kaggle has it ({KAGGLE}/ and {SOLUTION})"
         raise ValueError(f"{error}. ImageNet may be {way}") from None
-    train = ClassFolders(base / "train", classes).samples
+    train = class_samples(base / "train", classes)
     if not flat:
-        return classes, dict(train=train, val=ClassFolders(base / "val", classes).samples)
+        return classes, dict(train=train, val=class_samples(base / "val", classes))
     wnid_of, labels = _val_wnids(root), {wnid: label for label, wnid in enumerate(classes)}
     if unknown := [image for image in flat if wnid_of.get(Path(image).stem) not in labels]:
         raise ValueError(f"{unknown[0]} is of no class that train/ has")

@@ -12,7 +12,6 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from timm.data import ImageNetInfo
-from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from evit.files import telling
@@ -123,28 +122,19 @@ def held_out(samples: list[tuple[str, int]], share: float) -> set[tuple[str, int
     return chosen
 
 
-class ClassFolders(ImageFolder):
-    """torchvision's ImageFolder of given classes, of which it need not hold all."""
-
-    def __init__(self, root: str | Path, classes: list[str]):
-        self._given = classes
-        super().__init__(str(root), loader=load_image, allow_empty=True)
-
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        return self._given, {name: label for label, name in enumerate(self._given)}
-
-    @telling(lambda: "listing images")
-    def make_dataset(self, directory: Any, class_to_idx: Any, *_: Any, **__: Any) -> Any:  # type: ignore[override]
-        found, others = list[tuple[str, int]](), list[str]()
-        for name in sorted(class_to_idx.keys() & set(class_names(Path(directory)))):
-            folder = os.path.join(directory, name)
+@telling(lambda: "listing images")
+def class_samples(root: str | Path, classes: list[str]) -> list[tuple[str, int]]:
+    """(path, label) of the images in the folders of these classes, of which some may be missing."""
+    found, others = list[tuple[str, int]](), list[str]()
+    for label, name in enumerate(classes):
+        if os.path.isdir(folder := os.path.join(root, name)):
             if not (files := image_files(folder, others)):
                 raise ValueError(f"class folder {folder} holds no images: add some, or remove it")
-            found += [(path, class_to_idx[name]) for path in files]
-        if others:
-            some = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
-            rank_zero_only(print)(f"No images, left out: {len(others)} files ({some})", flush=True)
-        return found
+            found += [(path, label) for path in files]
+    if others:
+        some = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
+        rank_zero_only(print)(f"No images, left out: {len(others)} files ({some})", flush=True)
+    return found
 
 
 @telling(lambda: "looking for changed images")

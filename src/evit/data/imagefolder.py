@@ -1,6 +1,5 @@
 """The imagefolder backend: torchvision and PIL, the published protocol to the pixel."""
 
-import copy
 import random
 from typing import Any
 
@@ -14,7 +13,7 @@ from torchvision.transforms import v2 as T
 
 from evit.config import Recipe
 from evit.data.batch import PILRandAugment
-from evit.data.folders import cut_long
+from evit.data.folders import cut_long, load_image
 from evit.data.label_maps import read_label_map
 from evit.data.order import EpochLoader
 
@@ -49,39 +48,41 @@ def evaluation_transform(img_size: int, crop_pct: float) -> Any:
 
 
 class Pictures(Dataset):
-    """Images with their label maps, by keys (epoch, index) or (epoch, index, view). In training
-    they depend on seed and key alone, not on the worker."""
+    """Images with their label maps, by keys (epoch, index) or (epoch, index, view). Where there is
+    a seed, they depend on it and the key alone, not on the worker."""
 
-    def __init__(self, dataset: Any, indices: Any, seed: Any, label_maps: Any, num_classes: int):
-        self.dataset, self.indices, self.seed = dataset, indices, seed
-        self.label_maps, self.num_classes = label_maps, num_classes
-        self.map_shape = read_label_map(label_maps[0], num_classes).shape[2:] if label_maps else ()
+    def __init__(self, samples: Any, indices: Any, show: Any, seed: Any, maps: Any, classes: int):
+        self.samples, self.indices, self.show, self.seed = samples, indices, show, seed
+        self.maps, self.num_classes = maps, classes
+        self.map_shape = read_label_map(maps[0], classes).shape[2:] if maps else ()
 
     def __getitem__(self, key: tuple[int, ...]) -> tuple[Any, ...]:
         index = self.indices[key[1]]
+        picture, label = self.samples[index]
+        image = load_image(picture) if isinstance(picture, str) else Image.fromarray(picture)
         if self.seed is None:
-            return self.dataset[index]
+            return self.show(image), label
         seed = hash((self.seed, *key))
         torch.manual_seed(seed % 2**63)
         random.seed(seed)  # timm's RandAugment draws from these two
         np.random.seed(seed % 2**32)
-        (image, *said), label = self.dataset[index]
-        if not self.label_maps:
-            return image, label
-        found = read_label_map(self.label_maps[index], self.num_classes, self.map_shape)
-        return image, label, found, *said
+        shown, *said = self.show(image)
+        if not self.maps:
+            return shown, label
+        found = read_label_map(self.maps[index], self.num_classes, self.map_shape)
+        return shown, label, found, *said
 
 
 class FolderLoader(EpochLoader):
-    """Batches as of evit.data.ffcv.stream, of one of torchvision's data sets, bicubic as DeiT's."""
+    """Batches as of evit.data.ffcv.stream, of (path or pixels, label) pairs, bicubic as DeiT's."""
 
-    def __init__(self, dataset: Any, label_maps: Any = None, num_classes: int = 0, **shown: Any):
-        super().__init__(len(dataset), **shown)
-        dataset, seed = copy.copy(dataset), self.shard.seed if self.train else None
-        dataset.transform = evaluation_transform(self.img_size, self.recipe.crop_pct)
+    def __init__(self, samples: Any, label_maps: Any = None, num_classes: int = 0, **shown: Any):
+        super().__init__(len(samples), **shown)
+        show, seed = evaluation_transform(self.img_size, self.recipe.crop_pct), None
         if self.train:
-            dataset.transform = RandomResizedCropFlip(self.img_size, self.recipe, self.fill)
-        pictures = Pictures(dataset, self.indices.tolist(), seed, label_maps, num_classes)
+            show = RandomResizedCropFlip(self.img_size, self.recipe, self.fill)
+            seed = self.shard.seed
+        pictures = Pictures(samples, self.indices.tolist(), show, seed, label_maps, num_classes)
         self.keys: list[list[int]] = []  # of an epoch
         how: Any = dict(sampler=self.keys, pin_memory=torch.cuda.is_available())
         how |= dict(num_workers=self.num_workers, persistent_workers=self.num_workers > 0)

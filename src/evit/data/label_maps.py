@@ -10,12 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TOP = 5
-MAX_ID = 2048  # up to here float16 holds every integer
 WAY_OUT = "make it as TokenLabeling does, LABELS/CLASS/STEM.pt"
 
 
-def label_map_paths(images: list[str], root: Path, label_maps: Path, needed: bool = True) -> Any:
+def label_map_paths(images: list[str], root: Path, label_maps: Path) -> list[str]:
     """Where the label map of each image is: root/CLASS/a.jpg -> label_maps/CLASS/a.pt."""
     found: dict[str, str] = {}
     for image in images:
@@ -24,7 +22,7 @@ def label_map_paths(images: list[str], root: Path, label_maps: Path, needed: boo
         if path in found:
             raise ValueError(f"{found[path]} and {image} would share {path}: rename one of them")
         found[path] = image
-    if missing := [path for path in found if needed and not os.path.isfile(path)]:
+    if missing := [path for path in found if not os.path.isfile(path)]:
         count = f"{len(missing)} of {len(found)} training images"
         raise ValueError(f"{count} have no label map, as {missing[0]}: {WAY_OUT}")
     return list(found)
@@ -34,15 +32,14 @@ def read_label_map(path: str | Path, num_classes: int, shape: Any = None) -> Ten
     """A label map (2, 5, H, W), float16; ValueError where it is damaged or of another shape."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-        wanted = (2, TOP, *(shape or found.shape[2:]))
+        wanted = (2, 5, *(shape or found.shape[2:]))
         if found.dtype != torch.float16 or found.ndim != 4 or found.shape != wanted:
             raise ValueError(f"{found.dtype} {tuple(found.shape)}, not float16 {wanted}")
         logits, ids = found.float()
-        good = logits.isfinite() & (ids >= 0) & (ids < min(num_classes, MAX_ID + 1))
-        if not (good & (ids % 1 == 0)).all():
-            raise ValueError(
-                f"logits not finite, or ids that are not classes, 0 to {num_classes - 1}"
-            )
+        last = min(num_classes - 1, 2048)  # up to here float16 holds every integer
+        good = logits.isfinite() & (ids >= 0) & (ids <= last) & (ids % 1 == 0)
+        if not good.all():
+            raise ValueError(f"logits not finite, or ids that are not classes, 0 to {last}")
     except Exception as error:  # pickle and zip raise nearly anything on a bad file
         reason = f"cannot be read ({type(error).__name__}: {error})".splitlines()[0]
         raise ValueError(f"label map {path} {reason}: delete it, and {WAY_OUT}") from None
@@ -51,22 +48,15 @@ def read_label_map(path: str | Path, num_classes: int, shape: Any = None) -> Ten
 
 @torch.no_grad()
 def token_targets(
-    maps: Tensor,
-    crops: Tensor,
-    num_classes: int,
-    grid_size: Any,
-    label_smoothing: float = 0.0,
-    warps: Tensor | None = None,
+    maps: Tensor, crops: Tensor, num_classes: int, grid: Any, label_smoothing=0.0, warps: Any = None
 ) -> tuple[Tensor, Tensor]:
     """Soft labels of cropped images (B, K) and, row by row, of each of their patches (B, N, K).
 
     The logits of a map, zero outside the five best classes, are averaged over each patch of the
     crop (at the points of RoIAlign, as TokenLabeling does) and then turned into probabilities. The
     published code swaps the crop's axes and scales both by the map's width; here both are right.
-    maps, crops and warps are those of FFCVStream. What lies outside a crop has logits of 0.
-    """
+    maps, crops and warps are those of FFCVStream. What lies outside a crop has logits of 0."""
     B, _, _, H, W = maps.shape
-    grid = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
     logits_BKHW = torch.zeros(B, num_classes, H, W, device=maps.device)
     logits_BKHW.scatter_(1, maps[:, 1].long(), maps[:, 0].float())
     crops = crops.to(maps.device).float()

@@ -101,7 +101,7 @@ def write_beton(
     max_resolution: int | None = 500,
     jpeg_quality: int = 95,
     mode: str = "jpg",
-    num_workers: int = 1,
+    num_workers: int | None = None,  # all cores
     skip_bad: bool = False,
     label_maps: list[str] | None = None,
     identity: str | None = None,
@@ -120,7 +120,8 @@ def write_beton(
     head: dict[str, Any] = dict(format=beton.SIDECAR_FORMAT, source=source, classes=list(classes))
     head |= dict(num_classes=len(classes), identity=identity, **options)
     dataset = _Encoded(samples, options, len(classes), label_maps)
-    how: Any = dict(batch_size=32, sampler=range(count), num_workers=num_workers, collate_fn=list)
+    workers = num_workers or len(os.sched_getaffinity(0))
+    how: Any = dict(batch_size=32, sampler=range(count), num_workers=workers, collate_fn=list)
     how |= dict(multiprocessing_context="fork", worker_init_fn=_end_with_parent)
     loader: Any = DataLoader(dataset, **how, generator=torch.Generator())  # not the global one
     path.parent.mkdir(parents=True, exist_ok=True)
