@@ -77,17 +77,17 @@ def test_a_map_is_read_as_it_was_written(tmp_path):
 
 
 def test_a_map_lies_at_its_image_s_place_and_loses_the_last_suffix_only(tmp_path):
-    images = ["/i/train/cat/a.b.jpg", "/i/train/dog/more/a.JPEG"]
+    samples = [("/i/train/cat/a.b.jpg", 0), ("/i/train/dog/more/a.JPEG", 1)]
     expected = [tmp_path / "cat/a.b.pt", tmp_path / "dog/more/a.pt"]
     for path in expected:
         path.parent.mkdir(parents=True)
         path.touch()
-    assert label_map_paths(images, Path("/i/train"), tmp_path) == list(map(str, expected))
+    assert label_map_paths(samples, Path("/i/train"), tmp_path) == list(map(str, expected))
 
 
 def test_two_images_that_would_share_a_map_are_refused():
     with pytest.raises(ValueError, match="a.jpg and /i/cat/a.png would share"):
-        label_map_paths(["/i/cat/a.jpg", "/i/cat/a.png"], Path("/i"), Path("/m"))
+        label_map_paths([("/i/cat/a.jpg", 0), ("/i/cat/a.png", 0)], Path("/i"), Path("/m"))
 
 
 IDENTITY = np.eye(2, 3)

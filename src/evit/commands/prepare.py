@@ -48,8 +48,8 @@ def prepare(
     for split in "val", "train":  # the small one first, as a trial
         path, more = folder / f"{split}.beton", dict[str, Any](source=f"{root.name}/{split}")
         if label_maps and split == "train":
-            images, labels = [image for image, _ in samples[split]], Path(label_maps).expanduser()
-            more["label_maps"] = label_map_paths(images, tree_of(root) / split, labels.resolve())
+            labels, tree = Path(label_maps).expanduser().resolve(), tree_of(root) / split
+            more["label_maps"] = label_map_paths(samples[split], tree, labels)
         if not own:
             files = [*samples[split], *((name, 0) for name in more.get("label_maps", ()))]
             more["identity"] = folders.fingerprint(files, root)

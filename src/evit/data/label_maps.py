@@ -13,10 +13,10 @@ from torch import Tensor
 WAY_OUT = "make it as TokenLabeling does, LABELS/CLASS/STEM.pt"
 
 
-def label_map_paths(images: list[str], root: Path, label_maps: Path) -> list[str]:
-    """Where the label map of each image is: root/CLASS/a.jpg -> label_maps/CLASS/a.pt."""
+def label_map_paths(samples: Any, root: Path, label_maps: Path) -> list[str]:
+    """Where the label map of each (image, label) is: root/CLASS/a.jpg -> label_maps/CLASS/a.pt."""
     found: dict[str, str] = {}
-    for image in images:
+    for image, _ in samples:
         stem, _ = os.path.splitext(os.path.relpath(image, root))
         path = os.path.join(label_maps, f"{stem}.pt")
         if path in found:
@@ -59,8 +59,7 @@ def token_targets(
     B, _, _, H, W = maps.shape
     logits_BKHW = torch.zeros(B, num_classes, H, W, device=maps.device)
     logits_BKHW.scatter_(1, maps[:, 1].long(), maps[:, 0].float())
-    crops = crops.to(maps.device).float()
-    warps = (torch.eye(2, 3).expand(B, 2, 3) if warps is None else warps).to(maps.device).float()
+    warps = torch.eye(2, 3, device=maps.device).expand(B, 2, 3) if warps is None else warps
     x, y = warps.unbind(1)
     mirrored = torch.tensor([0.0, 0.0, 1.0], device=maps.device) - x
     warps = torch.stack([torch.where(crops[:, 4:] > 0, mirrored, x), y], 1)
@@ -74,9 +73,7 @@ def token_targets(
     return labels((1, 1))[:, 0], labels(grid)
 
 
-def patch_logits(
-    logits_BKHW: Tensor, boxes: Tensor, warps: Tensor, grid: tuple[int, int]
-) -> Tensor:
+def patch_logits(logits_BKHW: Tensor, boxes: Tensor, warps: Tensor, grid: Any) -> Tensor:
     """Mean the logits over each patch of the crops `boxes` (B, 4): (B, K, rows, columns). On each
     side there are as many equally spaced points as the cells that a patch covers."""
     B, K, H, W = logits_BKHW.shape

@@ -88,8 +88,7 @@ class Images(L.LightningDataModule):
     def map_paths(self, split: str) -> list[str] | None:
         if not self.label_maps or split != "train":
             return None
-        images = [path for path, _ in self.samples("train")]
-        return label_map_paths(images, self.root / "train", self.label_maps)
+        return label_map_paths(self.samples(split), self.root / split, self.label_maps)
 
     def identity(self) -> dict[str, Any]:
         return {}  # values that change whenever the content of the source changes
@@ -107,7 +106,7 @@ class Images(L.LightningDataModule):
             if self.backend == "imagefolder":
                 self.samples(split)
             elif (path := self.beton_dir / f"{split}.beton").exists():
-                require_ffcv().check_beton(path)
+                require_ffcv().open_beton(path)
             else:
                 from evit.data.ffcv.write import write_beton
 
@@ -185,10 +184,20 @@ class Folder(Images):
         self.root, self.val_fraction = Path(root).expanduser().resolve(), val_fraction
         self.name = printable(self.root.name)
         self._listed: dict[str, list[tuple[str, int]]] = {}
-        files = {split: self.root / f"{split}.beton" for split in self.splits}
-        prepared = self.backend == "ffcv" and all(path.is_file() for path in files.values())
+        files = [self.root / f"{split}.beton" for split in self.splits]
+        prepared = self.backend == "ffcv" and all(path.is_file() for path in files)
         if prepared:
-            self._take_prepared(files)
+            found = [require_ffcv().open_beton(path)[0] for path in files]
+            self.counts = {
+                s: info["num_samples"] for s, info in zip(self.splits, found, strict=True)
+            }
+            self.beton_dir, self.classes = self.root, found[0]["classes"]
+            self.has_label_maps = "label_map_shape" in found[0]
+            if found[-1]["classes"] != self.classes:
+                raise ValueError(f"{self.root}: train.beton and val.beton have different classes")
+            if self.label_maps and not self.has_label_maps:
+                way = f"write it again with src/prepare.py label_maps={self.label_maps}"
+                raise ValueError(f"{self.root}/train.beton has no label maps: {way}")
         else:
             needed = ["train"] if val_fraction else self.splits
             self.classes = folders.tree_classes(self.root, needed)
@@ -199,19 +208,6 @@ class Folder(Images):
             folders.require_imagenet(self.classes, self.root)
         elif num_classes not in (None, self.num_classes):
             raise ValueError(f"{self.root} has {self.num_classes} classes, not {num_classes}")
-
-    def _take_prepared(self, files: dict[str, Path]) -> None:
-        """Take ROOT/train.beton and ROOT/val.beton instead of images."""
-        found = {split: require_ffcv().check_beton(path) for split, path in files.items()}
-        self.counts = {split: sidecar["num_samples"] for split, sidecar in found.items()}
-        first, last = found[self.splits[0]], found[self.splits[-1]]
-        if first["classes"] != last["classes"]:
-            raise ValueError(f"{self.root}: train.beton and val.beton have different classes")
-        self.beton_dir, self.classes = self.root, first["classes"]
-        self.has_label_maps = "label_map_shape" in first
-        if self.label_maps and not self.has_label_maps:
-            way = f"write it again with src/prepare.py label_maps={self.label_maps}"
-            raise ValueError(f"{self.root}/train.beton has no label maps: {way}")
 
     def samples(self, split: str) -> list[tuple[str, int]]:
         if split not in self._listed:

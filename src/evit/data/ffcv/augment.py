@@ -48,12 +48,11 @@ def _tables(pixels, operation, argument):
     tables = np.empty((3, 256), np.uint8)
     tables[:] = np.arange(256)
     if operation == ra.AUTO_CONTRAST or operation == ra.EQUALIZE:
-        counts = np.zeros((3, 256), np.int64)
-        for i in range(len(pixels)):
-            for c in range(3):
-                counts[c, pixels[i, c]] += 1
         for c in range(3):
-            _stretch(counts[c], operation == ra.EQUALIZE, tables[c])
+            counts = np.zeros(256, np.int64)
+            for value in pixels[:, c]:
+                counts[value] += 1
+            _stretch(counts, operation == ra.EQUALIZE, tables[c])
         return tables
     number = int(argument)
     for i in range(256):

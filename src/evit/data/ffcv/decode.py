@@ -172,8 +172,7 @@ def decode_jpeg(data: bytes, height: int, width: int) -> np.ndarray | None:
 @jit
 def random_crops(heights, widths, seeds, scale, ratio, flip):
     """Draw boxes (B, 4), top, left, height, width, and flips (B,), each from its own seed."""
-    boxes = np.empty((len(seeds), 4), np.int64)
-    flips = np.empty(len(seeds), np.bool_)
+    boxes, flips = np.empty((len(seeds), 4), np.int64), np.empty(len(seeds), np.bool_)
     for k in range(len(seeds)):
         np.random.seed(seeds[k])
         boxes[k] = _get_random_crop(heights[k], widths[k], scale, ratio)
@@ -185,8 +184,7 @@ def center_crops(heights: Any, widths: Any, img_size: int, crop_pct: float) -> n
     """Boxes (B, 4), top, left, height, width, that torchvision's Resize(int(img_size / crop_pct))
     and CenterCrop(img_size) leave of each image, to the nearest pixel."""
     sizes = np.stack([heights, widths]).astype(np.int64)
-    short = sizes.min(0)
-    resized_short = int(img_size / crop_pct)
+    short, resized_short = sizes.min(0), int(img_size / crop_pct)
     resized = resized_short * sizes // short
     side = np.clip(np.rint(img_size * short / resized_short), 1, short)
     offset = np.rint(np.rint((resized - img_size) / 2) * sizes / resized)

@@ -16,12 +16,10 @@ from evit.data.order import EpochLoader
 
 
 class FFCVStream(EpochLoader):
-    """An iterable of (images uint8 (B, 3, H, W), labels int64 (B,)).
-
-    If the file has label maps, a training batch has two more entries: maps float16 (B, 2, 5, h, w),
-    and crops float32 (B, 5): x0, y0, x1, y1 as shares of the source image's width and height, and 1
-    where the crop was mirrored. With RandAugment it has a third, affine maps (B, 2, 3) from the
-    unit square that is shown to that of the crop. The number of threads does not matter."""
+    """Batches (images uint8 (B, 3, H, W), labels int64 (B,)), for any number of threads the same.
+    With label maps, training batches also have these, float16 (B, 2, 5, h, w), and crops, float32
+    (B, 5): x0, y0, x1, y1 as shares of the image's sides, and 1 where the crop was mirrored; with
+    RandAugment affine maps (B, 2, 3), from the unit square that is shown to that of the crop."""
 
     def __init__(self, path: str | Path, batches_ahead: int = 2, **shown: Any) -> None:
         self.path, self.batches_ahead = Path(path), batches_ahead
@@ -44,10 +42,8 @@ class FFCVStream(EpochLoader):
     def batches(self, start: int) -> Any:
         order, seeds = map(self.own, self.draw(self.epoch))
         samples, size, pool = self.indices[order], self.shard.batch_size, ThreadPoolExecutor(1)
-        begun = (
-            pool.submit(self.read, samples[i : i + size], seeds[i : i + size])
-            for i in range(start * size, len(samples), size)
-        )
+        parts = (slice(i, i + size) for i in range(start * size, len(samples), size))
+        begun = (pool.submit(self.read, samples[part], seeds[part]) for part in parts)
         ahead = deque(islice(begun, self.batches_ahead + 1))
         try:
             while ahead:

@@ -130,7 +130,7 @@ def write_beton(
         with suppress(OSError):  # a file system without locks
             fcntl.flock(folder, fcntl.LOCK_EX)  # one writer at a time
         with suppress(beton.BetonError):
-            there = beton.check_beton(path)
+            there = beton.open_beton(path)[0]
             same = identity is not None and there.items() >= head.items()
             if same and (skip_bad or not there["skipped"]):
                 print(f"{path} is there already, of the same images", flush=True)
