@@ -73,9 +73,8 @@ SYNTAX = re.compile(r"rand(-(n[1-9]|(m|mmax)\d+|(p|mstd)\d+(\.\d+)?|inc1))*")
 
 
 def parse_rand_augment(config: str) -> tuple[Any, ...]:
-    """Layers, magnitude, mstd, probability and maximum: so many operations are drawn for an image,
-    each applied with this probability, at a magnitude from N(magnitude, mstd), or from 0 to
-    magnitude if mstd is infinite, within 0 to maximum."""
+    """Layers (operations drawn for an image), magnitude, mstd (from N(magnitude, mstd), if infinite
+    from 0 to magnitude), probability that one is applied, maximum of the magnitude."""
     if not SYNTAX.fullmatch(config) or "inc1" not in config.split("-"):
         way = "write it as timm does, rand-m9-mstd0.5-inc1 (m, n, p, mstd, mmax; always inc1)"
         raise ValueError(f"recipe.rand_augment={config!r}: {way}")
@@ -102,8 +101,8 @@ def source_of(operation: int, argument: float, width: float, height: float) -> A
 def warp_of(steps: Any) -> np.ndarray:
     """The affine map (2, 3) of (operation, argument) pairs, in turn, on the unit square."""
     warp = np.eye(3)
-    for step in steps:
-        warp = warp @ np.reshape([*source_of(*step, 1.0, 1.0), 0, 0, 1], (3, 3))
+    for operation, argument in steps:
+        warp = warp @ np.reshape([*source_of(operation, argument, 1.0, 1.0), 0, 0, 1], (3, 3))
     return warp[:2].astype(np.float32)
 
 

@@ -59,8 +59,7 @@ def image_files(folder: str) -> tuple[list[str], list[str]]:
             raise ValueError(f"{where} is a link to a folder that it is in: remove it")
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (os.path.join(where, name) for name in names if not name.startswith(".")):
-            is_image = path.lower().endswith(IMG_EXTENSIONS)
-            if not is_image:
+            if not (is_image := path.lower().endswith(IMG_EXTENSIONS)):
                 with suppress(Exception), open_image(path) as file, Image.open(file):
                     is_image = True
             (found if is_image else others).append(path)

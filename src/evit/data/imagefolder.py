@@ -40,8 +40,7 @@ class Pictures(Dataset):
     def __getitem__(self, key: tuple[int, ...]) -> tuple[Any, ...]:
         index = self.indices[key[1]]
         picture, label = self.samples[index]
-        is_file = isinstance(picture, str)
-        image = load_image(picture) if is_file else Image.fromarray(picture).convert("RGB")
+        image = load_image(picture) if isinstance(picture, str) else Image.fromarray(picture)
         if self.evaluated:
             return self.evaluated(image), label
         seed = hash((self.seed, *key))
@@ -61,7 +60,7 @@ class Pictures(Dataset):
         x, y, flipped = box["left"], box["top"], bool(torch.rand(1) < self.flip)
         corners = x / width, y / height, (x + box["width"]) / width, (y + box["height"]) / height
         said = [torch.tensor([*corners, float(flipped)])]
-        image = self.crop.transform(image, box)
+        image = self.crop.transform(image.convert("RGB"), box)
         image = T.functional.horizontal_flip(image) if flipped else image
         if self.rand_augment:
             image, warp = self.rand_augment(image)

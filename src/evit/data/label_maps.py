@@ -1,6 +1,5 @@
 """Token labels, as TokenLabeling (arXiv 2104.10858) stores them, and training targets from them.
-LABELS/CLASS/STEM.pt is a float16 tensor (2, 5, H, W): five logits of each cell, and their classes.
-"""
+LABELS/CLASS/STEM.pt is a float16 tensor (2, 5, H, W): five logits of a cell, and their classes."""
 
 import os
 from pathlib import Path
@@ -17,8 +16,7 @@ def label_map_paths(samples: Any, root: Path, label_maps: Path) -> list[str]:
     """Where the label map of each (image, label) is: root/CLASS/a.jpg -> label_maps/CLASS/a.pt."""
     found: dict[str, str] = {}
     for image, _ in samples:
-        stem, _ = os.path.splitext(os.path.relpath(image, root))
-        path = os.path.join(label_maps, f"{stem}.pt")
+        path = os.path.join(label_maps, os.path.splitext(os.path.relpath(image, root))[0] + ".pt")
         if path in found:
             raise ValueError(f"{found[path]} and {image} would share {path}: rename one of them")
         found[path] = image

@@ -111,9 +111,10 @@ class Images(L.LightningDataModule):
                 from evit.data.ffcv.write import write_beton
 
                 print(f"Writing {path} once, for FFCV to stream", flush=True)
-                how = self.write_options | dict(classes=self.classes, num_workers=self.num_workers)
+                how: Any = dict(classes=self.classes, label_maps=self.map_paths(split))
                 how |= dict(identity=self.beton_dir.name, source=f"{self.name}/{split}")
-                write_beton(path, self.samples(split), label_maps=self.map_paths(split), **how)
+                how |= dict(num_workers=self.num_workers) | self.write_options
+                write_beton(path, self.samples(split), **how)
 
     @property
     def local_batch_size(self) -> int:
@@ -130,8 +131,7 @@ class Images(L.LightningDataModule):
 
     def describe_batch(self, epoch: int, batch: int) -> str:
         """Numbers of the images of a training batch of this process, at most 8."""
-        loader = self._loaders["train"]
-        size = loader.shard.batch_size
+        loader, size = self._loaders["train"], self.local_batch_size
         samples = loader.samples(epoch)[batch * size :][:size].tolist()
         file = f" of {loader.path}" if self.backend == "ffcv" else ""
         return ", ".join(map(str, samples[:8])) + ", ..." * (len(samples) > 8) + file
@@ -166,8 +166,7 @@ class Images(L.LightningDataModule):
             return FFCVStream(self.beton_dir / f"{split}.beton", self.batches_ahead, **common)
         from evit.data.imagefolder import FolderLoader
 
-        maps = self.map_paths(split)
-        return FolderLoader(self.samples(split), maps, self.num_classes, **common)
+        return FolderLoader(self.samples(split), self.map_paths(split), self.num_classes, **common)
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, ...], _: int) -> Any:
         return normalize(batch[0], self.mean, self.std), *batch[1:]

@@ -63,7 +63,6 @@ def sidecar_path(path: str | Path) -> Path:
 
 
 def sidecar_crc32(content: dict[str, Any]) -> int:
-    """CRC32 of a sidecar's content, without the CRC32 itself."""
     rest = {key: value for key, value in content.items() if key != "crc32"}
     return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 

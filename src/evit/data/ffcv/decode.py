@@ -1,6 +1,4 @@
-"""Decode, crop, resize and flip a batch of images in one compiled, parallel loop.
-
-Of a JPEG no more is decoded than the crop shows. Resizing is a mean over areas."""
+"""Decode (of a JPEG no more than is shown), crop, resize (a mean over areas) and flip a batch."""
 
 import ctypes
 import os
@@ -22,9 +20,7 @@ SOURCE = Path(__file__).with_name("jpeg_crop.c")
 RATIO = np.array([3 / 4, 4 / 3])  # width / height of random crops
 _BESIDE = 8 + 2 + 32  # columns that jpeg_crop may add to a crop: margins and the widest MCU
 _ONE, _TWO, _THREE = np.uintp(1), np.uintp(2), np.uintp(3)  # numba checks signed indices for < 0
-
 _get_random_crop = numba.njit(get_random_crop)  # torchvision's RandomResizedCrop.get_params
-
 jit = numba.njit(cache=True, nogil=True)
 
 
