@@ -111,11 +111,11 @@ def test_a_beton_of_a_field_of_its_own_is_refused(tmp_path):
     start = end - beton.FIELD.itemsize
     path.write_bytes(whole[:start] + field.tobytes() + whole[end:])
     with pytest.raises(ValueError, match="train.beton: its fields are not exactly image and label"):
-        beton.check_beton(path)
+        beton.open_beton(path)
     path.write_bytes(whole)
     beton.sidecar_path(path).write_bytes(attack)
     with pytest.raises(ValueError, match="train.beton.json, cannot be used"):
-        beton.check_beton(path)
+        beton.open_beton(path)
     assert not (tmp_path / "owned").exists()
 
 

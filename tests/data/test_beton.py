@@ -7,7 +7,7 @@ from ffcv.fields import IntField, NDArrayField, RGBImageField
 from ffcv.writer import DatasetWriter
 
 from evit.data import ffcv as beton
-from evit.data.ffcv import BetonError, check_beton, sidecar_path
+from evit.data.ffcv import BetonError, open_beton, sidecar_path
 from evit.data.ffcv.write import write_beton
 
 
@@ -40,7 +40,7 @@ def table(path):
 
 
 def test_a_whole_file_passes_and_gives_its_sidecar(written):
-    assert check_beton(written) == json.loads(sidecar_path(written).read_text())
+    assert open_beton(written)[0] == json.loads(sidecar_path(written).read_text())
 
 
 SIZE = "truncated, or not the file of its sidecar"
@@ -78,11 +78,11 @@ DAMAGES = {
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_file_is_refused_with_the_reason_and_the_way_out(copied, name):
-    check_beton(copied)
+    open_beton(copied)
     damage, reason = DAMAGES[name]
     damage(copied)
     with pytest.raises(BetonError, match=reason) as refusal:
-        check_beton(copied)
+        open_beton(copied)
     assert str(copied) in str(refusal.value) and "prepare the data again" in str(refusal.value)
 
 
@@ -97,10 +97,10 @@ def test_swapped_sidecars_are_noticed_also_of_files_of_one_length(written, sampl
     (tmp_path / "aside").rename(sidecar_path(other))
     for path in paths:
         with pytest.raises(BetonError, match=f"not the file of its sidecar .{CRC}"):
-            check_beton(path)
+            open_beton(path)
         shutil.copy(sidecar_path(written), sidecar_path(path))
         with pytest.raises(BetonError, match=SIZE):
-            check_beton(path)
+            open_beton(path)
 
 
 MAP = NDArrayField(np.dtype("f2"), (2, 5, 1, 1))
@@ -119,5 +119,5 @@ def test_a_file_of_ffcv_s_own_writer_is_refused(fields, written, picture, tmp_pa
     DatasetWriter(str(path), fields, num_workers=1).from_indexed_dataset(rows)
     for reason in "x.beton.json, cannot be used .*No such file", SIZE:
         with pytest.raises(BetonError, match=f"{reason}.*; delete it and prepare the data again$"):
-            check_beton(path)
+            open_beton(path)
         shutil.copy(sidecar_path(written), sidecar_path(path))

@@ -76,15 +76,18 @@ def test_a_map_is_read_as_it_was_written(tmp_path):
     assert torch.equal(read_label_map(tmp_path / "x.pt", K), one_map())
 
 
-def test_a_map_lies_at_its_image_s_place_and_loses_the_last_suffix_only():
-    images = ["/i/train/cat/a.b.jpg", "/i/train/dog/more/a.JPEG"]
-    paths = label_map_paths(images, Path("/i/train"), Path("/m"), needed=False)
-    assert paths == ["/m/cat/a.b.pt", "/m/dog/more/a.pt"]
+def test_a_map_lies_at_its_image_s_place_and_loses_the_last_suffix_only(tmp_path):
+    samples = [("/i/train/cat/a.b.jpg", 0), ("/i/train/dog/more/a.JPEG", 1)]
+    expected = [tmp_path / "cat/a.b.pt", tmp_path / "dog/more/a.pt"]
+    for path in expected:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    assert label_map_paths(samples, Path("/i/train"), tmp_path) == list(map(str, expected))
 
 
 def test_two_images_that_would_share_a_map_are_refused():
     with pytest.raises(ValueError, match="a.jpg and /i/cat/a.png would share"):
-        label_map_paths(["/i/cat/a.jpg", "/i/cat/a.png"], Path("/i"), Path("/m"))
+        label_map_paths([("/i/cat/a.jpg", 0), ("/i/cat/a.png", 0)], Path("/i"), Path("/m"))
 
 
 IDENTITY = np.eye(2, 3)
@@ -135,11 +138,11 @@ CROPS = torch.tensor(
 )
 
 
-@pytest.mark.parametrize("grid", [2, 3, 14, (2, 5)])
+@pytest.mark.parametrize("grid", [(2, 2), (3, 3), (14, 14), (2, 5)])
 @pytest.mark.parametrize("shape", [(6, 6), (4, 9)])
 def test_targets_are_those_of_a_slow_computation(grid, shape):
     maps = random_maps(3, *shape)
-    rows, columns = (grid, grid) if isinstance(grid, int) else grid
+    rows, columns = grid
     whole, cells = token_targets(maps, CROPS, K, grid, label_smoothing=0.1)
     assert whole.shape == (3, K) and cells.shape == (3, rows * columns, K)
     for one, crop, found_whole, found_cells in zip(maps, CROPS, whole, cells, strict=True):
@@ -150,9 +153,9 @@ def test_targets_are_those_of_a_slow_computation(grid, shape):
 
 @pytest.mark.parametrize("steps", [[(3, 25.0)], [(11, 0.27), (3, -27.0)], [(13, 0.41), (12, 0.21)]])
 def test_targets_follow_what_rand_augment_moved(steps):
-    maps, warp = random_maps(3, 4, 9), warp_of(*zip(*steps, strict=True))
+    maps, warp = random_maps(3, 4, 9), warp_of(steps)
     warps = torch.from_numpy(warp).expand(3, 2, 3)
-    whole, cells = token_targets(maps, CROPS, K, 5, 0.1, warps)
+    whole, cells = token_targets(maps, CROPS, K, (5, 5), 0.1, warps)
     for one, crop, found_whole, found_cells in zip(maps, CROPS, whole, cells, strict=True):
         expected_whole, expected_cells = expected_targets(one, crop, 5, 5, 0.1, warp)
         np.testing.assert_allclose(found_whole, expected_whole, atol=2e-5)
@@ -160,8 +163,8 @@ def test_targets_follow_what_rand_augment_moved(steps):
 
 
 def test_where_nothing_is_shown_every_class_is_as_likely():
-    warp = torch.from_numpy(warp_of([13], [0.5])).expand(3, 2, 3)  # moved by half, to the left
-    _, cells = token_targets(random_maps(), CROPS, K, 4, warps=warp)
+    warp = torch.from_numpy(warp_of([(13, 0.5)])).expand(3, 2, 3)  # moved by half, to the left
+    _, cells = token_targets(random_maps(), CROPS, K, (4, 4), warps=warp)
     gone = torch.zeros(4, 4, dtype=torch.bool)
     gone[:, 2:] = True
     uniform = (cells - 1 / K).abs().amax(2) < 1e-6
@@ -170,7 +173,7 @@ def test_where_nothing_is_shown_every_class_is_as_likely():
 
 def test_the_whole_image_on_the_map_s_own_grid_gives_the_map():
     maps = random_maps(1, 4, 4)
-    _, cells = token_targets(maps, torch.tensor([[0, 0, 1, 1, 0.0]]), K, 4)
+    _, cells = token_targets(maps, torch.tensor([[0, 0, 1, 1, 0.0]]), K, (4, 4))
     dense = torch.zeros(1, K, 4, 4).scatter_(1, maps[:, 1].long(), maps[:, 0].float())
     torch.testing.assert_close(cells, dense.softmax(1).flatten(2).transpose(1, 2))
 
@@ -178,9 +181,9 @@ def test_the_whole_image_on_the_map_s_own_grid_gives_the_map():
 def test_a_mirrored_crop_has_the_mirrored_targets():
     maps = random_maps(1, 5, 8)
     crop = torch.tensor([[0.1, 0.2, 0.7, 0.95, 0]])
-    whole, cells = token_targets(maps, crop, K, 4)
+    whole, cells = token_targets(maps, crop, K, (4, 4))
     crop[:, 4] = 1
-    mirrored_whole, mirrored = token_targets(maps, crop, K, 4)
+    mirrored_whole, mirrored = token_targets(maps, crop, K, (4, 4))
     torch.testing.assert_close(whole, mirrored_whole)
     torch.testing.assert_close(cells.view(4, 4, K).flip(1), mirrored.view(4, 4, K))
 
@@ -192,5 +195,5 @@ def test_x_runs_along_the_rows_of_the_map():
     maps[:, 1, 0, :, 4:] = 2
     maps[:, 0, 0] = 20
     for crop, expected in ([0, 0, 0.45, 1, 0], 1), ([0.55, 0, 1, 1, 0], 2):
-        whole, cells = token_targets(maps, torch.tensor([crop], dtype=torch.float32), K, 2)
+        whole, cells = token_targets(maps, torch.tensor([crop], dtype=torch.float32), K, (2, 2))
         assert whole.argmax() == expected and (cells.argmax(2) == expected).all()

@@ -15,7 +15,7 @@ from evit.commands.prepare import prepare
 from evit.data import Folder, auto, ffcv
 from evit.data.batch import augment_batch, denormalize, make_mixup, normalize
 from evit.data.ffcv import HEADER, BetonError, layout
-from evit.data.folders import ClassFolders, tree_classes
+from evit.data.folders import class_samples, tree_classes
 from evit.data.imagefolder import FolderLoader
 from evit.data.order import Shard, repeated_order
 from tests.conftest import ROOT
@@ -64,7 +64,8 @@ def test_labels_are_those_of_train_where_val_lacks_a_class(photos):
     for path in (photos / "val/cat").iterdir():
         path.unlink()
     (photos / "val/cat").rmdir()
-    assert set(ClassFolders(photos / "val", tree_classes(photos)).targets) == {1}
+    found = class_samples(photos / "val", tree_classes(photos))
+    assert {label for _, label in found} == {1}
 
 
 @pytest.mark.parametrize("backend", ["ffcv", "imagefolder"])
@@ -127,13 +128,13 @@ def test_missing_ffcv_is_named_with_the_way_out(photos, monkeypatch):
 
 
 def loader(photos, train=True, rank=0, world_size=1, seed=0, **options):
-    dataset = ClassFolders(photos / ("train" if train else "val"), ["cat", "dog"])
+    samples = class_samples(photos / ("train" if train else "val"), ["cat", "dog"])
     knobs, rest = build.apart(dict(crop_scale=[0.5, 1.0], crop_pct=1.0) | options)
     size = knobs.pop("batch_size", 4)
     recipe = build.recipe_of(**knobs, batch_size=size * world_size)
     rest = dict(img_size=28, num_workers=0) | rest
     shard = Shard(rank, world_size, size, seed)
-    return FolderLoader(dataset, recipe=recipe, shard=shard, train=train, **rest)
+    return FolderLoader(samples, recipe=recipe, shard=shard, train=train, **rest)
 
 
 def epoch(loader, number=0):

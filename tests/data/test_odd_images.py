@@ -21,8 +21,8 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms import v2 as T
 
 from evit.commands.prepare import prepare
-from evit.data.ffcv import BetonError, check_beton
-from evit.data.folders import ClassFolders, cut_long, image_files, to_rgb
+from evit.data.ffcv import BetonError, open_beton
+from evit.data.folders import class_samples, cut_long, image_files, to_rgb
 from evit.data.imagefolder import evaluation_transform
 from tests.conftest import write_photos
 from tests.data import build
@@ -146,7 +146,7 @@ def test_odd_images_look_as_pillow_reads_them_under_their_labels(odd, tmp_path, 
         root = prepare(odd, tmp_path / "betons", mode="jpg", max_resolution=500, jpeg_quality=95)
     images, labels = shown(ready(root, tmp_path, **options))
     exact = way in ("imagefolder", "ffcv, raw")
-    paths = [path for name in ("cat", "dog") for path in image_files(f"{odd}/val/{name}")]
+    paths = [path for name in ("cat", "dog") for path in image_files(f"{odd}/val/{name}")[0]]
     assert len(paths) == len(images) == len(labels) == len(READABLE)
     for path, image, label in zip(paths, images, labels, strict=True):
         assert label == ("/dog/" in path), path
@@ -226,7 +226,7 @@ def test_all_of_it_can_be_left_out_and_the_rest_keeps_its_labels(photos, tmp_pat
         make(photos, photos / "val/cat" / name)
     options = dict(mode="raw", max_resolution=None, jpeg_quality=95, skip_bad=True)
     folder = prepare(photos, tmp_path / "betons", **options)
-    skipped = check_beton(folder / "val.beton")["skipped"]
+    skipped = open_beton(folder / "val.beton")[0]["skipped"]
     assert [os.path.basename(entry["name"]) for entry in skipped] == sorted(REFUSED)
     images, labels = shown(ready(folder, tmp_path))
     assert labels.tolist() == [0, 0, 0, 1, 1, 1]
@@ -280,7 +280,7 @@ def test_what_may_not_be_read_is_named(part, mode, backend, photos, tmp_path):
 def test_a_beton_that_may_not_be_read_is_named(name, copied):
     copied.with_name(name).chmod(0)
     with unprivileged(), pytest.raises(BetonError, match=f"cannot be used .*Permission.*/{name}'"):
-        check_beton(copied)
+        open_beton(copied)
 
 
 def test_linked_folders_are_read_and_files_come_in_torchvision_s_order(photos, tmp_path):
@@ -290,7 +290,7 @@ def test_linked_folders_are_read_and_files_come_in_torchvision_s_order(photos, t
         shutil.copytree(photos / "val/dog", photos / "val/cat" / inner)
     (photos / "val/cat/b").symlink_to(photos / "val/dog")
     theirs = ImageFolder(photos / "val").samples
-    assert ClassFolders(photos / "val", ["cat", "dog"]).samples == theirs and len(theirs) == 21
+    assert class_samples(photos / "val", ["cat", "dog"]) == theirs and len(theirs) == 21
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -340,8 +340,8 @@ def test_deep_images_keep_their_shades(backend, photos, tmp_path):
     options = dict(backend=backend, mode="raw", splits=["val"], img_size=40)
     images, _ = shown(ready(photos, tmp_path, **options))
     right = np.rint(RAMP / 257)[..., None]
-    places = [n for n, path in enumerate(image_files(f"{photos}/val/cat")) if path[-1] in "gf"]
-    deep = [n for n in places if os.path.basename(image_files(f"{photos}/val/cat")[n]) in DEEP]
+    places = [n for n, path in enumerate(image_files(f"{photos}/val/cat")[0]) if path[-1] in "gf"]
+    deep = [n for n in places if os.path.basename(image_files(f"{photos}/val/cat")[0][n]) in DEEP]
     assert len(deep) == len(DEEP)
     for n in deep:
         assert np.abs(images[n] - right).max() <= 1

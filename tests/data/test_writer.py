@@ -8,7 +8,7 @@ from ffcv.reader import Reader
 from PIL import Image
 
 from evit.data import ffcv as beton
-from evit.data.ffcv import check_beton
+from evit.data.ffcv import open_beton
 from evit.data.ffcv import write as write_module
 from evit.data.ffcv.decode import decode_jpeg
 from evit.data.ffcv.write import write_beton
@@ -49,7 +49,7 @@ def difference(a, b):
 
 def test_the_bytes_of_a_small_jpeg_are_kept(samples, written):
     assert [data for _, data in stored(written)] == [path.read_bytes() for path, _ in samples]
-    assert check_beton(written)["kept_original"] == len(samples)
+    assert open_beton(written)[0]["kept_original"] == len(samples)
 
 
 def test_a_large_image_shrinks_to_max_resolution_and_keeps_its_shape(picture, tmp_path):
@@ -131,7 +131,7 @@ def test_bad_images_can_be_skipped_and_are_listed(samples, bad_images, tmp_path)
     mixed = [samples[0], *((path, 0) for path in bad_images), samples[1]]
     sidecar = write(tmp_path / "x.beton", mixed, skip_bad=True)
     assert [skipped["name"] for skipped in sidecar["skipped"]] == [str(path) for path in bad_images]
-    assert check_beton(tmp_path / "x.beton")["num_samples"] == 2
+    assert open_beton(tmp_path / "x.beton")[0]["num_samples"] == 2
     assert stored(tmp_path / "x.beton")[1][1] == samples[1][0].read_bytes()
 
 
@@ -182,7 +182,7 @@ def test_a_killed_writer_leaves_no_process_and_is_begun_anew(samples, tmp_path):
     child.join()
     assert not path.exists()
     write(path, samples)
-    assert check_beton(path)["num_samples"] == 71
+    assert open_beton(path)[0]["num_samples"] == 71
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x.beton", "x.beton.json"]
 
 
@@ -216,7 +216,7 @@ def test_two_writers_of_one_file_take_turns(samples, tmp_path):
     for twin in twins:
         twin.join()
     assert [twin.exitcode for twin in twins] == [0, 0]
-    assert check_beton(path)["num_samples"] == 8
+    assert open_beton(path)[0]["num_samples"] == 8
 
 
 @pytest.mark.parametrize("quality", [95, 100])
@@ -256,6 +256,6 @@ def test_no_piece_crosses_a_page(samples, tmp_path, monkeypatch):
     assert [data for _, data in stored(tmp_path / "x.beton")] == [
         p.read_bytes() for p, _ in samples
     ]
-    assert check_beton(tmp_path / "x.beton")
+    assert open_beton(tmp_path / "x.beton")
     with pytest.raises(ValueError, match="takes 270000 bytes, too many: set max_resolution"):
         write(tmp_path / "x.beton", [(np.zeros((300, 300, 3), np.uint8), 0)], mode="raw")

@@ -13,12 +13,13 @@ from torchvision.datasets import imagenet as torchvision_imagenet
 from torchvision.datasets.imagenet import ARCHIVE_META, META_FILE, load_meta_file
 
 from evit.data import folders
-from evit.data.folders import SPLITS, ClassFolders
+from evit.data.folders import SPLITS, class_samples
 from evit.data.label_maps import label_map_paths
-from evit.data.module import available_cores, require_ffcv
+from evit.data.module import require_ffcv
 
 KAGGLE = Path("ILSVRC/Data/CLS-LOC")
 SOLUTION = "LOC_val_solution.csv"
+NUM_IMAGES = dict(train=1_281_167, val=50_000)
 ARCHIVES = {split: name for split, (name, _) in ARCHIVE_META.items()}
 
 
@@ -39,16 +40,18 @@ def prepare(source, target=None, label_maps=None, imagenet: bool = False, **opti
     classes, samples = python_dataset(*own.groups()) if own else find_images(root)
     if imagenet:
         folders.require_imagenet(classes, root)
-    options |= dict(classes=classes, num_workers=options.get("num_workers") or available_cores())
+        for split, expected in NUM_IMAGES.items():
+            if (count := len(samples[split])) != expected:
+                print(f"warning: {split} has {count} images, ImageNet-1k has {expected}")
     for split in "val", "train":  # the small one first, as a trial
         path, more = folder / f"{split}.beton", dict[str, Any](source=f"{root.name}/{split}")
         if label_maps and split == "train":
-            images, labels = [image for image, _ in samples[split]], Path(label_maps).expanduser()
-            more["label_maps"] = label_map_paths(images, tree_of(root) / split, labels.resolve())
+            labels, tree = Path(label_maps).expanduser().resolve(), tree_of(root) / split
+            more["label_maps"] = label_map_paths(samples[split], tree, labels)
         if not own:
             files = [*samples[split], *((name, 0) for name in more.get("label_maps", ()))]
             more["identity"] = folders.fingerprint(files, root)
-        info = write_beton(path, samples[split], **more, **options)
+        info = write_beton(path, samples[split], classes=classes, **more, **options)
         size = f"{info['num_samples']} images in {info['num_classes']} classes, "
         size += f"{info['bytes'] / 1e6:.1f} MB, {info['kept_original']} as they were"
         print(f"{path}: {size}, {len(info['skipped'])} left out")
@@ -99,9 +102,9 @@ def find_images(root: Path) -> tuple[list[str], dict[str, Any]]:
     except ValueError as error:
         way = f"as downloaded ({', '.join(ARCHIVES.values())}), or as Kaggle has it ({KAGGLE}/)"
         raise ValueError(f"{error}. ImageNet may be {way}") from None
-    train = ClassFolders(base / "train", classes).samples
+    train = class_samples(base / "train", classes)
     if not flat:
-        return classes, dict(train=train, val=ClassFolders(base / "val", classes).samples)
+        return classes, dict(train=train, val=class_samples(base / "val", classes))
     wnid_of, labels = _val_wnids(root), {wnid: label for label, wnid in enumerate(classes)}
     if unknown := [image for image in flat if wnid_of.get(Path(image).stem) not in labels]:
         raise ValueError(f"{unknown[0]} is of no class that train/ has")

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from evit.commands.plan import build_module
 from evit.config import Recipe, counted, overridden, plain
+from evit.files import telling
 from evit.measure import count_macs, count_params, speed
 from evit.report import results
 from evit.tracking import JsonlLogger, wandb_logger, wandb_mode
@@ -58,7 +59,8 @@ def run(cfg: DictConfig) -> dict[str, Any]:
     metrics = JsonlLogger(folder / "metrics.jsonl", steps)
     trainer.loggers = [metrics]
     tracker = mirror(trainer, folder, config, mode)
-    with ExitStack() as stack:
+    quiet = beside[0].bar or not trainer.is_global_zero
+    with ExitStack() as stack, telling(lambda: "" if quiet else beside[0].waiting):
         if tracker:
             stack.push(lambda error, *_: tracker.end(int(error is not None)))
         found = fit(trainer, module, data, last or first)

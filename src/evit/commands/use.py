@@ -175,7 +175,7 @@ def image_paths(images: Any, most: int | None = None) -> list[Path]:
     for path in (Path(i).expanduser() for i in ([images] if isinstance(images, str) else images)):
         if not path.exists():
             raise ValueError(f"images={path} does not exist: give a folder, an image, or a list")
-        inside = [Path(name) for name in image_files(str(path))] if path.is_dir() else [path]
+        inside = [Path(name) for name in image_files(str(path))[0]] if path.is_dir() else [path]
         count = min(most or len(inside), len(inside))
         paths += [inside[i * len(inside) // count] for i in range(count)]
     if not paths:

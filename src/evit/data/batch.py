@@ -3,7 +3,7 @@
 import functools
 import math
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,28 +69,19 @@ def mix_token_box(grid: tuple[int, int]) -> Tensor:
 NUM_OPERATIONS = 15
 AUTO_CONTRAST, EQUALIZE, INVERT, ROTATE, POSTERIZE, SOLARIZE, SOLARIZE_ADD = range(7)
 COLOR, CONTRAST, BRIGHTNESS, SHARPNESS, SHEAR_X, SHEAR_Y, TRANSLATE_X, TRANSLATE_Y = range(7, 15)
-SYNTAX = re.compile(r"rand(-(m\d+|n\d+|p\d*\.?\d+|mstd\d*\.?\d+|mmax\d+|inc1))*")
+SYNTAX = re.compile(r"rand(-(n[1-9]|(m|mmax)\d+|(p|mstd)\d+(\.\d+)?|inc1))*")
 
 
-class RandAugment(NamedTuple):
-    """`layers` operations are drawn for an image, each applied with `probability`, at a magnitude
-    from N(magnitude, mstd), or from 0 to magnitude if mstd is infinite, within 0 to `maximum`."""
-
-    layers: int
-    magnitude: float
-    mstd: float
-    probability: float
-    maximum: float
-
-    @classmethod
-    def parse(cls, config: str) -> "RandAugment":
-        if not SYNTAX.fullmatch(config) or "inc1" not in config.split("-"):
-            way = "write it as timm does, rand-m9-mstd0.5-inc1 (m, n, p, mstd, mmax; always inc1)"
-            raise ValueError(f"recipe.rand_augment={config!r}: {way}")
-        found: Any = rand_augment_transform(config, {})
-        op = found.ops[0]
-        numbers = op.magnitude, op.magnitude_std, op.prob, op.magnitude_max or 10
-        return cls(found.num_layers, *map(float, numbers))  # of one type: it is compiled once
+def parse_rand_augment(config: str) -> tuple[Any, ...]:
+    """Layers (operations drawn for an image), magnitude, mstd (from N(magnitude, mstd), if infinite
+    from 0 to magnitude), probability that one is applied, maximum of the magnitude."""
+    if not SYNTAX.fullmatch(config) or "inc1" not in config.split("-"):
+        way = "write it as timm does, rand-m9-mstd0.5-inc1 (m, n, p, mstd, mmax; always inc1)"
+        raise ValueError(f"recipe.rand_augment={config!r}: {way}")
+    found: Any = rand_augment_transform(config, {})
+    op = found.ops[0]
+    numbers = op.magnitude, op.magnitude_std, op.prob, op.magnitude_max or 10
+    return found.num_layers, *map(float, numbers)  # of one type: it is compiled once
 
 
 def source_of(operation: int, argument: float, width: float, height: float) -> Any:
@@ -107,12 +98,11 @@ def source_of(operation: int, argument: float, width: float, height: float) -> A
     return 1.0, b, c, d, 1.0, f
 
 
-def warp_of(operations: Any, arguments: Any) -> np.ndarray:
-    """The affine map (2, 3) of operations, one after the other, on the unit square."""
+def warp_of(steps: Any) -> np.ndarray:
+    """The affine map (2, 3) of (operation, argument) pairs, in turn, on the unit square."""
     warp = np.eye(3)
-    for operation, argument in zip(operations, arguments, strict=True):
-        step = source_of(operation, argument, 1.0, 1.0)
-        warp = warp @ np.reshape([*step, 0, 0, 1], (3, 3))
+    for operation, argument in steps:
+        warp = warp @ np.reshape([*source_of(operation, argument, 1.0, 1.0), 0, 0, 1], (3, 3))
     return warp[:2].astype(np.float32)
 
 
@@ -132,5 +122,4 @@ class PILRandAugment:
 
     def __call__(self, image: Image.Image) -> tuple[Image.Image, np.ndarray]:
         self.applied: list[tuple[int, float]] = []
-        image = self.transform(image)
-        return image, warp_of([op for op, _ in self.applied], [value for _, value in self.applied])
+        return self.transform(image), warp_of(self.applied)

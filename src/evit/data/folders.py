@@ -12,7 +12,6 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 from timm.data import ImageNetInfo
-from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from evit.files import telling
@@ -51,28 +50,22 @@ def tree_classes(root: Path, needed: Any = SPLITS) -> list[str]:
     return classes
 
 
-def image_files(folder: str, others: list[str] | None = None) -> list[str]:
-    """Image files in a folder and its subfolders, in the order of torchvision's ImageFolder.
-    Files of unusual endings are images if Pillow opens them, or added to `others`."""
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    found = list[str]()
-    for where, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+def image_files(folder: str) -> tuple[list[str], list[str]]:
+    """Images in a folder and its subfolders, in the order of torchvision's ImageFolder, and the
+    other files: a file of another ending than theirs is an image if Pillow opens it."""
+    found, others, errors = list[str](), list[str](), list[OSError]()
+    for where, folders, names in os.walk(folder, onerror=errors.append, followlinks=True):
         if os.path.islink(where) and Path(where).resolve() in Path(where).parent.resolve().parents:
             raise ValueError(f"{where} is a link to a folder that it is in: remove it")
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (os.path.join(where, name) for name in names if not name.startswith(".")):
-            is_image = path.lower().endswith(IMG_EXTENSIONS) or _opens(path)
-            (found if is_image else [] if others is None else others).append(path)
-    return sorted(found, key=os.path.split)
-
-
-def _opens(path: str) -> bool:
-    with suppress(Exception), open_image(path) as file, Image.open(file):
-        return True
-    return False
+            if not (is_image := path.lower().endswith(IMG_EXTENSIONS)):
+                with suppress(Exception), open_image(path) as file, Image.open(file):
+                    is_image = True
+            (found if is_image else others).append(path)
+    if errors:
+        raise errors[0]
+    return sorted(found, key=os.path.split), others
 
 
 def open_image(path: str | Path) -> BinaryIO:
@@ -123,28 +116,21 @@ def held_out(samples: list[tuple[str, int]], share: float) -> set[tuple[str, int
     return chosen
 
 
-class ClassFolders(ImageFolder):
-    """torchvision's ImageFolder of given classes, of which it need not hold all."""
-
-    def __init__(self, root: str | Path, classes: list[str]):
-        self._given = classes
-        super().__init__(str(root), loader=load_image, allow_empty=True)
-
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        return self._given, {name: label for label, name in enumerate(self._given)}
-
-    @telling(lambda: "listing images")
-    def make_dataset(self, directory: Any, class_to_idx: Any, *_: Any, **__: Any) -> Any:  # type: ignore[override]
-        found, others = list[tuple[str, int]](), list[str]()
-        for name in sorted(class_to_idx.keys() & set(class_names(Path(directory)))):
-            folder = os.path.join(directory, name)
-            if not (files := image_files(folder, others)):
+@telling(lambda: "listing images")
+def class_samples(root: str | Path, classes: list[str]) -> list[tuple[str, int]]:
+    """(path, label) of the images in the folders of these classes, of which some may be missing."""
+    found, others, there = list[tuple[str, int]](), list[str](), class_names(Path(root))
+    for label, name in enumerate(classes):
+        if name in there:
+            images, rest = image_files(folder := os.path.join(root, name))
+            if not images:
                 raise ValueError(f"class folder {folder} holds no images: add some, or remove it")
-            found += [(path, class_to_idx[name]) for path in files]
-        if others:
-            some = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
-            rank_zero_only(print)(f"No images, left out: {len(others)} files ({some})", flush=True)
-        return found
+            found += [(path, label) for path in images]
+            others += rest
+    if others:
+        some = ", ".join(others[:3]) + ", ..." * (len(others) > 3)
+        rank_zero_only(print)(f"No images, left out: {len(others)} files ({some})", flush=True)
+    return found
 
 
 @telling(lambda: "looking for changed images")

@@ -1,6 +1,5 @@
 """The imagefolder backend: torchvision and PIL, the published protocol to the pixel."""
 
-import copy
 import random
 from typing import Any
 
@@ -12,34 +11,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2 as T
 
-from evit.config import Recipe
 from evit.data.batch import PILRandAugment
-from evit.data.folders import cut_long
+from evit.data.folders import cut_long, load_image
 from evit.data.label_maps import read_label_map
 from evit.data.order import EpochLoader
-
-
-class RandomResizedCropFlip:
-    """torchvision's RandomResizedCrop, a flip, timm's RandAugment; crop and map as FFCVStream's."""
-
-    def __init__(self, size: int, recipe: Recipe, fill: tuple[int, ...]):
-        scale, name = tuple(recipe.crop_scale), recipe.rand_augment
-        self.crop = T.RandomResizedCrop(size, scale, interpolation=T.InterpolationMode.BICUBIC)
-        self.flip, self.rand_augment = recipe.flip, PILRandAugment(name, fill) if name else None
-
-    def __call__(self, image: Image.Image) -> tuple[Tensor, ...]:
-        width, height = image.size
-        image = image.convert("RGB")
-        box = self.crop.make_params([image])
-        x, y, flipped = box["left"], box["top"], bool(torch.rand(1) < self.flip)
-        corners = x / width, y / height, (x + box["width"]) / width, (y + box["height"]) / height
-        said = [torch.tensor([*corners, float(flipped)])]
-        image = self.crop.transform(image, box)
-        image = T.functional.horizontal_flip(image) if flipped else image
-        if self.rand_augment:
-            image, warp = self.rand_augment(image)
-            said.append(torch.from_numpy(warp))
-        return T.functional.pil_to_tensor(image), *said
 
 
 def evaluation_transform(img_size: int, crop_pct: float) -> Any:
@@ -49,39 +24,56 @@ def evaluation_transform(img_size: int, crop_pct: float) -> Any:
 
 
 class Pictures(Dataset):
-    """Images with their label maps, by keys (epoch, index) or (epoch, index, view). In training
-    they depend on seed and key alone, not on the worker."""
+    """Images by keys (epoch, index) or (epoch, index, view). In training a random crop, a flip and
+    RandAugment that depend on seed and key alone; label maps and crops are as FFCVStream's."""
 
-    def __init__(self, dataset: Any, indices: Any, seed: Any, label_maps: Any, num_classes: int):
-        self.dataset, self.indices, self.seed = dataset, indices, seed
-        self.label_maps, self.num_classes = label_maps, num_classes
-        self.map_shape = read_label_map(label_maps[0], num_classes).shape[2:] if label_maps else ()
+    def __init__(self, samples: Any, shown: EpochLoader, maps: Any, num_classes: int):
+        recipe, size, bicubic = shown.recipe, shown.img_size, T.InterpolationMode.BICUBIC
+        self.samples, self.indices, self.seed = samples, shown.indices.tolist(), shown.shard.seed
+        self.maps, self.num_classes = maps, num_classes
+        self.map_shape = read_label_map(maps[0], num_classes).shape[2:] if maps else ()
+        self.evaluated = None if shown.train else evaluation_transform(size, recipe.crop_pct)
+        self.crop = T.RandomResizedCrop(size, tuple(recipe.crop_scale), interpolation=bicubic)
+        self.flip, name = recipe.flip, recipe.rand_augment
+        self.rand_augment = PILRandAugment(name, shown.fill) if name else None
 
     def __getitem__(self, key: tuple[int, ...]) -> tuple[Any, ...]:
         index = self.indices[key[1]]
-        if self.seed is None:
-            return self.dataset[index]
+        picture, label = self.samples[index]
+        image = load_image(picture) if isinstance(picture, str) else Image.fromarray(picture)
+        if self.evaluated:
+            return self.evaluated(image), label
         seed = hash((self.seed, *key))
         torch.manual_seed(seed % 2**63)
         random.seed(seed)  # timm's RandAugment draws from these two
         np.random.seed(seed % 2**32)
-        (image, *said), label = self.dataset[index]
-        if not self.label_maps:
-            return image, label
-        found = read_label_map(self.label_maps[index], self.num_classes, self.map_shape)
-        return image, label, found, *said
+        shown, *said = self.augment(image)
+        if not self.maps:
+            return shown, label
+        found = read_label_map(self.maps[index], self.num_classes, self.map_shape)
+        return shown, label, found, *said
+
+    def augment(self, image: Image.Image) -> tuple[Tensor, ...]:
+        """The pixels, where they are from (crop, mirrored), and RandAugment's warp."""
+        width, height = image.size
+        box = self.crop.make_params([image])
+        x, y, flipped = box["left"], box["top"], bool(torch.rand(1) < self.flip)
+        corners = x / width, y / height, (x + box["width"]) / width, (y + box["height"]) / height
+        said = [torch.tensor([*corners, float(flipped)])]
+        image = self.crop.transform(image.convert("RGB"), box)
+        image = T.functional.horizontal_flip(image) if flipped else image
+        if self.rand_augment:
+            image, warp = self.rand_augment(image)
+            said.append(torch.from_numpy(warp))
+        return T.functional.pil_to_tensor(image), *said
 
 
 class FolderLoader(EpochLoader):
-    """Batches as of evit.data.ffcv.stream, of one of torchvision's data sets, bicubic as DeiT's."""
+    """Batches as of evit.data.ffcv.stream, of (path or pixels, label) pairs, bicubic as DeiT's."""
 
-    def __init__(self, dataset: Any, label_maps: Any = None, num_classes: int = 0, **shown: Any):
-        super().__init__(len(dataset), **shown)
-        dataset, seed = copy.copy(dataset), self.shard.seed if self.train else None
-        dataset.transform = evaluation_transform(self.img_size, self.recipe.crop_pct)
-        if self.train:
-            dataset.transform = RandomResizedCropFlip(self.img_size, self.recipe, self.fill)
-        pictures = Pictures(dataset, self.indices.tolist(), seed, label_maps, num_classes)
+    def __init__(self, samples: Any, label_maps: Any = None, num_classes: int = 0, **shown: Any):
+        super().__init__(len(samples), **shown)
+        pictures = Pictures(samples, self, label_maps, num_classes)
         self.keys: list[list[int]] = []  # of an epoch
         how: Any = dict(sampler=self.keys, pin_memory=torch.cuda.is_available())
         how |= dict(num_workers=self.num_workers, persistent_workers=self.num_workers > 0)

@@ -1,6 +1,5 @@
 """Token labels, as TokenLabeling (arXiv 2104.10858) stores them, and training targets from them.
-LABELS/CLASS/STEM.pt is a float16 tensor (2, 5, H, W): five logits of each cell, and their classes.
-"""
+LABELS/CLASS/STEM.pt is a float16 tensor (2, 5, H, W): five logits of a cell, and their classes."""
 
 import os
 from pathlib import Path
@@ -10,21 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TOP = 5
-MAX_ID = 2048  # up to here float16 holds every integer
 WAY_OUT = "make it as TokenLabeling does, LABELS/CLASS/STEM.pt"
 
 
-def label_map_paths(images: list[str], root: Path, label_maps: Path, needed: bool = True) -> Any:
-    """Where the label map of each image is: root/CLASS/a.jpg -> label_maps/CLASS/a.pt."""
+def label_map_paths(samples: Any, root: Path, label_maps: Path) -> list[str]:
+    """Where the label map of each (image, label) is: root/CLASS/a.jpg -> label_maps/CLASS/a.pt."""
     found: dict[str, str] = {}
-    for image in images:
-        stem, _ = os.path.splitext(os.path.relpath(image, root))
-        path = os.path.join(label_maps, f"{stem}.pt")
+    for image, _ in samples:
+        path = os.path.join(label_maps, os.path.splitext(os.path.relpath(image, root))[0] + ".pt")
         if path in found:
             raise ValueError(f"{found[path]} and {image} would share {path}: rename one of them")
         found[path] = image
-    if missing := [path for path in found if needed and not os.path.isfile(path)]:
+    if missing := [path for path in found if not os.path.isfile(path)]:
         count = f"{len(missing)} of {len(found)} training images"
         raise ValueError(f"{count} have no label map, as {missing[0]}: {WAY_OUT}")
     return list(found)
@@ -34,15 +30,14 @@ def read_label_map(path: str | Path, num_classes: int, shape: Any = None) -> Ten
     """A label map (2, 5, H, W), float16; ValueError where it is damaged or of another shape."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-        wanted = (2, TOP, *(shape or found.shape[2:]))
+        wanted = (2, 5, *(shape or found.shape[2:]))
         if found.dtype != torch.float16 or found.ndim != 4 or found.shape != wanted:
             raise ValueError(f"{found.dtype} {tuple(found.shape)}, not float16 {wanted}")
         logits, ids = found.float()
-        good = logits.isfinite() & (ids >= 0) & (ids < min(num_classes, MAX_ID + 1))
-        if not (good & (ids % 1 == 0)).all():
-            raise ValueError(
-                f"logits not finite, or ids that are not classes, 0 to {num_classes - 1}"
-            )
+        last = min(num_classes - 1, 2048)  # up to here float16 holds every integer
+        good = logits.isfinite() & (ids >= 0) & (ids <= last) & (ids % 1 == 0)
+        if not good.all():
+            raise ValueError(f"logits not finite, or ids that are not classes, 0 to {last}")
     except Exception as error:  # pickle and zip raise nearly anything on a bad file
         reason = f"cannot be read ({type(error).__name__}: {error})".splitlines()[0]
         raise ValueError(f"label map {path} {reason}: delete it, and {WAY_OUT}") from None
@@ -51,26 +46,18 @@ def read_label_map(path: str | Path, num_classes: int, shape: Any = None) -> Ten
 
 @torch.no_grad()
 def token_targets(
-    maps: Tensor,
-    crops: Tensor,
-    num_classes: int,
-    grid_size: Any,
-    label_smoothing: float = 0.0,
-    warps: Tensor | None = None,
+    maps: Tensor, crops: Tensor, num_classes: int, grid: Any, label_smoothing=0.0, warps: Any = None
 ) -> tuple[Tensor, Tensor]:
     """Soft labels of cropped images (B, K) and, row by row, of each of their patches (B, N, K).
 
     The logits of a map, zero outside the five best classes, are averaged over each patch of the
     crop (at the points of RoIAlign, as TokenLabeling does) and then turned into probabilities. The
     published code swaps the crop's axes and scales both by the map's width; here both are right.
-    maps, crops and warps are those of FFCVStream. What lies outside a crop has logits of 0.
-    """
+    maps, crops and warps are those of FFCVStream. What lies outside a crop has logits of 0."""
     B, _, _, H, W = maps.shape
-    grid = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
     logits_BKHW = torch.zeros(B, num_classes, H, W, device=maps.device)
     logits_BKHW.scatter_(1, maps[:, 1].long(), maps[:, 0].float())
-    crops = crops.to(maps.device).float()
-    warps = (torch.eye(2, 3).expand(B, 2, 3) if warps is None else warps).to(maps.device).float()
+    warps = torch.eye(2, 3, device=maps.device).expand(B, 2, 3) if warps is None else warps
     x, y = warps.unbind(1)
     mirrored = torch.tensor([0.0, 0.0, 1.0], device=maps.device) - x
     warps = torch.stack([torch.where(crops[:, 4:] > 0, mirrored, x), y], 1)
@@ -84,9 +71,7 @@ def token_targets(
     return labels((1, 1))[:, 0], labels(grid)
 
 
-def patch_logits(
-    logits_BKHW: Tensor, boxes: Tensor, warps: Tensor, grid: tuple[int, int]
-) -> Tensor:
+def patch_logits(logits_BKHW: Tensor, boxes: Tensor, warps: Tensor, grid: Any) -> Tensor:
     """Mean the logits over each patch of the crops `boxes` (B, 4): (B, K, rows, columns). On each
     side there are as many equally spaced points as the cells that a patch covers."""
     B, K, H, W = logits_BKHW.shape

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from evit.config import Recipe
 from evit.data import folders
-from evit.data.batch import MEAN, STD, RandAugment, normalize
-from evit.data.folders import SPLITS, ClassFolders
+from evit.data.batch import MEAN, STD, normalize, parse_rand_augment
+from evit.data.folders import SPLITS
 from evit.data.label_maps import label_map_paths
 from evit.data.order import Shard
 from evit.files import printable
@@ -42,6 +42,7 @@ class Images(L.LightningDataModule):
     root: Path  # of class folders
     classes: Any  # names, in the order of their labels
     num_classes: int
+    samples: Any  # samples(split): its (image path or pixels, label) pairs
     mean, std = MEAN, STD
 
     def __init__(
@@ -64,7 +65,7 @@ class Images(L.LightningDataModule):
         if backend == "ffcv":
             require_ffcv()
         if recipe.rand_augment:
-            RandAugment.parse(recipe.rand_augment)  # says what is wrong with it
+            parse_rand_augment(recipe.rand_augment)  # says what is wrong with it
         self.img_size, self.recipe, self.seed = img_size, recipe, seed
         self.cache_dir, self.backend = Path(cache_dir), backend
         self.write_options = dict(mode="jpg", max_resolution=640, jpeg_quality=95) | write_options
@@ -81,24 +82,13 @@ class Images(L.LightningDataModule):
         wanted = getattr(model, "pretrained_cfg", None) or {}
         self.mean, self.std = wanted.get("mean", MEAN), wanted.get("std", STD)
 
-    def dataset(self, split: str) -> Any:
-        raise NotImplementedError
-
-    def samples(self, split: str) -> Any:
-        """(image path or pixels, label) pairs of a split."""
-        found = self.dataset(split)
-        if hasattr(found, "samples"):
-            return found.samples
-        return list(zip(np.asarray(found.data), np.asarray(found.targets).tolist(), strict=True))
-
     def num_images(self, split: str) -> int:
         return self.counts.get(split) or len(self.samples(split))
 
-    def map_paths(self) -> list[str] | None:
-        if not self.label_maps:
+    def map_paths(self, split: str) -> list[str] | None:
+        if not self.label_maps or split != "train":
             return None
-        images = [path for path, _ in self.samples("train")]
-        return label_map_paths(images, self.root / "train", self.label_maps)
+        return label_map_paths(self.samples(split), self.root / split, self.label_maps)
 
     def identity(self) -> dict[str, Any]:
         return {}  # values that change whenever the content of the source changes
@@ -114,18 +104,17 @@ class Images(L.LightningDataModule):
         """Download what is missing and write the .beton files; in one process of each node."""
         for split in self.splits:
             if self.backend == "imagefolder":
-                self.dataset(split)
+                self.samples(split)
             elif (path := self.beton_dir / f"{split}.beton").exists():
-                require_ffcv().check_beton(path)
+                require_ffcv().open_beton(path)
             else:
                 from evit.data.ffcv.write import write_beton
 
                 print(f"Writing {path} once, for FFCV to stream", flush=True)
-                maps = self.map_paths() if split == "train" else None
-                how: Any = dict(classes=self.classes, label_maps=maps, **self.write_options)
+                how: Any = dict(classes=self.classes, label_maps=self.map_paths(split))
                 how |= dict(identity=self.beton_dir.name, source=f"{self.name}/{split}")
-                workers = self.num_workers or available_cores()
-                write_beton(path, self.samples(split), num_workers=workers, **how)
+                how |= dict(num_workers=self.num_workers) | self.write_options
+                write_beton(path, self.samples(split), **how)
 
     @property
     def local_batch_size(self) -> int:
@@ -142,9 +131,8 @@ class Images(L.LightningDataModule):
 
     def describe_batch(self, epoch: int, batch: int) -> str:
         """Numbers of the images of a training batch of this process, at most 8."""
-        loader = self._loaders["train"]
-        size = loader.shard.batch_size
-        samples = loader.samples(epoch)[batch * size : (batch + 1) * size].tolist()
+        loader, size = self._loaders["train"], self.local_batch_size
+        samples = loader.samples(epoch)[batch * size :][:size].tolist()
         file = f" of {loader.path}" if self.backend == "ffcv" else ""
         return ", ".join(map(str, samples[:8])) + ", ..." * (len(samples) > 8) + file
 
@@ -162,25 +150,23 @@ class Images(L.LightningDataModule):
         self._loaders["train"].load_state_dict(state_dict)
 
     def _loader(self, split: str) -> Any:
-        trainer, train, workers = self.trainer, split == "train", self.num_workers
+        trainer, workers = self.trainer, self.num_workers
         rank, world_size = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
         if workers is None:  # srun gives each process cores of its own; others share the machine's
             sharing = trainer and "SLURM_CPUS_PER_TASK" not in os.environ
             local = world_size // trainer.num_nodes if sharing else 1  # type: ignore[union-attr]
-            workers = max(1, available_cores() // local)
+            workers = max(1, len(os.sched_getaffinity(0)) // local)
         shard = Shard(rank, world_size, self.local_batch_size, self.seed)
         fill = tuple(min(255, round(255 * share)) for share in self.mean)  # as timm's
         common: dict[str, Any] = dict(recipe=self.recipe, shard=shard, img_size=self.img_size)
-        common |= dict(train=train, num_workers=workers, fill=fill)
+        common |= dict(train=split == "train", num_workers=workers, fill=fill)
         if self.backend == "ffcv":
             from evit.data.ffcv.stream import FFCVStream
 
-            common |= dict(batches_ahead=self.batches_ahead)
-            return FFCVStream(self.beton_dir / f"{split}.beton", **common)
+            return FFCVStream(self.beton_dir / f"{split}.beton", self.batches_ahead, **common)
         from evit.data.imagefolder import FolderLoader
 
-        maps = self.map_paths() if train else None
-        return FolderLoader(self.dataset(split), maps, self.num_classes, **common)
+        return FolderLoader(self.samples(split), self.map_paths(split), self.num_classes, **common)
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, ...], _: int) -> Any:
         return normalize(batch[0], self.mean, self.std), *batch[1:]
@@ -196,11 +182,21 @@ class Folder(Images):
             raise ValueError("no images are configured: data.root=DIR, or IMAGENET_DIR=DIR")
         self.root, self.val_fraction = Path(root).expanduser().resolve(), val_fraction
         self.name = printable(self.root.name)
-        self._listed: dict[str, ClassFolders] = {}
-        files = {split: self.root / f"{split}.beton" for split in self.splits}
-        prepared = self.backend == "ffcv" and all(path.is_file() for path in files.values())
+        self._listed: dict[str, list[tuple[str, int]]] = {}
+        files = [self.root / f"{split}.beton" for split in self.splits]
+        prepared = self.backend == "ffcv" and all(path.is_file() for path in files)
         if prepared:
-            self._take_prepared(files)
+            found = [require_ffcv().open_beton(path)[0] for path in files]
+            self.counts = {
+                s: info["num_samples"] for s, info in zip(self.splits, found, strict=True)
+            }
+            self.beton_dir, self.classes = self.root, found[0]["classes"]
+            self.has_label_maps = "label_map_shape" in found[0]
+            if found[-1]["classes"] != self.classes:
+                raise ValueError(f"{self.root}: train.beton and val.beton have different classes")
+            if self.label_maps and not self.has_label_maps:
+                way = f"write it again with src/prepare.py label_maps={self.label_maps}"
+                raise ValueError(f"{self.root}/train.beton has no label maps: {way}")
         else:
             needed = ["train"] if val_fraction else self.splits
             self.classes = folders.tree_classes(self.root, needed)
@@ -212,26 +208,13 @@ class Folder(Images):
         elif num_classes not in (None, self.num_classes):
             raise ValueError(f"{self.root} has {self.num_classes} classes, not {num_classes}")
 
-    def _take_prepared(self, files: dict[str, Path]) -> None:
-        """Take ROOT/train.beton and ROOT/val.beton instead of images."""
-        found = {split: require_ffcv().check_beton(path) for split, path in files.items()}
-        self.counts = {split: sidecar["num_samples"] for split, sidecar in found.items()}
-        first, last = found[self.splits[0]], found[self.splits[-1]]
-        if first["classes"] != last["classes"]:
-            raise ValueError(f"{self.root}: train.beton and val.beton have different classes")
-        self.beton_dir, self.classes = self.root, first["classes"]
-        self.has_label_maps = "label_map_shape" in first
-        if self.label_maps and not self.has_label_maps:
-            way = f"write it again with src/prepare.py label_maps={self.label_maps}"
-            raise ValueError(f"{self.root}/train.beton has no label maps: {way}")
-
-    def dataset(self, split: str) -> ClassFolders:
+    def samples(self, split: str) -> list[tuple[str, int]]:
         if split not in self._listed:
             share = self.val_fraction
-            found = ClassFolders(self.root / ("train" if share else split), self.classes)
+            found = folders.class_samples(self.root / ("train" if share else split), self.classes)
             if share:
-                held = folders.held_out(found.samples, share)
-                found.samples = [s for s in found.samples if (s in held) == (split == "val")]
+                held = folders.held_out(found, share)
+                found = [sample for sample in found if (sample in held) == (split == "val")]
             self._listed[split] = found
         return self._listed[split]
 
@@ -239,7 +222,7 @@ class Folder(Images):
         there = [s for s in SPLITS if s in self.splits or folders.class_names(self.root / s)]
         images = [sample for split in there for sample in self.samples(split)]
         found = dict(root=str(self.root), tree=folders.fingerprint(images, self.root))
-        if paths := self.map_paths():
+        if paths := self.map_paths("train"):
             found["label_maps"] = folders.fingerprint([(path, 0) for path in paths], self.root)
         return found
 
@@ -269,6 +252,10 @@ class Downloaded(Images):
             reason = str(error).splitlines()[0]
             way = f"put {self.files} into {self.cache_dir}, or give images with data.root=DIR"
             raise ValueError(f"{self.name} cannot be downloaded ({reason}): {way}") from error
+
+    def samples(self, split: str) -> Any:
+        found = self.dataset(split)
+        return list(zip(np.asarray(found.data), np.asarray(found.targets).tolist(), strict=True))
 
 
 FashionMNIST = functools.partial(Downloaded, "FashionMNIST")
@@ -303,8 +290,3 @@ def require_ffcv() -> Any:
     except ImportError as error:
         raise ValueError(f"{error}; or take data.backend=imagefolder") from error
     return evit.data.ffcv
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))

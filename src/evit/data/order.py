@@ -1,7 +1,8 @@
 """Which images an epoch shows to which process, in which order, and how far it has come."""
 
 import time
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -34,34 +35,31 @@ def repeated_order(num_samples: int, repeats: int, seed: int) -> np.ndarray:
     return order.repeat(repeats)[: epoch_length(num_samples, repeats)]
 
 
+@dataclass(eq=False)
 class EpochLoader:
     """Batches, whose position Lightning saves and restores. Training: whole optimizer steps, parts
     of equal size for the processes. Evaluation: each image exactly once over all processes."""
 
-    batches: Any  # batches(start) generates batches start, start + 1, ... of the epoch
+    num_images: int
+    recipe: Recipe
+    shard: Shard
+    train: bool
+    img_size: int
+    num_workers: int = 1
+    fill: tuple[int, ...] = (0, 0, 0)  # where a geometric operation leaves nothing
+    batches: ClassVar[Any]  # batches(start) generates batches start, start + 1, ... of the epoch
     epoch = position = _start = 0  # position: batches of this epoch given out so far
     waited = 0.0  # seconds that consumers have waited for batches
     batch_sampler = sampler = property(lambda self: self)  # where Lightning looks for set_epoch
 
-    def __init__(
-        self,
-        num_images: int,
-        recipe: Recipe,
-        shard: Shard,
-        train: bool,
-        img_size: int,
-        num_workers: int = 1,
-        fill: tuple[int, ...] = (0, 0, 0),  # where a geometric operation leaves nothing
-    ):
-        limit = recipe.max_train_images if train else recipe.max_val_images
-        self.indices = choose_samples(num_images, limit)  # the images that are used, ascending
-        self.recipe, self.shard, self.train, self.img_size = recipe, shard, train, img_size
-        self.num_workers, self.fill = num_workers, fill
-        n, (rank, world_size, batch_size, _) = len(self.indices), shard
+    def __post_init__(self) -> None:
+        limit = self.recipe.max_train_images if self.train else self.recipe.max_val_images
+        self.indices = choose_samples(self.num_images, limit)  # those that are used, ascending
+        n, (rank, world_size, batch_size, _) = len(self.indices), self.shard
         self._length = max(-(-len(range(rank, n, world_size)) // batch_size), 1)
-        if train:
-            per_step = max(recipe.batch_size // (world_size * batch_size), 1)
-            length = epoch_length(n, recipe.repeated_augmentations)
+        if self.train:
+            per_step = max(self.recipe.batch_size // (world_size * batch_size), 1)
+            length = epoch_length(n, self.recipe.repeated_augmentations)
             self._length = length // world_size // (batch_size * per_step) * per_step
             if not self._length:
                 step = f"one batch of {batch_size} x {per_step} on {world_size} processes"

@@ -91,6 +91,7 @@ class Progress(L.Callback):
 
     def __init__(self, batch_size: int, bar: bool = False):
         self.batch_size, self.bar, self.epoch, self.numbers = batch_size, bar, -1, ""
+        self.waiting = "in the first step"  # which may compile, until there is a line
         self.due = time.monotonic() + 8
         self.images_per_s: float | None = None  # until two steps of an epoch were taken
 
@@ -122,6 +123,7 @@ class Progress(L.Callback):
 
     def tell(self, trainer: Any, what: str, names: Any = (), more: str = "") -> None:
         """Print a line with metrics if one is due; reading them waits for the GPU."""
+        self.waiting = ""
         if not trainer.is_global_zero or (what and (self.bar or time.monotonic() < self.due)):
             return
         self.due = time.monotonic() + 30 if what else self.due

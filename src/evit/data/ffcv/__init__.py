@@ -1,10 +1,6 @@
-"""The fast path: FFCV files, decoded and augmented in threads of compiled code.
-
-FFCV is imported here, without its side effects, and nowhere else. Its .beton format, version 1.0:
-
-    header | fields | metadata of every sample | data, in pages | allocation table
-
-The sidecar, x.beton.json, describes it and holds a CRC32 of everything except the data."""
+"""FFCV, imported here alone and without its side effects, and its .beton files, version 1.0:
+header, fields, metadata of every sample, data in pages, allocation table. The sidecar,
+x.beton.json, describes the file and holds a CRC32 of everything except the data."""
 
 # ruff: noqa: F401
 
@@ -67,19 +63,13 @@ def sidecar_path(path: str | Path) -> Path:
 
 
 def sidecar_crc32(content: dict[str, Any]) -> int:
-    """CRC32 of a sidecar's content, without the CRC32 itself."""
     rest = {key: value for key, value in content.items() if key != "crc32"}
     return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
-def check_beton(path: str | Path) -> dict[str, Any]:
-    """Check all of a file but its data, and return its sidecar."""
-    return open_beton(path)[0]
-
-
 def open_beton(path: str | Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray, np.ndarray]:
-    """Check a file; return its sidecar, its bytes, and each sample's metadata and image size.
-    Damage to a JPEG is found when it is decoded, damage to raw pixels never."""
+    """Check all of a file but its data; return its sidecar, its bytes, and each sample's metadata
+    and image size. Damage to a JPEG is found when it is decoded, damage to raw pixels never."""
     try:
         content = np.memmap(path, np.uint8, "r")
         sidecar = json.loads(sidecar_path(path).read_bytes())

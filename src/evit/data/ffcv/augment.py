@@ -1,5 +1,4 @@
 """RandAugment in functions that numba keeps on disk: to the bit the pixels that Pillow gives timm.
-
 They are all in this file: numba looks at no other to tell whether what it has kept is valid."""
 
 import math
@@ -14,7 +13,6 @@ CHUNK = 32  # pixels that _rotate takes at once
 LOW, HIGH = np.float32(0), np.float32(255)
 RANGES = np.zeros(ra.NUM_OPERATIONS)  # degrees, or shares of the side
 RANGES[[ra.ROTATE, *range(ra.SHEAR_X, ra.TRANSLATE_Y + 1)]] = 30, 0.3, 0.3, 0.45, 0.45
-
 jit = numba.njit(cache=True, nogil=True)
 
 
@@ -48,12 +46,11 @@ def _tables(pixels, operation, argument):
     tables = np.empty((3, 256), np.uint8)
     tables[:] = np.arange(256)
     if operation == ra.AUTO_CONTRAST or operation == ra.EQUALIZE:
-        counts = np.zeros((3, 256), np.int64)
-        for i in range(len(pixels)):
-            for c in range(3):
-                counts[c, pixels[i, c]] += 1
         for c in range(3):
-            _stretch(counts[c], operation == ra.EQUALIZE, tables[c])
+            counts = np.zeros(256, np.int64)
+            for value in pixels[:, c]:
+                counts[value] += 1
+            _stretch(counts, operation == ra.EQUALIZE, tables[c])
         return tables
     number = int(argument)
     for i in range(256):
@@ -153,8 +150,7 @@ def _rotate(image, affine, fill):
     d, e, f = affine[3], affine[4], affine[5]
     packed, pixels = np.empty(height * width, np.uint32), image.reshape(-1, 3)
     for i in range(len(packed)):
-        red, green, blue = pixels[i, 0], pixels[i, 1], pixels[i, 2]
-        packed[i] = red | green << 8 | blue << 16
+        packed[i] = pixels[i, 0] | pixels[i, 1] << 8 | pixels[i, 2] << 16
     neighbours = np.zeros(16 * CHUNK, np.uint32)
     columns, found = np.zeros(CHUNK, np.int64), np.zeros(CHUNK, np.uint8)
     across, down = np.zeros(CHUNK), np.zeros(CHUNK)

@@ -1,6 +1,4 @@
-"""Decode, crop, resize and flip a batch of images in one compiled, parallel loop.
-
-Of a JPEG no more is decoded than the crop shows. Resizing is a mean over areas."""
+"""Decode (of a JPEG no more than is shown), crop, resize (a mean over areas) and flip a batch."""
 
 import ctypes
 import os
@@ -22,9 +20,7 @@ SOURCE = Path(__file__).with_name("jpeg_crop.c")
 RATIO = np.array([3 / 4, 4 / 3])  # width / height of random crops
 _BESIDE = 8 + 2 + 32  # columns that jpeg_crop may add to a crop: margins and the widest MCU
 _ONE, _TWO, _THREE = np.uintp(1), np.uintp(2), np.uintp(3)  # numba checks signed indices for < 0
-
 _get_random_crop = numba.njit(get_random_crop)  # torchvision's RandomResizedCrop.get_params
-
 jit = numba.njit(cache=True, nogil=True)
 
 
@@ -172,8 +168,7 @@ def decode_jpeg(data: bytes, height: int, width: int) -> np.ndarray | None:
 @jit
 def random_crops(heights, widths, seeds, scale, ratio, flip):
     """Draw boxes (B, 4), top, left, height, width, and flips (B,), each from its own seed."""
-    boxes = np.empty((len(seeds), 4), np.int64)
-    flips = np.empty(len(seeds), np.bool_)
+    boxes, flips = np.empty((len(seeds), 4), np.int64), np.empty(len(seeds), np.bool_)
     for k in range(len(seeds)):
         np.random.seed(seeds[k])
         boxes[k] = _get_random_crop(heights[k], widths[k], scale, ratio)
@@ -185,8 +180,7 @@ def center_crops(heights: Any, widths: Any, img_size: int, crop_pct: float) -> n
     """Boxes (B, 4), top, left, height, width, that torchvision's Resize(int(img_size / crop_pct))
     and CenterCrop(img_size) leave of each image, to the nearest pixel."""
     sizes = np.stack([heights, widths]).astype(np.int64)
-    short = sizes.min(0)
-    resized_short = int(img_size / crop_pct)
+    short, resized_short = sizes.min(0), int(img_size / crop_pct)
     resized = resized_short * sizes // short
     side = np.clip(np.rint(img_size * short / resized_short), 1, short)
     offset = np.rint(np.rint((resized - img_size) / 2) * sizes / resized)

@@ -10,20 +10,16 @@ import numba
 import numpy as np
 import torch
 
-from evit.data.batch import RandAugment, source_of, warp_of
+from evit.data.batch import parse_rand_augment, source_of, warp_of
 from evit.data.ffcv import BetonError, augment, config, decode, open_beton
 from evit.data.order import EpochLoader
 
-SALT = np.uint32(0x9E3779B9)  # crops are drawn from the seeds themselves
-
 
 class FFCVStream(EpochLoader):
-    """An iterable of (images uint8 (B, 3, H, W), labels int64 (B,)).
-
-    If the file has label maps, a training batch has two more entries: maps float16 (B, 2, 5, h, w),
-    and crops float32 (B, 5): x0, y0, x1, y1 as shares of the source image's width and height, and 1
-    where the crop was mirrored. With RandAugment it has a third, affine maps (B, 2, 3) from the
-    unit square that is shown to that of the crop. The number of threads does not matter."""
+    """Batches (images uint8 (B, 3, H, W), labels int64 (B,)), for any number of threads the same.
+    With label maps, training batches also have these, float16 (B, 2, 5, h, w), and crops, float32
+    (B, 5): x0, y0, x1, y1 as shares of the image's sides, and 1 where the crop was mirrored; with
+    RandAugment affine maps (B, 2, 3), from the unit square that is shown to that of the crop."""
 
     def __init__(self, path: str | Path, batches_ahead: int = 2, **shown: Any) -> None:
         self.path, self.batches_ahead = Path(path), batches_ahead
@@ -32,7 +28,7 @@ class FFCVStream(EpochLoader):
         self.num_workers = min(max(self.num_workers, 1), config.NUMBA_NUM_THREADS)
         self.label_map_shape = tuple(self.info.get("label_map_shape", ())) if self.train else ()
         name = self.recipe.rand_augment if self.train else None
-        self.rand_augment: Any = RandAugment.parse(name) if name else None
+        self.rand_augment: Any = parse_rand_augment(name) if name else None
 
     def draw(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         rng, order = np.random.default_rng((self.shard.seed, epoch)), super().order(epoch)
@@ -46,10 +42,8 @@ class FFCVStream(EpochLoader):
     def batches(self, start: int) -> Any:
         order, seeds = map(self.own, self.draw(self.epoch))
         samples, size, pool = self.indices[order], self.shard.batch_size, ThreadPoolExecutor(1)
-        begun = (
-            pool.submit(self.read, samples[i : i + size], seeds[i : i + size])
-            for i in range(start * size, len(samples), size)
-        )
+        parts = (slice(i, i + size) for i in range(start * size, len(samples), size))
+        begun = (pool.submit(self.read, samples[part], seeds[part]) for part in parts)
         ahead = deque(islice(begun, self.batches_ahead + 1))
         try:
             while ahead:
@@ -76,10 +70,11 @@ class FFCVStream(EpochLoader):
         status = decode.crop_batch(self.content, found, sizes, boxes, flips, self.train, pixels)
         self.require(status == 0, samples, "JPEG")
         if self.rand_augment:
-            operations, arguments = augment.draw(seeds ^ SALT, *self.rand_augment)
-            steps = zip(operations.ravel().tolist(), arguments.ravel().tolist(), strict=True)
-            affines = np.array([source_of(*step, *size) for step in steps])
-            affines = affines.reshape(*operations.shape, 6)
+            salted = seeds ^ np.uint32(0x9E3779B9)  # crops are drawn from the seeds themselves
+            operations, arguments = augment.draw(salted, *self.rand_augment)
+            pairs = zip(operations.tolist(), arguments.tolist(), strict=True)
+            steps = [list(zip(*pair, strict=True)) for pair in pairs]  # of each image
+            affines = np.array([[source_of(*step, *size) for step in image] for image in steps])
             augment.augment_batch(pixels, operations, arguments, affines, np.array(self.fill))
         more = [labels]
         if self.label_map_shape:
@@ -88,8 +83,7 @@ class FFCVStream(EpochLoader):
             crops = np.stack([left / widths, top / heights, *ends, flips], 1).astype(np.float32)
             more += [self.label_maps(samples, map_starts[0]), crops]
             if self.rand_augment:
-                warps = [warp_of(*steps) for steps in zip(operations, arguments, strict=True)]
-                more.append(np.stack(warps))
+                more.append(np.stack([warp_of(image) for image in steps]))
         batch = [torch.from_numpy(np.ascontiguousarray(values)) for values in more]
         return images.permute(0, 3, 1, 2), *(t.pin_memory() if pin else t for t in batch)
 

@@ -25,12 +25,9 @@ from evit.files import followed, whole_file
 
 PAGE = 2**26  # bytes; no piece of data crosses from one to the next
 MAX_SIDE = 2**16 - 1
-VERSION = 2  # of FFCV's format
 
 
-def encode(
-    picture: Any, mode: str = "jpg", max_resolution: int | None = 500, jpeg_quality: int = 95
-) -> tuple[int, int, int, bytes, bool]:
+def encode(picture: Any, mode="jpg", max_resolution: int | None = 500, jpeg_quality=95) -> Any:
     """An image's mode, width, height, the bytes to store, and whether these are the file's own."""
     source = None
     if isinstance(picture, str | Path):
@@ -101,15 +98,14 @@ def write_beton(
     max_resolution: int | None = 500,
     jpeg_quality: int = 95,
     mode: str = "jpg",
-    num_workers: int = 1,
+    num_workers: int | None = None,  # all cores
     skip_bad: bool = False,
     label_maps: list[str] | None = None,
     identity: str | None = None,
 ) -> dict[str, Any]:
     """Write a map-style data set of (image, label) to `path`; return the content of its sidecar.
-
     An image is a path, the bytes of a file, a PIL image or an array of uint8. A file of the same
-    `identity`, which tells these samples from others, and settings is left as it is. After an error
+    settings and samples, which `identity` tells from others, is left as it is. After an error
     `path` is as it was before (ValueError, OSError; RuntimeError if a process died)."""
     path, count = Path(path), len(samples)
     options = dict(mode=mode, max_resolution=max_resolution, jpeg_quality=jpeg_quality)
@@ -120,16 +116,17 @@ def write_beton(
     head: dict[str, Any] = dict(format=beton.SIDECAR_FORMAT, source=source, classes=list(classes))
     head |= dict(num_classes=len(classes), identity=identity, **options)
     dataset = _Encoded(samples, options, len(classes), label_maps)
-    how: Any = dict(batch_size=32, sampler=range(count), num_workers=num_workers, collate_fn=list)
+    how: Any = dict(num_workers=num_workers or len(os.sched_getaffinity(0)), collate_fn=list)
     how |= dict(multiprocessing_context="fork", worker_init_fn=_end_with_parent)
-    loader: Any = DataLoader(dataset, **how, generator=torch.Generator())  # not the global one
+    how |= dict(generator=torch.Generator())  # not the global one
+    loader: Any = DataLoader(dataset, 32, sampler=range(count), **how)
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(folder, fcntl.LOCK_EX)  # one writer at a time
         with suppress(beton.BetonError):
-            there = beton.check_beton(path)
+            there = beton.open_beton(path)[0]
             same = identity is not None and there.items() >= head.items()
             if same and (skip_bad or not there["skipped"]):
                 print(f"{path} is there already, of the same images", flush=True)
@@ -173,7 +170,7 @@ def _write(file: BinaryIO, batches: Any, count: int, shape: Any, skip_bad: bool)
             at += len(data)
         records.append(((*size, starts[0]), label, *starts[1:]))
     # Where images were left out, unused bytes lie between the metadata and the data.
-    head = np.array([(VERSION, len(fields), PAGE, len(records), at)], beton.HEADER).tobytes()
+    head = np.array([(2, len(fields), PAGE, len(records), at)], beton.HEADER).tobytes()
     head += fields.tobytes() + np.array(records, metadata).tobytes()
     end = np.array(table, beton.ALLOCATION).tobytes()
     file.write(end)
