@@ -3,7 +3,6 @@
 import errno
 import os
 import threading
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,12 +45,6 @@ def refused(error: BaseException, folder: Path) -> str | None:
         return None
     path, reason = os.path.relpath(error.filename or folder), os.strerror(error.errno or 0)
     return f"{path} cannot be used: {reason}. Make room or choose another folder"
-
-
-def check_zip(path: Path) -> None:
-    """Check the checksums of a zip file, such as torch.save's; torch.load does not."""
-    if zipfile.is_zipfile(path) and (changed := zipfile.ZipFile(path).testzip()):
-        raise ValueError(f"damaged: {changed} is not as it was written")
 
 
 @contextmanager

@@ -196,7 +196,9 @@ def ended_in_a_line() -> Iterator[None]:
             time.sleep(20)  # torchrun ends this process where another has said why
         if not text:
             raise
-        fail(text)
+        lines = map(files.printable, text.split("\n"))
+        print("error:", "\n".join(lines), file=sys.stderr)
+        sys.exit(2)
     finally:
         clear(run_folder().absolute())
         for number, handler in before.items():
@@ -236,11 +238,6 @@ def terminate(number: int, _: Any = None) -> NoReturn:
         with suppress(OSError):  # the terminal may be gone
             print(text, file=sys.stderr, flush=True)
     sys.exit(128 + number)
-
-
-def fail(text: str) -> NoReturn:
-    print("error:", "\n".join(map(files.printable, text.split("\n"))), file=sys.stderr)
-    sys.exit(2)
 
 
 def run_folder() -> Path:

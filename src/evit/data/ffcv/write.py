@@ -84,11 +84,6 @@ class _Encoded(Dataset):
         return encoded, int(label), map_.numpy().tobytes() if map_ is not None else b""
 
 
-def _end_with_parent(_: int) -> None:
-    """A process that is killed cannot end its workers: the system does (PR_SET_PDEATHSIG)."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-
-
 def write_beton(
     path: str | Path,
     samples: Any,
@@ -117,7 +112,9 @@ def write_beton(
     head |= dict(num_classes=len(classes), identity=identity, **options)
     dataset = _Encoded(samples, options, len(classes), label_maps)
     how: Any = dict(num_workers=num_workers or len(os.sched_getaffinity(0)), collate_fn=list)
-    how |= dict(multiprocessing_context="fork", worker_init_fn=_end_with_parent)
+    # A process that is killed cannot end its workers: the system does (PR_SET_PDEATHSIG).
+    how |= dict(worker_init_fn=lambda _: ctypes.CDLL(None).prctl(1, signal.SIGKILL))
+    how |= dict(multiprocessing_context="fork")
     how |= dict(generator=torch.Generator())  # not the global one
     loader: Any = DataLoader(dataset, 32, sampler=range(count), **how)
     path.parent.mkdir(parents=True, exist_ok=True)
