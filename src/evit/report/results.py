@@ -95,7 +95,7 @@ def harmless(text: str) -> Any:
     def checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         for key, value in pairs:
             if key == "_target_" and value not in known:
-                raise ValueError(f"it asks to call {value}, which is not in conf/ or --config-dir")
+                raise ValueError(f"it asks to call {value}, not in conf/ or --config-dir DIR")
             if key == "checkpoint_path":
                 raise ValueError(f"it asks timm to load {value}")
             if "${" in f"{key}{value}":
