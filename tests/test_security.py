@@ -162,7 +162,7 @@ def test_a_run_s_configuration_calls_what_conf_names_alone(run_folder, target, n
     call = {"_target_": target}
     if nested:
         call = {"_target_": "evit.data.Folder", "root": [call]}
-    with pytest.raises(ValueError, match=f"config.json is not .* asks to call {target}, which"):
+    with pytest.raises(ValueError, match=f"config.json is not .* asks to call {target}, not in"):
         results.run_config(run_folder(data=call))
 
 
