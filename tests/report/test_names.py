@@ -6,7 +6,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from evit.commands import fail, use
+from evit.commands import ended_in_a_line, use
 from evit.data import Folder
 from evit.report import page, results, tables
 from evit.report.collect import read
@@ -79,8 +79,8 @@ def test_on_a_terminal_they_are_text(content, tmp_path, capsys):
     results.show(run, fake.write(tmp_path / "[bold]run", run))
     shown = capsys.readouterr().out
     assert "photos [red]of[/red] [v2]" in shown and "[bold]run" in shown
-    with pytest.raises(SystemExit):
-        fail(f"no class {ODD}")
+    with pytest.raises(SystemExit), ended_in_a_line():
+        raise ValueError(f"no class {ODD}")
     shown = capsys.readouterr().err
     assert is_plain(shown) and "[red]" in shown
 
