@@ -80,13 +80,6 @@ def test_keep_rate_1_is_the_dense_model_and_is_named_so(tiny, images):
     assert setting_of(attached(tiny)) == Setting((0.7,) * 3, True, "attentive", "evit")
 
 
-def test_a_model_without_a_reducer_is_evaluated_as_it_stands(images):
-    model = timm.create_model("vit_tiny_patch16_224", **SIZE).eval()
-    dense, found = logits(model, [None], images)
-    with torch.inference_mode():
-        assert torch.equal(found, model(images)) and torch.equal(dense, found)
-
-
 def test_random_draws_do_not_depend_on_the_other_settings_nor_their_order(tiny, images):
     half, most = (attached(tiny, "random", rate) for rate in (0.5, 0.8))
     _, first, second = logits(tiny, [half, most], images)

@@ -17,11 +17,16 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import OmegaConf
 
-TAKEN = (  # arguments of lightning.Trainer; docs/train.md has the knobs that replace the others
-    "accelerator devices num_nodes strategy precision accumulate_grad_batches log_every_n_steps "
-    "sync_batchnorm benchmark deterministic profiler detect_anomaly gradient_clip_algorithm "
-    "inference_mode"
-).split()
+REPLACED = {  # arguments of lightning.Trainer, by what to set instead
+    "recipe.epochs": "max_epochs min_epochs max_steps min_steps max_time fast_dev_run",
+    "recipe.max_train_images": "limit_train_batches overfit_batches",
+    "recipe.max_val_images": "limit_val_batches",
+    "recipe.eval_every": "val_check_interval check_val_every_n_epoch",
+    "recipe.clip_grad": "gradient_clip_val",
+    "logger=NAME": "logger",
+    "name=NAME": "default_root_dir enable_checkpointing",
+    "nothing": "callbacks plugins barebones reload_dataloaders_every_n_epochs",
+}
 
 
 def build_trainer(options: Any, bf16: str = "bf16-mixed", **more: Any) -> L.Trainer:
@@ -31,8 +36,9 @@ def build_trainer(options: Any, bf16: str = "bf16-mixed", **more: Any) -> L.Trai
     for advice in ("LeafSpec", "exists and is not empty", "logging interval", "srun", "sync_dist"):
         warnings.filterwarnings("ignore", message=f".*{advice}.*")
     options = OmegaConf.to_container(options, resolve=True)
-    for name in options.keys() - set(TAKEN):
-        raise ValueError(f"trainer.{name} is not taken here: docs/train.md names the knob")
+    for way, names in REPLACED.items():
+        for name in set(names.split()) & options.keys():
+            raise ValueError(f"trainer.{name} is not taken here: set {way}")
     if options["precision"] == "auto":
         has = options["accelerator"] != "cpu" and torch.cuda.is_bf16_supported(False)
         options["precision"] = bf16 if has else "32-true"

@@ -172,42 +172,38 @@ class Setting(NamedTuple):
     reducer: str | None = None
 
 
-def setting_of(reducer: reducers.Reducer | None) -> Setting:
-    if reducer is None or set(reducer.keep_rate) <= {1.0}:
-        return Setting(() if reducer is None else reducer.keep_rate)
+def setting_of(reducer: reducers.Reducer) -> Setting:
+    if set(reducer.keep_rate) <= {1.0}:
+        return Setting(reducer.keep_rate)
     fusion, selection = (getattr(reducer, name, None) for name in ("fusion", "selection"))
     return Setting(reducer.keep_rate, fusion, selection, reducer.name)
 
 
 class Evaluator(L.LightningModule):
-    """Evaluate a model with several reducers ([None]: without); the dense one runs once for all."""
+    """Evaluate a model with several reducers; the dense one runs once for all."""
 
     def __init__(self, model: Any, chosen: list[Any], num_classes: int, seed: int = 0):
         super().__init__()
         self.model, self.seed = model, seed
         self.settings = [setting_of(reducer) for reducer in chosen]
-        self.reducers: Any = nn.ModuleList(filter(None, chosen))
-        if self.reducers:
-            self.depth, patches = len(model.blocks), model.patch_embed.num_patches
-            self.dense = reducers.make("evit", keep_rate=1.0).attach(model)
-            counts = [zip(r.at, r.kept(patches), strict=True) for r in chosen]
-            self.starts = [next((i for i, k in c if k < patches), self.depth) for c in counts]
+        self.reducers: Any = nn.ModuleList(chosen)
+        self.depth, patches = len(model.blocks), model.patch_embed.num_patches
+        self.dense = reducers.make("evit", keep_rate=1.0).attach(model)
+        counts = [zip(r.at, r.kept(patches), strict=True) for r in chosen]
+        self.starts = [next((i for i, k in c if k < patches), self.depth) for c in counts]
         self.top, self.results = min(5, num_classes), list[dict[str, Any]]()
         self.full, self.at = 0, "preparing"  # images per compiled batch, if any; progress
 
     def compile_parts(self, batch_size: int) -> None:
         """Compile the parts that logits() calls for this batch size; other batches run eagerly."""
         self.full = batch_size
-        for name in ("embed", "encode", "classify") if self.reducers else ("forward",):
+        for name in ("embed", "encode", "classify"):
             setattr(self.model, name, torch.compile(getattr(self.model, name), dynamic=False))
 
     def logits(self, images: Tensor, batch_idx: int) -> Iterator[Tensor]:
         """Yield logits (B, num_classes) of the dense model, then of each reducer."""
         model = self.model
         images = images.to(next(model.parameters()).dtype)
-        if not self.reducers:
-            yield from 2 * [model(images)]
-            return
         x, done, trunk = model.embed(images), 0, {}
         model.reducer = self.dense
         for start in sorted({*self.starts} - {self.depth}):
