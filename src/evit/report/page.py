@@ -58,7 +58,8 @@ def line_names(points: pd.DataFrame) -> pd.Series:
     parts["epochs"] = tables.texts(epochs, "{:.0f} epochs")
     parts["images"] = points.images.where(points.images == "", points.images + " images")
     parts = parts.loc[:, parts.nunique() > 1]
-    differ = pd.Series([", ".join(filter(None, row)) for row in parts.values], points.index, str)
+    names = [", ".join(dict.fromkeys(filter(None, row))) for row in parts.values]
+    differ = pd.Series(names, points.index, str)
     return differ.where(differ != "", models)
 
 
