@@ -6,7 +6,7 @@ import math
 import numba
 import numpy as np
 
-from evit.data import batch as ra
+import evit.data.batch as ra
 
 NOTHING = -1
 CHUNK = 32  # pixels that _rotate takes at once
