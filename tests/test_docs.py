@@ -84,9 +84,3 @@ def test_every_command_on_the_pages_composes(line):
     arguments = [word for word in words[2:] if not word.startswith(("-", "reducer=["))]
     cli.check_spelling(arguments, config)
     cli.composed(config, [cli.quoted(argument) for argument in arguments])
-
-
-def test_the_table_of_small_sweeps_has_their_runs():
-    text = (ROOT / "docs/sweeps.md").read_text()
-    rows = dict(re.findall(r"^\| `make sweep-(\w+)` \|[^|]*\| (\d+) \|", text, re.M))
-    assert rows == {n: str(len(jobs.make_jobs(n, jobs.read(n), []))) for n in jobs.names()}

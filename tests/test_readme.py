@@ -14,7 +14,6 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from evit.commands import jobs as sweeps
 from evit.config import CONF_DIR
 from tests.conftest import QUICK, ROOT, write_photos
 from tests.conftest import command as run
@@ -219,21 +218,6 @@ def test_the_list_of_a_sweep_has_every_run_with_its_hours():
     rows = re.findall(rf"^ +(\d+) .* {states} .* (\d+) *$", shown, re.M)
     assert [int(job) for job, _ in rows] == list(range(11))
     assert all(20 < int(hours) < 200 for _, hours in rows)
-
-
-def test_the_hours_that_wait_are_those_of_the_sweeps():
-    row = r"^\| `make sweep-(\w+)` \|.*\| (\d+) \| (\d*) ?\| ([\d.]*) ?\|$"
-    rows = re.findall(row, (ROOT / "docs/sweeps.md").read_text(), re.M)
-    on_imagenet = {name for name in sweeps.names() if "data.root" in sweeps.read(name).needs}
-    assert {name for name, *_ in rows} == on_imagenet - {"reducers"}
-    for name, runs, hours, days in rows:
-        sweep = sweeps.read(name)
-        listed = sweeps.make_jobs(name, sweep, [])
-        for job in listed:
-            sweeps.estimate(job, sweep.needs)
-        total = sum(job.hours for job in listed)
-        assert (int(runs), int(hours or 0)) == (len(listed), round(total))
-        assert not hours or days == f"{total / 8 / 24:.1f}"
 
 
 def test_the_report_shows_the_demonstration(folder):

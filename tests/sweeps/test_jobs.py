@@ -2,14 +2,16 @@
 
 import itertools
 import json
+import re
 
 import pytest
 
 from evit.commands import sweep as command
-from evit.commands.jobs import Sweep, expand, make_jobs, names, read
+from evit.commands.jobs import Sweep, estimate, expand, make_jobs, names, read
 from evit.config import CONF_DIR
 from evit.report import paper, results
 
+DOCS = (CONF_DIR.parent / "docs/sweeps.md").read_text()
 # Which sweep is which tables of paper.yaml.
 TABLES = dict(
     keeprate=["keep_rate_deit_s"],
@@ -249,3 +251,22 @@ def test_one_line_that_cannot_be_planned_does_not_hide_the_list(capsys, monkeypa
     shown = capsys.readouterr()
     assert "seed=0" in shown.out and "missing" in shown.out and "broken" in shown.out
     assert "seed=1" in shown.err and "no such model" in shown.err and "seed=0" not in shown.err
+
+
+def test_the_tables_of_the_docs_have_their_runs(sweeps):
+    rows = dict(re.findall(r"^\| `make sweep-(\w+)` \|[^|]*\| (\d+) \|", DOCS, re.M))
+    others = {name: make_jobs(name, read(name), []) for name in set(names()) - set(sweeps)}
+    assert rows == {name: str(len(jobs)) for name, jobs in (sweeps | others).items()}
+
+
+def test_the_hours_in_the_docs_are_those_of_the_sweeps(sweeps):
+    row = r"^\| `make sweep-(\w+)` \|.*\| (\d+) \| (\d*) ?\| ([\d.]*) ?\|$"
+    rows = re.findall(row, DOCS, re.M)
+    on_imagenet = {name for name in names() if "data.root" in read(name).needs}
+    assert {name for name, *_ in rows} == on_imagenet - {"reducers"}
+    for name, runs, hours, days in rows:
+        for job in sweeps[name]:
+            estimate(job, read(name).needs)
+        total = sum(job.hours for job in sweeps[name])
+        assert (int(runs), int(hours or 0)) == (len(sweeps[name]), round(total))
+        assert not hours or days == f"{total / 8 / 24:.1f}"
