@@ -99,7 +99,7 @@ def quoted(override: str) -> str:
 
 
 def with_scale(words: list[str]) -> list[str]:
-    """Add the scale that the data need to overrides without one; of a multirun the first decide."""
+    """Add the scale that the data need, if none is given; in a multirun the first values decide."""
     overrides = [word for word in words if not word.startswith("-") and "=" in word]
     for option, folder in zip(words, words[1:], strict=False):
         if option in ("--config-dir", "-cd"):

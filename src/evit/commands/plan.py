@@ -74,7 +74,7 @@ def build_module(cfg: DictConfig, recipe: Recipe, data: Any, config: Any) -> Any
 
 
 def compile_all(model: Any, objective: Any, how: Any = True) -> None:
-    """Compile model and losses in place (how: True or a mode), one graph for each token counts."""
+    """Compile model and losses in place, one graph for each combination of token counts."""
     keep_compiled()
     options: Any = dict(fullgraph=True, dynamic=False, mode=None if how is True else how)
     model.compile(**options)

@@ -81,7 +81,7 @@ def run_config(checkpoint: str | Path) -> dict[str, Any]:
 
 
 def harmless(text: str) -> Any:
-    """Read a configuration, whose targets Hydra will call, from JSON; ValueError: of a stranger.
+    """Read a configuration, whose targets Hydra will call, from JSON; ValueError: unsafe.
 
     Only targets of conf/ may be called: a prefix proves nothing, as evit.report.results.os.system
     is os.system. And ${oc.env:NAME} would copy a secret of the environment into the result."""
