@@ -171,6 +171,13 @@ def test_imagenet_has_its_classes_in_its_order(tree, tmp_path):
         prepare(tree, tmp_path, imagenet=True, **OPTIONS)
 
 
+def test_other_numbers_of_images_than_imagenet_s_are_told(tree, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("evit.data.folders.require_imagenet", lambda *_: None)
+    prepare(tree, tmp_path, imagenet=True, **OPTIONS)
+    shown = capsys.readouterr().out
+    assert "warning: val has" in shown and "ImageNet-1k has 1281167" in shown
+
+
 def test_a_thousand_classes_in_words_are_not_data_imagenet(tmp_path):
     for split in "train", "val":
         for label in range(1000):
